@@ -1,0 +1,107 @@
+"""The 4-bit format in Python: codebooks, thresholds, the 8-bit scale map, and the byte layout.
+
+The bytes are those of bitsandbytes 0.50 (``docs/format.md`` walks through them). The C++ twin of this file is
+``csrc/nf4.h``; ``tests/test_format.py`` holds the two together. In short, for a weight of ``n`` elements:
+
+========  =======================  =====================================================================
+field     dtype, length            meaning
+========  =======================  =====================================================================
+packed    uint8, ceil(n / 2)       element 2i in the high nibble, 2i + 1 in the low one; odd n pads with
+                                   the code of zero
+absmax    fp32, ceil(n / block)    largest magnitude of each block of the row-major weight, or, with
+          (or uint8 codes)         double quantization, its code in :data:`SCALE_MAP`
+group_    fp32, ceil(blocks/256)   largest ``|absmax - offset|`` of each group of 256 blocks
+scales
+offset    fp32, scalar             mean of absmax
+========  =======================  =====================================================================
+
+``weight = fl32(codebook[code] * scale)`` with ``scale = fl(fl(SCALE_MAP[c] * group_scale) + offset)``, rounded
+once to the output dtype.
+"""
+
+import torch
+
+#: Source: Dettmers et al., "QLoRA", 2023 (arXiv 2305.14314), appendix E; the sixteen values of NormalFloat4, by code.
+NF4_CODEBOOK = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+#: A 4-bit float (1 sign, 2 exponent, 1 mantissa bit) divided by 12; code 8 is minus zero.
+_FP4_POSITIVE = (0.0, 0.0052083333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
+FP4_CODEBOOK = _FP4_POSITIVE + tuple(-value for value in _FP4_POSITIVE)
+
+CODEBOOKS = {"nf4": NF4_CODEBOOK, "fp4": FP4_CODEBOOK}
+
+MIN_BLOCK_SIZE = 32
+MAX_BLOCK_SIZE = 4096
+#: Blocks whose absmax values share one fp32 group scale under double quantization.
+GROUP_SIZE = 256
+#: Floor under absmax before its reciprocal is taken, so that an all-zero block divides by something.
+TINY_ABSMAX = 1e-38
+#: Code of an exact zero in the 8-bit scale map.
+SCALE_MAP_ZERO = 131
+
+
+def codebook(format: str, device: torch.device | str | None = None) -> torch.Tensor:
+    """The 16 decoded values of ``format``, fp32 [16], indexed by code."""
+    return torch.tensor(CODEBOOKS[format], dtype=torch.float32, device=device)
+
+
+def thresholds(format: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What decides a code: ``(midpoints fp32 [15], code_of_rank uint8 [16])``.
+
+    The rank of x is the number of midpoints t with ``x > t``; its code is ``code_of_rank[rank]``. FP4 holds zero
+    twice (codes 0 and 8): the stable sort puts code 0 first and their midpoint is 0, which makes a tiny positive value
+    code 8 and a tiny negative one code 0, as in bitsandbytes.
+    """
+    ordered, order = torch.sort(codebook(format), stable=True)
+    return (ordered[:-1] + ordered[1:]) * 0.5, order.to(torch.uint8)
+
+
+def _dynamic_scale_map() -> torch.Tensor:
+    """The signed dynamic 8-bit map (7 exponent bits) that encodes absmax - offset, fp32 [256], sorted.
+
+    Decade e holds 2**e values between 0.1 and 1, times 10**(e - 6); source: Dettmers, "8-Bit Approximations for
+    Parallelism in Deep Learning", 2015 (arXiv 1511.04561).
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        magnitudes = (10 ** (exponent - 6)) * ((edges[:-1] + edges[1:]) / 2.0)
+        values += magnitudes.tolist() + (-magnitudes).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+SCALE_MAP = _dynamic_scale_map()
+
+
+def _scale_code_table() -> torch.Tensor:
+    """Code of the map entry nearest to i / 32767.5 - 1, uint8 [65536] (bitsandbytes' CPU rule for scales)."""
+    entries = SCALE_MAP.double()
+    positions = torch.arange(65536, dtype=torch.float64) / 32767.5 - 1.0
+    above = torch.searchsorted(entries, positions).clamp(1, 255)
+    below_is_nearer = (positions - entries[above - 1]) <= (entries[above] - positions)
+    return torch.where(below_is_nearer, above - 1, above).to(torch.uint8)
+
+
+SCALE_CODE_TABLE = _scale_code_table()
+
+
+def block_count(numel: int, block_size: int) -> int:
+    """Number of blocks in a weight of ``numel`` elements; the last one may be short."""
+    return -(-numel // block_size)
