@@ -53,8 +53,6 @@ MAX_BLOCK_SIZE = 4096
 GROUP_SIZE = 256
 #: Floor under absmax before its reciprocal is taken, so that an all-zero block divides by something.
 TINY_ABSMAX = 1e-38
-#: Code of an exact zero in the 8-bit scale map.
-SCALE_MAP_ZERO = 131
 
 
 def codebook(format: str, device: torch.device | str | None = None) -> torch.Tensor:

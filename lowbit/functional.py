@@ -1,0 +1,228 @@
+"""The public functions: arguments checked here, work done by the ops of the chosen backend."""
+
+import torch
+import torch.nn.functional as F
+
+from . import backends, ops  # noqa: F401  (ops registers what torch.ops looks up)
+from .tensor import QuantizedTensor, check_block_size, check_float_dtype, check_format
+
+
+def _ops_for(tensor: torch.Tensor):
+    return getattr(torch.ops, backends.namespace_for(tensor.device.type, backends.selected))
+
+
+def quantize(
+    weight: torch.Tensor,
+    *,
+    format: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    scale: str = "absmax",
+    importance: torch.Tensor | None = None,
+) -> QuantizedTensor:
+    """Store ``weight`` in 4 bits: blocks of ``block_size`` elements of the row-major weight share one scale.
+
+    Args:
+        weight: float32, float16 or bfloat16, any shape; finite.
+        format: "nf4" or "fp4".
+        block_size: power of two, 32 to 4096.
+        double_quant: store the scales in 8 bits (0.516 bytes a weight at block size 64; 0.563 without).
+        scale: "absmax". ("search" is to come.)
+        importance: to come, with ``scale="search"``.
+
+    Raises:
+        TypeError: ``weight`` is not a tensor, or not of those dtypes.
+        ValueError: another argument is out of range, or ``weight`` holds NaN or inf.
+        NotImplementedError: int8, scale="search", importance.
+
+    Source: Dettmers et al., "QLoRA", 2023 (arXiv 2305.14314); the bytes are bitsandbytes 0.50's.
+    """
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"weight: expected a torch.Tensor, got {type(weight).__name__}")
+    check_float_dtype("weight", weight.dtype)
+    check_format(format)
+    check_block_size(block_size)
+    if scale not in ("absmax", "search"):
+        raise ValueError(f"scale: expected 'absmax' or 'search', got {scale!r}")
+    if scale == "search" or importance is not None:
+        raise NotImplementedError("scale='search' and importance are not implemented yet; use scale='absmax'")
+
+    op = _ops_for(weight)
+    weight = weight.detach()
+    packed, absmax = op.quantize.default(weight, format, block_size)
+    # The kernels let NaN and inf through to absmax, so that finding them costs no second pass over the weight.
+    if not weight.is_meta and not bool(torch.isfinite(absmax).all()):
+        flat = weight.reshape(-1)
+        bad = (~torch.isfinite(flat)).nonzero()
+        first = int(bad[0])
+        raise ValueError(
+            f"weight: expected finite values, got {bad.numel()} NaN or inf (the first is {flat[first].item()} at flat "
+            f"index {first})"
+        )
+    group_scales = offset = None
+    if double_quant:
+        if absmax.numel():
+            offset = absmax.mean(dtype=torch.float64).float()
+        else:
+            offset = absmax.new_zeros(())
+        absmax, group_scales = op.quantize_scales.default(absmax, offset)
+    return QuantizedTensor(
+        packed,
+        absmax,
+        group_scales,
+        offset,
+        shape=weight.shape,
+        dtype=weight.dtype,
+        format=format,
+        block_size=block_size,
+    )
+
+
+def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The decoded weight, in ``dtype`` (default ``q.dtype``).
+
+    Raises:
+        TypeError: ``q`` is not a QuantizedTensor, or ``dtype`` not float32, float16 or bfloat16.
+    """
+    _check_quantized(q)
+    return q.dequantize(dtype)
+
+
+def linear(x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x W^T + bias`` with W stored in 4 bits; differentiable in x and bias.
+
+    Args:
+        x: [..., in_features], float32, float16 or bfloat16; any leading dimensions, also zero rows.
+        q: the weight, [out_features, in_features].
+        bias: [out_features] or None.
+
+    Returns:
+        [..., out_features] in x's dtype (under autocast, in the autocast dtype); accumulated in fp32.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit.
+    """
+    _check_linear(x, q, bias)
+    op = _ops_for(x).linear.default
+    return op(x, *q.parts(), q.format, q.block_size, q.shape[0], bias, None, None, 1.0)
+
+
+def lora_linear(
+    x: torch.Tensor,
+    q: QuantizedTensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+) -> torch.Tensor:
+    """``x W^T + scaling * (dropout(x) A^T) B^T + bias``; differentiable in x, bias, lora_a and lora_b.
+
+    t = dropout(x) A^T is computed once and enters the product with W as ``rank`` more columns of the contraction.
+
+    Args:
+        x: [..., in_features], float32, float16 or bfloat16.
+        q: the frozen weight, [out_features, in_features].
+        lora_a: [rank, in_features].
+        lora_b: [out_features, rank].
+        scaling: lora_alpha / rank, or lora_alpha / sqrt(rank).
+        bias: [out_features] or None.
+        dropout_p: probability of zeroing an element of the x that enters LoRA, in [0, 1); only where ``training``.
+
+    Returns:
+        [..., out_features] in x's dtype (under autocast, in the autocast dtype). With fp32 LoRA weights t is fp32.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit, or ``dropout_p`` out of range.
+
+    Source: Hu et al., "LoRA", 2021 (arXiv 2106.09685).
+    """
+    _check_linear(x, q, bias)
+    _check_lora(x, q, lora_a, lora_b, dropout_p)
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        x = x.to(torch.get_autocast_dtype(device_type))
+    dropped = F.dropout(x, dropout_p, training) if training and dropout_p > 0 else x
+    # Autocast would lower fp32 LoRA weights, and t with them, to 16 bits.
+    with torch.autocast(device_type, enabled=False):
+        t = _lora_down(dropped, lora_a)
+        op = _ops_for(x).linear.default
+        return op(x, *q.parts(), q.format, q.block_size, q.shape[0], bias, t, lora_b, float(scaling))
+
+
+def _lora_down(x: torch.Tensor, lora_a: torch.Tensor) -> torch.Tensor:
+    """t = x A^T in the wider of the two dtypes."""
+    if x.dtype == lora_a.dtype:
+        return F.linear(x, lora_a)
+    return _MixedLoraDown.apply(x, lora_a)
+
+
+class _MixedLoraDown(torch.autograd.Function):
+    """x A^T for x and A of different dtypes; unlike F.linear on casts, it saves x in x's own dtype."""
+
+    @staticmethod
+    def forward(ctx, x, lora_a):
+        ctx.save_for_backward(x, lora_a)
+        dtype = torch.promote_types(x.dtype, lora_a.dtype)
+        return F.linear(x.to(dtype), lora_a.to(dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, lora_a = ctx.saved_tensors
+        grad_x = grad_a = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ lora_a.to(grad.dtype)).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            rows = x.reshape(-1, x.shape[-1]).to(grad.dtype)
+            grad_a = (grad.reshape(-1, grad.shape[-1]).T @ rows).to(lora_a.dtype)
+        return grad_x, grad_a
+
+
+def _check_quantized(q: QuantizedTensor) -> None:
+    if not isinstance(q, QuantizedTensor):
+        raise TypeError(f"q: expected a lowbit.QuantizedTensor (see lowbit.quantize), got {type(q).__name__}")
+
+
+def _check_operand(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    check_float_dtype(name, tensor.dtype)
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected device {device} (that of q), got {tensor.device}")
+
+
+def _check_linear(x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None) -> None:
+    _check_quantized(q)
+    if len(q.shape) != 2:
+        raise ValueError(f"q: expected a weight of 2 dimensions (out, in), got shape {tuple(q.shape)}")
+    out_features, in_features = q.shape
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dim() == 0:
+        raise ValueError(f"x: expected at least 1 dimension, the last of size {in_features}, got a scalar")
+    _check_operand("x", x, (*x.shape[:-1], in_features), q.device)
+    if bias is not None:
+        _check_operand("bias", bias, (out_features,), q.device)
+
+
+def _check_lora(x, q, lora_a, lora_b, dropout_p) -> None:
+    out_features, in_features = q.shape
+    if not isinstance(lora_a, torch.Tensor) or lora_a.dim() != 2:
+        raise ValueError(f"lora_a: expected a tensor of shape (rank, {in_features}), got {_describe(lora_a)}")
+    rank = lora_a.shape[0]
+    if rank == 0:
+        raise ValueError(f"lora_a: expected a rank of at least 1, got shape {tuple(lora_a.shape)}")
+    _check_operand("lora_a", lora_a, (rank, in_features), q.device)
+    _check_operand("lora_b", lora_b, (out_features, rank), q.device)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+
+
+def _describe(value) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__

@@ -1,0 +1,155 @@
+"""The torch ops: schemas, fake kernels, autograd and autocast, once for every backend.
+
+Each op exists in one torch.library namespace per backend (``backends.NAMESPACES``): ``torch.ops.lowbit.linear`` is
+the compiled one, ``torch.ops.lowbit_reference.linear`` the oracle. The namespace a call went to is all that its
+backward needs to stay on the same backend. In the ``lowbit`` namespace the reference also stands in, at a lower
+dispatch priority, for what the extension does not implement.
+
+The ops take plain tensors and trust their callers; ``lowbit/functional.py`` has the public functions and the checks.
+"""
+
+import torch
+
+from . import format as fmt
+from . import reference
+from .backends import NAMESPACES
+
+# A 4-bit weight in a schema: absmax is fp32 scales, or uint8 codes when group_scales and offset are given.
+_WEIGHT = "Tensor packed, Tensor absmax, Tensor? group_scales, Tensor? offset, str format, int block_size"
+
+SCHEMAS = (
+    "quantize(Tensor weight, str format, int block_size) -> (Tensor, Tensor)",
+    "quantize_scales(Tensor absmax, Tensor offset) -> (Tensor, Tensor)",
+    f"dequantize({_WEIGHT}, int[] shape, ScalarType dtype) -> Tensor",
+    f"linear(Tensor x, {_WEIGHT}, int out_features, Tensor? bias, Tensor? t, Tensor? lora_b, float scaling) -> Tensor",
+    f"linear_grad_input(Tensor grad, {_WEIGHT}, int in_features) -> Tensor",
+)
+# Which instruction set the CPU kernels use; no tensors, so no backend but the extension has them.
+NATIVE_SCHEMAS = ("cpu_isa() -> str", "set_cpu_isa(str isa) -> ()")
+
+
+def _fake_quantize(weight, format, block_size):
+    numel = weight.numel()
+    packed = weight.new_empty([(numel + 1) // 2], dtype=torch.uint8)
+    return packed, weight.new_empty([fmt.block_count(numel, block_size)], dtype=torch.float32)
+
+
+def _fake_quantize_scales(absmax, offset):
+    groups = fmt.block_count(absmax.numel(), fmt.GROUP_SIZE)
+    return absmax.new_empty(absmax.shape, dtype=torch.uint8), absmax.new_empty([groups])
+
+
+def _fake_dequantize(packed, absmax, group_scales, offset, format, block_size, shape, dtype):
+    return packed.new_empty(shape, dtype=dtype)
+
+
+def _fake_linear(
+    x, packed, absmax, group_scales, offset, format, block_size, out_features, bias, t, lora_b, scaling
+):
+    return x.new_empty([*x.shape[:-1], out_features])
+
+
+def _fake_linear_grad_input(grad, packed, absmax, group_scales, offset, format, block_size, in_features):
+    return grad.new_empty([*grad.shape[:-1], in_features])
+
+
+_FAKES = {
+    "quantize": _fake_quantize,
+    "quantize_scales": _fake_quantize_scales,
+    "dequantize": _fake_dequantize,
+    "linear": _fake_linear,
+    "linear_grad_input": _fake_linear_grad_input,
+}
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b in the wider of the two dtypes (torch accumulates 16-bit products in fp32)."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def _linear_gradients(namespace, needs, grad, saved, format, block_size, in_features, bias_dtype, scaling):
+    """Gradients of ``linear`` for (x, bias, t, lora_b); None where ``needs`` is false.
+
+    Nothing of the dense weight's size is used: grad_x decodes the packed weight again.
+    """
+    packed, absmax, group_scales, offset, t, lora_b = saved
+    needs_x, needs_bias, needs_t, needs_b = needs
+    grad_x = grad_bias = grad_t = grad_b = None
+    if needs_x:
+        op = getattr(torch.ops, namespace).linear_grad_input.default
+        grad_x = op(grad, packed, absmax, group_scales, offset, format, block_size, in_features)
+    if needs_bias:
+        grad_bias = _rows(grad).sum(0, dtype=torch.float32).to(bias_dtype)
+    if needs_t:
+        grad_t = (_matmul(grad, lora_b) * scaling).to(t.dtype)
+    if needs_b:
+        grad_b = (_matmul(_rows(grad).T, _rows(t)) * scaling).to(lora_b.dtype)
+    return grad_x, grad_bias, grad_t, grad_b
+
+
+class _Linear(torch.autograd.Function):
+    """Autograd of ``linear``: differentiable in x, bias, t and lora_b; saves neither x nor a dense weight."""
+
+    @staticmethod
+    def forward(ctx, namespace, keyset, x, *args):
+        packed, absmax, group_scales, offset, format, block_size, out_features, bias, t, lora_b, scaling = args
+        ctx.save_for_backward(packed, absmax, group_scales, offset, t, lora_b)
+        ctx.options = (format, block_size, x.shape[-1], None if bias is None else bias.dtype, scaling)
+        ctx.namespace = namespace
+        op = getattr(torch.ops, namespace).linear.default
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, x, *args)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        needs_x, needs_bias, needs_t, needs_b = (ctx.needs_input_grad[i] for i in (2, 10, 11, 12))
+        needs = (needs_x, needs_bias, needs_t, needs_b)
+        gradients = _linear_gradients(ctx.namespace, needs, grad, ctx.saved_tensors, *ctx.options)
+        grad_x, grad_bias, grad_t, grad_b = gradients
+        return (None, None, grad_x, *[None] * 7, grad_bias, grad_t, grad_b, None)
+
+
+def _autograd_linear(namespace: str):
+    def linear(keyset, x, *args):
+        bias, t, lora_b = args[7:10]
+        if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (x, bias, t, lora_b)):
+            return _Linear.apply(namespace, keyset, x, *args)
+        op = getattr(torch.ops, namespace).linear.default
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, x, *args)
+
+    return linear
+
+
+def _autocast_linear(namespace: str, device_type: str):
+    def linear(x, *args):
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            return getattr(torch.ops, namespace).linear.default(x.to(dtype), *args)
+
+    return linear
+
+
+def _register(namespace: str) -> torch.library.Library:
+    library = torch.library.Library(namespace, "DEF")
+    for schema in SCHEMAS:
+        name = schema.partition("(")[0]
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{namespace}::{name}", _FAKES[name], lib=library)
+    library.impl("linear", _autograd_linear(namespace), "Autograd", with_keyset=True)
+    for device_type in ("cpu", "cuda"):
+        library.impl("linear", _autocast_linear(namespace, device_type), f"Autocast{device_type.upper()}")
+    return library
+
+
+# The Library objects own the registrations: they live as long as the process.
+LIBRARIES = {namespace: _register(namespace) for namespace in NAMESPACES.values()}
+for _schema in NATIVE_SCHEMAS:
+    LIBRARIES["lowbit"].define(_schema)

@@ -1,0 +1,125 @@
+"""The fp32 oracle: every operation in plain torch, slow and obvious.
+
+Each function has the name and the arguments of the op it defines the meaning of (``lowbit/ops.py``). All other
+backends are tested against this file: bytes and decoded weights bit for bit, products within the bound derived in
+``tests/cases.py``. It runs on any device torch runs on. Arguments are taken as checked.
+"""
+
+import torch
+
+from . import format as fmt
+
+
+def quantize(weight: torch.Tensor, format: str, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(packed uint8 [ceil(n/2)], absmax fp32 [ceil(n/block_size)])`` of a float weight of any shape.
+
+    A block that holds NaN or inf gets a non-finite absmax, and arbitrary codes.
+    """
+    flat = weight.detach().reshape(-1).float()
+    numel = flat.numel()
+    full = numel - numel % block_size
+    midpoints, code_of_rank = (table.to(flat.device) for table in fmt.thresholds(format))
+
+    blocks = flat[:full].view(-1, block_size)
+    absmax = blocks.abs().amax(dim=1)
+    # Full blocks multiply by the reciprocal, the short one divides: two different roundings, kept from bitsandbytes.
+    scaled = (blocks * (1.0 / absmax.clamp(min=fmt.TINY_ABSMAX))[:, None]).clamp(-1, 1).reshape(-1)
+    if full < numel:
+        rest = flat[full:]
+        rest_absmax = rest.abs().amax().clamp(min=fmt.TINY_ABSMAX)
+        absmax = torch.cat([absmax, rest_absmax[None]])
+        scaled = torch.cat([scaled, rest / rest_absmax])
+
+    rank = torch.bucketize(scaled, midpoints)  # the number of midpoints t with x > t
+    codes = code_of_rank[rank.clamp(max=15)]
+    if numel % 2:
+        codes = torch.cat([codes, code_of_rank[torch.bucketize(torch.zeros_like(scaled[:1]), midpoints)]])
+    return (codes[0::2] << 4) | codes[1::2], absmax
+
+
+def quantize_scales(absmax: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Double quantization of absmax fp32 [b]: ``(codes uint8 [b], group_scales fp32 [ceil(b/256)])``."""
+    blocks = absmax.numel()
+    groups = fmt.block_count(blocks, fmt.GROUP_SIZE)
+    values = torch.nn.functional.pad(absmax - offset, (0, groups * fmt.GROUP_SIZE - blocks)).view(groups, -1)
+    group_scales = values.abs().amax(dim=1)
+    scaled = (values * (1.0 / group_scales)[:, None]).clamp(-1, 1)
+    # bitsandbytes rounds to one of 65536 positions first; the two products must round apart (no FMA).
+    position = (scaled + 1.0) * 32767.5 + 0.5
+    position = torch.where(torch.isnan(position), 0.0, position).to(torch.int64)
+    codes = fmt.SCALE_CODE_TABLE.to(absmax.device)[position]
+    codes[group_scales == 0] = 0
+    return codes.reshape(-1)[:blocks].contiguous(), group_scales
+
+
+def decode_scales(
+    absmax: torch.Tensor, group_scales: torch.Tensor | None, offset: torch.Tensor | None
+) -> torch.Tensor:
+    """The fp32 scale of each block, [b]: ``absmax`` itself, or its double-quantized codes decoded."""
+    if group_scales is None:
+        return absmax
+    entries = fmt.SCALE_MAP.to(absmax.device)[absmax.int()]
+    group = torch.arange(absmax.numel(), device=absmax.device) // fmt.GROUP_SIZE
+    return entries * group_scales[group] + offset
+
+
+def dequantize(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    group_scales: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    format: str,
+    block_size: int,
+    shape: list[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The decoded weight: fp32 product of codebook value and block scale, rounded once to ``dtype``."""
+    numel = 1
+    for size in shape:
+        numel *= size
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[:numel]
+    block = torch.arange(numel, device=packed.device) // block_size
+    scales = decode_scales(absmax, group_scales, offset)
+    values = fmt.codebook(format, packed.device)[codes.int()] * scales[block]
+    return values.to(dtype).reshape(shape)
+
+
+def linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    group_scales: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    format: str,
+    block_size: int,
+    out_features: int,
+    bias: torch.Tensor | None,
+    t: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """``x W^T + scaling * t lora_b^T + bias`` in fp32, rounded once to x's dtype; x [..., K] -> [..., N]."""
+    shape = [out_features, x.shape[-1]]
+    weight = dequantize(packed, absmax, group_scales, offset, format, block_size, shape, torch.float32)
+    y = x.float() @ weight.T
+    if t is not None:
+        y = y + scaling * (t.float() @ lora_b.float().T)
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype)
+
+
+def linear_grad_input(
+    grad: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    group_scales: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    format: str,
+    block_size: int,
+    in_features: int,
+) -> torch.Tensor:
+    """``grad W`` in fp32, rounded once to grad's dtype; grad [..., N] -> [..., K]."""
+    shape = [grad.shape[-1], in_features]
+    weight = dequantize(packed, absmax, group_scales, offset, format, block_size, shape, torch.float32)
+    return (grad.float() @ weight).to(grad.dtype)
