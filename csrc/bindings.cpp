@@ -1,0 +1,235 @@
+// The ops of lowbit/ops.py for CPU tensors, and the only file that knows torch (its stable ABI: one binary serves
+// every torch >= 2.10). Checks that sizes and dtypes let no kernel leave its buffers; messages for users come from
+// Python before this.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "nf4.h"
+
+namespace {
+
+using lowbit::Dtype;
+using lowbit::Format;
+using lowbit::cpu::active_kernels;
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void parallel_for(int64_t count, int64_t grain, const lowbit::cpu::Body& body) {
+  if (count > 0) torch::stable::parallel_for(0, count, grain, body);
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+Dtype dtype_of(ScalarType type, const char* name) {
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, name,
+                  ": expected dtype float32, float16 or bfloat16, got another one");
+  if (type == ScalarType::Half) return Dtype::f16;
+  return type == ScalarType::Float ? Dtype::f32 : Dtype::bf16;
+}
+
+const Format* format_of(const std::string& name) {
+  STD_TORCH_CHECK(name == "nf4" || name == "fp4", "format: expected nf4 or fp4, got ", name);
+  return name == "nf4" ? &lowbit::kNf4 : &lowbit::kFp4;
+}
+
+void check_block_size(int64_t size) {
+  STD_TORCH_CHECK(size >= lowbit::kMinBlockSize && size <= lowbit::kMaxBlockSize && (size & (size - 1)) == 0,
+                  "block_size: expected a power of two from 32 to 4096, got ", size);
+}
+
+void check_size(const Tensor& tensor, const char* name, int64_t numel) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
+  STD_TORCH_CHECK(tensor.numel() == numel, name, ": expected ", numel, " elements, got ", tensor.numel());
+}
+
+void check(const Tensor& tensor, const char* name, ScalarType type, int64_t numel) {
+  check_size(tensor, name, numel);
+  STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": expected dtype ",
+                  type == ScalarType::Byte ? "uint8" : "float32", ", got another one");
+}
+
+template <class T>
+const T* pointer(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.data_ptr());
+}
+
+// The checked parts of a weight; holds the tensors, made contiguous, while a kernel reads them.
+class Weight {
+ public:
+  Weight(const Tensor& packed, const Tensor& absmax, const std::optional<Tensor>& group_scales,
+         const std::optional<Tensor>& offset, const std::string& format, int64_t block_size, int64_t numel)
+      : packed_(torch::stable::contiguous(packed)), absmax_(torch::stable::contiguous(absmax)) {
+    check_block_size(block_size);
+    STD_TORCH_CHECK(numel >= 0, "shape: expected sizes of at least 0");
+    const int64_t blocks = ceil_div(numel, block_size);
+    check(packed, "packed", ScalarType::Byte, ceil_div(numel, 2));
+    STD_TORCH_CHECK(group_scales.has_value() == offset.has_value(),
+                    "group_scales, offset: expected both (double quantization) or neither, got one");
+    view = {pointer<uint8_t>(packed_), nullptr, nullptr, nullptr, 0.0f, format_of(format), block_size, numel};
+    if (!group_scales) {
+      check(absmax, "absmax", ScalarType::Float, blocks);
+      view.absmax = pointer<float>(absmax_);
+      return;
+    }
+    check(absmax, "absmax", ScalarType::Byte, blocks);
+    check(*group_scales, "group_scales", ScalarType::Float, ceil_div(blocks, lowbit::kGroupSize));
+    check(*offset, "offset", ScalarType::Float, 1);
+    group_scales_ = torch::stable::contiguous(*group_scales);
+    view.scale_codes = pointer<uint8_t>(absmax_);
+    view.group_scales = pointer<float>(*group_scales_);
+    view.offset = *pointer<float>(*offset);
+  }
+
+  lowbit::cpu::QuantizedWeight view;
+
+ private:
+  Tensor packed_, absmax_;
+  std::optional<Tensor> group_scales_;
+};
+
+// A small operand (bias, t, lora_b) in contiguous fp32, multiplied by `factor`.
+std::vector<float> float_copy(const Tensor& tensor, const char* name, int64_t numel, float factor = 1.0f) {
+  check_size(tensor, name, numel);
+  const Dtype dtype = dtype_of(tensor.scalar_type(), name);
+  const Tensor source = torch::stable::contiguous(tensor);
+  std::vector<float> copy(static_cast<size_t>(numel));
+  const auto convert = [&](auto* from) {
+    for (int64_t i = 0; i < numel; ++i) copy[i] = lowbit::to_float(from[i]) * factor;
+  };
+  if (dtype == Dtype::f32) convert(pointer<float>(source));
+  if (dtype == Dtype::f16) convert(pointer<lowbit::Fp16>(source));
+  if (dtype == Dtype::bf16) convert(pointer<lowbit::Bf16>(source));
+  return copy;
+}
+
+// An empty tensor like x with its last dimension replaced.
+Tensor empty_with_last(const Tensor& x, int64_t last) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = last;
+  return torch::stable::new_empty(x, IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
+}
+
+int64_t rows_of(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() >= 1, name, ": expected at least 1 dimension, got a scalar");
+  STD_TORCH_CHECK(x.is_cpu(), name, ": expected a CPU tensor");
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  return rows;
+}
+
+std::tuple<Tensor, Tensor> quantize(Tensor weight, std::string format, int64_t block_size) {
+  check_block_size(block_size);
+  const Format* table = format_of(format);
+  const Dtype dtype = dtype_of(weight.scalar_type(), "weight");
+  const Tensor source = torch::stable::contiguous(weight);
+  const int64_t numel = weight.numel();
+  const int64_t bytes = ceil_div(numel, 2), blocks = ceil_div(numel, block_size);
+  Tensor packed = torch::stable::new_empty(weight, IntHeaderOnlyArrayRef(&bytes, 1), ScalarType::Byte);
+  Tensor absmax = torch::stable::new_empty(weight, IntHeaderOnlyArrayRef(&blocks, 1), ScalarType::Float);
+  active_kernels().quantize({source.data_ptr(), dtype, numel, table, block_size,
+                             static_cast<uint8_t*>(packed.data_ptr()), static_cast<float*>(absmax.data_ptr())},
+                            parallel_for);
+  return {packed, absmax};
+}
+
+std::tuple<Tensor, Tensor> quantize_scales(Tensor absmax, Tensor offset) {
+  const int64_t blocks = absmax.numel(), groups = ceil_div(blocks, lowbit::kGroupSize);
+  check(absmax, "absmax", ScalarType::Float, blocks);
+  check(offset, "offset", ScalarType::Float, 1);
+  const Tensor source = torch::stable::contiguous(absmax);
+  Tensor codes = torch::stable::new_empty(absmax, IntHeaderOnlyArrayRef(&blocks, 1), ScalarType::Byte);
+  Tensor group_scales = torch::stable::new_empty(absmax, IntHeaderOnlyArrayRef(&groups, 1));
+  active_kernels().quantize_scales(
+      {pointer<float>(source), *pointer<float>(offset), blocks, static_cast<uint8_t*>(codes.data_ptr()),
+       static_cast<float*>(group_scales.data_ptr())},
+      parallel_for);
+  return {codes, group_scales};
+}
+
+Tensor dequantize(Tensor packed, Tensor absmax, std::optional<Tensor> group_scales, std::optional<Tensor> offset,
+                  std::string format, int64_t block_size, std::vector<int64_t> shape, ScalarType dtype) {
+  int64_t numel = 1;
+  for (const int64_t size : shape) {
+    STD_TORCH_CHECK(size >= 0, "shape: expected sizes of at least 0, got ", size);
+    numel *= size;
+  }
+  const Weight weight(packed, absmax, group_scales, offset, format, block_size, numel);
+  const Dtype out_dtype = dtype_of(dtype, "dtype");
+  Tensor out = torch::stable::new_empty(packed, IntHeaderOnlyArrayRef(shape.data(), shape.size()), dtype);
+  active_kernels().dequantize({weight.view, out.data_ptr(), out_dtype}, parallel_for);
+  return out;
+}
+
+Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> group_scales, std::optional<Tensor> offset,
+              std::string format, int64_t block_size, int64_t out_features, std::optional<Tensor> bias,
+              std::optional<Tensor> t, std::optional<Tensor> lora_b, double scaling) {
+  const int64_t m = rows_of(x, "x"), n = out_features, k = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(n >= 0, "out_features: expected at least 0, got ", n);
+  const Dtype dtype = dtype_of(x.scalar_type(), "x");
+  const Weight weight(packed, absmax, group_scales, offset, format, block_size, n * k);
+  STD_TORCH_CHECK(t.has_value() == lora_b.has_value(), "t, lora_b: expected both (LoRA) or neither, got one");
+  int64_t rank = 0;
+  std::vector<float> bias_copy, t_copy, lora_b_copy;
+  if (bias) bias_copy = float_copy(*bias, "bias", n);
+  if (t) {
+    STD_TORCH_CHECK(t->dim() >= 1, "t: expected at least 1 dimension, got a scalar");
+    rank = t->size(t->dim() - 1);
+    t_copy = float_copy(*t, "t", m * rank, static_cast<float>(scaling));
+    lora_b_copy = float_copy(*lora_b, "lora_b", n * rank);
+  }
+  const Tensor source = torch::stable::contiguous(x);
+  Tensor y = empty_with_last(x, n);
+  active_kernels().linear({source.data_ptr(), dtype, weight.view, bias ? bias_copy.data() : nullptr,
+                           t ? t_copy.data() : nullptr, t ? lora_b_copy.data() : nullptr, m, n, k, rank, y.data_ptr()},
+                          parallel_for);
+  return y;
+}
+
+Tensor linear_grad_input(Tensor grad, Tensor packed, Tensor absmax, std::optional<Tensor> group_scales,
+                         std::optional<Tensor> offset, std::string format, int64_t block_size, int64_t in_features) {
+  const int64_t m = rows_of(grad, "grad"), n = grad.size(grad.dim() - 1), k = in_features;
+  STD_TORCH_CHECK(k >= 0, "in_features: expected at least 0, got ", k);
+  const Dtype dtype = dtype_of(grad.scalar_type(), "grad");
+  const Weight weight(packed, absmax, group_scales, offset, format, block_size, n * k);
+  const Tensor source = torch::stable::contiguous(grad);
+  Tensor grad_x = empty_with_last(grad, k);
+  active_kernels().linear_grad_input({source.data_ptr(), dtype, weight.view, m, n, k, grad_x.data_ptr()},
+                                     parallel_for);
+  return grad_x;
+}
+
+std::string cpu_isa() { return active_kernels().isa; }
+
+void set_cpu_isa(std::string isa) {
+  STD_TORCH_CHECK(lowbit::cpu::select_isa(isa.c_str()),
+                  "isa: expected auto, scalar or avx2, and one that this CPU has, got ", isa);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lowbit, CPU, library) {
+  library.impl("quantize", TORCH_BOX(&quantize));
+  library.impl("quantize_scales", TORCH_BOX(&quantize_scales));
+  library.impl("dequantize", TORCH_BOX(&dequantize));
+  library.impl("linear", TORCH_BOX(&linear));
+  library.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lowbit, CompositeExplicitAutograd, library) {
+  library.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  library.impl("set_cpu_isa", TORCH_BOX(&set_cpu_isa));
+}
+
+// Importing lowbit._C loads the registrations above; the module itself is empty.
+static PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
+                                        nullptr, nullptr, nullptr, nullptr};
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module_definition); }

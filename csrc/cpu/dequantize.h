@@ -1,0 +1,103 @@
+// dequantize: the decoded weight; decode_range: the piece of it that the products ask for.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace lowbit::cpu {
+
+// The decoded scales of blocks [first, first + count).
+template <class Isa>
+void decode_scales(const QuantizedWeight& weight, int64_t first, int64_t count, float* scales) {
+  if (weight.absmax) {
+    std::copy_n(weight.absmax + first, count, scales);
+    return;
+  }
+  while (count > 0) {
+    const int64_t group = first / kGroupSize;
+    const int64_t in_group = std::min(count, (group + 1) * kGroupSize - first);
+    Isa::decode_scales(weight.scale_codes + first, in_group, weight.group_scales[group], weight.offset, scales);
+    first += in_group;
+    scales += in_group;
+    count -= in_group;
+  }
+}
+
+// Decodes elements [begin, begin + count) of the flattened weight to fp32. Any begin: work goes in chunks of 64
+// elements aligned on the flat index, which no block boundary cuts except in the middle (block size 32).
+template <class Isa>
+void decode_range(const QuantizedWeight& weight, const typename Isa::Decoder& decode, int64_t begin, int64_t count,
+                  float* out) {
+  constexpr int64_t kChunk = 64, kChunksPerBatch = 64;
+  const int64_t end = begin + count;
+  const int64_t last_block = (weight.numel - 1) / weight.block_size;
+  float scales[2 * kChunksPerBatch];
+  for (int64_t batch = begin / kChunk; batch * kChunk < end; batch += kChunksPerBatch) {
+    const int64_t batch_end = std::min(end, (batch + kChunksPerBatch) * kChunk);
+    const int64_t first_block = std::max(begin, batch * kChunk) / weight.block_size;
+    decode_scales<Isa>(weight, first_block, (batch_end - 1) / weight.block_size - first_block + 1, scales);
+    for (int64_t start = batch * kChunk; start < batch_end; start += kChunk) {
+      const int64_t low_block = std::max(start / weight.block_size, first_block);
+      const int64_t high_block = std::min((start + 32) / weight.block_size, last_block);
+      const int64_t decoded_high = std::min(high_block, (batch_end - 1) / weight.block_size);
+      const auto scale = Isa::pair(scales[low_block - first_block],
+                                   scales[std::max(decoded_high, low_block) - first_block]);
+      uint8_t tail[kChunk / 2] = {};
+      const uint8_t* packed = weight.packed + start / 2;
+      if (start + kChunk > weight.numel) {
+        std::memcpy(tail, packed, static_cast<size_t>((weight.numel - start + 1) / 2));
+        packed = tail;
+      }
+      typename Isa::Vec values[8];
+      decode(packed, values);
+      for (auto& value : values) value = Isa::mul(value, scale);
+
+      const bool whole = begin <= start && start + kChunk <= end;
+      float partial[kChunk];
+      float* to = whole ? out + (start - begin) : partial;
+      for (int u = 0; u < 4; ++u)
+        Isa::to_natural_order(values[2 * u], values[2 * u + 1], to + 8 * u, to + 32 + 8 * u);
+      if (!whole) {
+        const int64_t from = std::max(begin, start), until = std::min(end, start + kChunk);
+        std::copy(partial + (from - start), partial + (until - start), out + (from - begin));
+      }
+    }
+  }
+}
+
+// Rounds `count` fp32 values to T.
+template <class Isa, class T>
+void store_row(const float* values, int64_t count, T* out) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) Isa::store(out + i, Isa::load(values + i));
+  for (; i < count; ++i) from_float(values[i], out + i);
+}
+
+template <class Isa, class T>
+void dequantize_range(const DequantizeArgs& args, int64_t begin, int64_t end) {
+  constexpr int64_t kPiece = 2048;  // fp32 piece that stays in the L1 cache
+  const typename Isa::Decoder decode(*args.weight.format);
+  T* out = static_cast<T*>(args.out);
+  float piece[kPiece];
+  for (int64_t start = begin; start < end; start += kPiece) {
+    const int64_t count = std::min(kPiece, end - start);
+    decode_range<Isa>(args.weight, decode, start, count, piece);
+    store_row<Isa>(piece, count, out + start);
+  }
+}
+
+template <class Isa>
+void dequantize(const DequantizeArgs& args, const ParallelFor& parallel_for) {
+  constexpr int64_t kUnit = 4096;
+  const int64_t numel = args.weight.numel;
+  parallel_for((numel + kUnit - 1) / kUnit, 8, [&](int64_t first, int64_t last) {
+    const int64_t begin = first * kUnit, end = std::min(last * kUnit, numel);
+    if (args.dtype == Dtype::f32) dequantize_range<Isa, float>(args, begin, end);
+    if (args.dtype == Dtype::bf16) dequantize_range<Isa, Bf16>(args, begin, end);
+    if (args.dtype == Dtype::f16) dequantize_range<Isa, Fp16>(args, begin, end);
+  });
+}
+
+}  // namespace lowbit::cpu

@@ -1,0 +1,183 @@
+// The vector primitives of the kernels in AVX2, FMA and F16C; isa_scalar.h has the same names and says what each does.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "../nf4.h"
+#include "half.h"
+
+// Everything below, up to the end of the file that includes this one, is compiled for AVX2. Standard headers have to
+// come first: an inline function of theirs compiled here could otherwise be the copy that the linker keeps.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace lowbit::cpu {
+
+struct Avx2 {
+  using Vec = __m256;
+  static constexpr const char* name = "avx2";
+
+  static Vec zero() { return _mm256_setzero_ps(); }
+  static Vec broadcast(float value) { return _mm256_set1_ps(value); }
+  static Vec pair(float low_half, float high_half) {
+    return _mm256_set_m128(_mm_set1_ps(high_half), _mm_set1_ps(low_half));
+  }
+  static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+  static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  static float sum(Vec a) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+
+  static Vec load(const float* from) { return _mm256_loadu_ps(from); }
+  static Vec load(const Bf16* from) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  static Vec load(const Fp16* from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  static void store(float* to, Vec v) { _mm256_storeu_ps(to, v); }
+  static void store(Bf16* to, Vec v) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet_nan = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet_nan, is_nan), 16);
+    const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0b1000);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(halves));
+  }
+  static void store(Fp16* to, Vec v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  // pshufb looks up 32 bytes at once but only in 16-byte tables: one table for each byte of the fp32 codebook. The
+  // four results unpack to whole floats, exact ones. 30 instructions for 64 weights.
+  struct Decoder {
+    explicit Decoder(const Format& format) {
+      for (int byte = 0; byte < 4; ++byte) {
+        alignas(16) uint8_t table[16];
+        for (int code = 0; code < 16; ++code)
+          table[code] = static_cast<uint8_t>(bits_of(format.codebook[code]) >> 8 * byte);
+        planes[byte] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+      }
+    }
+    __m256i planes[4];
+
+    void operator()(const uint8_t* packed, Vec (&values)[8]) const {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+      const __m256i low_nibble = _mm256_set1_epi8(15);
+      const __m256i even = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low_nibble);
+      const __m256i odd = _mm256_and_si256(bytes, low_nibble);
+      look_up(_mm256_unpacklo_epi8(even, odd), values);
+      look_up(_mm256_unpackhi_epi8(even, odd), values + 4);
+    }
+
+   private:
+    void look_up(__m256i codes, Vec* values) const {
+      const __m256i byte0 = _mm256_shuffle_epi8(planes[0], codes);
+      const __m256i byte1 = _mm256_shuffle_epi8(planes[1], codes);
+      const __m256i byte2 = _mm256_shuffle_epi8(planes[2], codes);
+      const __m256i byte3 = _mm256_shuffle_epi8(planes[3], codes);
+      const __m256i low_a = _mm256_unpacklo_epi8(byte0, byte1), high_a = _mm256_unpacklo_epi8(byte2, byte3);
+      const __m256i low_b = _mm256_unpackhi_epi8(byte0, byte1), high_b = _mm256_unpackhi_epi8(byte2, byte3);
+      values[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low_a, high_a));
+      values[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low_a, high_a));
+      values[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low_b, high_b));
+      values[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low_b, high_b));
+    }
+  };
+  static void to_natural_order(Vec a, Vec b, float* low, float* high) {
+    store(low, _mm256_permute2f128_ps(a, b, 0x20));
+    store(high, _mm256_permute2f128_ps(a, b, 0x31));
+  }
+
+  static void decode_scales(const uint8_t* codes, int64_t count, float group_scale, float offset, float* scales) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+      const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i)));
+      const __m256 entry = _mm256_i32gather_ps(kScaleMap.entries, index, 4);
+      // Two roundings, as the format says: no FMA.
+      store(scales + i, _mm256_add_ps(_mm256_mul_ps(entry, broadcast(group_scale)), broadcast(offset)));
+    }
+    for (; i < count; ++i) scales[i] = kScaleMap.entries[codes[i]] * group_scale + offset;
+  }
+
+  template <class T>
+  static uint32_t absmax_bits(const T* values, int64_t count) {
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    const auto bits = [&](int64_t i) { return _mm256_and_si256(_mm256_castps_si256(load(values + i)), magnitude); };
+    __m256i most = _mm256_setzero_si256(), most2 = most;
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+      most = _mm256_max_epi32(most, bits(i));
+      most2 = _mm256_max_epi32(most2, bits(i + 8));
+    }
+    most = _mm256_max_epi32(most, most2);
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0b1110));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0b01));
+    uint32_t result = static_cast<uint32_t>(_mm_cvtsi128_si32(four));
+    for (; i < count; ++i) {
+      const uint32_t rest = bits_of(to_float(values[i])) & 0x7fffffff;
+      result = rest > result ? rest : result;
+    }
+    return result;
+  }
+
+  // The rank among 15 sorted thresholds by binary search, eight elements at a time: each of the four comparisons
+  // adds a bit, and the bits so far pick the next threshold out of a register.
+  struct Encoder {
+    explicit Encoder(const Format& format) {
+      const float* t = format.thresholds;
+      first = _mm256_set1_ps(t[7]);
+      second_low = _mm256_set1_ps(t[3]);
+      second_high = _mm256_set1_ps(t[11]);
+      third = _mm256_setr_ps(t[1], t[5], t[9], t[13], t[1], t[5], t[9], t[13]);
+      fourth = _mm256_setr_ps(t[0], t[2], t[4], t[6], t[8], t[10], t[12], t[14]);
+      code_of_rank = _mm256_broadcastsi128_si256(
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(format.code_of_rank)));
+    }
+    __m256 first, second_low, second_high, third, fourth;
+    __m256i code_of_rank;
+
+    template <class T>
+    void operator()(const T* values, float inverse, uint8_t* packed) const {
+      const __m256 scale = _mm256_set1_ps(inverse);
+      const auto ranks = [&](int i) { return rank(_mm256_mul_ps(load(values + 8 * i), scale)); };
+      // Packing works within 128-bit lanes; the permute puts the groups of four back in order.
+      const __m256i words01 = _mm256_packs_epi32(ranks(0), ranks(1));
+      const __m256i words23 = _mm256_packs_epi32(ranks(2), ranks(3));
+      const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words01, words23),
+                                                        _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+      const __m256i codes = _mm256_shuffle_epi8(code_of_rank, bytes);
+      const __m256i pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0110));  // 16 * even + odd
+      const __m256i joined = _mm256_permute4x64_epi64(_mm256_packus_epi16(pairs, pairs), 0b1000);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm256_castsi256_si128(joined));
+    }
+
+   private:
+    // 2 * rank + 1 where `bit` is set: a comparison gives -1 where true.
+    static __m256i append(__m256i rank, __m256i bit) {
+      return _mm256_sub_epi32(_mm256_add_epi32(rank, rank), bit);
+    }
+    __m256i rank(__m256 x) const {
+      const auto above = [x](__m256 t) { return _mm256_castps_si256(_mm256_cmp_ps(x, t, _CMP_GT_OQ)); };
+      const __m256i bit3 = above(first);
+      const __m256i bit2 = above(_mm256_blendv_ps(second_low, second_high, _mm256_castsi256_ps(bit3)));
+      const __m256i rank2 = append(_mm256_sub_epi32(_mm256_setzero_si256(), bit3), bit2);
+      const __m256i rank3 = append(rank2, above(_mm256_permutevar8x32_ps(third, rank2)));
+      return append(rank3, above(_mm256_permutevar8x32_ps(fourth, rank3)));
+    }
+  };
+};
+
+}  // namespace lowbit::cpu

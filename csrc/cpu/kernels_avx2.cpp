@@ -1,0 +1,30 @@
+#if defined(__x86_64__)
+
+// Standard headers before isa_avx2.h switches the target (it says why).
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <type_traits>
+#include <vector>
+
+#include "kernels.h"
+#include "isa_avx2.h"
+
+#include "dequantize.h"
+#include "linear.h"
+#include "quantize.h"
+
+namespace lowbit::cpu {
+
+const Kernels kAvx2Kernels = {Avx2::name, quantize<Avx2>, quantize_scales<Avx2>, dequantize<Avx2>,
+                              linear<Avx2>, linear_grad_input<Avx2>};
+
+}  // namespace lowbit::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif  // __x86_64__

@@ -1,0 +1,105 @@
+"""Train a sequence classifier and measure it: the loop, the schedule, the evaluation.
+
+Works on anything that maps `input_ids, attention_mask` to an output with `.logits`: a plain Hugging Face
+model, a LoRA model or a QLoRA model. Which parameters train is read from `requires_grad`.
+"""
+
+import math
+import random
+import statistics
+import time
+from dataclasses import dataclass, field
+
+import torch
+from text_data import TokenizedRows, batches
+from tqdm import tqdm
+
+WARMUP_SHARE = 0.06
+
+
+@dataclass
+class History:
+    """What happened in training: one loss per step, held-out accuracy as (step, accuracy) pairs."""
+
+    losses: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    accuracy: list[tuple[int, float]] = field(default_factory=list)
+    train_seconds: float = 0.0
+
+    @property
+    def median_step_seconds(self) -> float:
+        return statistics.median(self.step_seconds)
+
+
+def learning_rate_factor(step: int, total: int) -> float:
+    """Linear warm-up over the first 6% of the steps, then linear decay to zero (step counts from 0)."""
+    warmup = max(1, math.ceil(WARMUP_SHARE * total))
+    if step < warmup:
+        return (step + 1) / warmup
+    return max(0.0, (total - step) / max(1, total - warmup))
+
+
+@torch.no_grad()
+def predict(model, rows: TokenizedRows, batch_size: int, device: str) -> torch.Tensor:
+    """Logits (float32, rows x labels) in the order of `rows`, with dropout off."""
+    was_training = model.training
+    model.eval()
+    logits = None
+    for picked in batches(rows.lengths, batch_size):
+        inputs, _ = rows.batch(picked, device)
+        found = model(**inputs).logits.float().cpu()
+        if logits is None:
+            logits = torch.empty(len(rows), found.shape[1])
+        logits[picked] = found
+    model.train(was_training)
+    return logits
+
+
+def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of rows whose largest logit is the label's."""
+    return (logits.argmax(1) == labels).float().mean().item()
+
+
+def train(
+    model,
+    train_rows: TokenizedRows,
+    test_rows: TokenizedRows,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    weight_decay: float,
+    seed: int,
+    device: str,
+    progress: bool = True,
+) -> History:
+    """Train in place with AdamW. The test rows are measured after each epoch and choose nothing."""
+    history = History()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    steps_per_epoch = math.ceil(len(train_rows) / batch_size)
+    total = epochs * steps_per_epoch
+    shuffler = random.Random(seed)
+    with tqdm(total=total, desc="training", unit="step", disable=not progress) as bar:
+        for _ in range(epochs):
+            model.train()
+            for picked in batches(train_rows.lengths, batch_size, shuffler):
+                start = time.perf_counter()
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * learning_rate_factor(len(history.losses), total)
+                inputs, labels = train_rows.batch(picked, device)
+                loss = torch.nn.functional.cross_entropy(model(**inputs).logits.float(), labels)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                history.losses.append(loss.item())  # .item() waits for the device: the time is the step's
+                history.step_seconds.append(time.perf_counter() - start)
+                bar.update()
+                recent = history.losses[-20:]
+                bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}")
+            held_out = accuracy(predict(model, test_rows, 2 * batch_size, device), test_rows.labels)
+            history.accuracy.append((len(history.losses), held_out))
+            bar.set_postfix(loss=f"{history.losses[-1]:.3f}", test_accuracy=f"{held_out:.3f}")
+    history.train_seconds = sum(history.step_seconds)
+    return history
