@@ -168,7 +168,9 @@ def _movie_snippets(archive: Path) -> list[tuple[str, str]]:
     fields = [line.split("\t", 2) for line in lines if line.strip()]
     rated = [(text.strip(), float(rating)) for _, rating, text in (row for row in fields if len(row) == 3)]
     return [
-        (text, "positive" if rating > 0 else "negative") for text, rating in rated if abs(rating) >= _MIN_RATING
+        (text, "positive" if rating > 0 else "negative")
+        for text, rating in rated
+        if abs(rating) >= _MIN_RATING
     ]
 
 
@@ -222,7 +224,9 @@ def _from_hub(source: str, text_column: str, label_column: str) -> Dataset:
         columns = splits[split].features
         for column in (text_column, label_column):
             if column not in columns:
-                raise DataError(f"{source} has no column '{column}', only {sorted(columns)}; see --text-column")
+                raise DataError(
+                    f"{source} has no column '{column}', only {sorted(columns)}; see --text-column"
+                )
         rows = zip(splits[split][text_column], splits[split][label_column], strict=True)
         names = getattr(columns[label_column], "names", None)
         # Hub test splits without public labels mark them -1.
@@ -236,9 +240,7 @@ def _from_hub(source: str, text_column: str, label_column: str) -> Dataset:
     return _from_tables(source, table("train"), None)
 
 
-def _from_tables(
-    name: str, train: list[tuple[str, str]], test: list[tuple[str, str]] | None
-) -> Dataset:
+def _from_tables(name: str, train: list[tuple[str, str]], test: list[tuple[str, str]] | None) -> Dataset:
     """Number the labels, drop repeated texts, split where no test rows were given."""
     labels = tuple(sorted({label for _, label in train + (test or [])}, key=_numbers_first))
     if len(labels) < 2:

@@ -41,7 +41,8 @@ def quantize_scales(absmax: torch.Tensor, offset: torch.Tensor) -> tuple[torch.T
     """Double quantization of absmax fp32 [b]: ``(codes uint8 [b], group_scales fp32 [ceil(b/256)])``."""
     blocks = absmax.numel()
     groups = fmt.block_count(blocks, fmt.GROUP_SIZE)
-    values = torch.nn.functional.pad(absmax - offset, (0, groups * fmt.GROUP_SIZE - blocks)).view(groups, -1)
+    values = torch.nn.functional.pad(absmax - offset, (0, groups * fmt.GROUP_SIZE - blocks))
+    values = values.view(groups, fmt.GROUP_SIZE)
     group_scales = values.abs().amax(dim=1)
     scaled = (values * (1.0 / group_scales)[:, None]).clamp(-1, 1)
     # bitsandbytes rounds to one of 65536 positions first; the two products must round apart (no FMA).

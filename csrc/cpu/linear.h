@@ -24,8 +24,8 @@ constexpr int64_t kGemvMaxRows = 3;
 constexpr int64_t kTileK = 512;        // 4 rows of x: 8 KB, in L1
 constexpr int64_t kTileN = 96;         // rows of W decoded at once: 96 x 512 floats, 192 KB, in L2
 constexpr int64_t kPanelM = 1024;      // rows of x that one decoded tile serves, bounds the scratch for sums
-constexpr int64_t kOuterTileK = 64;    // columns of grad_x per task
-constexpr int64_t kOuterTileN = 256;   // rows of W decoded at once: 256 x 64 floats, 64 KB
+constexpr int64_t kOuterTileK = 128;   // columns of grad_x per task
+constexpr int64_t kOuterTileN = 256;   // rows of W decoded at once: 256 x 128 floats, 128 KB, in L2
 constexpr int64_t kStrip = 16;         // columns of an outer micro tile
 
 template <class Function>

