@@ -123,7 +123,11 @@ def find_model(name: str) -> str:
 def load_base(path: str, labels: tuple[str, ...], pad_token_id: int, seed: int):
     """The pretrained model in float32 with a new classification head, initialised from `seed`."""
     from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
 
+    # The loader reports that the head is new, which is what we want, and draws bars of its own.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(
         path,

@@ -2,6 +2,8 @@
 
 import importlib
 
+import torch  # noqa: F401  (the extension links to libtorch, which this loads)
+
 _IMPORT_ERROR: ImportError | None = None
 try:
     importlib.import_module("lowbit._C")

@@ -1,0 +1,81 @@
+"""Shapes, dtypes and tolerances of the tests, listed once."""
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+import lowbit
+from lowbit import selftest
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FORMATS = ("nf4", "fp4")
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+#: (out_features, in_features) that hurt: 1, odd, blocks that cross rows, rows that start inside a byte, empty.
+LINEAR_SHAPES = ((1, 1), (3, 5), (7, 64), (33, 130), (96, 384), (17, 513), (130, 192), (64, 4096), (0, 64), (4, 0))
+#: Rows of x: none, the matrix-vector path, its edge, ragged tiles.
+ROWS = (0, 1, 2, 3, 4, 5, 33)
+
+#: Every set of kernels that runs here: a context manager name for ``kernels`` below.
+KERNELS = tuple(f"native-{isa}" for isa in selftest.isa_names()) + ("reference",)
+
+dtypes = st.sampled_from(DTYPES)
+formats = st.sampled_from(FORMATS)
+block_sizes = st.sampled_from(BLOCK_SIZES)
+#: From where fp32 is subnormal to where the squares overflow; float16 weights are clamped to its range.
+magnitudes = st.sampled_from((1e-42, 1e-30, 1e-6, 0.02, 1.0, 1e4, 1e30))
+
+#: Half a unit in the last place of 1.0: the relative error of one rounding to nearest.
+UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+#: Half the spacing of the subnormal numbers: the absolute error of one rounding near zero.
+TINY_ROUNDOFF = {torch.float32: 2.0**-150, torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
+
+
+def product_tolerance(magnitude: torch.Tensor, exact: torch.Tensor, terms: int, dtype: torch.dtype) -> torch.Tensor:
+    """Bound on |computed - exact| of a dot product accumulated in fp32 and rounded once to ``dtype``.
+
+    ``magnitude`` is the same product with every factor's absolute value. Summing n terms in any order errs by at most
+    (n - 1) u of it, each term's own roundings (codebook times scale, times x, times scaling) by 3 u more, to first
+    order; source: Higham, "Accuracy and Stability of Numerical Algorithms", section 4.2. 8 u covers lane sums, bias
+    and the second order. Then half a unit in the last place for the output's rounding.
+    """
+    accumulated = (terms + 8) * UNIT_ROUNDOFF[torch.float32] * magnitude
+    return accumulated + UNIT_ROUNDOFF[dtype] * (exact.abs() + accumulated) + TINY_ROUNDOFF[dtype]
+
+
+def assert_within(actual: torch.Tensor, exact: torch.Tensor, tolerance: torch.Tensor) -> None:
+    """Every |actual - exact| <= tolerance; the message names the worst element."""
+    error = (actual.double() - exact).abs()
+    excess = torch.where(error <= tolerance, 0.0, error - tolerance)
+    if excess.numel() and bool((excess != 0).any()):  # NaN counts as wrong
+        worst = int(torch.nan_to_num(excess, nan=float("inf")).argmax())
+        got, want = actual.flatten()[worst].item(), exact.flatten()[worst].item()
+        pytest.fail(f"element {worst}: got {got}, expected {want} +- {tolerance.flatten()[worst].item():.3g}")
+
+
+def make_weight(shape, dtype=torch.float32, magnitude=0.02, seed=0) -> torch.Tensor:
+    """A random finite weight, its first block's worth of elements zero where it is large enough."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64) * magnitude
+    if weight.numel() > 300:
+        weight.view(-1)[64:128] = 0
+    limit = torch.finfo(dtype).max / 2
+    return weight.clamp(-limit, limit).to(dtype)
+
+
+class kernels:
+    """Context: run on one of :data:`KERNELS`."""
+
+    def __init__(self, name: str):
+        backend, _, self.isa = name.partition("-")
+        self.backend = lowbit.use_backend(backend)
+
+    def __enter__(self):
+        self.backend.__enter__()
+        if self.isa:
+            torch.ops.lowbit.set_cpu_isa(self.isa)
+
+    def __exit__(self, *error):
+        if self.isa:
+            torch.ops.lowbit.set_cpu_isa("auto")
+        return self.backend.__exit__(*error)

@@ -1,0 +1,100 @@
+"""dequantize: decoded weights bit for bit against the reference and bitsandbytes."""
+
+import pytest
+import torch
+from cases import DTYPES, FORMATS, KERNELS, block_sizes, dtypes, formats, kernels, magnitudes, make_weight
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lowbit
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.one_of(
+        st.tuples(st.integers(0, 300)),
+        st.tuples(st.integers(1, 40), st.integers(1, 200)),
+        st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 90)),
+        st.just((3, 4099)),
+    ),
+    dtype=dtypes,
+    format=formats,
+    block_size=block_sizes,
+    double_quant=st.booleans(),
+    magnitude=magnitudes,
+)
+def test_equals_the_reference(name, shape, dtype, format, block_size, double_quant, magnitude):
+    """A backend that decodes other bits trains on another model than the one saved."""
+    weight = make_weight(shape, torch.float32, magnitude)
+    q = lowbit.quantize(weight, format=format, block_size=block_size, double_quant=double_quant)
+    with kernels("reference"):
+        expected = q.dequantize(dtype)
+    with kernels(name):
+        decoded = q.dequantize(dtype)
+    assert decoded.shape == shape and decoded.dtype == dtype
+    assert torch.equal(decoded, expected)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_live_bitsandbytes(format, dtype):
+    """A file of theirs must hold the same weights here."""
+    bnb = pytest.importorskip("bitsandbytes").functional
+    packed, state = bnb.quantize_4bit(make_weight((96, 384)), quant_type=format, compress_statistics=True)
+    q = lowbit.QuantizedTensor(
+        packed.reshape(-1),
+        state.absmax,
+        state.state2.absmax,
+        state.offset.reshape(()),
+        shape=(96, 384),
+        dtype=torch.float32,
+        format=format,
+    )
+    state.dtype = dtype
+    assert torch.equal(q.dequantize(dtype), bnb.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_rounds_to_nearest_even_once(name):
+    """Double rounding, or truncation, would shift every 16-bit weight."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.exp(8 * torch.randn(1 << 12, generator=generator)).clamp(max=3e38)
+    packed = torch.full((scales.numel() * 16,), 0xFF, dtype=torch.uint8)  # all 1.0
+    q = lowbit.QuantizedTensor(packed, scales, shape=(scales.numel() * 32,), dtype=torch.float32, block_size=32)
+    with kernels(name):
+        for dtype in DTYPES:
+            assert torch.equal(q.dequantize(dtype)[::32], scales.to(dtype))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_error_is_within_half_a_gap(format):
+    """Decoding must give back the nearest codebook value, not some other one."""
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    q = lowbit.quantize(weight, format=format, double_quant=False)
+    ordered = torch.sort(lowbit.format.codebook(format)).values
+    half_gap = ordered.diff().max() / 2
+    limit = q.scales().repeat_interleave(64).view(64, 64) * half_gap
+    assert bool(((q.dequantize() - weight).abs() <= limit * (1 + 1e-6)).all())
+
+
+def test_scales_are_the_decoded_absmax():
+    """.scales() is what users plot and check: it must be what decoding multiplies by."""
+    weight = make_weight((64, 128))
+    plain, double = lowbit.quantize(weight, double_quant=False), lowbit.quantize(weight)
+    assert torch.equal(plain.scales(), weight.view(-1, 64).abs().amax(1))
+    assert double.scales().dtype == torch.float32 and double.scales().shape == (128,)
+    assert (double.scales() - plain.scales()).abs().max() < 0.02 * plain.scales().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float64])
+def test_bad_dtype(dtype):
+    """An unsupported output dtype is named."""
+    with pytest.raises(TypeError, match="dtype: expected float32"):
+        lowbit.dequantize(lowbit.quantize(torch.ones(8)), dtype)
+
+
+def test_bad_q():
+    """Passing a plain tensor is a frequent slip."""
+    with pytest.raises(TypeError, match="q: expected a lowbit.QuantizedTensor"):
+        lowbit.dequantize(torch.ones(8))
