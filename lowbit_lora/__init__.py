@@ -1,4 +1,4 @@
-"""lowbit_lora: LoRA and QLoRA layers, and the model wrappers, on lowbit's kernels."""
+"""LoRA and QLoRA on top of lowbit: layers, model wrappers, and adapters in PEFT's files."""
 
 from .config import LoraConfig, QLoRAConfig, QuantizationType
 from .layers import LoRABaseLayer, LoRALinear, QLoRALinear, QuantizedLinear

@@ -1,58 +1,94 @@
-"""What is known about Hugging Face models, in one place; every function also takes a plain nn.Module."""
+"""The Hugging Face glue: heads, names and checkpointing. Everything here also accepts a plain nn.Module.
+
+transformers itself is never imported: what is asked of a model is asked through the methods it has.
+"""
 
 import os
 
 from torch import nn
 
-_HEADED_TASKS = ("ForSequenceClassification", "ForTokenClassification")
-_HEAD_NAMES = ("classifier", "score")
-
-
-def classification_heads(model: nn.Module) -> list[str]:
-    """Names of the freshly initialised head of a sequence or token classification model, which has to train."""
-    if not type(model).__name__.endswith(_HEADED_TASKS):
-        return []
-    return [name for name, _ in model.named_children() if name in _HEAD_NAMES]
+#: End of a transformers class name -> (PEFT's task type, attributes that may hold the head).
+_HEADS = {
+    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
+    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
+    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
+    "ForImageClassification": (None, ("classifier",)),
+}
 
 
 def output_embedding(model: nn.Module) -> nn.Module | None:
-    """The language model head, or None."""
+    """The layer that maps hidden states to the vocabulary (``lm_head``), or None."""
     get = getattr(model, "get_output_embeddings", None)
-    try:
-        return get() if callable(get) else None
-    except NotImplementedError:
-        return None
+    return get() if callable(get) else None
 
 
-def enable_gradient_checkpointing(model: nn.Module) -> None:
+def task_head(model: nn.Module, task_type: str | None = None) -> tuple[str | None, list[str]]:
+    """``(task type, names of the freshly initialised head)`` of a classification model; ``(task_type, [])`` else."""
+    for ending, (task, names) in _HEADS.items():
+        if type(model).__name__.endswith(ending) or (task is not None and task == task_type):
+            return task_type or task, [name for name in names if isinstance(getattr(model, name, None), nn.Module)]
+    return task_type, []
+
+
+def automatic_names(task_type: str | None) -> tuple[str, ...]:
+    """Names that PEFT lists in modules_to_save for a task, whether or not the model has them."""
+    return next((names for task, names in _HEADS.values() if task is not None and task == task_type), ())
+
+
+def base_name(model: nn.Module) -> str | None:
+    """Where the base came from (path or hub name), if it says so."""
+    return getattr(getattr(model, "config", None), "name_or_path", None) or None
+
+
+def check_can_checkpoint(model: nn.Module) -> None:
+    """ValueError unless the model has Hugging Face's activation checkpointing."""
+    if not hasattr(model, "gradient_checkpointing_enable") or not getattr(
+        model, "supports_gradient_checkpointing", True
+    ):
+        raise ValueError(
+            "gradient_checkpointing: expected a Hugging Face model that supports it, got "
+            f"{type(model).__name__}; use torch.utils.checkpoint in the model itself"
+        )
+
+
+def enable_checkpointing(model: nn.Module) -> None:
     """Recompute activations in the backward.
 
-    Raises:
-        ValueError: the model does not support it.
+    The non-reentrant kind also works where no input of a block requires a gradient, as with a frozen embedding; so
+    ``enable_input_require_grads`` is not needed.
     """
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise ValueError(
-            f"gradient_checkpointing: {type(model).__name__} does not support it (expected a Hugging Face model "
-            "with supports_gradient_checkpointing)"
-        )
-    # The reentrant kind drops the gradient where no input of a checkpointed block requires one: here, everywhere.
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    kwargs = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the newer name
+        model.activation_checkpointing_enable(kwargs)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
-def local_folder(path: str | os.PathLike) -> str:
-    """``path`` if it is a folder, else the local copy of that hub repository's adapter files.
+def disable_checkpointing(model: nn.Module) -> None:
+    """Undo :func:`enable_checkpointing`."""
+    if hasattr(model, "activation_checkpointing_disable"):
+        model.activation_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_disable()
+
+
+def local_folder(folder: str | os.PathLike) -> str:
+    """``folder`` itself, or the local copy of a hub repository of that name.
 
     Raises:
-        FileNotFoundError: neither a folder nor a repository that could be had.
+        FileNotFoundError: it is neither.
     """
-    path = os.fspath(path)
-    if os.path.isdir(path):
-        return path
-    if os.path.isabs(path) or path.startswith(".") or path.count("/") > 1:
-        raise FileNotFoundError(f"{path}: no such folder")
-    try:
-        from huggingface_hub import snapshot_download
+    folder = os.fspath(folder)
+    if os.path.isdir(folder):
+        return folder
+    # Only "owner/name" can be a repository; anything else is a path that does not exist.
+    if not os.path.isabs(folder) and folder.count("/") == 1 and not folder.startswith("."):
+        try:
+            from huggingface_hub import snapshot_download
 
-        return snapshot_download(path, allow_patterns=["adapter_*", "lowbit_config.json"])
-    except Exception as error:  # the hub client raises many kinds; all mean that there is nothing to load
-        raise FileNotFoundError(f"{path}: no such folder, and no hub repository of that name: {error}") from error
+            return snapshot_download(folder, allow_patterns=["adapter_*"])
+        except Exception as error:  # no network, no such repository, no huggingface_hub: all the same to the caller
+            raise FileNotFoundError(
+                f"{folder}: expected a folder or a hub repository with an adapter, got {error}"
+            ) from error
+    raise FileNotFoundError(f"{folder}: expected a folder with an adapter, found none")

@@ -1,134 +1,215 @@
-"""An adapter on disk: PEFT's two files, and lowbit's quantization settings beside them.
+"""The adapter's files: PEFT's ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-``adapter_model.safetensors`` and ``adapter_config.json`` hold what PEFT 0.21 writes, so either library reads the
-other's. How the base was quantized has no place in PEFT's file (it warns about keys it does not know), so it goes to
-``lowbit_config.json``, which PEFT does not look at.
+How the base was quantized stands in the metadata of the safetensors file: PEFT warns of keys that it does not know in
+the JSON, and a third file would be one more to keep in step.
 """
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-SETTINGS = "lowbit_config.json"
+from . import hf
+from .config import LoraConfig, QLoRAConfig
+from .conversion import trainable_biases
+from .targets import module_names
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_METADATA_KEY = "lowbit"
 _PREFIX = "base_model.model."
-_SETTINGS_KEYS = {"quantization", "double_quant", "block_size", "paged_adamw"}
 
 
-def peft_key(name: str, adapted: set[str]) -> str:
-    """PEFT's key of the parameter ``name``; ``adapted`` are the names of the layers with LoRA."""
-    owner, _, last = name.rpartition(".")
-    if last.startswith("lora_"):
-        return f"{_PREFIX}{name}.weight"
-    if owner in adapted:
-        return f"{_PREFIX}{owner}.base_layer.{last}"
-    return _PREFIX + name
+def adapter_tensors(
+    model: nn.Module, layers: dict[str, nn.Module], saved: dict[str, nn.Module], bias: str
+) -> dict[str, torch.Tensor]:
+    """All that is saved, by PEFT's key; the tensors are the model's own."""
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B
+    for name in trainable_biases(model, layers, saved, bias):
+        owner, _, last = name.rpartition(".")
+        # In PEFT a layer with LoRA holds the original layer inside.
+        key = f"{owner}.base_layer.{last}" if owner in layers else name
+        tensors[_PREFIX + key] = model.get_parameter(name)
+    for name, module in saved.items():
+        for key, tensor in module.state_dict(keep_vars=True).items():
+            tensors[f"{_PREFIX}{name}.{key}"] = tensor
+    return tensors
 
 
 def save_adapter(
+    model: nn.Module,
+    config: LoraConfig,
+    layers: dict[str, nn.Module],
+    saved: dict[str, nn.Module],
     folder: str | os.PathLike,
-    state: dict[str, torch.Tensor],
-    config: dict[str, Any],
-    settings: dict[str, Any] | None,
 ) -> None:
-    """Writes the files of an adapter; on a failure those of an earlier save stay whole.
+    """Write both files into ``folder``, or on any failure leave both as they were."""
+    tensors = adapter_tensors(model, layers, saved, config.bias)
+    # clone: safetensors refuses tensors that share memory (tied modules to save).
+    tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    metadata = {"format": "pt"}
+    if isinstance(config, QLoRAConfig):
+        metadata[_METADATA_KEY] = json.dumps(config.quantization_settings())
+    written = config.to_peft() | {"base_model_name_or_path": hf.base_name(model)}
 
-    Raises:
-        OSError: the folder or a file cannot be written.
-    """
+    def write_config(path: str) -> None:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(written, file, indent=2, sort_keys=True)
+
+    _write_together(
+        os.fspath(folder),
+        {WEIGHTS_FILE: lambda path: save_file(tensors, path, metadata), CONFIG_FILE: write_config},
+    )
+
+
+def _write_together(folder: str, writers: dict[str, Callable[[str], None]]) -> None:
+    """Write files beside the old ones, then rename all of them into place; undo the renames if one fails."""
     os.makedirs(folder, exist_ok=True)
-    state = {key: tensor.detach().contiguous().cpu() for key, tensor in state.items()}
-    writers: dict[str, Callable[[str], None]] = {
-        WEIGHTS: lambda path: save_file(state, path, metadata={"format": "pt"}),
-        CONFIG: lambda path: _write_json(path, config),
-    }
-    if settings is not None:
-        writers[SETTINGS] = lambda path: _write_json(path, settings)
-    # All files are complete before the first one takes its name.
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
+    # On the same file system, so that os.replace is one atomic step.
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as new:
         for name, write in writers.items():
-            write(os.path.join(staging, name))
-        for name in writers:
-            os.replace(os.path.join(staging, name), os.path.join(folder, name))
+            path = os.path.join(new, name)
+            write(path)
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        replaced = []
+        try:
+            for name in writers:
+                target, backup = os.path.join(folder, name), os.path.join(new, name + ".old")
+                if os.path.exists(target):
+                    os.replace(target, backup)
+                else:
+                    backup = None
+                replaced.append((target, backup))
+                os.replace(os.path.join(new, name), target)
+        except BaseException:
+            for target, backup in replaced:
+                if backup is not None:
+                    os.replace(backup, target)
+                else:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.remove(target)
+            raise
 
 
-def read_config(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``(PEFT's dictionary, lowbit's quantization settings or {})``.
+def read_adapter(
+    folder: str | os.PathLike, config_class: type[LoraConfig], overrides: dict[str, Any]
+) -> tuple[LoraConfig, dict[str, torch.Tensor], str]:
+    """``(config, tensors by key, path of the weights)`` of an adapter by lowbit or PEFT.
 
     Raises:
-        OSError: a file is missing or is not JSON.
-        ValueError: unknown quantization settings.
+        FileNotFoundError: no such folder, or a file is missing in it.
+        OSError: a file is truncated or corrupt.
+        ValueError, TypeError: a setting is out of range or not supported.
     """
-    config = _read_json(os.path.join(folder, CONFIG))
-    path = os.path.join(folder, SETTINGS)
-    settings = _read_json(path) if os.path.exists(path) else {}
-    if unknown := set(settings) - _SETTINGS_KEYS:
-        raise ValueError(f"{path}: expected keys among {sorted(_SETTINGS_KEYS)}, got also {sorted(unknown)}")
-    return config, settings
-
-
-def read_weights(folder: str) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by PEFT's keys.
-
-    Raises:
-        OSError: the file is missing, truncated or corrupt.
-    """
-    path = os.path.join(folder, WEIGHTS)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file (expected an adapter saved by lowbit or PEFT)")
+    folder = hf.local_folder(folder)
+    config_path, weights_path = (os.path.join(folder, name) for name in (CONFIG_FILE, WEIGHTS_FILE))
+    for path in (config_path, weights_path):
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path}: expected an adapter's file, found none")
+    with _broken_file(config_path, ValueError), open(config_path, encoding="utf-8") as file:
+        written = json.load(file)  # both JSON and UTF-8 errors are ValueErrors
+        if not isinstance(written, dict):
+            raise ValueError(f"expected a JSON object, got {type(written).__name__}")
+    with _broken_file(weights_path, SafetensorError, ValueError), safe_open(weights_path, "pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        settings = json.loads(metadata.get(_METADATA_KEY, "{}"))
+    ours = settings if issubclass(config_class, QLoRAConfig) else {}
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise OSError(f"{path}: not a whole safetensors file: {error}") from error
+        config = config_class.from_peft(written | _as_written(overrides), **(ours | _not_in_peft(overrides)))
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{config_path}: {error}") from error
+    return config, tensors, weights_path
 
 
-def load_state(own: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> None:
-    """Copies ``loaded`` into the tensors of ``own``, after checking that all fit.
+_IN_PEFT = {"lora_dropout"}
+_NOT_IN_PEFT = {"quantization", "double_quant", "block_size", "gradient_checkpointing", "paged_adamw"}
+
+
+def _as_written(overrides: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in overrides.items() if name in _IN_PEFT}
+
+
+def _not_in_peft(overrides: dict[str, Any]) -> dict[str, Any]:
+    unknown = set(overrides) - _IN_PEFT - _NOT_IN_PEFT
+    if unknown:
+        raise TypeError(f"expected overrides among {sorted(_IN_PEFT | _NOT_IN_PEFT)}, got {sorted(unknown)}")
+    return {name: value for name, value in overrides.items() if name in _NOT_IN_PEFT}
+
+
+@contextlib.contextmanager
+def _broken_file(path: str, *errors: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except errors as error:
+        raise OSError(f"{path}: expected a whole adapter file, but it is truncated or corrupt ({error})") from error
+
+
+def fit(
+    tensors: dict[str, torch.Tensor],
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    saved: dict[str, nn.Module],
+    bias: str,
+    file: str,
+) -> dict[str, torch.Tensor]:
+    """The file's tensors under the keys of :func:`adapter_tensors`.
 
     Raises:
-        ValueError: a key is missing or unexpected, or a shape differs.
+        ValueError: a key is missing or unexpected, or a shape or dtype does not fit; the key is named.
     """
-    # With bias="all" PEFT writes a saved module's bias again under its wrapper's inner names.
-    loaded = {key: value for key, value in loaded.items() if not _is_wrapper_copy(key)}
-    if missing := sorted(set(own) - set(loaded)):
-        raise ValueError(f"adapter: missing {missing[0]} (and {len(missing) - 1} more); it is for another model")
-    if unexpected := sorted(set(loaded) - set(own)):
+    expected = adapter_tensors(model, layers, saved, bias)
+    canonical = {alias: names[0] for names in module_names(model).values() for alias in names[1:]}
+    values, unexpected = {}, []
+    for key, tensor in tensors.items():
+        own = key if key in expected else _canonical_key(key, canonical)
+        if own in expected:
+            values[own] = tensor
+        elif not _is_peft_duplicate(key, saved):
+            unexpected.append(key)
+    missing = [key for key in expected if key not in values]
+    if missing or unexpected:
         raise ValueError(
-            f"adapter: {unexpected[0]} (and {len(unexpected) - 1} more) has no place in this model with this config"
+            f"{file}: expected {len(expected)} tensors for this model; missing: {_few(missing)}; "
+            f"unexpected: {_few(unexpected)}"
         )
-    for key, tensor in own.items():
-        if tensor.shape != loaded[key].shape:
-            raise ValueError(f"adapter: {key}: expected shape {tuple(tensor.shape)}, got {tuple(loaded[key].shape)}")
-    with torch.no_grad():
-        for key, tensor in own.items():
-            tensor.copy_(loaded[key])
+    for key, target in expected.items():
+        value = values[key]
+        if value.shape != target.shape:
+            raise ValueError(
+                f"{file}: {key}: expected shape {tuple(target.shape)} for this model and rank, got {tuple(value.shape)}"
+            )
+        if value.is_floating_point() != target.is_floating_point():
+            raise ValueError(f"{file}: {key}: expected dtype like {target.dtype}, got {value.dtype}")
+    return values
 
 
-def _is_wrapper_copy(key: str) -> bool:
-    return ".modules_to_save." in key or ".original_module." in key
+def _canonical_key(key: str, canonical: dict[str, str]) -> str:
+    """The key of a shared module under its first name; PEFT writes such a module under each."""
+    parts = key.removeprefix(_PREFIX).split(".")
+    for end in range(len(parts), 0, -1):
+        name = ".".join(parts[:end])
+        if name in canonical:
+            return ".".join([_PREFIX + canonical[name], *parts[end:]])
+    return key
 
 
-def _write_json(path: str, value: dict[str, Any]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, sort_keys=True)
-        file.write("\n")
+def _is_peft_duplicate(key: str, saved: dict[str, nn.Module]) -> bool:
+    """With bias="all" PEFT 0.21 writes biases of modules to save three times, two under names of its wrapper."""
+    stems = (f"{_PREFIX}{name}.{inner}." for name in saved for inner in ("original_module", "modules_to_save"))
+    return key.startswith(tuple(stems))
 
 
-def _read_json(path: str) -> dict[str, Any]:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file (expected an adapter saved by lowbit or PEFT)")
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except ValueError as error:
-        raise OSError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise OSError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+def _few(keys: list[str]) -> str:
+    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "") if keys else "none"

@@ -1,104 +1,98 @@
-"""Which modules of a model get LoRA, which are stored in 4 bits, and which train whole."""
+"""Which modules of a model a config means: the targets of LoRA and the modules to save."""
 
 import re
-from collections.abc import Callable
 
 from torch import nn
 
-from . import hf
-from .config import LoraConfig
+ALL_LINEAR = "all-linear"
+_MAX_LISTED = 30
 
 
-def linear_names(model: nn.Module) -> list[str]:
-    """Names of all nn.Linear modules. Subclasses are left out: their owners use them in ways of their own."""
-    return [name for name, module in _named_modules(model) if type(module) is nn.Linear]
+def module_names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every module below ``model`` with all its names; a shared module has several, the first is canonical."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name:
+            names.setdefault(module, []).append(name)
+    return names
 
 
-def modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Names of the modules that train in full precision: those of the config and a classification head.
-
-    Raises:
-        ValueError: a name of the config matches no module.
-    """
-    names = [name for name, _ in _named_modules(model) if name]
-    found = [head for head in hf.classification_heads(model) if not _targeted_by_name(head, config)]
-    for entry in config.modules_to_save or []:
-        matches = [name for name in names if _has_suffix(name, entry)]
-        if not matches:
-            # PEFT writes both usual head names whatever the model has: not an error if one of them is there.
-            if entry in ("classifier", "score") and found:
-                continue
-            raise ValueError(f"modules_to_save: {entry!r} matches no module; there are {_listing(names)}")
-        found += matches
-    return list(dict.fromkeys(found))
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is exactly nn.Linear. A subclass may compute something else with its weight."""
+    return type(module) is nn.Linear
 
 
-def lora_targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list[str]:
-    """Names of the linear layers that get LoRA.
+def find_targets(
+    model: nn.Module, wanted: str | list[str], excluded: set[nn.Module], heads: set[nn.Module]
+) -> dict[nn.Module, str]:
+    """The layers that get LoRA, with their canonical names.
+
+    Args:
+        wanted: names or dotted suffixes, a regular expression for the whole name, or "all-linear".
+        excluded: modules that never are targets (those to save).
+        heads: layers that "all-linear" leaves out.
 
     Raises:
-        ValueError: target_modules, or one of its entries, matches no linear layer; the message lists them.
+        ValueError: the pattern, or one entry of the list, matches nothing, or is no regular expression.
+        TypeError: a matched module is not an nn.Linear.
     """
-    candidates = [name for name in linear_names(model) if not _within(name, saved)]
-    targets = config.target_modules
-    if targets == "all-linear":
-        head = hf.output_embedding(model)
-        modules = dict(_named_modules(model))
-        found = [name for name in candidates if modules[name] is not head]
+    names = {module: all_names for module, all_names in module_names(model).items() if module not in excluded}
+    linears = {module: all_names for module, all_names in names.items() if is_plain_linear(module)}
+    if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+        targets = {module: all_names[0] for module, all_names in linears.items() if module not in heads}
+        if not targets:
+            raise ValueError(f"target_modules: 'all-linear' matches nothing; {_what_there_is(linears)}")
+        return targets
+
+    targets = {}
+    for pattern in [wanted] if isinstance(wanted, str) else wanted:
+        matches = _regex(pattern) if isinstance(wanted, str) else _suffix(pattern)
+        found = {m: all_names[0] for m, all_names in names.items() if any(map(matches, all_names))}
         if not found:
-            raise ValueError("target_modules: 'all-linear' matches nothing, the model has no nn.Linear to adapt")
-        return found
-    if isinstance(targets, str):
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise ValueError(f"target_modules: {targets!r} is not a regular expression: {error}") from error
-        return _matched(model, candidates, targets, lambda name: pattern.fullmatch(name) is not None)
-    found = []
-    for entry in targets:
-        found += _matched(model, candidates, entry, lambda name, entry=entry: _has_suffix(name, entry))
-    return [name for name in candidates if name in set(found)]
+            raise ValueError(f"target_modules: {pattern!r} matches nothing; {_what_there_is(linears)}")
+        targets |= found
+    for module, name in targets.items():
+        if not is_plain_linear(module):
+            raise TypeError(
+                f"target_modules: expected layers of type torch.nn.Linear, but {name!r} is a "
+                f"{type(module).__name__}; {_what_there_is(linears)}"
+            )
+    return targets
 
 
-def quantized_names(model: nn.Module, saved: list[str], targets: list[str]) -> list[str]:
-    """Names of the linear layers to store in 4 bits: all but the modules to save and the output embedding."""
-    head = hf.output_embedding(model)
-    modules = dict(_named_modules(model))
-    return [
-        name
-        for name in linear_names(model)
-        if name in targets or not (_within(name, saved) or modules[name] is head)
-    ]
+def find_saved(model: nn.Module, wanted: list[str], may_be_missing: tuple[str, ...]) -> dict[nn.Module, str]:
+    """The modules that train in full and are saved, outermost ones only, with their canonical names.
+
+    Raises:
+        ValueError: an entry outside ``may_be_missing`` matches nothing.
+    """
+    names = module_names(model)
+    saved = {}
+    for entry in wanted:
+        found = {m: all_names[0] for m, all_names in names.items() if any(map(_suffix(entry), all_names))}
+        if not found and entry not in may_be_missing:
+            top = ", ".join(name for name, _ in model.named_children())
+            raise ValueError(f"modules_to_save: {entry!r} matches nothing; the model's own parts are: {top}")
+        saved |= found
+    inner = {sub for module in saved for sub in module.modules() if sub is not module}
+    return {module: name for module, name in saved.items() if module not in inner}
 
 
-def _named_modules(model: nn.Module):
-    return model.named_modules(remove_duplicate=False)
+def _suffix(entry: str):
+    return lambda name: name == entry or name.endswith("." + entry)
 
 
-def _has_suffix(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith("." + suffix)
+def _regex(pattern: str):
+    try:
+        return re.compile(pattern).fullmatch
+    except re.error as error:
+        raise ValueError(f"target_modules: expected a regular expression, got {pattern!r} ({error})") from error
 
 
-def _within(name: str, roots: list[str]) -> bool:
-    return any(name == root or name.startswith(root + ".") for root in roots)
-
-
-def _targeted_by_name(name: str, config: LoraConfig) -> bool:
-    return not isinstance(config.target_modules, str) and name in config.target_modules
-
-
-def _matched(model: nn.Module, candidates: list[str], entry: str, match: Callable[[str], bool]) -> list[str]:
-    found = [name for name in candidates if match(name)]
-    if found:
-        return found
-    others = [f"{name} ({type(module).__name__})" for name, module in _named_modules(model) if name and match(name)]
-    but = f", only {_listing(others)}, which cannot be adapted" if others else ""
-    raise ValueError(
-        f"target_modules: {entry!r} matches no nn.Linear{but}; expected among the names or suffixes of "
-        f"{_listing(candidates)}"
-    )
-
-
-def _listing(names: list[str], most: int = 60) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "none") + more
+def _what_there_is(linears: dict[nn.Module, list[str]]) -> str:
+    # Layers repeat: their names without the numbers say the same in a few lines.
+    short = sorted({re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", names[0]) for names in linears.values()})
+    if not short:
+        return "the model has no torch.nn.Linear layer"
+    more = f" and {len(short) - _MAX_LISTED} more" if len(short) > _MAX_LISTED else ""
+    return f"what could be matched (* stands for a number): {', '.join(short[:_MAX_LISTED])}{more}"
