@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from . import backends, ops  # noqa: F401  (ops registers what torch.ops looks up)
+from . import backends, ops
 from .tensor import QuantizedTensor, check_block_size, check_float_dtype, check_format
 
 
@@ -177,8 +177,7 @@ class _MixedLoraDown(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ lora_a.to(grad.dtype)).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            rows = x.reshape(-1, x.shape[-1]).to(grad.dtype)
-            grad_a = (grad.reshape(-1, grad.shape[-1]).T @ rows).to(lora_a.dtype)
+            grad_a = (ops.rows(grad).T @ ops.rows(x).to(grad.dtype)).to(lora_a.dtype)
         return grad_x, grad_a
 
 

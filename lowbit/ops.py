@@ -8,6 +8,8 @@ dispatch priority, for what the extension does not implement.
 The ops take plain tensors and trust their callers; ``lowbit/functional.py`` has the public functions and the checks.
 """
 
+import math
+
 import torch
 
 from . import format as fmt
@@ -62,8 +64,9 @@ _FAKES = {
 }
 
 
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+def rows(tensor: torch.Tensor) -> torch.Tensor:
+    """[..., n] as [rows, n]; unlike reshape(-1, n) also for n = 0."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -84,11 +87,11 @@ def _linear_gradients(namespace, needs, grad, saved, format, block_size, in_feat
         op = getattr(torch.ops, namespace).linear_grad_input.default
         grad_x = op(grad, packed, absmax, group_scales, offset, format, block_size, in_features)
     if needs_bias:
-        grad_bias = _rows(grad).sum(0, dtype=torch.float32).to(bias_dtype)
+        grad_bias = rows(grad).sum(0, dtype=torch.float32).to(bias_dtype)
     if needs_t:
         grad_t = (_matmul(grad, lora_b) * scaling).to(t.dtype)
     if needs_b:
-        grad_b = (_matmul(_rows(grad).T, _rows(t)) * scaling).to(lora_b.dtype)
+        grad_b = (_matmul(rows(grad).T, rows(t)) * scaling).to(lora_b.dtype)
     return grad_x, grad_bias, grad_t, grad_b
 
 

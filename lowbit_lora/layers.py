@@ -240,9 +240,8 @@ class QLoRALinear(QuantizedLinear, LoRABaseLayer):
                 raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
         check_lora_options(rank, lora_alpha, lora_dropout)
         linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self._build(
-            linear, rank, lora_alpha, lora_dropout, use_rslora, quantization, double_quant, block_size, lora_dtype
-        )
+        quantized = _quantize_weight(linear, quantization, double_quant, block_size)
+        self._build(quantized, linear, rank, lora_alpha, lora_dropout, use_rslora, lora_dtype)
 
     @classmethod
     def from_linear(
@@ -267,40 +266,15 @@ class QLoRALinear(QuantizedLinear, LoRABaseLayer):
             TypeError: ``linear`` is not an nn.Linear, or its dtype is not float32, float16 or bfloat16.
             ValueError: an option out of range, or NaN or inf in the weight.
         """
+        check_lora_options(rank, lora_alpha, lora_dropout)
+        _check_linear_module(linear)
+        if quantized is None:
+            quantized = _quantize_weight(linear, quantization, double_quant, block_size)
         layer = cls.__new__(cls)
-        layer._build(
-            linear,
-            rank,
-            lora_alpha,
-            lora_dropout,
-            use_rslora,
-            quantization,
-            double_quant,
-            block_size,
-            lora_dtype,
-            quantized,
-        )
+        layer._build(quantized, linear, rank, lora_alpha, lora_dropout, use_rslora, lora_dtype)
         return layer
 
-    def _build(
-        self,
-        linear,
-        rank,
-        lora_alpha,
-        lora_dropout,
-        use_rslora,
-        quantization,
-        double_quant,
-        block_size,
-        lora_dtype,
-        quantized=None,
-    ) -> None:
-        check_lora_options(rank, lora_alpha, lora_dropout)
-        format = check_quantization(quantization).value
-        if quantized is None:
-            quantized = lowbit.quantize(
-                linear.weight, format=format, block_size=block_size, double_quant=double_quant
-            )
+    def _build(self, quantized, linear, rank, lora_alpha, lora_dropout, use_rslora, lora_dtype) -> None:
         QuantizedLinear.__init__(self, quantized, linear.bias)
         self._add_lora(rank, lora_alpha, lora_dropout, use_rslora, lora_dtype, linear.weight.device)
 

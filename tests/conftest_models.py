@@ -1,0 +1,102 @@
+"""Tiny models for the tests of lowbit_lora: random weights from a seed, no file, no network."""
+
+import pytest
+import torch
+from torch import nn
+
+IDS = torch.arange(21).reshape(3, 7) % 50
+LABELS = torch.tensor([0, 1, 1])
+
+
+class Mlp(nn.Module):
+    """A plain model without anything of Hugging Face: two blocks that share one layer, and a head."""
+
+    def __init__(self, width: int = 40):
+        super().__init__()
+        self.first = nn.Linear(width, width)
+        self.second = nn.Linear(width, width, bias=False)
+        self.shared = self.first
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.shared(torch.tanh(self.second(self.first(x))))))
+
+
+def mlp(seed: int = 0) -> Mlp:
+    torch.manual_seed(seed)
+    return Mlp()
+
+
+def bert(seed: int = 0):
+    """BertForSequenceClassification without dropout, in eval mode."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        vocab_size=50,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return transformers.BertForSequenceClassification(config).eval()
+
+
+def llama(seed: int = 0, tied: bool = False):
+    """LlamaForCausalLM in eval mode."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+        vocab_size=50,
+        tie_word_embeddings=tied,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def snapshot(model: nn.Module) -> dict:
+    """All that a failed conversion must leave alone: values, flags, module types, Parameter objects."""
+    return {
+        "state": {key: value.clone() for key, value in model.state_dict().items()},
+        "parameters": {name: (id(p), p.requires_grad, p.dtype) for name, p in model.named_parameters()},
+        "modules": {name: id(module) for name, module in model.named_modules()},
+        "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
+    }
+
+
+def assert_untouched(model: nn.Module, before: dict) -> None:
+    """The model is what ``snapshot`` saw."""
+    after = snapshot(model)
+    for key, value in before.pop("state").items():
+        assert torch.equal(value.nan_to_num(7.5), after["state"][key].nan_to_num(7.5)), key
+    after.pop("state")
+    assert after == before
+
+
+def train(wrapper: nn.Module, steps: int = 2, seed: int = 0) -> list[float]:
+    """A few steps of AdamW on the tiny classification or language task; the loss before each and after the last."""
+    torch.manual_seed(seed)
+    labels = LABELS if hasattr(wrapper.get_base_model(), "classifier") else IDS
+    optimizer = torch.optim.AdamW(wrapper.trainable_parameters(), lr=5e-3)
+    losses = []
+    for _ in range(steps):
+        loss = wrapper(input_ids=IDS, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    with torch.no_grad():
+        losses.append(wrapper(input_ids=IDS, labels=labels).loss.item())
+    return losses
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    """The model's logits on the fixed input."""
+    with torch.no_grad():
+        return model(input_ids=IDS).logits

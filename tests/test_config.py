@@ -1,0 +1,98 @@
+"""lowbit_lora/config.py: ranges of the settings, and PEFT's dictionary."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowbit_lora import LoraConfig, QLoRAConfig, QuantizationType
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "names"),
+    [
+        ({"rank": 0}, ValueError, ("rank", "0")),
+        ({"rank": -3}, ValueError, ("rank", "-3")),
+        ({"rank": 2.5}, TypeError, ("rank", "2.5")),
+        ({"rank": True}, TypeError, ("rank", "True")),
+        ({"lora_dropout": 1.0}, ValueError, ("lora_dropout", "[0, 1)", "1.0")),
+        ({"lora_dropout": -0.1}, ValueError, ("lora_dropout", "-0.1")),
+        ({"lora_dropout": math.nan}, ValueError, ("lora_dropout", "nan")),
+        ({"lora_dropout": "much"}, TypeError, ("lora_dropout", "much")),
+        ({"lora_alpha": math.inf}, ValueError, ("lora_alpha", "inf")),
+        ({"bias": "some"}, ValueError, ("bias", "lora_only", "some")),
+        ({"target_modules": []}, ValueError, ("target_modules",)),
+        ({"target_modules": [3]}, TypeError, ("target_modules", "3")),
+        ({"modules_to_save": "classifier"}, TypeError, ("modules_to_save", "list", "classifier")),
+        ({"block_size": 48}, ValueError, ("block_size", "power of two", "48")),
+        ({"block_size": 16}, ValueError, ("block_size", "32", "16")),
+        ({"block_size": 8192}, ValueError, ("block_size", "4096", "8192")),
+        ({"quantization": "nf3"}, ValueError, ("quantization", "NF4", "nf3")),
+        ({"quantization": 4}, ValueError, ("quantization", "NF4", "4")),
+        ({"quantization": "int8"}, NotImplementedError, ("INT8", "NF4")),
+        ({"double_quant": 1}, TypeError, ("double_quant", "1")),
+        ({"paged_adamw": True}, NotImplementedError, ("paged_adamw",)),
+    ],
+)
+def test_a_wrong_setting_names_itself(settings, error, names):
+    """A typo in a config surfaces when it is made, with what was expected, not hours into a run."""
+    with pytest.raises(error) as raised:
+        QLoRAConfig(**settings)
+    for name in names:
+        assert name in str(raised.value)
+
+
+@given(st.integers(1, 512), st.integers(1, 512))
+def test_scaling_is_that_of_the_papers(rank, alpha):
+    """A wrong factor would train another model than the same settings give elsewhere."""
+    assert LoraConfig(rank=rank, lora_alpha=alpha).scaling == alpha / rank
+    assert LoraConfig(rank=rank, lora_alpha=alpha, use_rslora=True).scaling == alpha / math.sqrt(rank)
+
+
+@pytest.mark.parametrize("name", ["nf4", "NF4", QuantizationType.NF4])
+def test_quantization_may_be_named(name):
+    """Settings that come from a command line are strings."""
+    assert QLoRAConfig(quantization=name).quantization is QuantizationType.NF4
+
+
+@given(
+    rank=st.integers(1, 64),
+    target_modules=st.sampled_from(["all-linear", r".*\.query", ["query", "self.value"]]),
+    lora_alpha=st.integers(1, 64),
+    lora_dropout=st.sampled_from([0.0, 0.05]),
+    bias=st.sampled_from(["none", "all", "lora_only"]),
+    use_rslora=st.booleans(),
+    modules_to_save=st.sampled_from([None, ["classifier"]]),
+    task_type=st.sampled_from([None, "SEQ_CLS"]),
+)
+def test_peft_dictionary_round_trip(**settings):
+    """What is saved is what is loaded."""
+    config = LoraConfig(**settings)
+    assert LoraConfig.from_peft(config.to_peft()) == config
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"use_dora": True},
+        {"rank_pattern": {"query": 4}},
+        {"alpha_pattern": {"query": 4}},
+        {"layers_to_transform": [0]},
+        {"lora_bias": True},
+        {"a_feature_of_next_year": "on"},
+        {"init_lora_weights": "pissa"},
+        {"peft_type": "LOHA"},
+    ],
+)
+def test_a_peft_feature_that_is_not_supported_is_refused(setting):
+    """An adapter that computes something else would otherwise load and predict wrongly without a word."""
+    (name,) = setting
+    with pytest.raises(ValueError, match=name):
+        LoraConfig.from_peft(LoraConfig().to_peft() | setting)
+
+
+def test_peft_features_that_are_off_do_not_matter():
+    """PEFT writes every setting it knows; adapters in plain LoRA have to load."""
+    off = {"use_dora": False, "rank_pattern": {}, "layers_to_transform": None, "peft_version": "0.21.2", "new": None}
+    assert LoraConfig.from_peft(LoraConfig().to_peft() | off) == LoraConfig()

@@ -1,0 +1,183 @@
+"""The torch ops: registration, compilation, autocast, checkpointing, and wrong direct calls."""
+
+import asyncio
+
+import pytest
+import torch
+from cases import make_weight
+from torch.utils.checkpoint import checkpoint
+
+import lowbit
+from lowbit.backends import NAMESPACES
+from lowbit.backends import native as native_backend
+
+needs_native = pytest.mark.skipif(native_backend.missing_reason() is not None, reason="no compiled extension")
+OPS = [getattr(torch.ops, namespace) for namespace in NAMESPACES.values()]
+Q = lowbit.quantize(make_weight((33, 130)))
+PARTS = (*Q.parts(), "nf4", 64)
+
+
+@pytest.mark.parametrize("ops", OPS, ids=lambda ops: ops.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(ops, dtype):
+    """A wrong schema, fake kernel or autograd registration breaks torch.compile and export."""
+    x = torch.randn(2, 3, 130).to(dtype).requires_grad_()
+    t, lora_b = torch.randn(2, 3, 4, requires_grad=True), torch.randn(33, 4, requires_grad=True)
+    bias = torch.randn(33, requires_grad=True)
+    plain = lowbit.quantize(make_weight((33, 130)), double_quant=False)
+    calls = (
+        (ops.linear, (x, *PARTS, 33, bias, t, lora_b, 0.5)),
+        (ops.linear, (x, *plain.parts(), "nf4", 64, 33, None, None, None, 1.0)),
+        (ops.linear_grad_input, (torch.randn(5, 33).to(dtype), *PARTS, 130)),
+        (ops.quantize, (make_weight((7, 9), dtype), "fp4", 32)),
+        (ops.quantize_scales, (plain.absmax, plain.absmax.mean())),
+        (ops.dequantize, (*PARTS, [33, 130], dtype)),
+    )
+    for op, arguments in calls:
+        results = torch.library.opcheck(op.default, arguments)
+        assert set(results.values()) == {"SUCCESS"}, (op, results)
+
+
+def lora_call(x, lora_a, lora_b):
+    return lowbit.lora_linear(x, Q, lora_a, lora_b, 0.5).relu()
+
+
+def lora_leaves(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((6, 130), (4, 130), (33, 4))
+    x, lora_a, lora_b = (torch.randn(size, generator=generator) for size in sizes)
+    return [x.to(dtype).requires_grad_(), lora_a.requires_grad_(), lora_b.requires_grad_()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiles_without_graph_break(dtype):
+    """torch.compile users get the same numbers, forward and backward, in one graph."""
+    leaves = lora_leaves(dtype)
+    eager = lora_call(*leaves)
+    compiled = torch.compile(lora_call, fullgraph=True)(*leaves)
+    grad = torch.randn_like(eager)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-6}
+    torch.testing.assert_close(compiled, eager, **tolerance)
+    for a, b in zip(
+        torch.autograd.grad(compiled, leaves, grad), torch.autograd.grad(eager, leaves, grad), strict=True
+    ):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+def test_checkpointing_gives_the_same_gradients():
+    """Recomputing the forward in the backward must not change training."""
+    leaves = lora_leaves()
+    expected = torch.autograd.grad(lora_call(*leaves).sum(), leaves)
+    actual = torch.autograd.grad(checkpoint(lora_call, *leaves, use_reentrant=False).sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_autocast():
+    """Under autocast the layer works in the autocast dtype, as nn.Linear does, with gradients in their own dtypes."""
+    leaves = lora_leaves()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = lora_call(*leaves)
+        plain = lowbit.linear(leaves[0], Q)
+        direct = torch.ops.lowbit.linear(leaves[0], *PARTS, 33, None, None, None, 1.0)
+    assert y.dtype == plain.dtype == direct.dtype == torch.bfloat16
+    assert torch.equal(plain, lowbit.linear(leaves[0].bfloat16(), Q))
+    assert [g.dtype for g in torch.autograd.grad(y.float().sum(), leaves)] == [torch.float32] * 3
+
+
+def test_no_grad_and_inference_mode():
+    """Inference keeps no graph."""
+    leaves = lora_leaves()
+    with torch.no_grad():
+        assert not lora_call(*leaves).requires_grad
+    with torch.inference_mode():
+        inferred = lora_call(*leaves)
+    assert torch.equal(inferred, lora_call(*leaves))
+
+
+def test_double_backward_is_an_error_not_zeros():
+    """A second derivative that is silently zero would be worse than none."""
+    x = lora_leaves()[0]
+    (grad,) = torch.autograd.grad(lowbit.linear(x, Q).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(grad.sum(), x)
+
+
+@needs_native
+def test_backward_uses_the_backend_of_the_forward(monkeypatch):
+    """A training step must not mix backends because the context ended before backward()."""
+    x = lora_leaves()[0]
+    with lowbit.use_backend("reference"):
+        y = lowbit.linear(x, Q)
+    called = []
+    with torch.autograd.profiler.profile() as profile:
+        y.sum().backward()
+    called = [event.name for event in profile.function_events if event.name.endswith("linear_grad_input")]
+    assert called and set(called) == {"lowbit_reference::linear_grad_input"}
+
+
+@needs_native
+def test_use_backend_is_a_guard_and_local_to_the_task():
+    """A backend chosen in one task or around one call must not leak into others, compiled or not."""
+    x = lora_leaves()[0].detach()
+
+    def which(x):
+        return lowbit.backends.namespace_for(x.device.type, lowbit.backends.selected) == "lowbit_reference"
+
+    compiled = torch.compile(which, fullgraph=True, backend="eager")
+
+    async def task(name):
+        with lowbit.use_backend(name):
+            await asyncio.sleep(0.01)
+            return which(x), compiled(x)
+
+    async def both():
+        return await asyncio.gather(task("reference"), task("native"))
+
+    assert asyncio.run(both()) == [(True, True), (False, False)]
+    assert not compiled(x)
+
+
+def test_unknown_and_missing_backends():
+    """An explicit choice never falls back silently."""
+    with pytest.raises(ValueError, match="name: expected one of native, triton, reference, got 'cuda'"):
+        lowbit.use_backend("cuda").__enter__()
+    with pytest.raises(RuntimeError, match="'triton' is not available"):
+        lowbit.use_backend("triton").__enter__()
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.ones(2, 129)}, "packed: expected"),
+        ({0: torch.tensor(1.0)}, "x: expected at least 1 dimension"),
+        ({0: torch.ones(2, 130, dtype=torch.int32)}, "x: expected dtype"),
+        ({1: Q.packed[:-1]}, "packed: expected 2145 elements, got 2144"),
+        ({2: Q.absmax[:-1]}, "absmax: expected 68 elements, got 67"),
+        ({2: Q.absmax.float()}, "absmax: expected dtype uint8"),
+        ({3: None}, "group_scales, offset: expected both"),
+        ({3: torch.ones(0)}, "group_scales: expected 1 elements, got 0"),
+        ({5: "nf5"}, "format: expected nf4 or fp4, got nf5"),
+        ({6: 48}, "block_size: expected a power of two"),
+        ({7: 34}, "packed: expected"),
+        ({8: torch.ones(3)}, "bias: expected 33 elements, got 3"),
+        ({9: torch.ones(2, 4)}, "t, lora_b: expected both"),
+        ({9: torch.ones(2, 4), 10: torch.ones(33, 5)}, "lora_b: expected 132 elements, got 165"),
+    ],
+)
+def test_wrong_direct_calls_raise(change, message):
+    """A wrong call of torch.ops.lowbit must not read out of bounds."""
+    arguments = [torch.ones(2, 130), *PARTS, 33, None, None, None, 1.0]
+    for index, value in change.items():
+        arguments[index] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.lowbit.linear(*arguments)
+
+
+def test_self_test_passes_and_can_fail(monkeypatch):
+    """`python -m lowbit` is what users run first: it has to notice a broken kernel."""
+    from lowbit import __main__, selftest
+
+    assert __main__.main() == 0
+    monkeypatch.setattr(selftest, "_difference", lambda actual, expected: "relative error 1")
+    assert __main__.main() == 1
