@@ -47,9 +47,9 @@ def _rows(results: dict):
         yield "peak memory of the process (RSS)", _megabytes(results["peak_memory_bytes"])
     yield "time per training step (median)", f"{1000 * results['median_step_seconds']:.0f} ms"
     yield "training time", f"{results['train_seconds']:.0f} s"
-    yield "reloaded onto a fresh base", _difference(results["reload"])
+    yield "reloaded onto a fresh base", _difference(results["reload"], results["test_rows"])
     if "merge" in results:
-        yield "merged into the base", _difference(results["merge"])
+        yield "merged into the base", _difference(results["merge"], results["test_rows"])
     yield "total time", f"{results['total_seconds']:.0f} s"
 
 
@@ -57,8 +57,8 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
 
 
-def _difference(compared: dict) -> str:
+def _difference(compared: dict, rows: int) -> str:
     predictions = compared["different_predictions"]
-    same = "same predictions" if predictions == 0 else f"{predictions} other predictions"
+    same = "same predictions" if predictions == 0 else f"{predictions:,} of {rows:,} predictions differ"
     largest = compared["max_logit_difference"]
     return f"{same}, logits {'equal' if largest == 0 else f'within {largest:.1e}'}"

@@ -32,8 +32,8 @@ class LoraConfig:
         lora_dropout: probability of zeroing an input element of A while training, in [0, 1).
         bias: which biases train: "none", "all", or "lora_only" (those of layers with LoRA).
         use_rslora: scaling is lora_alpha / sqrt(rank) (Kalajdzievski, 2023, arXiv 2312.03732).
-        modules_to_save: modules that train in full precision and are saved with the adapter. The classification
-            head of a sequence or token classification model is added by itself.
+        modules_to_save: modules that train in full precision and are saved with the adapter. The
+            classification head of a sequence or token classification model is added by itself.
         gradient_checkpointing: recompute activations in the backward (Hugging Face models).
         task_type: PEFT's name of the task ("SEQ_CLS", "CAUSAL_LM"...), only written to the file.
 
@@ -60,7 +60,9 @@ class LoraConfig:
         if not isinstance(self.target_modules, str):
             self.target_modules = _names("target_modules", self.target_modules)
         if not self.target_modules:
-            raise ValueError("target_modules: expected names, a regular expression or 'all-linear', got nothing")
+            raise ValueError(
+                "target_modules: expected names, a regular expression or 'all-linear', got nothing"
+            )
         if self.modules_to_save is not None:
             self.modules_to_save = _names("modules_to_save", self.modules_to_save)
 
@@ -89,7 +91,7 @@ class LoraConfig:
 
     @classmethod
     def from_peft(cls, written: dict[str, Any], **ours: Any) -> "LoraConfig":
-        """From the dictionary of an ``adapter_config.json``, by lowbit or PEFT; ``ours`` are fields PEFT has not.
+        """From the dictionary of an ``adapter_config.json``, by lowbit or PEFT; ``ours``: what PEFT has not.
 
         Raises:
             ValueError: not a LoRA adapter, or one that uses what is not supported here.
@@ -120,8 +122,8 @@ _SAME_IN_PEFT = (
     "task_type",
 )
 _READ_FROM_PEFT = {"peft_type", "r", *_SAME_IN_PEFT}
-# Settings of PEFT that do not change what a finished adapter computes. Any other that is set (DoRA, rank_pattern,
-# something newer than this file) would load to other outputs than it was trained for, so it is refused.
+# Settings of PEFT that do not change what a finished adapter computes. Any other that is set (DoRA,
+# rank_pattern, something newer than this file) would load to other outputs than it was trained for.
 _WITHOUT_EFFECT = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -169,7 +171,9 @@ class QLoRAConfig(LoraConfig):
         if not isinstance(self.double_quant, bool):
             raise TypeError(f"double_quant: expected a bool, got {self.double_quant!r}")
         if self.paged_adamw:
-            raise NotImplementedError("paged_adamw: the paged optimizer is not implemented yet; expected False")
+            raise NotImplementedError(
+                "paged_adamw: the paged optimizer is not implemented yet; expected False"
+            )
 
     def quantization_settings(self) -> dict[str, Any]:
         """The fields that PEFT's file has no place for, ready for JSON."""
@@ -199,7 +203,9 @@ def check_lora_options(rank: int, lora_alpha: float, lora_dropout: float) -> Non
 def check_quantization(quantization: "QuantizationType | str") -> QuantizationType:
     """The QuantizationType of a name; ValueError if unknown, NotImplementedError for INT8."""
     try:
-        quantization = QuantizationType(quantization.lower() if isinstance(quantization, str) else quantization)
+        quantization = QuantizationType(
+            quantization.lower() if isinstance(quantization, str) else quantization
+        )
     except (ValueError, AttributeError) as error:
         names = ", ".join(member.name for member in QuantizationType)
         raise ValueError(f"quantization: expected one of {names}, got {quantization!r}") from error

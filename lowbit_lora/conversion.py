@@ -1,7 +1,7 @@
 """Putting adapters onto a model, in two phases: build everything beside it, then swap it in.
 
-Whatever can fail (quantizing a weight with NaN, running out of memory, a target that matches nothing) does so in the
-first phase, when the model has not been touched.
+Whatever can fail (quantizing a weight with NaN, running out of memory, a target that matches nothing) does so
+in the first phase, when the model has not been touched.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ _PROGRESS_FROM = 50_000_000
 
 
 class Conversion:
-    """What wrapping ``model`` will change. Constructing it changes nothing; :meth:`apply` does, and cannot fail.
+    """What wrapping ``model`` will change. Constructing it changes nothing; :meth:`apply` does.
 
     Args:
-        quantize: store every linear layer but heads and modules to save in 4 bits (``config`` is a QLoRAConfig).
+        quantize: store every linear layer but heads and modules to save in 4 bits; ``config`` is a QLoRAConfig.
         automatic_head: add a classification head to modules_to_save.
 
     Attributes:
@@ -36,7 +36,8 @@ class Conversion:
         saved: canonical name -> module that trains in full.
 
     Raises:
-        ValueError, TypeError: see :func:`~lowbit_lora.targets.find_targets`; a weight to quantize that holds NaN or inf.
+        ValueError, TypeError: see :func:`~lowbit_lora.targets.find_targets`; also for a weight to quantize that
+            holds NaN or inf.
     """
 
     def __init__(self, model: nn.Module, config: LoraConfig, *, quantize: bool, automatic_head: bool = True):
@@ -71,13 +72,19 @@ class Conversion:
         self.layers = {name: self._replacements[module] for module, name in targets.items()}
         self._copies, self._cast_modules = _full_precision_copies(model, saved, inside_saved)
 
-    def _build_layers(self, targets: dict[nn.Module, str], dense: set[nn.Module]) -> dict[nn.Module, nn.Module]:
+    def _build_layers(
+        self, targets: dict[nn.Module, str], dense: set[nn.Module]
+    ) -> dict[nn.Module, nn.Module]:
         to_quantize = _quantizable(self.model, dense) if self._quantize else {}
         names = {**to_quantize, **targets}
         size = sum(module.weight.numel() for module in names)
         # disable=None shows the bar on a terminal only.
-        progress = tqdm(names.items(), "Quantizing", leave=False, disable=None if size > _PROGRESS_FROM else True)
-        quantized: dict[int, lowbit.QuantizedTensor] = {}  # two layers that share a weight share its 4-bit form
+        progress = tqdm(
+            names.items(), "Quantizing", leave=False, disable=None if size > _PROGRESS_FROM else True
+        )
+        quantized: dict[
+            int, lowbit.QuantizedTensor
+        ] = {}  # two layers that share a weight share its 4-bit form
         replacements = {}
         for module, name in progress:
             if module in to_quantize and id(module.weight) not in quantized:
@@ -98,7 +105,9 @@ class Conversion:
         except (ValueError, TypeError) as error:
             raise type(error)(f"{name}.weight: {error}") from error
 
-    def _new_layer(self, module: nn.Linear, quantized: lowbit.QuantizedTensor | None, with_lora: bool) -> nn.Module:
+    def _new_layer(
+        self, module: nn.Linear, quantized: lowbit.QuantizedTensor | None, with_lora: bool
+    ) -> nn.Module:
         if not with_lora:
             return QuantizedLinear(quantized, module.bias)
         config = self.config
@@ -133,8 +142,11 @@ class Conversion:
             module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
             module.register_forward_hook(_CastOutputs(dtype))
         for name, module in model.named_modules():
-            if isinstance(module, nn.TransformerEncoderLayer) and module.linear1 in self._replacements.values():
-                # Its fused inference path reads linear1.weight itself, past our layers; 0 turns that path off.
+            if (
+                isinstance(module, nn.TransformerEncoderLayer)
+                and module.linear1 in self._replacements.values()
+            ):
+                # Its fused inference path reads linear1.weight itself, past our layers; 0 turns it off.
                 restore.fast_paths[name] = module.activation_relu_or_gelu
                 module.activation_relu_or_gelu = 0
         if config.gradient_checkpointing:
@@ -191,7 +203,7 @@ def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
 
 @torch.no_grad()
 def merge_all(model: nn.Module) -> None:
-    """Replace every layer of ours by a plain nn.Linear; layers that shared a 4-bit weight share the decoded one."""
+    """Replace every layer of ours by a plain nn.Linear; where a 4-bit weight was shared, so is the decoded one."""
     plain: dict[int, nn.Parameter] = {}
     merged = {}
     for module in model.modules():
@@ -251,8 +263,10 @@ def _quantizable(model: nn.Module, dense: set[nn.Module]) -> dict[nn.Module, str
             if parameter is not None:
                 owners[id(parameter)].append(module)
     found = {m: n[0] for m, n in module_names(model).items() if is_plain_linear(m) and m not in dense}
-    # A weight tied to an embedding stays dense: the embedding needs it, and a second copy would untie the two.
-    return {m: n for m, n in found.items() if m.weight.numel() and all(o in found for o in owners[id(m.weight)])}
+    # A weight tied to an embedding stays dense: the embedding needs it, and a copy would untie the two.
+    return {
+        m: n for m, n in found.items() if m.weight.numel() and all(o in found for o in owners[id(m.weight)])
+    }
 
 
 def _named_tensors(model: nn.Module):

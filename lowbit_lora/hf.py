@@ -23,10 +23,12 @@ def output_embedding(model: nn.Module) -> nn.Module | None:
 
 
 def task_head(model: nn.Module, task_type: str | None = None) -> tuple[str | None, list[str]]:
-    """``(task type, names of the freshly initialised head)`` of a classification model; ``(task_type, [])`` else."""
+    """``(task type, names of the fresh head)`` of a classification model; ``(task_type, [])`` else."""
     for ending, (task, names) in _HEADS.items():
         if type(model).__name__.endswith(ending) or (task is not None and task == task_type):
-            return task_type or task, [name for name in names if isinstance(getattr(model, name, None), nn.Module)]
+            return task_type or task, [
+                name for name in names if isinstance(getattr(model, name, None), nn.Module)
+            ]
     return task_type, []
 
 
@@ -54,8 +56,8 @@ def check_can_checkpoint(model: nn.Module) -> None:
 def enable_checkpointing(model: nn.Module) -> None:
     """Recompute activations in the backward.
 
-    The non-reentrant kind also works where no input of a block requires a gradient, as with a frozen embedding; so
-    ``enable_input_require_grads`` is not needed.
+    The non-reentrant kind also works where no input of a block requires a gradient, as with a frozen embedding;
+    so ``enable_input_require_grads`` is not needed.
     """
     kwargs = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # the newer name
@@ -87,7 +89,9 @@ def local_folder(folder: str | os.PathLike) -> str:
             from huggingface_hub import snapshot_download
 
             return snapshot_download(folder, allow_patterns=["adapter_*"])
-        except Exception as error:  # no network, no such repository, no huggingface_hub: all the same to the caller
+        except (
+            Exception
+        ) as error:  # no network, no such repository, no huggingface_hub: all the same to the caller
             raise FileNotFoundError(
                 f"{folder}: expected a folder or a hub repository with an adapter, got {error}"
             ) from error

@@ -45,7 +45,8 @@ class LoRABaseLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, "
             f"rank={self.rank}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
         )
 
@@ -90,7 +91,9 @@ class LoRALinear(LoRABaseLayer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features] in the dtype of x W^T."""
         if x.shape[-1] != self.in_features:
-            raise ValueError(f"x: expected a last dimension of in_features={self.in_features}, got {tuple(x.shape)}")
+            raise ValueError(
+                f"x: expected a last dimension of in_features={self.in_features}, got {tuple(x.shape)}"
+            )
         base = F.linear(x, self.weight, self.bias)
         dropped = F.dropout(x, self.lora_dropout, self.training)
         with torch.autocast(x.device.type, enabled=False):
@@ -103,7 +106,7 @@ class QuantizedLinear(nn.Module):
     """A frozen linear layer whose weight is stored in 4 bits.
 
     The pieces of the weight are buffers that move between devices but are never cast: ``.half()`` or
-    ``.to(torch.bfloat16)`` change bias and LoRA only. ``state_dict()`` holds them under bitsandbytes' key names.
+    ``.to(torch.bfloat16)`` change bias and LoRA only. ``state_dict()`` has them under bitsandbytes' key names.
     """
 
     _PARTS = ("weight_packed", "weight_absmax", "weight_group_scales", "weight_offset")
@@ -198,7 +201,8 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, "
             f"format={self.format}, block_size={self.block_size}"
         )
 
@@ -299,7 +303,7 @@ class QLoRALinear(QuantizedLinear, LoRABaseLayer):
 
 
 def _copy_to(quantized: lowbit.QuantizedTensor, device: torch.device) -> lowbit.QuantizedTensor:
-    """A copy that shares no memory with the state dict it came from; a meta layer takes the state dict's device."""
+    """A copy that shares no memory with the state dict; a meta layer takes the state dict's tensors themselves."""
     parts = quantized.parts()
     if device.type != "meta":
         parts = tuple(None if part is None else part.to(device, copy=True) for part in parts)

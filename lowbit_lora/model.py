@@ -16,8 +16,8 @@ from .layers import LoRALinear, QuantizedLinear
 class LoraModel(nn.Module):
     """A model with LoRA on its dense, frozen linear layers.
 
-    The base is changed in place, all of it or, on an error, nothing. Calls, ``generate`` and attributes go through
-    to it.
+    The base is changed in place, all of it or, on an error, nothing. Calls, ``generate`` and attributes go
+    through to it.
 
     Args:
         model: a Hugging Face model or any nn.Module.
@@ -98,8 +98,8 @@ class LoraModel(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike, **_: Any) -> None:
         """Write the adapter (LoRA, modules to save, trained biases), not the base, in PEFT's two files.
 
-        A save that fails leaves what was in ``folder`` before. Keywords that Hugging Face's Trainer passes are taken
-        and ignored.
+        A save that fails leaves what was in ``folder`` before. Keywords that Hugging Face's Trainer passes are
+        taken and ignored.
 
         Raises:
             OSError: the files cannot be written.
@@ -118,7 +118,7 @@ class LoraModel(nn.Module):
             model: a fresh dense base; QLoRAModel quantizes it as it was when the adapter was saved.
             folder: what save_pretrained wrote, or a hub name.
             is_trainable: train on; otherwise every parameter is frozen.
-            overrides: settings of the config that the adapter's weights do not depend on: quantization, double_quant,
+            overrides: settings that the shapes of the adapter do not depend on: quantization, double_quant,
                 block_size (an adapter by PEFT says nothing of them), lora_dropout, gradient_checkpointing.
 
         Raises:
@@ -141,8 +141,8 @@ class LoraModel(nn.Module):
     def merge_and_unload(self) -> nn.Module:
         """The plain model with nn.Linear layers that hold W + scaling * B A, in the base's own dtypes.
 
-        In place; on an error the model is as before. This wrapper is spent afterwards. The rounding of the 4-bit weight
-        stays in: the result computes what the adapted model computed.
+        In place; on an error the model is as before. This wrapper is spent afterwards. The rounding of the
+        4-bit weight stays in: the result computes what the adapted model computed.
         """
         self._parts()
         self._warn_of_untying()
@@ -162,7 +162,9 @@ class LoraModel(nn.Module):
         layers = {module for module in self.model.modules() if isinstance(module, LoRALinear)}
         weights = {layer.weight for layer in layers}
         for name, module in self.model.named_modules():
-            if module not in layers and any(p in weights for p in module._parameters.values() if p is not None):
+            if module not in layers and any(
+                p in weights for p in module._parameters.values() if p is not None
+            ):
                 warnings.warn(
                     f"{name}.weight is tied to a layer with LoRA; merging unties them. Set "
                     "config.tie_word_embeddings = False before saving the merged model",
@@ -189,7 +191,8 @@ class QLoRAModel(LoraModel):
 def _check_types(model: Any, config: Any, config_class: type) -> None:
     if isinstance(model, LoraModel):
         raise ValueError(
-            f"model: expected one without adapters, got a {type(model).__name__}; call merge_and_unload() first"
+            f"model: expected one without adapters, got a {type(model).__name__}; "
+            "call merge_and_unload() first"
         )
     if not isinstance(config, config_class):
         raise TypeError(f"config: expected a {config_class.__name__}, got {type(config).__name__}")

@@ -1,7 +1,7 @@
 """The adapter's files: PEFT's ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-How the base was quantized stands in the metadata of the safetensors file: PEFT warns of keys that it does not know in
-the JSON, and a third file would be one more to keep in step.
+How the base was quantized stands in the metadata of the safetensors file: PEFT warns of keys that it does not
+know in the JSON, and a third file would be one more to keep in step.
 """
 
 import contextlib
@@ -153,7 +153,9 @@ def _broken_file(path: str, *errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        raise OSError(f"{path}: expected a whole adapter file, but it is truncated or corrupt ({error})") from error
+        raise OSError(
+            f"{path}: expected a whole adapter file, but it is truncated or corrupt ({error})"
+        ) from error
 
 
 def fit(
@@ -188,7 +190,8 @@ def fit(
         value = values[key]
         if value.shape != target.shape:
             raise ValueError(
-                f"{file}: {key}: expected shape {tuple(target.shape)} for this model and rank, got {tuple(value.shape)}"
+                f"{file}: {key}: expected shape {tuple(target.shape)} for this model and rank, "
+                f"got {tuple(value.shape)}"
             )
         if value.is_floating_point() != target.is_floating_point():
             raise ValueError(f"{file}: {key}: expected dtype like {target.dtype}, got {value.dtype}")
@@ -206,8 +209,10 @@ def _canonical_key(key: str, canonical: dict[str, str]) -> str:
 
 
 def _is_peft_duplicate(key: str, saved: dict[str, nn.Module]) -> bool:
-    """With bias="all" PEFT 0.21 writes biases of modules to save three times, two under names of its wrapper."""
-    stems = (f"{_PREFIX}{name}.{inner}." for name in saved for inner in ("original_module", "modules_to_save"))
+    """With bias="all" PEFT 0.21 writes biases of modules to save thrice, twice under its wrapper's names."""
+    stems = (
+        f"{_PREFIX}{name}.{inner}." for name in saved for inner in ("original_module", "modules_to_save")
+    )
     return key.startswith(tuple(stems))
 
 

@@ -9,7 +9,7 @@ _MAX_LISTED = 30
 
 
 def module_names(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every module below ``model`` with all its names; a shared module has several, the first is canonical."""
+    """Every module below ``model`` with its names; a shared module has several, the first is canonical."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if name:
@@ -86,7 +86,9 @@ def _regex(pattern: str):
     try:
         return re.compile(pattern).fullmatch
     except re.error as error:
-        raise ValueError(f"target_modules: expected a regular expression, got {pattern!r} ({error})") from error
+        raise ValueError(
+            f"target_modules: expected a regular expression, got {pattern!r} ({error})"
+        ) from error
 
 
 def _what_there_is(linears: dict[nn.Module, list[str]]) -> str:

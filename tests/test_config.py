@@ -94,5 +94,11 @@ def test_a_peft_feature_that_is_not_supported_is_refused(setting):
 
 def test_peft_features_that_are_off_do_not_matter():
     """PEFT writes every setting it knows; adapters in plain LoRA have to load."""
-    off = {"use_dora": False, "rank_pattern": {}, "layers_to_transform": None, "peft_version": "0.21.2", "new": None}
+    off = {
+        "use_dora": False,
+        "rank_pattern": {},
+        "layers_to_transform": None,
+        "peft_version": "0.21.2",
+        "new": None,
+    }
     assert LoraConfig.from_peft(LoraConfig().to_peft() | off) == LoraConfig()

@@ -34,7 +34,10 @@ def dense_result(layer, x):
     """The layer's definition in plain fp32 torch."""
     weight = layer.base_weight(torch.float32)
     bias = None if layer.bias is None else layer.bias.float()
-    return F.linear(x.float(), weight, bias) + layer.scaling * (x.float() @ layer.lora_A.float().T) @ layer.lora_B.float().T
+    return (
+        F.linear(x.float(), weight, bias)
+        + layer.scaling * (x.float() @ layer.lora_A.float().T) @ layer.lora_B.float().T
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -123,7 +126,12 @@ def test_casts_leave_the_stored_weight_alone(double_quant):
     """model.half() would round the scales, and with them every weight, for good."""
     layer = make(double_quant=double_quant)
     before = [None if part is None else part.clone() for part in layer.quantized_weight.parts()]
-    for cast in (lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double(), lambda m: m.float()):
+    for cast in (
+        lambda m: m.half(),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.double(),
+        lambda m: m.float(),
+    ):
         cast(layer)
         for old, new in zip(before, layer.quantized_weight.parts(), strict=True):
             assert old is None or (old.dtype == new.dtype and torch.equal(old, new))
@@ -149,7 +157,14 @@ def test_state_dict_has_bitsandbytes_names_and_loads_strictly():
     """Other tools find the 4-bit weight by these names; a round trip restores every bit."""
     layer = make()
     state = layer.state_dict()
-    assert {"weight", "weight.absmax", "weight.quant_state.bitsandbytes__nf4", "bias", "lora_A", "lora_B"} <= set(state)
+    assert {
+        "weight",
+        "weight.absmax",
+        "weight.quant_state.bitsandbytes__nf4",
+        "bias",
+        "lora_A",
+        "lora_B",
+    } <= set(state)
     other = QLoRALinear(72, 40)
     other.load_state_dict(state)
     x = torch.randn(5, 72)
@@ -178,7 +193,9 @@ def test_compiles_without_a_graph_break():
     eager_gradients = torch.autograd.grad(eager.square().sum(), inputs)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(compiled, eager)
-    for ours, theirs in zip(torch.autograd.grad(compiled.square().sum(), inputs), eager_gradients, strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(compiled.square().sum(), inputs), eager_gradients, strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
 
 

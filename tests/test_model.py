@@ -1,157 +1,420 @@
-"""LoraModel and QLoRAModel on Hugging Face and plain models: targets, training, merging, failed conversions."""
+"""lowbit_lora/model.py, conversion.py, targets.py: wrapping, what trains, merging, failures."""
 
 import copy
+import math
+import pickle
 
 import pytest
 import torch
-from models import IDS, LABELS, bert, llama, logits, train
+from conftest_models import IDS, LABELS, assert_untouched, bert, llama, logits, mlp, snapshot, train
 from torch import nn
 
-from lowbit_lora import LoraConfig, LoraModel, QLoRAConfig, QLoRALinear, QLoRAModel, QuantizedLinear
+from lowbit_lora import (
+    LoraConfig,
+    LoRALinear,
+    LoraModel,
+    QLoRAConfig,
+    QLoRALinear,
+    QLoRAModel,
+    QuantizedLinear,
+)
+
+KINDS = [(LoraModel, LoraConfig), (QLoRAModel, QLoRAConfig)]
+kinds = pytest.mark.parametrize(("model_type", "config_type"), KINDS, ids=["lora", "qlora"])
 
 
-def adapted(model):
-    return sorted(name for name, module in model.model.named_modules() if isinstance(module, QLoRALinear))
+def layers_of(model, kind):
+    return {name for name, module in model.named_modules() if type(module) is kind}
+
+
+def quantized_base(model):
+    """The base with QuantizedLinear layers put in by hand, head left out."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and name not in ("classifier", "lm_head"):
+                setattr(parent, name, QuantizedLinear.from_linear(child))
+    return model
 
 
 @pytest.mark.parametrize("make", [bert, llama])
-def test_initial_output_is_the_quantized_bases(make):
-    """Wrapping must not change the model: B is zero, so LoRA's rank cannot matter, and the merge is the base."""
-    first = QLoRAModel(make(), QLoRAConfig(rank=2))
-    second = QLoRAModel(make(), QLoRAConfig(rank=7, lora_alpha=100))
-    assert torch.equal(logits(first), logits(second))
-    torch.testing.assert_close(logits(copy.deepcopy(first).merge_and_unload()), logits(first), rtol=1e-5, atol=1e-6)
+def test_starts_exactly_as_the_quantized_base(make):
+    """B = 0: the first step starts from the base, bit for bit."""
+    wrapped = QLoRAModel(make(), QLoRAConfig())
+    assert torch.equal(logits(wrapped), logits(quantized_base(make())))
 
 
+def test_lora_starts_exactly_as_the_dense_base():
+    """As above, without quantization."""
+    assert torch.equal(logits(LoraModel(bert(), LoraConfig())), logits(bert()))
+
+
+def test_stores_all_but_the_head_in_4_bits():
+    """The memory is saved on every linear layer, not only on those with LoRA; heads stay precise."""
+    dense = sum(p.nbytes for p in llama().parameters())
+    wrapped = QLoRAModel(llama(), QLoRAConfig(target_modules=["q_proj"]))
+    model = wrapped.get_base_model()
+    assert layers_of(model, QLoRALinear) == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
+    assert len(layers_of(model, QuantizedLinear)) == 2 * 6
+    assert layers_of(model, nn.Linear) == {"lm_head"}
+    in_linears = dense - sum(
+        p.nbytes for n, p in llama().named_parameters() if "embed" in n or "head" in n or "norm" in n
+    )
+    assert wrapped.memory_footprint() < dense - 0.8 * in_linears
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["query"], {f"bert.encoder.layer.{i}.attention.self.query" for i in (0, 1)}),
+        (["attention.output.dense"], {f"bert.encoder.layer.{i}.attention.output.dense" for i in (0, 1)}),
+        (["bert.pooler.dense"], {"bert.pooler.dense"}),
+        (
+            r".*layer\.1\..*(query|value)",
+            {f"bert.encoder.layer.1.attention.self.{n}" for n in ("query", "value")},
+        ),
+    ],
+)
+def test_targets_by_name_suffix_and_regex(targets, expected):
+    """LoRA goes where the config says, as PEFT reads it, and nowhere else."""
+    model = LoraModel(bert(), LoraConfig(target_modules=targets)).get_base_model()
+    assert layers_of(model, LoRALinear) == expected
+
+
+def test_all_linear_leaves_out_the_heads():
+    """A head that is trained whole, or tied to the embedding, is no place for LoRA."""
+    assert "classifier" not in layers_of(LoraModel(bert(), LoraConfig()).get_base_model(), LoRALinear)
+    found = layers_of(LoraModel(llama(), LoraConfig()).get_base_model(), LoRALinear)
+    assert len(found) == 14
+    assert "lm_head" not in found
+
+
+@kinds
+@pytest.mark.parametrize(
+    ("settings", "error", "names"),
+    [
+        (
+            {"target_modules": ["nothing"]},
+            ValueError,
+            ("target_modules", "nothing", "bert.pooler.dense", "query"),
+        ),
+        ({"target_modules": ["query", "quarry"]}, ValueError, ("quarry",)),
+        ({"target_modules": ["uery"]}, ValueError, ("uery",)),
+        ({"target_modules": r"query"}, ValueError, ("query",)),
+        ({"target_modules": r"(.*"}, ValueError, ("regular expression", "(.*")),
+        (
+            {"target_modules": ["word_embeddings"]},
+            TypeError,
+            ("word_embeddings", "Embedding", "torch.nn.Linear"),
+        ),
+        ({"target_modules": ["classifier"]}, ValueError, ("classifier",)),
+        ({"modules_to_save": ["poler"]}, ValueError, ("modules_to_save", "poler", "classifier")),
+    ],
+)
+def test_what_matches_nothing_is_an_error_that_changes_nothing(
+    model_type, config_type, settings, error, names
+):
+    """A typo must not train less than was asked for; the message lists what there is."""
+    model = bert()
+    before = snapshot(model)
+    with pytest.raises(error) as raised:
+        model_type(model, config_type(**settings))
+    for name in names:
+        assert name in str(raised.value)
+    assert_untouched(model, before)
+
+
+def test_nan_names_its_module_and_changes_nothing():
+    """The last layer fails after all others were quantized: the model must still be whole."""
+    model = bert()
+    name = "bert.encoder.layer.1.output.dense"
+    with torch.no_grad():
+        model.get_submodule(name).weight[3, 3] = math.nan
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=name):
+        QLoRAModel(model, QLoRAConfig())
+    assert_untouched(model, before)
+
+
+def test_checkpointing_that_is_not_supported_changes_nothing():
+    """A setting that would be silently ignored costs the user their memory budget."""
+    model = mlp()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="gradient_checkpointing.*Mlp"):
+        QLoRAModel(model, QLoRAConfig(gradient_checkpointing=True))
+    assert_untouched(model, before)
+
+
+@kinds
+def test_wrapping_twice_is_an_error(model_type, config_type):
+    """Adapters on adapters would train something that no file can hold."""
+    wrapped = model_type(bert(), config_type())
+    for model in (wrapped, wrapped.get_base_model(), nn.Sequential(wrapped.get_base_model())):
+        with pytest.raises(ValueError, match="merge_and_unload"):
+            model_type(model, config_type())
+
+
+def test_wrong_argument_types():
+    """A LoraConfig says nothing of quantization."""
+    with pytest.raises(TypeError, match="QLoRAConfig.*LoraConfig"):
+        QLoRAModel(bert(), LoraConfig())
+    with pytest.raises(TypeError, match="Module"):
+        LoraModel("bert", LoraConfig())
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_what_trains(bias):
+    """Training too much breaks the adapter file; training too little, the result."""
+    wrapped = QLoRAModel(bert(), QLoRAConfig(target_modules=["query"], bias=bias))
+    model = wrapped.get_base_model()
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    lora = {f"bert.encoder.layer.{i}.attention.self.query" for i in (0, 1)}
+    expected = {f"{name}.{part}" for name in lora for part in ("lora_A", "lora_B")}
+    expected |= {"classifier.weight", "classifier.bias"}
+    if bias == "all":
+        expected |= {name for name, _ in bert().named_parameters() if name.endswith("bias")}
+    if bias == "lora_only":
+        expected |= {f"{name}.bias" for name in lora}
+    assert trains == expected
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    train(wrapped)
+    changed = {
+        name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])
+    }
+    # The gradient of the key's bias is zero in exact arithmetic, so it need not move.
+    assert changed <= expected
+    assert {name for name in expected if "key.bias" not in name} <= changed
+
+
+@kinds
 @pytest.mark.parametrize("make", [bert, llama])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_lowers_the_loss_and_repeats(make, checkpointing):
-    """The main job; one seed gives the same losses to the last bit, with checkpointing or without."""
+def test_two_steps_lower_the_loss(model_type, config_type, make, checkpointing):
+    """The reason to have any of this."""
+    config = config_type(rank=4, gradient_checkpointing=checkpointing)
+    losses = train(model_type(make(), config).train())
+    assert losses[2] < losses[1] < losses[0]
+
+
+def test_checkpointing_gives_the_same_training():
+    """Checkpointing trades time for memory, never the result."""
     runs = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        wrapped = QLoRAModel(llama(), QLoRAConfig(gradient_checkpointing=checkpointing)).train()
+        runs.append((train(wrapped), wrapped))
+    assert any(getattr(m, "gradient_checkpointing", False) for m in runs[1][1].modules())
+    assert runs[0][0] == runs[1][0]
+
+
+def test_one_seed_gives_one_result():
+    """Two runs with a seed are bit-identical, dropout included; else nothing can be reproduced."""
+    results = []
     for _ in range(2):
-        model = QLoRAModel(make(), QLoRAConfig(lora_dropout=0.1, gradient_checkpointing=checkpointing))
-        runs.append(train(model))
-    assert runs[0] == runs[1]
-    assert runs[0][0] > runs[0][1] > runs[0][2]
+        torch.manual_seed(3)
+        wrapped = QLoRAModel(bert(), QLoRAConfig(lora_dropout=0.2)).train()
+        results.append((train(wrapped), [p.detach().clone() for p in wrapped.trainable_parameters()]))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
 
 
+@kinds
 @pytest.mark.parametrize("make", [bert, llama])
-@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
-@pytest.mark.parametrize("wrapper", [(LoraModel, LoraConfig), (QLoRAModel, QLoRAConfig)])
-def test_merge_keeps_the_outputs(make, bias, wrapper):
-    """What was trained must be in the merged plain model, with no adapter layer left."""
-    model = wrapper[0](make(), wrapper[1](bias=bias))
-    train(model)
-    expected = logits(model)
-    merged = model.merge_and_unload()
+def test_merge_gives_a_plain_model_that_predicts_the_same(model_type, config_type, make):
+    """What is deployed is what was trained, with nothing of lowbit left in it."""
+    wrapped = model_type(make(), config_type(use_rslora=True, bias="all"))
+    train(wrapped)
+    expected = logits(wrapped)
+    merged = wrapped.merge_and_unload()
+    assert type(merged) is type(make())
+    assert {n: (p.shape, p.dtype, p.requires_grad) for n, p in merged.named_parameters()} == {
+        n: (p.shape, p.dtype, p.requires_grad) for n, p in make().named_parameters()
+    }
+    assert merged.state_dict().keys() == make().state_dict().keys()
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
-    assert not any(hasattr(module, "lora_A") or isinstance(module, QuantizedLinear) for module in merged.modules())
-    assert {name: type(m) for name, m in merged.named_modules()} == {name: type(m) for name, m in make().named_modules()}
+    with pytest.raises(ValueError, match="merged"):
+        wrapped.merge_and_unload()
+    model_type(merged, config_type())  # and it can be adapted again
 
 
-def test_targets():
-    """Names, dotted suffixes, a regular expression and all-linear choose what users of PEFT expect."""
-    base = "bert.encoder.layer."
-    expected = [f"{base}{i}.attention.self.query" for i in (0, 1)]
-    for targets in (["query"], ["self.query"], r".*\.query", expected):
-        assert adapted(QLoRAModel(bert(), QLoRAConfig(target_modules=targets))) == expected
-    everything = adapted(QLoRAModel(bert(), QLoRAConfig()))
-    assert len(everything) == 13 and "classifier" not in everything and "bert.pooler.dense" in everything
-    assert "lm_head" not in adapted(QLoRAModel(llama(), QLoRAConfig()))
+def test_a_merge_that_fails_changes_nothing(monkeypatch):
+    """Running out of memory in a merge must not cost the trained adapter."""
+    wrapped = QLoRAModel(bert(), QLoRAConfig())
+    train(wrapped)
+    expected, before = logits(wrapped), snapshot(wrapped.get_base_model())
+    real, calls = QLoRALinear.merge, []
+
+    def failing(layer):
+        calls.append(layer)
+        if len(calls) == 5:
+            raise MemoryError("no more")
+        return real(layer)
+
+    monkeypatch.setattr(QLoRALinear, "merge", failing)
+    with pytest.raises(MemoryError):
+        wrapped.merge_and_unload()
+    assert_untouched(wrapped.get_base_model(), before)
+    assert torch.equal(logits(wrapped), expected)
 
 
-def test_all_linear_layers_are_stored_in_4_bits():
-    """Memory: layers without LoRA are quantized too, the head is not."""
-    model = QLoRAModel(bert(), QLoRAConfig(target_modules=["query"]))
-    kinds = {name: type(module) for name, module in model.model.named_modules()}
-    assert kinds["bert.encoder.layer.0.attention.self.key"] is QuantizedLinear
-    assert kinds["classifier"] is nn.Linear
-    assert type(QLoRAModel(llama(), QLoRAConfig()).model.lm_head) is nn.Linear
-    assert model.memory_footprint() < LoraModel(bert(), LoraConfig(target_modules=["query"])).memory_footprint()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_head_trains_in_fp32_in_a_16_bit_model(dtype):
+    """A new head learns nothing from updates that bf16 rounds away; the rest of the model keeps its dtype."""
+    wrapped = QLoRAModel(bert().to(dtype), QLoRAConfig())
+    model = wrapped.get_base_model()
+    assert model.classifier.weight.dtype == torch.float32
+    assert model.bert.embeddings.word_embeddings.weight.dtype == dtype
+    output = wrapped(input_ids=IDS, labels=LABELS)
+    assert output.logits.dtype == dtype
+    output.loss.backward()
+    assert model.classifier.weight.grad.abs().sum() > 0
+    copies = [copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))]
+    for twin in (*copies, wrapped):
+        merged = twin.merge_and_unload()
+        assert {p.dtype for p in merged.parameters()} == {dtype}
+        assert not merged.classifier._forward_hooks
+        assert not merged.classifier._forward_pre_hooks
+        assert logits(merged).dtype == dtype
 
 
-@pytest.mark.parametrize("targets", ["nothing", ["query", "nope"], ["attention"], r".*layer\.9.*"])
-def test_targets_that_match_nothing(targets):
-    """A typo must not silently train nothing; the error lists what there is."""
-    with pytest.raises(ValueError, match="target_modules: .*matches no nn.Linear.*attention.self.query"):
-        QLoRAModel(bert(), QLoRAConfig(target_modules=targets))
+def test_tied_embeddings_stay_tied_when_saved_whole():
+    """Training an embedding but not the head tied to it would silently untie the two."""
+    wrapped = QLoRAModel(llama(tied=True).bfloat16(), QLoRAConfig(modules_to_save=["embed_tokens"]))
+    model = wrapped.get_base_model()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.dtype == torch.float32
+    losses = train(wrapped)
+    assert losses[-1] < losses[0]
+    merged = wrapped.merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert merged.lm_head.weight.dtype == torch.bfloat16
 
 
-def test_head_trains_in_full_precision():
-    """A fresh classification head has to train, in fp32 even in a bf16 model."""
-    model = QLoRAModel(bert().bfloat16(), QLoRAConfig())
-    assert model.classifier.weight.dtype == torch.float32 and model.classifier.weight.requires_grad
-    before = model.classifier.weight.detach().clone()
-    train(model)
-    assert not torch.equal(model.classifier.weight, before)
-    merged = model.merge_and_unload()
-    assert merged.classifier.weight.dtype == torch.bfloat16
-    assert logits(merged).dtype == torch.bfloat16
+def test_lora_on_a_tied_head_keeps_the_tie_until_the_merge():
+    """The embedding's memory must not double, and the user must be told that a merge unties."""
+    wrapped = QLoRAModel(llama(tied=True), QLoRAConfig(target_modules=["lm_head", "q_proj"]))
+    model = wrapped.get_base_model()
+    assert type(model.lm_head) is LoRALinear
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with pytest.warns(UserWarning, match="tied"):
+        wrapped.merge_and_unload()
 
 
-@pytest.mark.parametrize(("bias", "expected"), [("none", 1), ("all", 22), ("lora_only", 3)])
-def test_bias_modes(bias, expected):
-    """The biases that train are those asked for (the head's always does)."""
-    model = QLoRAModel(bert(), QLoRAConfig(target_modules=["query"], bias=bias))
-    names = [name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")]
-    assert len(names) == expected
+def test_a_layer_used_twice_stays_one_layer():
+    """Two copies of a shared layer would drift apart in training."""
+    wrapped = QLoRAModel(mlp(), QLoRAConfig(target_modules=["shared", "second"]))
+    model = wrapped.get_base_model()
+    assert type(model.first) is QLoRALinear
+    assert model.first is model.shared
+    merged = wrapped.merge_and_unload()
+    assert merged.first is merged.shared
+    x = torch.randn(2, 40)
+    assert merged(x).shape == (2, 3)
 
 
-def test_print_trainable_parameters(capsys):
-    """The count users quote: 4-bit weights count as the weights they hold."""
-    base = bert()
-    total = sum(p.numel() for p in base.parameters())
-    QLoRAModel(base, QLoRAConfig(rank=2, target_modules=["query"])).print_trainable_parameters()
-    lora = 2 * 2 * (32 + 32)
+def test_layers_that_share_a_weight_share_its_4_bit_form():
+    """Weight tying halves memory; quantizing each copy would undo it, and the merge must tie again."""
+    model = mlp()
+    model.second.weight = model.first.weight
+    wrapped = QLoRAModel(model, QLoRAConfig(target_modules=["head"]))
+    assert model.first.weight_packed is model.second.weight_packed
+    merged = wrapped.merge_and_unload()
+    assert merged.first.weight is merged.second.weight
+
+
+def test_torch_transformer_layers_do_not_bypass_lora():
+    """In eval mode nn.TransformerEncoderLayer reads linear1.weight itself: LoRA would be skipped unseen."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).eval()
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        dense = model(x)
+        for wrapped in (
+            LoraModel(copy.deepcopy(model), LoraConfig(target_modules=["linear1"])),
+            QLoRAModel(copy.deepcopy(model), QLoRAConfig(target_modules=["linear1"])),
+        ):
+            start = wrapped(x)
+            torch.testing.assert_close(start, dense, rtol=0.3, atol=0.3)
+            wrapped.get_base_model().linear1.lora_B.normal_()
+            trained = wrapped(x)
+            assert not torch.allclose(trained, start, atol=1e-3)
+            merged = wrapped.merge_and_unload()
+            assert merged.activation_relu_or_gelu == model.activation_relu_or_gelu
+            torch.testing.assert_close(merged(x), trained, rtol=1e-3, atol=1e-4)
+
+
+def test_attention_that_reads_its_weight_is_left_alone():
+    """nn.MultiheadAttention uses out_proj.weight itself; a 4-bit layer there would crash in the forward."""
+    model = nn.Sequential(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), nn.Linear(32, 2))
+    wrapped = QLoRAModel(model, QLoRAConfig())
+    assert wrapped(torch.randn(2, 5, 32)).shape == (2, 5, 2)
+    with pytest.raises(TypeError, match="out_proj.*NonDynamicallyQuantizableLinear"):
+        LoraModel(wrapped.merge_and_unload(), LoraConfig(target_modules=["out_proj"]))
+
+
+def test_counts_are_of_weights_not_of_bytes(capsys):
+    """ "All params" must not halve because two weights share a byte."""
+    dense = sum(p.numel() for p in bert().parameters())
+    wrapped = QLoRAModel(bert(), QLoRAConfig(rank=4, target_modules=["query"]))
+    lora = 2 * 4 * (32 + 32)
     head = 2 * 32 + 2
-    assert f"trainable params: {lora + head:,d} || all params: {total + lora:,d} ||" in capsys.readouterr().out
+    assert wrapped.count_parameters() == (lora + head, dense + lora)
+    wrapped.print_trainable_parameters()
+    printed = capsys.readouterr().out
+    assert f"trainable params: {lora + head:,} || all params: {dense + lora:,} || trainable%: " in printed
+    assert sum(p.numel() for p in wrapped.trainable_parameters()) == lora + head
 
 
-def test_plain_module_and_shared_layer():
-    """Any nn.Module works, and a layer used twice stays one layer."""
-    shared = nn.Linear(16, 16)
-    model = QLoRAModel(nn.Sequential(shared, nn.ReLU(), shared), QLoRAConfig())
-    assert model.model[0] is model.model[2] and isinstance(model.model[0], QLoRALinear)
-    merged = model.merge_and_unload()
-    assert merged[0] is merged[2]
+def test_calls_and_attributes_go_through():
+    """Existing code (generate, config, device) has to work on the wrapper."""
+    wrapped = QLoRAModel(llama(), QLoRAConfig())
+    assert wrapped.config.vocab_size == 50
+    assert wrapped.device.type == "cpu"
+    assert wrapped.generate(IDS[:, :3], max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (3, 5)
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        wrapped.no_such_thing  # noqa: B018
+    assert not hasattr(LoraModel(mlp(), LoraConfig()), "config")
 
 
-@pytest.mark.parametrize("make", [bert, llama])
-def test_failed_conversion_leaves_the_model(make):
-    """After an error the user still has the model that was loaded, to the last flag."""
-    model = make()
-    broken = [m for m in model.modules() if type(m) is nn.Linear and m is not model.get_output_embeddings()][-2]
-    broken.weight.data[3, 3] = float("nan")
-    modules = dict(model.named_modules())
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match="weight: expected finite values, got 1 NaN"):
-        QLoRAModel(model, QLoRAConfig())
-    assert dict(model.named_modules()) == modules
-    assert all(torch.equal(state[n].nan_to_num(), t.nan_to_num()) for n, t in model.state_dict().items())
-    assert all(parameter.requires_grad for parameter in model.parameters())
+@kinds
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_the_wrapper(model_type, config_type, copied):
+    """A copy predicts the same and trains apart."""
+    wrapped = model_type(bert(), config_type())
+    train(wrapped)
+    twin, expected = copied(wrapped), logits(wrapped)
+    assert torch.equal(logits(twin), expected)
+    train(twin)
+    assert torch.equal(logits(wrapped), expected)
+    assert not torch.equal(logits(twin), expected)
 
 
-def test_wrong_models_and_configs():
-    """Wrapping twice, or with the wrong kind of config, is named."""
-    model = QLoRAModel(bert(), QLoRAConfig())
-    for wrapped in (model, model.model):
-        with pytest.raises(ValueError, match="model: expected one without adapters"):
-            QLoRAModel(wrapped, QLoRAConfig())
-    with pytest.raises(TypeError, match="config: expected a QLoRAConfig, got LoraConfig"):
-        QLoRAModel(bert(), LoraConfig())
-    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got str"):
-        QLoRAModel("bert", QLoRAConfig())
-    with pytest.raises(ValueError, match="gradient_checkpointing: Linear does not support it"):
-        QLoRAModel(nn.Linear(4, 4), QLoRAConfig(gradient_checkpointing=True))
-    with pytest.raises(ValueError, match="modules_to_save: 'nope' matches no module"):
-        QLoRAModel(bert(), QLoRAConfig(modules_to_save=["nope"]))
+def test_casting_the_wrapper_keeps_the_stored_weights():
+    """model.to(torch.bfloat16) on the whole wrapper is common; the 4-bit weights must survive it."""
+    wrapped = QLoRAModel(llama(), QLoRAConfig())
+    layer = wrapped.get_base_model().model.layers[0].mlp.up_proj
+    before = layer.quantized_weight.dequantize(torch.float32)
+    wrapped.to(torch.bfloat16)
+    assert torch.equal(layer.quantized_weight.dequantize(torch.float32), before)
+    assert logits(wrapped).dtype == torch.bfloat16
 
 
-def test_wrapper_passes_through():
-    """Hugging Face code that asks the model for config, device or generate must find them."""
-    model = QLoRAModel(llama(), QLoRAConfig())
-    assert model.config.hidden_size == 32 and model.device.type == "cpu"
-    assert model.generate(IDS[:1], max_new_tokens=2, do_sample=False).shape == (1, 9)
-    with pytest.raises(AttributeError):
-        _ = model.no_such_attribute
-    assert QLoRAModel(bert(), QLoRAConfig())(input_ids=IDS, labels=LABELS).loss.requires_grad
+def test_training_mode_is_kept():
+    """A model in eval mode would otherwise start to drop."""
+    wrapped = QLoRAModel(bert(), QLoRAConfig(lora_dropout=0.5))
+    assert not any(module.training for module in wrapped.modules())
+    assert torch.equal(logits(wrapped), logits(wrapped))
+
+
+def test_other_storage_settings_reach_the_layers():
+    """A config that is read but not obeyed."""
+    config = QLoRAConfig(quantization="fp4", double_quant=False, block_size=128)
+    weight = QLoRAModel(mlp(), config).get_base_model().first.quantized_weight
+    assert (weight.format, weight.double_quant, weight.block_size) == ("fp4", False, 128)
+
+
+def test_plain_head_in_modules_to_save():
+    """Models that are not Hugging Face's name their head themselves."""
+    wrapped = QLoRAModel(mlp(), QLoRAConfig(modules_to_save=["head"]))
+    assert type(wrapped.get_base_model().head) is nn.Linear
+    assert wrapped.get_base_model().head.weight.requires_grad
+    assert not wrapped.get_base_model().norm.weight.requires_grad
