@@ -27,7 +27,7 @@ class Conversion:
     """What wrapping ``model`` will change. Constructing it changes nothing; :meth:`apply` does.
 
     Args:
-        quantize: store every linear layer but heads and modules to save in 4 bits; ``config`` is a QLoRAConfig.
+        quantize: store every linear layer but heads and modules to save in 4 bits (for a QLoRAConfig).
         automatic_head: add a classification head to modules_to_save.
 
     Attributes:
@@ -36,8 +36,8 @@ class Conversion:
         saved: canonical name -> module that trains in full.
 
     Raises:
-        ValueError, TypeError: see :func:`~lowbit_lora.targets.find_targets`; also for a weight to quantize that
-            holds NaN or inf.
+        ValueError, TypeError: see :func:`~lowbit_lora.targets.find_targets`; also for NaN or inf in a weight to
+            quantize.
     """
 
     def __init__(self, model: nn.Module, config: LoraConfig, *, quantize: bool, automatic_head: bool = True):
@@ -203,7 +203,7 @@ def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
 
 @torch.no_grad()
 def merge_all(model: nn.Module) -> None:
-    """Replace every layer of ours by a plain nn.Linear; where a 4-bit weight was shared, so is the decoded one."""
+    """Replace every layer of ours by a plain nn.Linear; a shared 4-bit weight becomes a shared dense one."""
     plain: dict[int, nn.Parameter] = {}
     merged = {}
     for module in model.modules():

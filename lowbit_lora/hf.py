@@ -56,8 +56,8 @@ def check_can_checkpoint(model: nn.Module) -> None:
 def enable_checkpointing(model: nn.Module) -> None:
     """Recompute activations in the backward.
 
-    The non-reentrant kind also works where no input of a block requires a gradient, as with a frozen embedding;
-    so ``enable_input_require_grads`` is not needed.
+    The non-reentrant kind also works where no input of a block requires a gradient, as with a frozen
+    embedding; so ``enable_input_require_grads`` is not needed.
     """
     kwargs = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # the newer name

@@ -106,7 +106,7 @@ class QuantizedLinear(nn.Module):
     """A frozen linear layer whose weight is stored in 4 bits.
 
     The pieces of the weight are buffers that move between devices but are never cast: ``.half()`` or
-    ``.to(torch.bfloat16)`` change bias and LoRA only. ``state_dict()`` has them under bitsandbytes' key names.
+    ``.to(torch.bfloat16)`` change bias and LoRA only. ``state_dict()`` has them under bitsandbytes' names.
     """
 
     _PARTS = ("weight_packed", "weight_absmax", "weight_group_scales", "weight_offset")
@@ -303,7 +303,7 @@ class QLoRALinear(QuantizedLinear, LoRABaseLayer):
 
 
 def _copy_to(quantized: lowbit.QuantizedTensor, device: torch.device) -> lowbit.QuantizedTensor:
-    """A copy that shares no memory with the state dict; a meta layer takes the state dict's tensors themselves."""
+    """A copy that shares no memory with the state dict; for a meta layer, the state dict's own tensors."""
     parts = quantized.parts()
     if device.type != "meta":
         parts = tuple(None if part is None else part.to(device, copy=True) for part in parts)

@@ -98,8 +98,8 @@ class LoraModel(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike, **_: Any) -> None:
         """Write the adapter (LoRA, modules to save, trained biases), not the base, in PEFT's two files.
 
-        A save that fails leaves what was in ``folder`` before. Keywords that Hugging Face's Trainer passes are
-        taken and ignored.
+        A save that fails leaves what was in ``folder`` before. Keywords (Hugging Face's Trainer passes some)
+        are ignored.
 
         Raises:
             OSError: the files cannot be written.

@@ -80,7 +80,7 @@ def assert_untouched(model: nn.Module, before: dict) -> None:
 
 
 def train(wrapper: nn.Module, steps: int = 2, seed: int = 0) -> list[float]:
-    """A few steps of AdamW on the tiny classification or language task; the loss before each and at the end."""
+    """A few steps of AdamW on the model's own task; the loss before each and at the end."""
     torch.manual_seed(seed)
     labels = LABELS if hasattr(wrapper.get_base_model(), "classifier") else IDS
     optimizer = torch.optim.AdamW(wrapper.trainable_parameters(), lr=5e-3)
