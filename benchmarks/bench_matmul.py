@@ -1,6 +1,6 @@
 """lowbit against dense torch, and against bitsandbytes where it is installed: quantize, dequantize and products.
 
-    python benchmarks/bench_matmul.py [--size 4096] [--dtype float32 bfloat16] [--rows 1 16 128 512] [--threads N]
+python benchmarks/bench_matmul.py [--size 4096] [--dtype float32 bfloat16] [--rows 1 16 128 512] [--threads N]
 """
 
 import argparse
@@ -20,13 +20,13 @@ def contenders(weight: torch.Tensor, rows: list[int]) -> dict[str, dict]:
     """Per operation the calls to time, by library."""
     dtype, (n, k) = weight.dtype, weight.shape
     q = lowbit.quantize(weight)
+    backward = torch.ops.lowbit.linear_grad_input.default
     cases = {
         "quantize": {"lowbit": lambda: lowbit.quantize(weight)},
         "dequantize": {"lowbit": lambda: lowbit.dequantize(q)},
     }
     for m in rows:
         x, grad = torch.randn(m, k, dtype=dtype), torch.randn(m, n, dtype=dtype)
-        backward = torch.ops.lowbit.linear_grad_input.default
         cases[f"linear, {m} rows"] = {
             "lowbit": lambda x=x: lowbit.linear(x, q),
             "dense": lambda x=x: F.linear(x, weight),
@@ -50,7 +50,9 @@ def contenders(weight: torch.Tensor, rows: list[int]) -> dict[str, dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=4096, help="the weight is SIZE x SIZE")
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "float16", "bfloat16"])
+    parser.add_argument(
+        "--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "float16", "bfloat16"]
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 128, 512])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)

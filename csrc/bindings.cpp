@@ -202,8 +202,7 @@ Tensor linear_grad_input(Tensor grad, Tensor packed, Tensor absmax, std::optiona
   const Weight weight(packed, absmax, group_scales, offset, format, block_size, n * k);
   const Tensor source = torch::stable::contiguous(grad);
   Tensor grad_x = empty_with_last(grad, k);
-  active_kernels().linear_grad_input({source.data_ptr(), dtype, weight.view, m, n, k, grad_x.data_ptr()},
-                                     parallel_for);
+  active_kernels().linear_grad_input({source.data_ptr(), dtype, weight.view, m, n, k, grad_x.data_ptr()}, parallel_for);
   return grad_x;
 }
 
@@ -230,6 +229,6 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit, CompositeExplicitAutograd, library) {
 }
 
 // Importing lowbit._C loads the registrations above; the module itself is empty.
-static PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
-                                        nullptr, nullptr, nullptr, nullptr};
+static PyModuleDef module_definition = {
+    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module_definition); }

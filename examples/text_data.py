@@ -101,9 +101,7 @@ def find_snippet_archive() -> Path:
     )
 
 
-def batches(
-    lengths: Sequence[int], batch_size: int, generator: random.Random | None = None
-) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], batch_size: int, generator: random.Random | None = None) -> Iterator[list[int]]:
     """Row numbers in batches of similar length, so that little time goes into padding.
 
     With a generator the order is random: rows are shuffled, sorted by length only within stretches of 50
@@ -167,11 +165,7 @@ def _movie_snippets(archive: Path) -> list[tuple[str, str]]:
         lines = raw.decode("cp1252").splitlines()
     fields = [line.split("\t", 2) for line in lines if line.strip()]
     rated = [(text.strip(), float(rating)) for _, rating, text in (row for row in fields if len(row) == 3)]
-    return [
-        (text, "positive" if rating > 0 else "negative")
-        for text, rating in rated
-        if abs(rating) >= _MIN_RATING
-    ]
+    return [(text, "positive" if rating > 0 else "negative") for text, rating in rated if abs(rating) >= _MIN_RATING]
 
 
 def _read_table(path: Path, text_column: str, label_column: str) -> list[tuple[str, str]]:
@@ -224,9 +218,7 @@ def _from_hub(source: str, text_column: str, label_column: str) -> Dataset:
         columns = splits[split].features
         for column in (text_column, label_column):
             if column not in columns:
-                raise DataError(
-                    f"{source} has no column '{column}', only {sorted(columns)}; see --text-column"
-                )
+                raise DataError(f"{source} has no column '{column}', only {sorted(columns)}; see --text-column")
         rows = zip(splits[split][text_column], splits[split][label_column], strict=True)
         names = getattr(columns[label_column], "names", None)
         # Hub test splits without public labels mark them -1.

@@ -8,9 +8,7 @@ from rich.table import Table
 
 def print_results(results: dict, output: Path) -> None:
     """Print the results of one run (the fields of results.json) as a table."""
-    table = Table(
-        title=f"{results['method']}: {results['model']} on {results['dataset']}, seed {results['seed']}"
-    )
+    table = Table(title=f"{results['method']}: {results['model']} on {results['dataset']}, seed {results['seed']}")
     table.add_column("measured")
     table.add_column("value", justify="right")
     for name, value in _rows(results):
@@ -19,9 +17,7 @@ def print_results(results: dict, output: Path) -> None:
     # In a pipe or a log rich assumes 80 columns and would cut long lines.
     console.width = max(console.width, 100)
     console.print(table)
-    console.print(
-        f"Written: {', '.join(sorted(p.name for p in output.iterdir()))} in {output}", highlight=False
-    )
+    console.print(f"Written: {', '.join(sorted(p.name for p in output.iterdir()))} in {output}", highlight=False)
 
 
 def _rows(results: dict):

@@ -111,9 +111,7 @@ def find_model(name: str) -> str:
         return str(Path(spec.submodule_search_locations[0]) / "model")
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise ValueError(
-                f"--model: the folder {name} has no config.json, so it holds no transformers model"
-            )
+            raise ValueError(f"--model: the folder {name} has no config.json, so it holds no transformers model")
         return name
     if name.startswith((".", "/", "~")) or Path(name).exists():
         raise ValueError(f"--model: {name} is not a model folder")
@@ -155,9 +153,7 @@ def wrap(base, options: argparse.Namespace):
         return base
     from lowbit_lora import LoraConfig, LoraModel, QLoRAConfig, QLoRAModel
 
-    config_type, model_type = {"lora": (LoraConfig, LoraModel), "qlora": (QLoRAConfig, QLoRAModel)}[
-        options.method
-    ]
+    config_type, model_type = {"lora": (LoraConfig, LoraModel), "qlora": (QLoRAConfig, QLoRAModel)}[options.method]
     # QLoRAConfig's own defaults: NF4, double-quantized scales, blocks of 64. The classification head is
     # found by the wrapper (modules_to_save) and trains in full precision.
     config = config_type(

@@ -11,6 +11,4 @@ __version__ = "0.1.0"
 __all__ = ["QuantizedTensor", "dequantize", "linear", "lora_linear", "quantize", "use_backend"]
 
 if (_reason := backends.native.missing_reason()) is not None:
-    warnings.warn(
-        f"lowbit runs on its slow pure-torch reference backend: {_reason}", RuntimeWarning, stacklevel=2
-    )
+    warnings.warn(f"lowbit runs on its slow pure-torch reference backend: {_reason}", RuntimeWarning, stacklevel=2)

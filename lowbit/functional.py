@@ -61,10 +61,7 @@ def quantize(
         )
     group_scales = offset = None
     if double_quant:
-        if absmax.numel():
-            offset = absmax.mean(dtype=torch.float64).float()
-        else:
-            offset = absmax.new_zeros(())
+        offset = absmax.mean(dtype=torch.float64).float() if absmax.numel() else absmax.new_zeros(())
         absmax, group_scales = op.quantize_scales.default(absmax, offset)
     return QuantizedTensor(
         packed,

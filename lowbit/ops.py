@@ -45,9 +45,7 @@ def _fake_dequantize(packed, absmax, group_scales, offset, format, block_size, s
     return packed.new_empty(shape, dtype=dtype)
 
 
-def _fake_linear(
-    x, packed, absmax, group_scales, offset, format, block_size, out_features, bias, t, lora_b, scaling
-):
+def _fake_linear(x, packed, absmax, group_scales, offset, format, block_size, out_features, bias, t, lora_b, scaling):
     return x.new_empty([*x.shape[:-1], out_features])
 
 

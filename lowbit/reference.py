@@ -53,9 +53,7 @@ def quantize_scales(absmax: torch.Tensor, offset: torch.Tensor) -> tuple[torch.T
     return codes.reshape(-1)[:blocks].contiguous(), group_scales
 
 
-def decode_scales(
-    absmax: torch.Tensor, group_scales: torch.Tensor | None, offset: torch.Tensor | None
-) -> torch.Tensor:
+def decode_scales(absmax: torch.Tensor, group_scales: torch.Tensor | None, offset: torch.Tensor | None) -> torch.Tensor:
     """The fp32 scale of each block, [b]: ``absmax`` itself, or its double-quantized codes decoded."""
     if group_scales is None:
         return absmax

@@ -60,9 +60,7 @@ class LoraConfig:
         if not isinstance(self.target_modules, str):
             self.target_modules = _names("target_modules", self.target_modules)
         if not self.target_modules:
-            raise ValueError(
-                "target_modules: expected names, a regular expression or 'all-linear', got nothing"
-            )
+            raise ValueError("target_modules: expected names, a regular expression or 'all-linear', got nothing")
         if self.modules_to_save is not None:
             self.modules_to_save = _names("modules_to_save", self.modules_to_save)
 
@@ -171,9 +169,7 @@ class QLoRAConfig(LoraConfig):
         if not isinstance(self.double_quant, bool):
             raise TypeError(f"double_quant: expected a bool, got {self.double_quant!r}")
         if self.paged_adamw:
-            raise NotImplementedError(
-                "paged_adamw: the paged optimizer is not implemented yet; expected False"
-            )
+            raise NotImplementedError("paged_adamw: the paged optimizer is not implemented yet; expected False")
 
     def quantization_settings(self) -> dict[str, Any]:
         """The fields that PEFT's file has no place for, ready for JSON."""
@@ -203,9 +199,7 @@ def check_lora_options(rank: int, lora_alpha: float, lora_dropout: float) -> Non
 def check_quantization(quantization: "QuantizationType | str") -> QuantizationType:
     """The QuantizationType of a name; ValueError if unknown, NotImplementedError for INT8."""
     try:
-        quantization = QuantizationType(
-            quantization.lower() if isinstance(quantization, str) else quantization
-        )
+        quantization = QuantizationType(quantization.lower() if isinstance(quantization, str) else quantization)
     except (ValueError, AttributeError) as error:
         names = ", ".join(member.name for member in QuantizationType)
         raise ValueError(f"quantization: expected one of {names}, got {quantization!r}") from error

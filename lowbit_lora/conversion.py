@@ -72,19 +72,13 @@ class Conversion:
         self.layers = {name: self._replacements[module] for module, name in targets.items()}
         self._copies, self._cast_modules = _full_precision_copies(model, saved, inside_saved)
 
-    def _build_layers(
-        self, targets: dict[nn.Module, str], dense: set[nn.Module]
-    ) -> dict[nn.Module, nn.Module]:
+    def _build_layers(self, targets: dict[nn.Module, str], dense: set[nn.Module]) -> dict[nn.Module, nn.Module]:
         to_quantize = _quantizable(self.model, dense) if self._quantize else {}
         names = {**to_quantize, **targets}
         size = sum(module.weight.numel() for module in names)
         # disable=None shows the bar on a terminal only.
-        progress = tqdm(
-            names.items(), "Quantizing", leave=False, disable=None if size > _PROGRESS_FROM else True
-        )
-        quantized: dict[
-            int, lowbit.QuantizedTensor
-        ] = {}  # two layers that share a weight share its 4-bit form
+        progress = tqdm(names.items(), "Quantizing", leave=False, disable=None if size > _PROGRESS_FROM else True)
+        quantized: dict[int, lowbit.QuantizedTensor] = {}  # two layers that share a weight share its 4-bit form
         replacements = {}
         for module, name in progress:
             if module in to_quantize and id(module.weight) not in quantized:
@@ -105,9 +99,7 @@ class Conversion:
         except (ValueError, TypeError) as error:
             raise type(error)(f"{name}.weight: {error}") from error
 
-    def _new_layer(
-        self, module: nn.Linear, quantized: lowbit.QuantizedTensor | None, with_lora: bool
-    ) -> nn.Module:
+    def _new_layer(self, module: nn.Linear, quantized: lowbit.QuantizedTensor | None, with_lora: bool) -> nn.Module:
         if not with_lora:
             return QuantizedLinear(quantized, module.bias)
         config = self.config
@@ -142,10 +134,7 @@ class Conversion:
             module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
             module.register_forward_hook(_CastOutputs(dtype))
         for name, module in model.named_modules():
-            if (
-                isinstance(module, nn.TransformerEncoderLayer)
-                and module.linear1 in self._replacements.values()
-            ):
+            if isinstance(module, nn.TransformerEncoderLayer) and module.linear1 in self._replacements.values():
                 # Its fused inference path reads linear1.weight itself, past our layers; 0 turns it off.
                 restore.fast_paths[name] = module.activation_relu_or_gelu
                 module.activation_relu_or_gelu = 0
@@ -264,9 +253,7 @@ def _quantizable(model: nn.Module, dense: set[nn.Module]) -> dict[nn.Module, str
                 owners[id(parameter)].append(module)
     found = {m: n[0] for m, n in module_names(model).items() if is_plain_linear(m) and m not in dense}
     # A weight tied to an embedding stays dense: the embedding needs it, and a copy would untie the two.
-    return {
-        m: n for m, n in found.items() if m.weight.numel() and all(o in found for o in owners[id(m.weight)])
-    }
+    return {m: n for m, n in found.items() if m.weight.numel() and all(o in found for o in owners[id(m.weight)])}
 
 
 def _named_tensors(model: nn.Module):

@@ -26,9 +26,7 @@ def task_head(model: nn.Module, task_type: str | None = None) -> tuple[str | Non
     """``(task type, names of the fresh head)`` of a classification model; ``(task_type, [])`` else."""
     for ending, (task, names) in _HEADS.items():
         if type(model).__name__.endswith(ending) or (task is not None and task == task_type):
-            return task_type or task, [
-                name for name in names if isinstance(getattr(model, name, None), nn.Module)
-            ]
+            return task_type or task, [name for name in names if isinstance(getattr(model, name, None), nn.Module)]
     return task_type, []
 
 
@@ -89,9 +87,7 @@ def local_folder(folder: str | os.PathLike) -> str:
             from huggingface_hub import snapshot_download
 
             return snapshot_download(folder, allow_patterns=["adapter_*"])
-        except (
-            Exception
-        ) as error:  # no network, no such repository, no huggingface_hub: all the same to the caller
+        except Exception as error:  # no network, no such repository, no huggingface_hub: all the same to the caller
             raise FileNotFoundError(
                 f"{folder}: expected a folder or a hub repository with an adapter, got {error}"
             ) from error

@@ -91,9 +91,7 @@ class LoRALinear(LoRABaseLayer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features] in the dtype of x W^T."""
         if x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"x: expected a last dimension of in_features={self.in_features}, got {tuple(x.shape)}"
-            )
+            raise ValueError(f"x: expected a last dimension of in_features={self.in_features}, got {tuple(x.shape)}")
         base = F.linear(x, self.weight, self.bias)
         dropped = F.dropout(x, self.lora_dropout, self.training)
         with torch.autocast(x.device.type, enabled=False):

@@ -162,9 +162,7 @@ class LoraModel(nn.Module):
         layers = {module for module in self.model.modules() if isinstance(module, LoRALinear)}
         weights = {layer.weight for layer in layers}
         for name, module in self.model.named_modules():
-            if module not in layers and any(
-                p in weights for p in module._parameters.values() if p is not None
-            ):
+            if module not in layers and any(p in weights for p in module._parameters.values() if p is not None):
                 warnings.warn(
                     f"{name}.weight is tied to a layer with LoRA; merging unties them. Set "
                     "config.tie_word_embeddings = False before saving the merged model",
@@ -191,8 +189,7 @@ class QLoRAModel(LoraModel):
 def _check_types(model: Any, config: Any, config_class: type) -> None:
     if isinstance(model, LoraModel):
         raise ValueError(
-            f"model: expected one without adapters, got a {type(model).__name__}; "
-            "call merge_and_unload() first"
+            f"model: expected one without adapters, got a {type(model).__name__}; call merge_and_unload() first"
         )
     if not isinstance(config, config_class):
         raise TypeError(f"config: expected a {config_class.__name__}, got {type(config).__name__}")

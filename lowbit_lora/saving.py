@@ -153,9 +153,7 @@ def _broken_file(path: str, *errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        raise OSError(
-            f"{path}: expected a whole adapter file, but it is truncated or corrupt ({error})"
-        ) from error
+        raise OSError(f"{path}: expected a whole adapter file, but it is truncated or corrupt ({error})") from error
 
 
 def fit(
@@ -190,8 +188,7 @@ def fit(
         value = values[key]
         if value.shape != target.shape:
             raise ValueError(
-                f"{file}: {key}: expected shape {tuple(target.shape)} for this model and rank, "
-                f"got {tuple(value.shape)}"
+                f"{file}: {key}: expected shape {tuple(target.shape)} for this model and rank, got {tuple(value.shape)}"
             )
         if value.is_floating_point() != target.is_floating_point():
             raise ValueError(f"{file}: {key}: expected dtype like {target.dtype}, got {value.dtype}")
@@ -210,9 +207,7 @@ def _canonical_key(key: str, canonical: dict[str, str]) -> str:
 
 def _is_peft_duplicate(key: str, saved: dict[str, nn.Module]) -> bool:
     """With bias="all" PEFT 0.21 writes biases of modules to save thrice, twice under its wrapper's names."""
-    stems = (
-        f"{_PREFIX}{name}.{inner}." for name in saved for inner in ("original_module", "modules_to_save")
-    )
+    stems = (f"{_PREFIX}{name}.{inner}." for name in saved for inner in ("original_module", "modules_to_save"))
     return key.startswith(tuple(stems))
 
 

@@ -86,9 +86,7 @@ def _regex(pattern: str):
     try:
         return re.compile(pattern).fullmatch
     except re.error as error:
-        raise ValueError(
-            f"target_modules: expected a regular expression, got {pattern!r} ({error})"
-        ) from error
+        raise ValueError(f"target_modules: expected a regular expression, got {pattern!r} ({error})") from error
 
 
 def _what_there_is(linears: dict[nn.Module, list[str]]) -> str:

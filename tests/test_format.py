@@ -13,9 +13,7 @@ from lowbit import format as fmt
 def test_codebook_is_what_kernels_decode(name, format):
     """A differing codebook would decode every file to other weights."""
     packed = torch.tensor([(2 * i) << 4 | (2 * i + 1) for i in range(8)], dtype=torch.uint8)
-    q = lowbit.QuantizedTensor(
-        packed, torch.ones(1), shape=(16,), dtype=torch.float32, format=format, block_size=64
-    )
+    q = lowbit.QuantizedTensor(packed, torch.ones(1), shape=(16,), dtype=torch.float32, format=format, block_size=64)
     with kernels(name):
         assert torch.equal(q.dequantize(), fmt.codebook(format))
 

@@ -193,9 +193,7 @@ def test_compiles_without_a_graph_break():
     eager_gradients = torch.autograd.grad(eager.square().sum(), inputs)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(compiled, eager)
-    for ours, theirs in zip(
-        torch.autograd.grad(compiled.square().sum(), inputs), eager_gradients, strict=True
-    ):
+    for ours, theirs in zip(torch.autograd.grad(compiled.square().sum(), inputs), eager_gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 

@@ -27,9 +27,7 @@ def operands(rows, shape, rank, dtype, lora_dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
     sizes = ((rows, k), (n,), (rank, k), (n, rank))
     made = [torch.randn(size, generator=generator) for size in sizes]
-    return [
-        tensor.to(dtype if i < 2 else lora_dtype).requires_grad_() for i, tensor in enumerate(made)
-    ]
+    return [tensor.to(dtype if i < 2 else lora_dtype).requires_grad_() for i, tensor in enumerate(made)]
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -110,9 +110,7 @@ def test_all_linear_leaves_out_the_heads():
         ({"modules_to_save": ["poler"]}, ValueError, ("modules_to_save", "poler", "classifier")),
     ],
 )
-def test_what_matches_nothing_is_an_error_that_changes_nothing(
-    model_type, config_type, settings, error, names
-):
+def test_what_matches_nothing_is_an_error_that_changes_nothing(model_type, config_type, settings, error, names):
     """A typo must not train less than was asked for; the message lists what there is."""
     model = bert()
     before = snapshot(model)
@@ -177,9 +175,7 @@ def test_what_trains(bias):
     assert trains == expected
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     train(wrapped)
-    changed = {
-        name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])
-    }
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     # The gradient of the key's bias is zero in exact arithmetic, so it need not move.
     assert changed <= expected
     assert {name for name in expected if "key.bias" not in name} <= changed

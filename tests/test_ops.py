@@ -58,9 +58,7 @@ def test_compiles_without_graph_break(dtype):
     grad = torch.randn_like(eager)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-6}
     torch.testing.assert_close(compiled, eager, **tolerance)
-    for a, b in zip(
-        torch.autograd.grad(compiled, leaves, grad), torch.autograd.grad(eager, leaves, grad), strict=True
-    ):
+    for a, b in zip(torch.autograd.grad(compiled, leaves, grad), torch.autograd.grad(eager, leaves, grad), strict=True):
         torch.testing.assert_close(a, b, **tolerance)
 
 

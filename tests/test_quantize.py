@@ -16,7 +16,9 @@ GOLDEN = Path(__file__).parent / "golden" / "bitsandbytes_0_50_2.safetensors"
 
 
 def assert_same_bytes(q, other):
-    for name, ours, theirs in zip(("packed", "absmax", "group_scales", "offset"), q.parts(), other.parts(), strict=True):
+    for name, ours, theirs in zip(
+        ("packed", "absmax", "group_scales", "offset"), q.parts(), other.parts(), strict=True
+    ):
         assert (ours is None) == (theirs is None), name
         assert ours is None or torch.equal(ours, theirs), name
 
@@ -70,9 +72,7 @@ def test_bytes_equal_live_bitsandbytes(format, dtype):
     for block_size in BLOCK_SIZES:
         for shape in ((130, 97), (300, 64), (3, 40, 50), (33,)):
             weight = make_weight(shape, dtype, seed=block_size)
-            packed, state = bnb.quantize_4bit(
-                weight, blocksize=block_size, quant_type=format, compress_statistics=True
-            )
+            packed, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type=format, compress_statistics=True)
             plain = lowbit.quantize(weight, format=format, block_size=block_size, double_quant=False)
             assert torch.equal(plain.packed, packed.reshape(-1))
             codes, group_scales = torch.ops.lowbit.quantize_scales(plain.absmax, state.offset)

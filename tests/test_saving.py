@@ -115,9 +115,7 @@ def test_we_load_pefts(tmp_path, make, settings, named_task):
     """Adapters that exist already have to work, with and without PEFT's knowledge of the task."""
     peft = pytest.importorskip("peft")
     task = ("SEQ_CLS" if make is bert else "CAUSAL_LM") if named_task else None
-    config = peft.LoraConfig(
-        r=4, target_modules="all-linear", init_lora_weights=False, task_type=task, **settings
-    )
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type=task, **settings)
     theirs = peft.get_peft_model(dequantized(make), config)
     with torch.no_grad():
         for parameter in theirs.parameters():

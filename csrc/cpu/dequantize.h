@@ -42,8 +42,8 @@ void decode_range(const QuantizedWeight& weight, const typename Isa::Decoder& de
       const int64_t low_block = std::max(start / weight.block_size, first_block);
       const int64_t high_block = std::min((start + 32) / weight.block_size, last_block);
       const int64_t decoded_high = std::min(high_block, (batch_end - 1) / weight.block_size);
-      const auto scale = Isa::pair(scales[low_block - first_block],
-                                   scales[std::max(decoded_high, low_block) - first_block]);
+      const auto scale =
+          Isa::pair(scales[low_block - first_block], scales[std::max(decoded_high, low_block) - first_block]);
       uint8_t tail[kChunk / 2] = {};
       const uint8_t* packed = weight.packed + start / 2;
       if (start + kChunk > weight.numel) {
@@ -57,8 +57,7 @@ void decode_range(const QuantizedWeight& weight, const typename Isa::Decoder& de
       const bool whole = begin <= start && start + kChunk <= end;
       float partial[kChunk];
       float* to = whole ? out + (start - begin) : partial;
-      for (int u = 0; u < 4; ++u)
-        Isa::to_natural_order(values[2 * u], values[2 * u + 1], to + 8 * u, to + 32 + 8 * u);
+      for (int u = 0; u < 4; ++u) Isa::to_natural_order(values[2 * u], values[2 * u + 1], to + 8 * u, to + 32 + 8 * u);
       if (!whole) {
         const int64_t from = std::max(begin, start), until = std::min(end, start + kChunk);
         std::copy(partial + (from - start), partial + (until - start), out + (from - begin));

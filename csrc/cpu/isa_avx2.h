@@ -41,9 +41,7 @@ struct Avx2 {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
-  static Vec load(const Fp16* from) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  }
+  static Vec load(const Fp16* from) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }
   static void store(float* to, Vec v) { _mm256_storeu_ps(to, v); }
   static void store(Bf16* to, Vec v) {
     const __m256i bits = _mm256_castps_si256(v);
@@ -143,8 +141,8 @@ struct Avx2 {
       second_high = _mm256_set1_ps(t[11]);
       third = _mm256_setr_ps(t[1], t[5], t[9], t[13], t[1], t[5], t[9], t[13]);
       fourth = _mm256_setr_ps(t[0], t[2], t[4], t[6], t[8], t[10], t[12], t[14]);
-      code_of_rank = _mm256_broadcastsi128_si256(
-          _mm_loadu_si128(reinterpret_cast<const __m128i*>(format.code_of_rank)));
+      code_of_rank =
+          _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(format.code_of_rank)));
     }
     __m256 first, second_low, second_high, third, fourth;
     __m256i code_of_rank;
@@ -156,8 +154,8 @@ struct Avx2 {
       // Packing works within 128-bit lanes; the permute puts the groups of four back in order.
       const __m256i words01 = _mm256_packs_epi32(ranks(0), ranks(1));
       const __m256i words23 = _mm256_packs_epi32(ranks(2), ranks(3));
-      const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words01, words23),
-                                                        _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+      const __m256i bytes =
+          _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words01, words23), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
       const __m256i codes = _mm256_shuffle_epi8(code_of_rank, bytes);
       const __m256i pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0110));  // 16 * even + odd
       const __m256i joined = _mm256_permute4x64_epi64(_mm256_packus_epi16(pairs, pairs), 0b1000);
@@ -166,9 +164,7 @@ struct Avx2 {
 
    private:
     // 2 * rank + 1 where `bit` is set: a comparison gives -1 where true.
-    static __m256i append(__m256i rank, __m256i bit) {
-      return _mm256_sub_epi32(_mm256_add_epi32(rank, rank), bit);
-    }
+    static __m256i append(__m256i rank, __m256i bit) { return _mm256_sub_epi32(_mm256_add_epi32(rank, rank), bit); }
     __m256i rank(__m256 x) const {
       const auto above = [x](__m256 t) { return _mm256_castps_si256(_mm256_cmp_ps(x, t, _CMP_GT_OQ)); };
       const __m256i bit3 = above(first);

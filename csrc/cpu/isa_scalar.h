@@ -34,8 +34,7 @@ struct Scalar {
     return c;
   }
   static float sum(const Vec& a) {
-    return ((a.lane[0] + a.lane[4]) + (a.lane[1] + a.lane[5])) +
-           ((a.lane[2] + a.lane[6]) + (a.lane[3] + a.lane[7]));
+    return ((a.lane[0] + a.lane[4]) + (a.lane[1] + a.lane[5])) + ((a.lane[2] + a.lane[6]) + (a.lane[3] + a.lane[7]));
   }
   template <class T>
   static Vec load(const T* from) {

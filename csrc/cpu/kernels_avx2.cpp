@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels.h"
+
 #include "isa_avx2.h"
 
 #include "dequantize.h"
@@ -18,8 +19,8 @@
 
 namespace lowbit::cpu {
 
-const Kernels kAvx2Kernels = {Avx2::name, quantize<Avx2>, quantize_scales<Avx2>, dequantize<Avx2>,
-                              linear<Avx2>, linear_grad_input<Avx2>};
+const Kernels kAvx2Kernels = {Avx2::name,       quantize<Avx2>, quantize_scales<Avx2>,
+                              dequantize<Avx2>, linear<Avx2>,   linear_grad_input<Avx2>};
 
 }  // namespace lowbit::cpu
 

@@ -5,7 +5,7 @@
 
 namespace lowbit::cpu {
 
-const Kernels kScalarKernels = {Scalar::name, quantize<Scalar>, quantize_scales<Scalar>, dequantize<Scalar>,
-                                linear<Scalar>, linear_grad_input<Scalar>};
+const Kernels kScalarKernels = {Scalar::name,       quantize<Scalar>, quantize_scales<Scalar>,
+                                dequantize<Scalar>, linear<Scalar>,   linear_grad_input<Scalar>};
 
 }  // namespace lowbit::cpu

@@ -17,16 +17,18 @@
 
 namespace lowbit::cpu {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+// static, here and below: each instruction set keeps its own copy. Of an inline function the linker keeps one for all,
+// which could be the one compiled for AVX2.
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 constexpr int64_t kGemvMaxRows = 3;
-constexpr int64_t kTileK = 512;        // 4 rows of x: 8 KB, in L1
-constexpr int64_t kTileN = 96;         // rows of W decoded at once: 96 x 512 floats, 192 KB, in L2
-constexpr int64_t kPanelM = 1024;      // rows of x that one decoded tile serves, bounds the scratch for sums
-constexpr int64_t kOuterTileK = 128;   // columns of grad_x per task
-constexpr int64_t kOuterTileN = 256;   // rows of W decoded at once: 256 x 128 floats, 128 KB, in L2
-constexpr int64_t kStrip = 16;         // columns of an outer micro tile
+constexpr int64_t kTileK = 512;       // 4 rows of x: 8 KB, in L1
+constexpr int64_t kTileN = 96;        // rows of W decoded at once: 96 x 512 floats, 192 KB, in L2
+constexpr int64_t kPanelM = 1024;     // rows of x that one decoded tile serves, bounds the scratch for sums
+constexpr int64_t kOuterTileK = 128;  // columns of grad_x per task
+constexpr int64_t kOuterTileN = 256;  // rows of W decoded at once: 256 x 128 floats, 128 KB, in L2
+constexpr int64_t kStrip = 16;        // columns of an outer micro tile
 
 template <class Function>
 void for_dtype(Dtype dtype, const Function& function) {
@@ -69,7 +71,7 @@ class FloatRows {
 // ---- gemv: up to three rows of x -----------------------------------------------------------------------------------
 
 // x in the lane order that Decoder yields weights in; see isa_scalar.h.
-inline std::vector<float> permute_to_lane_order(const float* x, int64_t rows, int64_t k) {
+static inline std::vector<float> permute_to_lane_order(const float* x, int64_t rows, int64_t k) {
   std::vector<float> permuted(static_cast<size_t>(rows * k));
   for (int64_t chunk = 0; chunk < rows * k; chunk += 64) {
     for (int64_t v = 0; v < 8; ++v) {
@@ -150,10 +152,10 @@ void dot_micro(const float* a, int64_t a_stride, const float* b, int64_t b_strid
 }
 
 template <class Isa, int I>
-void dot_rows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t n, int64_t depth, float* sums) {
+void dot_rows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t n, int64_t depth,
+              float* sums) {
   int64_t j = 0;
-  for (; j + 3 <= n; j += 3)
-    dot_micro<Isa, I, 3>(a, a_stride, b + j * b_stride, b_stride, depth, sums + j, kTileN);
+  for (; j + 3 <= n; j += 3) dot_micro<Isa, I, 3>(a, a_stride, b + j * b_stride, b_stride, depth, sums + j, kTileN);
   for (; j < n; ++j) dot_micro<Isa, I, 1>(a, a_stride, b + j * b_stride, b_stride, depth, sums + j, kTileN);
 }
 
@@ -162,8 +164,7 @@ template <class Isa>
 void dot_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t m, int64_t n, int64_t depth,
               float* sums) {
   int64_t i = 0;
-  for (; i + 4 <= m; i += 4)
-    dot_rows<Isa, 4>(a + i * a_stride, a_stride, b, b_stride, n, depth, sums + i * kTileN);
+  for (; i + 4 <= m; i += 4) dot_rows<Isa, 4>(a + i * a_stride, a_stride, b, b_stride, n, depth, sums + i * kTileN);
   for (; i < m; ++i) dot_rows<Isa, 1>(a + i * a_stride, a_stride, b, b_stride, n, depth, sums + i * kTileN);
 }
 

@@ -52,7 +52,7 @@ void quantize(const QuantizeArgs& args, const ParallelFor& parallel_for) {
 }
 
 // Code of the map entry nearest to i / 32767.5 - 1 for each position i: bitsandbytes' CPU rule for scales.
-inline const std::vector<uint8_t>& scale_code_table() {
+static inline const std::vector<uint8_t>& scale_code_table() {
   static const std::vector<uint8_t> table = [] {
     std::vector<uint8_t> codes(kScalePositions);
     const float* entries = kScaleMap.entries;
