@@ -29,11 +29,42 @@ void parallel_for(int64_t count, int64_t grain, const lowbit::cpu::Body& body) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another one";
+  }
+}
+
 Dtype dtype_of(ScalarType type, const char* name) {
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, name,
-                  ": expected dtype float32, float16 or bfloat16, got another one");
+                  ": expected dtype float32, float16 or bfloat16, got ", name_of(type));
   if (type == ScalarType::Half) return Dtype::f16;
   return type == ScalarType::Float ? Dtype::f32 : Dtype::bf16;
+}
+
+// a * b for sizes; an error instead of a wrapped number, which could pass a check of tensor sizes.
+int64_t product(int64_t a, int64_t b, const char* name) {
+  int64_t result;
+  STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &result), name, ": expected sizes whose product fits 63 bits, got ", a,
+                  " x ", b);
+  return result;
 }
 
 const Format* format_of(const std::string& name) {
@@ -53,8 +84,8 @@ void check_size(const Tensor& tensor, const char* name, int64_t numel) {
 
 void check(const Tensor& tensor, const char* name, ScalarType type, int64_t numel) {
   check_size(tensor, name, numel);
-  STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": expected dtype ",
-                  type == ScalarType::Byte ? "uint8" : "float32", ", got another one");
+  STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": expected dtype ", name_of(type), ", got ",
+                  name_of(tensor.scalar_type()));
 }
 
 template <class T>
@@ -160,7 +191,7 @@ Tensor dequantize(Tensor packed, Tensor absmax, std::optional<Tensor> group_scal
   int64_t numel = 1;
   for (const int64_t size : shape) {
     STD_TORCH_CHECK(size >= 0, "shape: expected sizes of at least 0, got ", size);
-    numel *= size;
+    numel = product(numel, size, "shape");
   }
   const Weight weight(packed, absmax, group_scales, offset, format, block_size, numel);
   const Dtype out_dtype = dtype_of(dtype, "dtype");
@@ -175,7 +206,7 @@ Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> grou
   const int64_t m = rows_of(x, "x"), n = out_features, k = x.size(x.dim() - 1);
   STD_TORCH_CHECK(n >= 0, "out_features: expected at least 0, got ", n);
   const Dtype dtype = dtype_of(x.scalar_type(), "x");
-  const Weight weight(packed, absmax, group_scales, offset, format, block_size, n * k);
+  const Weight weight(packed, absmax, group_scales, offset, format, block_size, product(n, k, "out_features"));
   STD_TORCH_CHECK(t.has_value() == lora_b.has_value(), "t, lora_b: expected both (LoRA) or neither, got one");
   int64_t rank = 0;
   std::vector<float> bias_copy, t_copy, lora_b_copy;
@@ -183,8 +214,8 @@ Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> grou
   if (t) {
     STD_TORCH_CHECK(t->dim() >= 1, "t: expected at least 1 dimension, got a scalar");
     rank = t->size(t->dim() - 1);
-    t_copy = float_copy(*t, "t", m * rank, static_cast<float>(scaling));
-    lora_b_copy = float_copy(*lora_b, "lora_b", n * rank);
+    t_copy = float_copy(*t, "t", product(m, rank, "t"), static_cast<float>(scaling));
+    lora_b_copy = float_copy(*lora_b, "lora_b", product(n, rank, "t"));
   }
   const Tensor source = torch::stable::contiguous(x);
   Tensor y = empty_with_last(x, n);
@@ -199,7 +230,7 @@ Tensor linear_grad_input(Tensor grad, Tensor packed, Tensor absmax, std::optiona
   const int64_t m = rows_of(grad, "grad"), n = grad.size(grad.dim() - 1), k = in_features;
   STD_TORCH_CHECK(k >= 0, "in_features: expected at least 0, got ", k);
   const Dtype dtype = dtype_of(grad.scalar_type(), "grad");
-  const Weight weight(packed, absmax, group_scales, offset, format, block_size, n * k);
+  const Weight weight(packed, absmax, group_scales, offset, format, block_size, product(n, k, "in_features"));
   const Tensor source = torch::stable::contiguous(grad);
   Tensor grad_x = empty_with_last(grad, k);
   active_kernels().linear_grad_input({source.data_ptr(), dtype, weight.view, m, n, k, grad_x.data_ptr()}, parallel_for);
