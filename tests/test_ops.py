@@ -101,12 +101,11 @@ def test_double_backward_is_an_error_not_zeros():
 
 
 @needs_native
-def test_backward_uses_the_backend_of_the_forward(monkeypatch):
+def test_backward_uses_the_backend_of_the_forward():
     """A training step must not mix backends because the context ended before backward()."""
     x = lora_leaves()[0]
     with lowbit.use_backend("reference"):
         y = lowbit.linear(x, Q)
-    called = []
     with torch.autograd.profiler.profile() as profile:
         y.sum().backward()
     called = [event.name for event in profile.function_events if event.name.endswith("linear_grad_input")]
