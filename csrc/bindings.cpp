@@ -23,8 +23,12 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-void parallel_for(int64_t count, int64_t grain, const lowbit::cpu::Body& body) {
-  if (count > 0) torch::stable::parallel_for(0, count, grain, body);
+// torch's own thread pool.
+lowbit::cpu::ParallelFor parallel_for() {
+  return {[](int64_t count, int64_t grain, const lowbit::cpu::Body& body) {
+            if (count > 0) torch::stable::parallel_for(0, count, grain, body);
+          },
+          torch::stable::get_num_threads()};
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -168,7 +172,7 @@ std::tuple<Tensor, Tensor> quantize(Tensor weight, std::string format, int64_t b
   Tensor absmax = torch::stable::new_empty(weight, IntHeaderOnlyArrayRef(&blocks, 1), ScalarType::Float);
   active_kernels().quantize({source.data_ptr(), dtype, numel, table, block_size,
                              static_cast<uint8_t*>(packed.data_ptr()), static_cast<float*>(absmax.data_ptr())},
-                            parallel_for);
+                            parallel_for());
   return {packed, absmax};
 }
 
@@ -182,7 +186,7 @@ std::tuple<Tensor, Tensor> quantize_scales(Tensor absmax, Tensor offset) {
   active_kernels().quantize_scales(
       {pointer<float>(source), *pointer<float>(offset), blocks, static_cast<uint8_t*>(codes.data_ptr()),
        static_cast<float*>(group_scales.data_ptr())},
-      parallel_for);
+      parallel_for());
   return {codes, group_scales};
 }
 
@@ -196,7 +200,7 @@ Tensor dequantize(Tensor packed, Tensor absmax, std::optional<Tensor> group_scal
   const Weight weight(packed, absmax, group_scales, offset, format, block_size, numel);
   const Dtype out_dtype = dtype_of(dtype, "dtype");
   Tensor out = torch::stable::new_empty(packed, IntHeaderOnlyArrayRef(shape.data(), shape.size()), dtype);
-  active_kernels().dequantize({weight.view, out.data_ptr(), out_dtype}, parallel_for);
+  active_kernels().dequantize({weight.view, out.data_ptr(), out_dtype}, parallel_for());
   return out;
 }
 
@@ -221,7 +225,7 @@ Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> grou
   Tensor y = empty_with_last(x, n);
   active_kernels().linear({source.data_ptr(), dtype, weight.view, bias ? bias_copy.data() : nullptr,
                            t ? t_copy.data() : nullptr, t ? lora_b_copy.data() : nullptr, m, n, k, rank, y.data_ptr()},
-                          parallel_for);
+                          parallel_for());
   return y;
 }
 
@@ -233,7 +237,7 @@ Tensor linear_grad_input(Tensor grad, Tensor packed, Tensor absmax, std::optiona
   const Weight weight(packed, absmax, group_scales, offset, format, block_size, product(n, k, "in_features"));
   const Tensor source = torch::stable::contiguous(grad);
   Tensor grad_x = empty_with_last(grad, k);
-  active_kernels().linear_grad_input({source.data_ptr(), dtype, weight.view, m, n, k, grad_x.data_ptr()}, parallel_for);
+  active_kernels().linear_grad_input({source.data_ptr(), dtype, weight.view, m, n, k, grad_x.data_ptr()}, parallel_for());
   return grad_x;
 }
 

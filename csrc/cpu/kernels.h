@@ -9,19 +9,23 @@
 
 namespace lowbit::cpu {
 
-// Runs body(begin, end) on disjoint pieces of [0, count), possibly at once on several threads.
+// Runs body(begin, end) on disjoint pieces of [0, count), at least `grain` long, on up to `threads` threads at once.
 using Body = std::function<void(int64_t begin, int64_t end)>;
-using ParallelFor = std::function<void(int64_t count, int64_t grain, const Body& body)>;
+struct ParallelFor {
+  std::function<void(int64_t count, int64_t grain, const Body& body)> run;
+  int64_t threads;
+  void operator()(int64_t count, int64_t grain, const Body& body) const { run(count, grain, body); }
+};
 
-// A weight of `numel` elements in the 4-bit format, flattened row-major.
+// A weight of `numel` elements, flattened row-major: 4-bit codes, or int8 codes with one scale per row.
 struct QuantizedWeight {
-  const uint8_t* packed;
-  const float* absmax;         // fp32 scale of each block, or null where double-quantized:
+  const uint8_t* packed;       // [(numel + 1) / 2]; int8: [numel], two's complement
+  const float* absmax;         // fp32 scale of each block (int8: absmax of each row), or null where double-quantized:
   const uint8_t* scale_codes;  // then code of each block,
   const float* group_scales;   // scale of each group of 256 blocks,
   float offset;
-  const Format* format;
-  int64_t block_size;
+  const Format* format;  // null: int8 codes
+  int64_t block_size;  // int8: the length of a row
   int64_t numel;
 };
 
@@ -43,6 +47,40 @@ struct QuantizeScalesArgs {
   int64_t blocks;
   uint8_t* codes;
   float* group_scales;
+};
+
+// codes[rows, columns] = round_to_even(w * (127 / absmax)), absmax[rows]; a row of zeros has absmax 0 and codes 0.
+struct QuantizeInt8Args {
+  const void* weight;
+  Dtype dtype;
+  int64_t rows, columns;
+  int8_t* codes;
+  float* absmax;
+};
+
+// scales[blocks]: per block the signed scale of a small grid that minimises the squared error of the decoded block,
+// each element's weighted by importance[its column] where given (columns: length of a row; element i is in column
+// i % columns).
+struct SearchScalesArgs {
+  const void* weight;
+  Dtype dtype;
+  int64_t numel;
+  const Format* format;
+  int64_t block_size;
+  const float* importance;  // or null
+  int64_t columns;
+  float* scales;
+};
+
+// packed[(numel + 1) / 2]: for each element the code whose value times its block's scale is nearest.
+struct EncodeArgs {
+  const void* weight;
+  Dtype dtype;
+  int64_t numel;
+  const Format* format;
+  int64_t block_size;
+  const float* scales;
+  uint8_t* packed;
 };
 
 struct DequantizeArgs {
@@ -76,8 +114,13 @@ struct Kernels {
   const char* isa;
   void (*quantize)(const QuantizeArgs&, const ParallelFor&);
   void (*quantize_scales)(const QuantizeScalesArgs&, const ParallelFor&);
+  void (*quantize_int8)(const QuantizeInt8Args&, const ParallelFor&);
+  void (*search_scales)(const SearchScalesArgs&, const ParallelFor&);
+  void (*encode)(const EncodeArgs&, const ParallelFor&);
   void (*dequantize)(const DequantizeArgs&, const ParallelFor&);
   void (*linear)(const LinearArgs&, const ParallelFor&);
+  // The same product, approximately: codebook and activations in int8 (4-bit weights only).
+  void (*linear_approximate)(const LinearArgs&, const ParallelFor&);
   void (*linear_grad_input)(const LinearGradInputArgs&, const ParallelFor&);
 };
 

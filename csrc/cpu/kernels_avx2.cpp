@@ -19,8 +19,18 @@
 
 namespace lowbit::cpu {
 
-const Kernels kAvx2Kernels = {Avx2::name,       quantize<Avx2>, quantize_scales<Avx2>,
-                              dequantize<Avx2>, linear<Avx2>,   linear_grad_input<Avx2>};
+const Kernels kAvx2Kernels = {
+    .isa = Avx2::name,
+    .quantize = quantize<Avx2>,
+    .quantize_scales = quantize_scales<Avx2>,
+    .quantize_int8 = nullptr,
+    .search_scales = nullptr,
+    .encode = nullptr,
+    .dequantize = dequantize<Avx2>,
+    .linear = linear<Avx2>,
+    .linear_approximate = nullptr,
+    .linear_grad_input = linear_grad_input<Avx2>,
+};
 
 }  // namespace lowbit::cpu
 

@@ -5,7 +5,17 @@
 
 namespace lowbit::cpu {
 
-const Kernels kScalarKernels = {Scalar::name,       quantize<Scalar>, quantize_scales<Scalar>,
-                                dequantize<Scalar>, linear<Scalar>,   linear_grad_input<Scalar>};
+const Kernels kScalarKernels = {
+    .isa = Scalar::name,
+    .quantize = quantize<Scalar>,
+    .quantize_scales = quantize_scales<Scalar>,
+    .quantize_int8 = nullptr,
+    .search_scales = nullptr,
+    .encode = nullptr,
+    .dequantize = dequantize<Scalar>,
+    .linear = linear<Scalar>,
+    .linear_approximate = nullptr,
+    .linear_grad_input = linear_grad_input<Scalar>,
+};
 
 }  // namespace lowbit::cpu
