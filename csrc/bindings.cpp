@@ -243,9 +243,15 @@ Tensor linear_grad_input(Tensor grad, Tensor packed, Tensor absmax, std::optiona
 
 std::string cpu_isa() { return active_kernels().isa; }
 
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> names;
+  for (const lowbit::cpu::Kernels* kernels : lowbit::cpu::available_kernels()) names.emplace_back(kernels->isa);
+  return names;
+}
+
 void set_cpu_isa(std::string isa) {
   STD_TORCH_CHECK(lowbit::cpu::select_isa(isa.c_str()),
-                  "isa: expected auto, scalar or avx2, and one that this CPU has, got ", isa);
+                  "isa: expected auto, scalar, avx2 or avx512, and one that this CPU has, got ", isa);
 }
 
 }  // namespace
@@ -260,6 +266,7 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit, CPU, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(lowbit, CompositeExplicitAutograd, library) {
   library.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  library.impl("cpu_isas", TORCH_BOX(&cpu_isas));
   library.impl("set_cpu_isa", TORCH_BOX(&set_cpu_isa));
 }
 

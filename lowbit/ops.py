@@ -27,7 +27,7 @@ SCHEMAS = (
     f"linear_grad_input(Tensor grad, {_WEIGHT}, int in_features) -> Tensor",
 )
 # Which instruction set the CPU kernels use; no tensors, so no backend but the extension has them.
-NATIVE_SCHEMAS = ("cpu_isa() -> str", "set_cpu_isa(str isa) -> ()")
+NATIVE_SCHEMAS = ("cpu_isa() -> str", "cpu_isas() -> str[]", "set_cpu_isa(str isa) -> ()")
 
 
 def _fake_quantize(weight, format, block_size):

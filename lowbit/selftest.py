@@ -6,22 +6,20 @@ from . import backends, ops  # noqa: F401  (ops registers what torch.ops looks u
 
 
 def isa_names() -> list[str]:
-    """The instruction sets the native CPU kernels can use on this machine, the active one first."""
+    """The instruction sets the native CPU kernels can use on this machine, the widest first."""
     if backends.native.missing_reason() is not None:
         return []
-    active = torch.ops.lowbit.cpu_isa()
-    return [active] if active == "scalar" else [active, "scalar"]
+    return torch.ops.lowbit.cpu_isas()
 
 
 def run() -> list[tuple[str, str | None]]:
     """Pairs (what was tested, None or what went wrong)."""
     results = []
-    active = isa_names()[:1]
     for isa in isa_names():
         torch.ops.lowbit.set_cpu_isa(isa)
         results += [(f"native {isa}: {name}", problem) for name, problem in _compare("lowbit")]
-    if active:
-        torch.ops.lowbit.set_cpu_isa(active[0])
+    if isa_names():
+        torch.ops.lowbit.set_cpu_isa("auto")
     results += [(f"reference: {name}", problem) for name, problem in _compare("lowbit_reference")]
     return results
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import strategies as st
 
 import lowbit
+from lowbit import format as fmt
 from lowbit import selftest
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -31,15 +32,27 @@ UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat1
 TINY_ROUNDOFF = {torch.float32: 2.0**-150, torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
 
 
-def product_tolerance(magnitude: torch.Tensor, exact: torch.Tensor, terms: int, dtype: torch.dtype) -> torch.Tensor:
+def codebook_error(kernels: str, format: str, dtype: torch.dtype, rows: int, k: int) -> float:
+    """Largest relative error of a decoded weight: the AVX2 gemv rounds the codebook to bf16 for bf16 activations."""
+    if kernels != "native-avx2" or dtype != torch.bfloat16 or not 1 <= rows <= 4 or k % 64:
+        return 0.0
+    codebook = fmt.codebook(format).double()
+    rounded = codebook.bfloat16().double()
+    return float(((rounded - codebook).abs() / codebook.abs().clamp(min=1e-9)).max())
+
+
+def product_tolerance(
+    magnitude: torch.Tensor, exact: torch.Tensor, terms: int, dtype: torch.dtype, weight_error: float = 0.0
+) -> torch.Tensor:
     """Bound on |computed - exact| of a dot product accumulated in fp32 and rounded once to ``dtype``.
 
     ``magnitude`` is the same product with every factor's absolute value. Summing n terms in any order errs by at most
     (n - 1) u of it, each term's own roundings (codebook times scale, times x, times scaling) by 3 u more, to first
     order; source: Higham, "Accuracy and Stability of Numerical Algorithms", section 4.2. 8 u covers lane sums, bias
-    and the second order. Then half a unit in the last place for the output's rounding.
+    and the second order; ``weight_error`` is the relative error of each weight. Then half a unit in the last place for
+    the output's rounding.
     """
-    accumulated = (terms + 8) * UNIT_ROUNDOFF[torch.float32] * magnitude
+    accumulated = ((terms + 8) * UNIT_ROUNDOFF[torch.float32] + weight_error) * magnitude
     return accumulated + UNIT_ROUNDOFF[dtype] * (exact.abs() + accumulated) + TINY_ROUNDOFF[dtype]
 
 

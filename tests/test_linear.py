@@ -9,6 +9,7 @@ from cases import (
     ROWS,
     assert_within,
     block_sizes,
+    codebook_error,
     dtypes,
     formats,
     kernels,
@@ -58,7 +59,9 @@ def test_linear(name, rows, shape, dtype, format, block_size, double_quant, has_
     exact, magnitudes = x.double() @ weight.T, x.double().abs() @ weight.T.abs()
     if has_bias:
         exact, magnitudes = exact + bias.double(), magnitudes + bias.double().abs()
-    assert_within(y.detach(), exact.detach(), product_tolerance(magnitudes, exact, shape[1], dtype).detach())
+    weight_error = codebook_error(name, format, dtype, rows, shape[1])
+    tolerance = product_tolerance(magnitudes, exact, shape[1], dtype, weight_error)
+    assert_within(y.detach(), exact.detach(), tolerance.detach())
     exact, magnitudes = grad.double() @ weight, grad.double().abs() @ weight.abs()
     assert_within(grad_x, exact, product_tolerance(magnitudes, exact, shape[0], dtype))
 

@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
 #include "kernels.h"
+#include "support.h"
 
 namespace lowbit::cpu {
 
@@ -42,22 +44,20 @@ void decode_range(const QuantizedWeight& weight, const typename Isa::Decoder& de
       const int64_t low_block = std::max(start / weight.block_size, first_block);
       const int64_t high_block = std::min((start + 32) / weight.block_size, last_block);
       const int64_t decoded_high = std::min(high_block, (batch_end - 1) / weight.block_size);
-      const auto scale =
-          Isa::pair(scales[low_block - first_block], scales[std::max(decoded_high, low_block) - first_block]);
       uint8_t tail[kChunk / 2] = {};
       const uint8_t* packed = weight.packed + start / 2;
       if (start + kChunk > weight.numel) {
         std::memcpy(tail, packed, static_cast<size_t>((weight.numel - start + 1) / 2));
         packed = tail;
       }
-      typename Isa::Vec values[8];
-      decode(packed, values);
-      for (auto& value : values) value = Isa::mul(value, scale);
+      typename Isa::Vec values[kChunk / Isa::kLanes];
+      decode.natural(packed, scales[low_block - first_block], scales[std::max(decoded_high, low_block) - first_block],
+                     values);
 
       const bool whole = begin <= start && start + kChunk <= end;
       float partial[kChunk];
       float* to = whole ? out + (start - begin) : partial;
-      for (int u = 0; u < 4; ++u) Isa::to_natural_order(values[2 * u], values[2 * u + 1], to + 8 * u, to + 32 + 8 * u);
+      for (int64_t v = 0; v < kChunk / Isa::kLanes; ++v) Isa::store(to + v * Isa::kLanes, values[v]);
       if (!whole) {
         const int64_t from = std::max(begin, start), until = std::min(end, start + kChunk);
         std::copy(partial + (from - start), partial + (until - start), out + (from - begin));
@@ -66,23 +66,40 @@ void decode_range(const QuantizedWeight& weight, const typename Isa::Decoder& de
   }
 }
 
-// Rounds `count` fp32 values to T.
-template <class Isa, class T>
-void store_row(const float* values, int64_t count, T* out) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) Isa::store(out + i, Isa::load(values + i));
-  for (; i < count; ++i) from_float(values[i], out + i);
+// The same for int8 codes, which have one scale per row.
+template <class Isa>
+void decode_range_int8(const QuantizedWeight& weight, int64_t begin, int64_t count, float* out) {
+  const int8_t* codes = reinterpret_cast<const int8_t*>(weight.packed);
+  for (int64_t i = begin; i < begin + count;) {
+    const int64_t row = i / weight.block_size, end = std::min(begin + count, (row + 1) * weight.block_size);
+    const auto absmax = Isa::broadcast(weight.absmax[row]), unit = Isa::broadcast(kInt8Unit);
+    for (; i + Isa::kLanes <= end; i += Isa::kLanes, out += Isa::kLanes)
+      Isa::store(out, Isa::mul(Isa::mul(Isa::load(codes + i), absmax), unit));
+    for (; i < end; ++i) *out++ = static_cast<float>(codes[i]) * weight.absmax[row] * kInt8Unit;
+  }
+}
+
+// Either; `decode` is empty for int8 codes.
+template <class Isa>
+void decode_elements(const QuantizedWeight& weight, const std::optional<typename Isa::Decoder>& decode, int64_t begin,
+                     int64_t count, float* out) {
+  if (decode) {
+    decode_range<Isa>(weight, *decode, begin, count, out);
+  } else {
+    decode_range_int8<Isa>(weight, begin, count, out);
+  }
 }
 
 template <class Isa, class T>
 void dequantize_range(const DequantizeArgs& args, int64_t begin, int64_t end) {
   constexpr int64_t kPiece = 2048;  // fp32 piece that stays in the L1 cache
-  const typename Isa::Decoder decode(*args.weight.format);
+  std::optional<typename Isa::Decoder> decode;
+  if (args.weight.format) decode.emplace(*args.weight.format);
   T* out = static_cast<T*>(args.out);
   float piece[kPiece];
   for (int64_t start = begin; start < end; start += kPiece) {
     const int64_t count = std::min(kPiece, end - start);
-    decode_range<Isa>(args.weight, decode, start, count, piece);
+    decode_elements<Isa>(args.weight, decode, start, count, piece);
     store_row<Isa>(piece, count, out + start);
   }
 }

@@ -1,35 +1,47 @@
 // Which instruction set the kernels use, decided at run time.
 #include <atomic>
 #include <cstring>
+#include <vector>
 
 #include "kernels.h"
 
 namespace lowbit::cpu {
 namespace {
 
-const Kernels* widest() {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    return &kAvx2Kernels;
-#endif
-  return &kScalarKernels;
-}
-
 std::atomic<const Kernels*> active{nullptr};
 
 }  // namespace
 
+const std::vector<const Kernels*>& available_kernels() {
+  static const std::vector<const Kernels*> kernels = [] {
+    std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+      if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        static const Kernels avx512 = with_avx512(kAvx2Kernels);
+        found.push_back(&avx512);
+      }
+      found.push_back(&kAvx2Kernels);
+    }
+#endif
+    found.push_back(&kScalarKernels);
+    return found;
+  }();
+  return kernels;
+}
+
 const Kernels& active_kernels() {
   const Kernels* kernels = active.load(std::memory_order_relaxed);
   if (!kernels) {
-    kernels = widest();
+    kernels = available_kernels().front();
     active.store(kernels, std::memory_order_relaxed);
   }
   return *kernels;
 }
 
 bool select_isa(const char* isa) {
-  for (const Kernels* kernels : {widest(), &kScalarKernels}) {
+  for (const Kernels* kernels : available_kernels()) {
     if (std::strcmp(isa, "auto") == 0 || std::strcmp(isa, kernels->isa) == 0) {
       active.store(kernels, std::memory_order_relaxed);
       return true;

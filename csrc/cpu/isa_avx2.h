@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../nf4.h"
 #include "half.h"
@@ -21,6 +22,8 @@ namespace lowbit::cpu {
 struct Avx2 {
   using Vec = __m256;
   static constexpr const char* name = "avx2";
+  static constexpr int64_t kLanes = 8;
+  static constexpr int kRows = 6;  // 12 sums, two vectors of weights and a broadcast: 15 of 16 registers
 
   static Vec zero() { return _mm256_setzero_ps(); }
   static Vec broadcast(float value) { return _mm256_set1_ps(value); }
@@ -42,6 +45,9 @@ struct Avx2 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
   static Vec load(const Fp16* from) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))); }
+  static Vec load(const int8_t* from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+  }
   static void store(float* to, Vec v) { _mm256_storeu_ps(to, v); }
   static void store(Bf16* to, Vec v) {
     const __m256i bits = _mm256_castps_si256(v);
@@ -57,29 +63,67 @@ struct Avx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
 
-  // pshufb looks up 32 bytes at once but only in 16-byte tables: one table for each byte of the fp32 codebook. The
-  // four results unpack to whole floats, exact ones. 30 instructions for 64 weights.
+  // pshufb looks up 32 bytes at once but only in 16-byte tables: one table for each byte of the fp32 codebook, of which
+  // the results unpack to whole floats, exact ones.
   struct Decoder {
+    static constexpr int64_t kChunk = 64;
     explicit Decoder(const Format& format) {
-      for (int byte = 0; byte < 4; ++byte) {
-        alignas(16) uint8_t table[16];
-        for (int code = 0; code < 16; ++code)
-          table[code] = static_cast<uint8_t>(bits_of(format.codebook[code]) >> 8 * byte);
-        planes[byte] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
-      }
+      for (int byte = 0; byte < 4; ++byte) planes[byte] = byte_plane(format, byte, 0);
     }
     __m256i planes[4];
 
     void operator()(const uint8_t* packed, Vec (&values)[8]) const {
       const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
-      const __m256i low_nibble = _mm256_set1_epi8(15);
-      const __m256i even = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low_nibble);
-      const __m256i odd = _mm256_and_si256(bytes, low_nibble);
-      look_up(_mm256_unpacklo_epi8(even, odd), values);
-      look_up(_mm256_unpackhi_epi8(even, odd), values + 4);
+      look_up(even_codes(bytes), values);
+      look_up(odd_codes(bytes), values + 4);
+    }
+    static constexpr int64_t element(int64_t i) {
+      const int64_t half = i / 32, byte = i % 32 / 8 * 4 + i % 4 + i % 8 / 4 * 16;
+      return 2 * byte + half;
+    }
+
+    void natural(const uint8_t* packed, float low, float high, Vec (&values)[8]) const {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+      const __m256i even = even_codes(bytes), odd = odd_codes(bytes);
+      Vec split[8];  // [v]: elements 4v..4v+3 and 32+4v..32+4v+3
+      look_up(_mm256_unpacklo_epi8(even, odd), split);
+      look_up(_mm256_unpackhi_epi8(even, odd), split + 4);
+      for (int v = 0; v < 4; ++v) {
+        values[v] = mul(_mm256_permute2f128_ps(split[2 * v], split[2 * v + 1], 0x20), broadcast(low));
+        values[v + 4] = mul(_mm256_permute2f128_ps(split[2 * v], split[2 * v + 1], 0x31), broadcast(high));
+      }
+    }
+
+    void columns(const uint8_t* const (&rows)[kLanes], int64_t offset, Vec scale, float* out, int64_t stride) const {
+      const auto two_rows = [&](int i) {  // 16 bytes of rows i and i + 4
+        return _mm256_inserti128_si256(
+            _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + offset))),
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i + 4] + offset)), 1);
+      };
+      const __m256i r0 = two_rows(0), r1 = two_rows(1), r2 = two_rows(2), r3 = two_rows(3);
+      const __m256i low01 = _mm256_unpacklo_epi32(r0, r1), high01 = _mm256_unpackhi_epi32(r0, r1);
+      const __m256i low23 = _mm256_unpacklo_epi32(r2, r3), high23 = _mm256_unpackhi_epi32(r2, r3);
+      // Byte b of four bytes of every row, in the order of the rows.
+      const __m256i by_byte = _mm256_broadcastsi128_si256(
+          _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+      const auto four_bytes = [&](__m256i bytes, float* to) {
+        bytes = _mm256_shuffle_epi8(bytes, by_byte);
+        Vec even[4], odd[4];
+        look_up(even_codes(bytes), even);
+        look_up(odd_codes(bytes), odd);
+        for (int b = 0; b < 4; ++b) {
+          store(to + 2 * b * stride, mul(even[b], scale));
+          store(to + (2 * b + 1) * stride, mul(odd[b], scale));
+        }
+      };
+      four_bytes(_mm256_unpacklo_epi64(low01, low23), out);
+      four_bytes(_mm256_unpackhi_epi64(low01, low23), out + 8 * stride);
+      four_bytes(_mm256_unpacklo_epi64(high01, high23), out + 16 * stride);
+      four_bytes(_mm256_unpackhi_epi64(high01, high23), out + 24 * stride);
     }
 
    private:
+    // values[v] lane l: the code in byte 4v + l (l < 4) or 16 + 4v + l - 4.
     void look_up(__m256i codes, Vec* values) const {
       const __m256i byte0 = _mm256_shuffle_epi8(planes[0], codes);
       const __m256i byte1 = _mm256_shuffle_epi8(planes[1], codes);
@@ -93,9 +137,47 @@ struct Avx2 {
       values[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low_b, high_b));
     }
   };
-  static void to_natural_order(Vec a, Vec b, float* low, float* high) {
-    store(low, _mm256_permute2f128_ps(a, b, 0x20));
-    store(high, _mm256_permute2f128_ps(a, b, 0x31));
+
+  // The codebook rounded to bf16, for bf16 activations, whose own rounding is as coarse: half the tables, and no
+  // second unpacking.
+  struct Bf16Decoder {
+    static constexpr int64_t kChunk = 64;
+    explicit Bf16Decoder(const Format& format) {
+      planes[0] = byte_plane(format, 2, 0x8000);
+      planes[1] = byte_plane(format, 3, 0x8000);
+    }
+    __m256i planes[2];
+
+    void operator()(const uint8_t* packed, Vec (&values)[8]) const {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+      look_up(even_codes(bytes), values);
+      look_up(odd_codes(bytes), values + 4);
+    }
+    static constexpr int64_t element(int64_t i) {
+      const int64_t half = i / 32, v = i / 8 % 4, lane = i % 8;
+      const int64_t byte = v / 2 * 8 + v % 2 + 2 * (lane % 4) + lane / 4 * 16;
+      return 2 * byte + half;
+    }
+
+   private:
+    void look_up(__m256i codes, Vec* values) const {
+      const __m256i low_byte = _mm256_shuffle_epi8(planes[0], codes), high_byte = _mm256_shuffle_epi8(planes[1], codes);
+      const __m256i first = _mm256_unpacklo_epi8(low_byte, high_byte);
+      const __m256i second = _mm256_unpackhi_epi8(low_byte, high_byte);
+      const __m256i high_half = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+      values[0] = _mm256_castsi256_ps(_mm256_slli_epi32(first, 16));
+      values[1] = _mm256_castsi256_ps(_mm256_and_si256(first, high_half));
+      values[2] = _mm256_castsi256_ps(_mm256_slli_epi32(second, 16));
+      values[3] = _mm256_castsi256_ps(_mm256_and_si256(second, high_half));
+    }
+  };
+
+  template <class T, int M>
+  using GemvDecoder = std::conditional_t<std::is_same_v<T, Bf16>, Bf16Decoder, Decoder>;
+
+  template <class ScaleAt>
+  static Vec chunk_scale(const ScaleAt& scale_at, int64_t chunk) {
+    return pair(scale_at(chunk), scale_at(chunk + 32));
   }
 
   static void decode_scales(const uint8_t* codes, int64_t count, float group_scale, float offset, float* scales) {
@@ -174,6 +256,18 @@ struct Avx2 {
       return append(rank3, above(_mm256_permutevar8x32_ps(fourth, rank3)));
     }
   };
+
+ private:
+  static __m256i even_codes(__m256i bytes) { return odd_codes(_mm256_srli_epi16(bytes, 4)); }
+  static __m256i odd_codes(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
+
+  // Byte `byte` of the fp32 codebook, `rounding` added first, as a pshufb table in both halves.
+  static __m256i byte_plane(const Format& format, int byte, uint32_t rounding) {
+    alignas(16) uint8_t table[16];
+    for (int code = 0; code < 16; ++code)
+      table[code] = static_cast<uint8_t>((bits_of(format.codebook[code]) + rounding) >> 8 * byte);
+    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+  }
 };
 
 }  // namespace lowbit::cpu

@@ -15,6 +15,8 @@ struct Scalar {
     float lane[8];
   };
   static constexpr const char* name = "scalar";
+  static constexpr int64_t kLanes = 8;
+  static constexpr int kRows = 4;  // rows of a micro kernel of gemm.h
 
   static Vec zero() { return broadcast(0.0f); }
   static Vec broadcast(float value) { return pair(value, value); }
@@ -47,25 +49,45 @@ struct Scalar {
     for (int i = 0; i < 8; ++i) from_float(v.lane[i], to + i);
   }
 
-  // The 64 codebook values of 32 packed bytes, in lane order: vector v holds elements 4v..4v+3 and 32+4v..32+4v+3.
+  // Codebook values of packed codes.
   struct Decoder {
+    static constexpr int64_t kChunk = 8 * kLanes;
     explicit Decoder(const Format& format) : codebook(format.codebook) {}
     const float* codebook;
+
+    // kChunk elements in an order of its own: values[v] lane l is element(kLanes * v + l). The first half of the lanes
+    // holds the first half of the chunk.
     void operator()(const uint8_t* packed, Vec (&values)[8]) const {
-      for (int v = 0; v < 8; ++v) {
-        for (int i = 0; i < 4; ++i) {
-          values[v].lane[i] = codebook[unpack(packed, 4 * v + i)];
-          values[v].lane[4 + i] = codebook[unpack(packed, 32 + 4 * v + i)];
-        }
-      }
+      for (int64_t i = 0; i < kChunk; ++i) values[i / kLanes].lane[i % kLanes] = codebook[unpack(packed, element(i))];
+    }
+    static constexpr int64_t element(int64_t i) {
+      const int64_t v = i / kLanes, lane = i % kLanes;
+      return lane < 4 ? 4 * v + lane : 32 + 4 * v + lane - 4;
+    }
+
+    // 64 elements in their natural order, times `low` (the first 32) or `high`.
+    void natural(const uint8_t* packed, float low, float high, Vec (&values)[64 / kLanes]) const {
+      for (int64_t i = 0; i < 64; ++i)
+        values[i / kLanes].lane[i % kLanes] = codebook[unpack(packed, i)] * (i < 32 ? low : high);
+    }
+
+    // 32 elements of kLanes rows, 16 bytes each at rows[lane] + offset, times the row's scale:
+    // out[element * stride + lane].
+    void columns(const uint8_t* const (&rows)[kLanes], int64_t offset, const Vec& scale, float* out,
+                 int64_t stride) const {
+      for (int64_t lane = 0; lane < kLanes; ++lane)
+        for (int64_t i = 0; i < 32; ++i)
+          out[i * stride + lane] = codebook[unpack(rows[lane] + offset, i)] * scale.lane[lane];
     }
   };
-  // The elements of vectors 2u and 2u+1 in lane order: elements 8u..8u+7 and 32+8u..32+8u+7.
-  static void to_natural_order(const Vec& a, const Vec& b, float* low, float* high) {
-    std::copy_n(a.lane, 4, low);
-    std::copy_n(b.lane, 4, low + 4);
-    std::copy_n(a.lane + 4, 4, high);
-    std::copy_n(b.lane + 4, 4, high + 4);
+  // What gemv decodes with, for M rows of x in T.
+  template <class T, int M>
+  using GemvDecoder = Decoder;
+
+  // The scales of a chunk by lane, from scale_at(element); blocks have at least 32 elements.
+  template <class ScaleAt>
+  static Vec chunk_scale(const ScaleAt& scale_at, int64_t chunk) {
+    return pair(scale_at(chunk), scale_at(chunk + 32));
   }
 
   // scales[i] = fl(fl(map[codes[i]] * group_scale) + offset)

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 #include "../nf4.h"
 #include "half.h"
@@ -127,11 +128,15 @@ struct Kernels {
 extern const Kernels kScalarKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;  // needs AVX2, FMA and F16C
+// These kernels with the products in AVX-512 (needs F, BW, DQ and VL besides).
+Kernels with_avx512(const Kernels& avx2);
 #endif
 
 // The kernels in use: the widest instruction set of this CPU, or the one chosen by select_isa.
 const Kernels& active_kernels();
-// "scalar", "avx2", or "auto" for the widest; false (and no change) where this CPU or build has no such kernels.
+// The kernels that this CPU can run, the widest first.
+const std::vector<const Kernels*>& available_kernels();
+// "scalar", "avx2", "avx512", or "auto" for the widest; false (and no change) where this CPU or build has no such kernels.
 bool select_isa(const char* isa);
 
 }  // namespace lowbit::cpu

@@ -2,10 +2,16 @@
 
 // Standard headers before isa_avx2.h switches the target (it says why).
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
+#include <new>
+#include <optional>
 #include <type_traits>
 #include <vector>
 

@@ -1,0 +1,161 @@
+// gemm: sums += A B, where A is rows of activations and B a weight that is decoded tile by tile, in fp32.
+//
+//   A  is copied once into panels of up to kRows rows, each panel cut into tiles of kDepth columns
+//   B  a tile of it is decoded to strips [depth][kStrip], kept in the L1 and L2 caches, and used by every panel of A
+//   micro  holds kRows x kStrip sums in registers: per step of depth two loads of B and one broadcast of A per row
+//
+// Each sum is accumulated in the order of depth, whatever the tiling: results depend neither on the number of threads
+// nor on the rows that are computed beside.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "kernels.h"
+#include "support.h"
+
+namespace lowbit::cpu {
+
+constexpr int64_t kDepth = 256;
+constexpr int64_t kDepthStride = kDepth + 16;  // rows of a panel start in different sets of the L1 cache
+constexpr int64_t kBlockRows = 512;            // rows of A that one decoded tile serves at most
+
+template <class Isa>
+constexpr int64_t kStrip = 2 * Isa::kLanes;
+
+// fp32 scratch memory on cache lines, not initialised.
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(round_up(count * 4 + 64, 64))))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  float* data() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(float* data) const { std::free(data); }
+  };
+  std::unique_ptr<float, Free> data_;
+};
+
+// A as [panel][tile of depth][kRows][kDepthStride]. Panels are as equal in height as they can be: one of a few rows
+// would cost as much as a full one.
+template <class Isa>
+class Panels {
+ public:
+  Panels(const void* data, Dtype dtype, int64_t rows, int64_t depth, const ParallelFor& parallel_for)
+      : rows(rows),
+        depth(depth),
+        count(ceil_div(rows, Isa::kRows)),
+        tiles(ceil_div(depth, kDepth)),
+        storage_(count * tiles * kTileSize) {
+    for_dtype(dtype, [&](auto* typed) {
+      const auto* from = static_cast<decltype(typed)>(data);
+      parallel_for(count * tiles, ceil_div(16384, kTileSize), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t panel = i / tiles, k0 = i % tiles * kDepth, width = std::min(kDepth, depth - k0);
+          float* to = storage_.data() + i * kTileSize;
+          for (int64_t row = first_row(panel); row < first_row(panel + 1); ++row, to += kDepthStride)
+            load_row<Isa>(from + row * depth + k0, width, to);
+        }
+      });
+    });
+  }
+  int64_t first_row(int64_t panel) const { return panel * rows / count; }
+  const float* tile(int64_t panel, int64_t index) const { return storage_.data() + (panel * tiles + index) * kTileSize; }
+
+  const int64_t rows, depth, count, tiles;
+
+ private:
+  static constexpr int64_t kTileSize = Isa::kRows * kDepthStride;
+  Scratch storage_;
+};
+
+// sums[I, kStrip] += a[I, depth] b[depth, kStrip]
+template <class Isa, int I>
+void micro(const float* a, const float* b, int64_t depth, float* sums, int64_t sums_stride) {
+  typename Isa::Vec acc[I][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < I; ++i) {
+    acc[i][0] = Isa::load(sums + i * sums_stride);
+    acc[i][1] = Isa::load(sums + i * sums_stride + Isa::kLanes);
+  }
+  for (int64_t k = 0; k < depth; ++k, b += kStrip<Isa>) {
+    const auto low = Isa::load(b), high = Isa::load(b + Isa::kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < I; ++i) {
+      const auto a_k = Isa::broadcast(a[i * kDepthStride + k]);
+      acc[i][0] = Isa::fma(a_k, low, acc[i][0]);
+      acc[i][1] = Isa::fma(a_k, high, acc[i][1]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < I; ++i) {
+    Isa::store(sums + i * sums_stride, acc[i][0]);
+    Isa::store(sums + i * sums_stride + Isa::kLanes, acc[i][1]);
+  }
+}
+
+template <class Isa, int I = Isa::kRows>
+void micro_rows(int64_t rows, const float* a, const float* b, int64_t depth, float* sums, int64_t sums_stride) {
+  if constexpr (I > 0) {
+    if (rows == I) return micro<Isa, I>(a, b, depth, sums, sums_stride);
+    micro_rows<Isa, I - 1>(rows, a, b, depth, sums, sums_stride);
+  }
+}
+
+// Which part of A B a task computes: panels [panel_begin, panel_end) of A and `strips` strips of B.
+struct Task {
+  int64_t panel_begin, panel_end, strip_begin, strips;
+};
+
+// Cuts A B into tasks: enough of them for all threads to finish together, with as little decoded twice as possible.
+class Tasks {
+ public:
+  Tasks(int64_t panels, int64_t strips, int64_t rows_per_panel, int64_t strips_multiple, int64_t threads)
+      : panels_(panels), strips_(strips) {
+    const int64_t wanted = 4 * threads;
+    strips_per_task_ = std::clamp<int64_t>(strips / wanted / strips_multiple, 1, 4 / strips_multiple + 1);
+    strips_per_task_ *= strips_multiple;
+    const int64_t across = ceil_div(strips, strips_per_task_);
+    // At least a few panels to a task: decoding a tile costs about as much as multiplying it by eight rows.
+    const int64_t blocks = std::clamp<int64_t>(ceil_div(wanted, across), 1, ceil_div(panels * rows_per_panel, 64));
+    panels_per_task_ = std::min(ceil_div(panels, blocks), std::max<int64_t>(1, kBlockRows / rows_per_panel));
+    blocks_ = ceil_div(panels, panels_per_task_);
+    count = blocks_ * across;
+  }
+  Task operator[](int64_t i) const {
+    const int64_t panel = i % blocks_ * panels_per_task_, strip = i / blocks_ * strips_per_task_;
+    return {panel, std::min(panel + panels_per_task_, panels_), strip, std::min(strips_per_task_, strips_ - strip)};
+  }
+  int64_t strips_per_task() const { return strips_per_task_; }
+  int64_t panels_per_task() const { return panels_per_task_; }
+
+  int64_t count;
+
+ private:
+  int64_t panels_, strips_, strips_per_task_, panels_per_task_, blocks_;
+};
+
+// sums[rows of the task, strips * kStrip] += A B; fill(k0, depth, tile) writes rows [k0, k0 + depth) of the task's
+// strips of B, strip s at tile + s * kDepth * kStrip.
+template <class Isa, class Fill>
+void accumulate(const Panels<Isa>& a, const Task& task, const Fill& fill, float* tile, float* sums) {
+  const int64_t width = task.strips * kStrip<Isa>, first_row = a.first_row(task.panel_begin);
+  for (int64_t t = 0; t < a.tiles; ++t) {
+    const int64_t depth = std::min(kDepth, a.depth - t * kDepth);
+    fill(t * kDepth, depth, tile);
+    for (int64_t s = 0; s < task.strips; ++s) {
+      for (int64_t panel = task.panel_begin; panel < task.panel_end; ++panel) {
+        const int64_t row = a.first_row(panel), rows = a.first_row(panel + 1) - row;
+        micro_rows<Isa>(rows, a.tile(panel, t), tile + s * kDepth * kStrip<Isa>, depth,
+                        sums + (row - first_row) * width + s * kStrip<Isa>, width);
+      }
+    }
+  }
+}
+
+}  // namespace lowbit::cpu

@@ -1,0 +1,141 @@
+// The vector primitives of the kernels in AVX-512 (F, BW, DQ, VL); isa_scalar.h has the same names and says what each
+// does. Only the products use it: quantize and dequantize move memory, at which AVX2 is as fast.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "../nf4.h"
+#include "half.h"
+
+// Everything below, up to the end of the file that includes this one, is compiled for AVX-512; see isa_avx2.h.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+namespace lowbit::cpu {
+
+struct Avx512 {
+  using Vec = __m512;
+  static constexpr const char* name = "avx512";
+  static constexpr int64_t kLanes = 16;
+  static constexpr int kRows = 12;  // 24 sums, two vectors of weights and a broadcast: 27 of 32 registers
+
+  static Vec zero() { return _mm512_setzero_ps(); }
+  static Vec broadcast(float value) { return _mm512_set1_ps(value); }
+  static Vec pair(float low_half, float high_half) {
+    return _mm512_mask_blend_ps(0xff00, broadcast(low_half), broadcast(high_half));
+  }
+  static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static float sum(Vec a) { return _mm512_reduce_add_ps(a); }
+
+  static Vec load(const float* from) { return _mm512_loadu_ps(from); }
+  static Vec load(const Bf16* from) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static Vec load(const Fp16* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static Vec load(const int8_t* from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  }
+  static void store(float* to, Vec v) { _mm512_storeu_ps(to, v); }
+  static void store(Bf16* to, Vec v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i kept = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+  }
+  static void store(Fp16* to, Vec v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  // The whole fp32 codebook fits a register: one permutation looks up sixteen codes and reads no index bit but the
+  // lowest four, so that codes need a shift and no mask.
+  struct Decoder {
+    static constexpr int64_t kChunk = 128;
+    explicit Decoder(const Format& format) : codebook(_mm512_loadu_ps(format.codebook)) {}
+    __m512 codebook;
+
+    void operator()(const uint8_t* packed, Vec (&values)[8]) const {
+      const __m512i dwords = _mm512_loadu_si512(packed);
+#pragma GCC unroll 8
+      for (int nibble = 0; nibble < 8; ++nibble) values[nibble] = look_up(_mm512_srli_epi32(dwords, 4 * nibble));
+    }
+    // Lane l has the eight elements of dword l; the even one of a byte is its high nibble.
+    static constexpr int64_t element(int64_t i) { return i % 16 * 8 + (i / 16 ^ 1); }
+
+    void natural(const uint8_t* packed, float low, float high, Vec (&values)[4]) const {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+      const __m512i words = _mm512_cvtepu8_epi16(bytes);  // [0, even << 4 | odd] to [odd, even]: codes in bytes, in order
+      const __m512i codes = _mm512_or_si512(_mm512_srli_epi16(words, 4), _mm512_slli_epi16(words, 8));
+      const __m512 scale[2] = {broadcast(low), broadcast(high)};
+      const auto quarter = [&](int i, __m128i bytes_of_codes) {
+        values[i] = mul(look_up(_mm512_cvtepu8_epi32(bytes_of_codes)), scale[i / 2]);
+      };
+      quarter(0, _mm512_castsi512_si128(codes));
+      quarter(1, _mm512_extracti32x4_epi32(codes, 1));
+      quarter(2, _mm512_extracti32x4_epi32(codes, 2));
+      quarter(3, _mm512_extracti32x4_epi32(codes, 3));
+    }
+
+    void columns(const uint8_t* const (&rows)[kLanes], int64_t offset, Vec scale, float* out, int64_t stride) const {
+      const auto bytes = [&](int row) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + offset));
+      };
+      const auto four_rows = [&](int i) {  // 16 bytes of rows i, i + 4, i + 8 and i + 12
+        __m512i joined = _mm512_castsi128_si512(bytes(i));
+        joined = _mm512_inserti32x4(joined, bytes(i + 4), 1);
+        joined = _mm512_inserti32x4(joined, bytes(i + 8), 2);
+        return _mm512_inserti32x4(joined, bytes(i + 12), 3);
+      };
+      const __m512i r0 = four_rows(0), r1 = four_rows(1), r2 = four_rows(2), r3 = four_rows(3);
+      const __m512i low01 = _mm512_unpacklo_epi32(r0, r1), high01 = _mm512_unpackhi_epi32(r0, r1);
+      const __m512i low23 = _mm512_unpacklo_epi32(r2, r3), high23 = _mm512_unpackhi_epi32(r2, r3);
+      const auto dword = [&](__m512i dwords, float* to) {
+#pragma GCC unroll 8
+        for (int nibble = 0; nibble < 8; ++nibble)
+          store(to + (nibble ^ 1) * stride, mul(look_up(_mm512_srli_epi32(dwords, 4 * nibble)), scale));
+      };
+      dword(_mm512_unpacklo_epi64(low01, low23), out);
+      dword(_mm512_unpackhi_epi64(low01, low23), out + 8 * stride);
+      dword(_mm512_unpacklo_epi64(high01, high23), out + 16 * stride);
+      dword(_mm512_unpackhi_epi64(high01, high23), out + 24 * stride);
+    }
+
+   private:
+    __m512 look_up(__m512i codes) const { return _mm512_permutexvar_ps(codes, codebook); }
+  };
+
+  template <class T, int M>
+  using GemvDecoder = Decoder;
+
+  // A chunk may hold four blocks (of 32) or parts of two.
+  template <class ScaleAt>
+  static Vec chunk_scale(const ScaleAt& scale_at, int64_t chunk) {
+    const __m128 scales = _mm_setr_ps(scale_at(chunk), scale_at(chunk + 32), scale_at(chunk + 64), scale_at(chunk + 96));
+    const __m512i quarters = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_permutexvar_ps(quarters, _mm512_castps128_ps512(scales));
+  }
+
+  static void decode_scales(const uint8_t* codes, int64_t count, float group_scale, float offset, float* scales) {
+    for (int64_t i = 0; i < count; i += 16) {
+      const __mmask16 lanes = static_cast<__mmask16>((1u << std::min<int64_t>(count - i, 16)) - 1);
+      const __m512i index = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, codes + i));
+      const __m512 entry = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, index, kScaleMap.entries, 4);
+      // Two roundings, as the format says: no FMA.
+      _mm512_mask_storeu_ps(scales + i, lanes, add(mul(entry, broadcast(group_scale)), broadcast(offset)));
+    }
+  }
+};
+
+}  // namespace lowbit::cpu

@@ -1,0 +1,50 @@
+// Small helpers that several operations share. static: each instruction set keeps its own copy; of an inline function
+// the linker keeps one for all, which could be the one compiled for AVX-512.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace lowbit::cpu {
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+template <class Function>
+void for_dtype(Dtype dtype, const Function& function) {
+  if (dtype == Dtype::f32) function(static_cast<const float*>(nullptr));
+  if (dtype == Dtype::bf16) function(static_cast<const Bf16*>(nullptr));
+  if (dtype == Dtype::f16) function(static_cast<const Fp16*>(nullptr));
+}
+
+// log2 of the block size of a 4-bit weight.
+static inline int block_shift(const QuantizedWeight& weight) {
+  return std::countr_zero(static_cast<uint64_t>(weight.block_size));
+}
+
+// The decoded scale of one block of a 4-bit weight.
+static inline float scale_of(const QuantizedWeight& weight, int64_t block) {
+  if (weight.absmax) return weight.absmax[block];
+  return kScaleMap.entries[weight.scale_codes[block]] * weight.group_scales[block / kGroupSize] + weight.offset;
+}
+
+// Widens `count` values of T to fp32.
+template <class Isa, class T>
+void load_row(const T* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + Isa::kLanes <= count; i += Isa::kLanes) Isa::store(to + i, Isa::load(from + i));
+  for (; i < count; ++i) to[i] = to_float(from[i]);
+}
+
+// Rounds `count` fp32 values to T.
+template <class Isa, class T>
+void store_row(const float* from, int64_t count, T* to) {
+  int64_t i = 0;
+  for (; i + Isa::kLanes <= count; i += Isa::kLanes) Isa::store(to + i, Isa::load(from + i));
+  for (; i < count; ++i) from_float(from[i], to + i);
+}
+
+}  // namespace lowbit::cpu
