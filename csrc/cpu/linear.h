@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <optional>
 #include <type_traits>
+#include <vector>
 
 #include "dequantize.h"
 #include "gemm.h"
@@ -14,21 +15,35 @@
 
 namespace lowbit::cpu {
 
-// Decodes W^T for accumulate(): rows [k0, k0 + depth) of it are columns of W, the strips rows of W from `first_row` on.
+// Decodes W^T for accumulate(): rows [k0, k0 + depth) of it are columns of W, the strips rows of W.
 template <class Isa>
 class TransposedTiles {
  public:
-  TransposedTiles(const QuantizedWeight& weight, int64_t n, int64_t k) : weight_(weight), n_(n), k_(k) {
+  TransposedTiles(const QuantizedWeight& weight, int64_t n, int64_t k, int64_t max_strips)
+      : weight_(weight), n_(n), k_(k), whole_chunks_(weight.format && k % 64 == 0) {
     if (weight.format) decode_.emplace(*weight.format);
+    if (whole_chunks_) {
+      shift_ = block_shift(weight);
+      scales_stride_ = (k >> shift_) + 2;
+      scales_.resize(static_cast<size_t>(max_strips * kStrip<Isa> * scales_stride_));
+    }
   }
 
-  void fill(int64_t first_row, int64_t strips, int64_t k0, int64_t depth, float* tile) const {
-    // Lanes past the last row repeat it: they are computed and not stored.
-    for (int64_t group = 0; group < 2 * strips; ++group) {
-      float* to = tile + group / 2 * kDepth * kStrip<Isa> + group % 2 * Isa::kLanes;
-      const int64_t row = first_row + group * Isa::kLanes;
-      if (row >= n_) break;
-      if (weight_.format && k_ % 64 == 0) {
+  // The strips from `first_row` on are next: decodes their scales.
+  void start(int64_t first_row, int64_t strips) {
+    first_row_ = first_row;
+    rows_ = std::min(strips * kStrip<Isa>, n_ - first_row);
+    for (int64_t i = 0; whole_chunks_ && i < rows_; ++i) {
+      const int64_t begin = (first_row + i) * k_, first_block = begin >> shift_;
+      decode_scales<Isa>(weight_, first_block, ((begin + k_ - 1) >> shift_) - first_block + 1,
+                         scales_.data() + i * scales_stride_);
+    }
+  }
+
+  void fill(int64_t k0, int64_t depth, float* tile) const {
+    for (int64_t row = 0; row < rows_; row += Isa::kLanes) {
+      float* to = tile + row / kStrip<Isa> * kDepth * kStrip<Isa> + row % kStrip<Isa>;
+      if (whole_chunks_) {
         fill_chunks(row, k0, depth, to);
       } else {
         fill_rows(row, k0, depth, to);
@@ -37,37 +52,41 @@ class TransposedTiles {
   }
 
  private:
-  // kLanes rows, 64 columns at a time: codes are transposed in registers before they are looked up.
+  // kLanes rows, 32 columns at a time: codes are transposed in registers before they are looked up. Lanes past the
+  // last row repeat it: they are computed and not stored.
   void fill_chunks(int64_t row, int64_t k0, int64_t depth, float* to) const {
-    const int shift = block_shift(weight_);
-    const uint8_t* rows[Isa::kLanes];
-    // Scale of each half chunk, by lane; a block of 64 or more elements has the same for both halves.
-    float scales[kDepth / 32][Isa::kLanes];
+    const uint8_t* codes[Isa::kLanes];
+    const float* scales[Isa::kLanes];
+    int64_t element[Isa::kLanes];  // from the start of the row's first block
     for (int64_t lane = 0; lane < Isa::kLanes; ++lane) {
-      const int64_t element = std::min(row + lane, n_ - 1) * k_ + k0, first_block = element >> shift;
-      rows[lane] = weight_.packed + element / 2;
-      float decoded[kDepth / kMinBlockSize + 1];
-      decode_scales<Isa>(weight_, first_block, ((element + depth - 1) >> shift) - first_block + 1, decoded);
-      for (int64_t half = 0; half < depth / 32; ++half)
-        scales[half][lane] = decoded[((element + 32 * half) >> shift) - first_block];
+      const int64_t i = std::min(row + lane, rows_ - 1), begin = (first_row_ + i) * k_;
+      codes[lane] = weight_.packed + (begin + k0) / 2;
+      scales[lane] = scales_.data() + i * scales_stride_;
+      element[lane] = (begin & (weight_.block_size - 1)) + k0;
     }
-    for (int64_t half = 0; half < depth / 32; ++half, to += 32 * kStrip<Isa>)
-      decode_->columns(rows, 16 * half, Isa::load(scales[half]), to, kStrip<Isa>);
+    for (int64_t k = 0; k < depth; k += 32, to += 32 * kStrip<Isa>) {
+      float scale[Isa::kLanes];
+      for (int64_t lane = 0; lane < Isa::kLanes; ++lane) scale[lane] = scales[lane][(element[lane] + k) >> shift_];
+      decode_->columns(codes, k / 2, Isa::load(scale), to, kStrip<Isa>);
+    }
   }
 
   // Any k, any codes: row by row.
   void fill_rows(int64_t row, int64_t k0, int64_t depth, float* to) const {
     float decoded[kDepth];
-    for (int64_t lane = 0; lane < Isa::kLanes; ++lane) {
-      const int64_t source = std::min(row + lane, n_ - 1);
-      decode_elements<Isa>(weight_, decode_, source * k_ + k0, depth, decoded);
+    for (int64_t lane = 0; lane < std::min(Isa::kLanes, rows_ - row); ++lane) {
+      decode_elements<Isa>(weight_, decode_, (first_row_ + row + lane) * k_ + k0, depth, decoded);
       for (int64_t k = 0; k < depth; ++k) to[k * kStrip<Isa> + lane] = decoded[k];
     }
   }
 
   const QuantizedWeight& weight_;
-  int64_t n_, k_;
+  const int64_t n_, k_;
+  const bool whole_chunks_;
   std::optional<typename Isa::Decoder> decode_;
+  int shift_ = 0;
+  int64_t first_row_ = 0, rows_ = 0, scales_stride_ = 0;
+  std::vector<float> scales_;
 };
 
 template <class Isa>
@@ -76,7 +95,7 @@ void linear_gemm(const LinearArgs& args, const ParallelFor& parallel_for) {
   const Panels<Isa> t(args.t, Dtype::f32, args.m, args.rank, parallel_for);
   const Tasks tasks(x.count, ceil_div(args.n, kStrip<Isa>), Isa::kRows, 1, parallel_for.threads);
   parallel_for(tasks.count, 1, [&](int64_t begin, int64_t end) {
-    const TransposedTiles<Isa> weight(args.weight, args.n, args.k);
+    TransposedTiles<Isa> weight(args.weight, args.n, args.k, tasks.strips_per_task());
     const Scratch tile(tasks.strips_per_task() * kDepth * kStrip<Isa>);
     const Scratch sums(tasks.panels_per_task() * Isa::kRows * tasks.strips_per_task() * kStrip<Isa>);
     for (int64_t i = begin; i < end; ++i) {
@@ -85,9 +104,8 @@ void linear_gemm(const LinearArgs& args, const ParallelFor& parallel_for) {
       const int64_t n0 = task.strip_begin * kStrip<Isa>, width = task.strips * kStrip<Isa>;
       const int64_t n = std::min(width, args.n - n0);
       std::fill_n(sums.data(), (m1 - m0) * width, 0.0f);
-      const auto decode_weight = [&](int64_t k0, int64_t depth, float* to) {
-        weight.fill(n0, task.strips, k0, depth, to);
-      };
+      weight.start(n0, task.strips);
+      const auto decode_weight = [&](int64_t k0, int64_t depth, float* to) { weight.fill(k0, depth, to); };
       // LoRA: `rank` more columns of the contraction, into the same sums.
       const auto copy_lora_b = [&](int64_t r0, int64_t depth, float* to) {
         for (int64_t s = 0; s < task.strips; ++s) {
