@@ -80,6 +80,12 @@ LOWBIT_HOST_DEVICE inline uint8_t unpack(const uint8_t* packed, int64_t element)
   return element % 2 ? byte & 15 : byte >> 4;
 }
 
+// The codebook in multiples of 1 / 127, for the approximate product.
+constexpr int8_t int8_codebook(const Format& format, int code) {
+  const float value = format.codebook[code] * 127;
+  return static_cast<int8_t>(value < 0 ? value - 0.5f : value + 0.5f);
+}
+
 // The signed dynamic 8-bit map: these 128 values, zero, and the negatives of all but the last, sorted.
 constexpr float kScaleMapPositive[128] = {
     5.5000004e-07f, 3.2500002e-06f, 7.75e-06f,      2.1249998e-05f, 4.375e-05f,    6.625e-05f,     8.875e-05f,

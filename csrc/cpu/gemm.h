@@ -112,16 +112,16 @@ struct Task {
   int64_t panel_begin, panel_end, strip_begin, strips;
 };
 
-// Cuts A B into tasks: enough of them for all threads to finish together, with as little decoded twice as possible.
+// Cuts A B into tasks of min_strips to max_strips strips: enough of them for all threads to finish together, with as
+// little decoded twice as possible.
 class Tasks {
  public:
-  Tasks(int64_t panels, int64_t strips, int64_t rows_per_panel, int64_t strips_multiple, int64_t threads)
+  Tasks(int64_t panels, int64_t rows_per_panel, int64_t strips, int64_t min_strips, int64_t max_strips, int64_t threads)
       : panels_(panels), strips_(strips) {
     const int64_t wanted = 4 * threads;
-    strips_per_task_ = std::clamp<int64_t>(strips / wanted / strips_multiple, 1, 4 / strips_multiple + 1);
-    strips_per_task_ *= strips_multiple;
+    strips_per_task_ = std::clamp(strips / wanted / min_strips * min_strips, min_strips, max_strips);
     const int64_t across = ceil_div(strips, strips_per_task_);
-    // At least a few panels to a task: decoding a tile costs about as much as multiplying it by eight rows.
+    // Decoding a tile costs about as much as multiplying it by eight rows: not fewer than 64 rows to a task.
     const int64_t blocks = std::clamp<int64_t>(ceil_div(wanted, across), 1, ceil_div(panels * rows_per_panel, 64));
     panels_per_task_ = std::min(ceil_div(panels, blocks), std::max<int64_t>(1, kBlockRows / rows_per_panel));
     blocks_ = ceil_div(panels, panels_per_task_);

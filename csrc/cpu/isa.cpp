@@ -18,10 +18,8 @@ const std::vector<const Kernels*>& available_kernels() {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
       if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        static const Kernels avx512 = with_avx512(kAvx2Kernels);
-        found.push_back(&avx512);
-      }
+          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        found.push_back(&kAvx512Kernels);
       found.push_back(&kAvx2Kernels);
     }
 #endif

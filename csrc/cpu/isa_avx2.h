@@ -27,7 +27,7 @@ struct Avx2 {
 
   static Vec zero() { return _mm256_setzero_ps(); }
   static Vec broadcast(float value) { return _mm256_set1_ps(value); }
-  static Vec pair(float low_half, float high_half) {
+  static Vec halves(float low_half, float high_half) {
     return _mm256_set_m128(_mm_set1_ps(high_half), _mm_set1_ps(low_half));
   }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
@@ -50,13 +50,8 @@ struct Avx2 {
   }
   static void store(float* to, Vec v) { _mm256_storeu_ps(to, v); }
   static void store(Bf16* to, Vec v) {
-    const __m256i bits = _mm256_castps_si256(v);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    const __m256i quiet_nan = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet_nan, is_nan), 16);
-    const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0b1000);
+    const __m256i bits = bf16_bits(v);
+    const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0b1000);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(halves));
   }
   static void store(Fp16* to, Vec v) {
@@ -67,9 +62,10 @@ struct Avx2 {
   // the results unpack to whole floats, exact ones.
   struct Decoder {
     static constexpr int64_t kChunk = 64;
-    explicit Decoder(const Format& format) {
+    explicit Decoder(const Format& format) : codebook(format.codebook) {
       for (int byte = 0; byte < 4; ++byte) planes[byte] = byte_plane(format, byte, 0);
     }
+    const float* codebook;
     __m256i planes[4];
 
     void operator()(const uint8_t* packed, Vec (&values)[8]) const {
@@ -91,6 +87,35 @@ struct Avx2 {
       for (int v = 0; v < 4; ++v) {
         values[v] = mul(_mm256_permute2f128_ps(split[2 * v], split[2 * v + 1], 0x20), broadcast(low));
         values[v + 4] = mul(_mm256_permute2f128_ps(split[2 * v], split[2 * v + 1], 0x31), broadcast(high));
+      }
+    }
+
+    void natural(const uint8_t* packed, float low, float high, float* out) const {
+      Vec values[8];
+      natural(packed, low, high, values);
+      for (int v = 0; v < 8; ++v) store(out + 8 * v, values[v]);
+    }
+    // A block has sixteen different values: they are rounded once, then looked up.
+    template <class T>
+    void natural(const uint8_t* packed, float low, float high, T* out) const {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+      const __m256i even = even_codes(bytes), odd = odd_codes(bytes);
+      const __m256i of_low = rounded_codebook<T>(low);
+      const __m256i of_high = low == high ? of_low : rounded_codebook<T>(high);
+      const __m256i tables[2] = {_mm256_permute2x128_si256(of_low, of_high, 0x20),
+                                 _mm256_permute2x128_si256(of_low, of_high, 0x31)};
+      __m256i pieces[4];  // [i]: elements 8i..8i+7 and 32+8i..32+8i+7
+      const __m256i codes[2] = {_mm256_unpacklo_epi8(even, odd), _mm256_unpackhi_epi8(even, odd)};
+      for (int i = 0; i < 2; ++i) {
+        const __m256i first = _mm256_shuffle_epi8(tables[0], codes[i]);
+        const __m256i second = _mm256_shuffle_epi8(tables[1], codes[i]);
+        pieces[2 * i] = _mm256_unpacklo_epi8(first, second);
+        pieces[2 * i + 1] = _mm256_unpackhi_epi8(first, second);
+      }
+      __m256i* to = reinterpret_cast<__m256i*>(out);
+      for (int i = 0; i < 2; ++i) {
+        _mm256_storeu_si256(to + i, _mm256_permute2x128_si256(pieces[2 * i], pieces[2 * i + 1], 0x20));
+        _mm256_storeu_si256(to + i + 2, _mm256_permute2x128_si256(pieces[2 * i], pieces[2 * i + 1], 0x31));
       }
     }
 
@@ -123,6 +148,20 @@ struct Avx2 {
     }
 
    private:
+    // The sixteen values times `scale`, rounded to T: their low bytes, then their high bytes.
+    template <class T>
+    __m256i rounded_codebook(float scale) const {
+      const Vec first = mul(load(codebook), broadcast(scale)), second = mul(load(codebook + 8), broadcast(scale));
+      __m256i words;
+      if constexpr (std::is_same_v<T, Bf16>) {
+        words = _mm256_permute4x64_epi64(_mm256_packus_epi32(bf16_bits(first), bf16_bits(second)), 0b11011000);
+      } else {
+        words = _mm256_set_m128i(_mm256_cvtps_ph(second, _MM_FROUND_TO_NEAREST_INT),
+                                 _mm256_cvtps_ph(first, _MM_FROUND_TO_NEAREST_INT));
+      }
+      const __m256i low = _mm256_and_si256(words, _mm256_set1_epi16(0xff)), high = _mm256_srli_epi16(words, 8);
+      return _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0b11011000);
+    }
     // values[v] lane l: the code in byte 4v + l (l < 4) or 16 + 4v + l - 4.
     void look_up(__m256i codes, Vec* values) const {
       const __m256i byte0 = _mm256_shuffle_epi8(planes[0], codes);
@@ -177,8 +216,36 @@ struct Avx2 {
 
   template <class ScaleAt>
   static Vec chunk_scale(const ScaleAt& scale_at, int64_t chunk) {
-    return pair(scale_at(chunk), scale_at(chunk + 32));
+    return halves(scale_at(chunk), scale_at(chunk + 32));
   }
+
+  struct Int8Dot {
+    explicit Int8Dot(const Format& format) {
+      alignas(16) int8_t table[16];
+      for (int code = 0; code < 16; ++code) table[code] = int8_codebook(format, code);
+      codebook = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+    }
+    __m256i codebook;
+
+    template <int M>
+    void operator()(const uint8_t* packed, const int8_t* x, int64_t x_stride, Vec (&sums)[M]) const {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+      const __m256i even = _mm256_shuffle_epi8(codebook, even_codes(bytes));
+      const __m256i odd = _mm256_shuffle_epi8(codebook, odd_codes(bytes));
+      for (int m = 0; m < M; ++m) {
+        const __m256i* from = reinterpret_cast<const __m256i*>(x + m * x_stride);
+        const __m256i pairs = products(even, _mm256_loadu_si256(from)), more = products(odd, _mm256_loadu_si256(from + 1));
+        sums[m] = _mm256_cvtepi32_ps(_mm256_add_epi32(pairs, more));
+      }
+    }
+
+   private:
+    // maddubs takes an unsigned operand: the sign of w moves to x. Two products are at most 2 x 127 x 127 < 2^15.
+    static __m256i products(__m256i w, __m256i x) {
+      const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+      return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    }
+  };
 
   static void decode_scales(const uint8_t* codes, int64_t count, float group_scale, float offset, float* scales) {
     int64_t i = 0;
@@ -258,6 +325,15 @@ struct Avx2 {
   };
 
  private:
+  // The bits of v rounded to bf16, in the low halves of 32; a NaN stays one.
+  static __m256i bf16_bits(Vec v) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounding = _mm256_andnot_si256(is_nan, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_and_si256(is_nan, _mm256_set1_epi32(0x400000));
+    return _mm256_srli_epi32(_mm256_add_epi32(_mm256_or_si256(bits, quiet), rounding), 16);
+  }
   static __m256i even_codes(__m256i bytes) { return odd_codes(_mm256_srli_epi16(bytes, 4)); }
   static __m256i odd_codes(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
 

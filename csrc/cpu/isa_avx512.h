@@ -1,9 +1,10 @@
 // The vector primitives of the kernels in AVX-512 (F, BW, DQ, VL); isa_scalar.h has the same names and says what each
-// does. Only the products use it: quantize and dequantize move memory, at which AVX2 is as fast.
+// does.
 #pragma once
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../nf4.h"
@@ -27,9 +28,6 @@ struct Avx512 {
 
   static Vec zero() { return _mm512_setzero_ps(); }
   static Vec broadcast(float value) { return _mm512_set1_ps(value); }
-  static Vec pair(float low_half, float high_half) {
-    return _mm512_mask_blend_ps(0xff00, broadcast(low_half), broadcast(high_half));
-  }
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
@@ -88,6 +86,13 @@ struct Avx512 {
       quarter(3, _mm512_extracti32x4_epi32(codes, 3));
     }
 
+    template <class T>
+    void natural(const uint8_t* packed, float low, float high, T* out) const {
+      Vec values[4];
+      natural(packed, low, high, values);
+      for (int v = 0; v < 4; ++v) store(out + 16 * v, values[v]);
+    }
+
     void columns(const uint8_t* const (&rows)[kLanes], int64_t offset, Vec scale, float* out, int64_t stride) const {
       const auto bytes = [&](int row) {
         return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + offset));
@@ -136,6 +141,58 @@ struct Avx512 {
       _mm512_mask_storeu_ps(scales + i, lanes, add(mul(entry, broadcast(group_scale)), broadcast(offset)));
     }
   }
+
+  template <class T>
+  static uint32_t absmax_bits(const T* values, int64_t count) {
+    __m512i most = _mm512_setzero_si512();
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+      const __m512i bits = _mm512_castps_si512(load(values + i));
+      most = _mm512_max_epi32(most, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
+    }
+    uint32_t result = static_cast<uint32_t>(_mm512_reduce_max_epi32(most));
+    for (; i < count; ++i) result = std::max(result, bits_of(to_float(values[i])) & 0x7fffffff);
+    return result;
+  }
+
+  // The rank among 15 sorted thresholds by binary search: each of the four comparisons adds a bit, and the bits so far
+  // pick the next threshold out of a register.
+  struct Encoder {
+    explicit Encoder(const Format& format) {
+      float padded[16] = {};
+      std::copy_n(format.thresholds, 15, padded);
+      int32_t codes[16];
+      std::copy_n(format.code_of_rank, 16, codes);
+      thresholds = _mm512_loadu_ps(padded);
+      code_of_rank = _mm512_loadu_si512(codes);
+    }
+    __m512 thresholds;
+    __m512i code_of_rank;
+
+    template <class T>
+    void operator()(const T* values, float inverse, uint8_t* packed) const {
+      const __m512 scale = broadcast(inverse);
+      const __m512i first = code(mul(load(values), scale)), second = code(mul(load(values + 16), scale));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(packed), pack_pairs(first));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(packed + 8), pack_pairs(second));
+    }
+
+   private:
+    __m512i code(__m512 x) const {
+      __m512i rank = _mm512_setzero_si512();
+#pragma GCC unroll 4
+      for (int step = 8; step > 0; step /= 2) {
+        const __m512i next = _mm512_add_epi32(rank, _mm512_set1_epi32(step - 1));
+        const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_permutexvar_ps(next, thresholds), _CMP_GT_OQ);
+        rank = _mm512_mask_add_epi32(rank, above, rank, _mm512_set1_epi32(step));
+      }
+      return _mm512_permutexvar_epi32(rank, code_of_rank);
+    }
+    // 16 codes to 8 bytes, the even one of each pair in the high nibble.
+    static __m128i pack_pairs(__m512i codes) {
+      return _mm512_cvtepi64_epi8(_mm512_or_si512(_mm512_slli_epi64(codes, 4), _mm512_srli_epi64(codes, 32)));
+    }
+  };
 };
 
 }  // namespace lowbit::cpu

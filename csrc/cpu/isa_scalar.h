@@ -19,8 +19,8 @@ struct Scalar {
   static constexpr int kRows = 4;  // rows of a micro kernel of gemm.h
 
   static Vec zero() { return broadcast(0.0f); }
-  static Vec broadcast(float value) { return pair(value, value); }
-  static Vec pair(float low_half, float high_half) {
+  static Vec broadcast(float value) { return halves(value, value); }
+  static Vec halves(float low_half, float high_half) {
     return {{low_half, low_half, low_half, low_half, high_half, high_half, high_half, high_half}};
   }
   static Vec add(Vec a, const Vec& b) {
@@ -71,6 +71,12 @@ struct Scalar {
         values[i / kLanes].lane[i % kLanes] = codebook[unpack(packed, i)] * (i < 32 ? low : high);
     }
 
+    // The same, rounded to T.
+    template <class T>
+    void natural(const uint8_t* packed, float low, float high, T* out) const {
+      for (int64_t i = 0; i < 64; ++i) from_float(codebook[unpack(packed, i)] * (i < 32 ? low : high), out + i);
+    }
+
     // 32 elements of kLanes rows, 16 bytes each at rows[lane] + offset, times the row's scale:
     // out[element * stride + lane].
     void columns(const uint8_t* const (&rows)[kLanes], int64_t offset, const Vec& scale, float* out,
@@ -87,8 +93,29 @@ struct Scalar {
   // The scales of a chunk by lane, from scale_at(element); blocks have at least 32 elements.
   template <class ScaleAt>
   static Vec chunk_scale(const ScaleAt& scale_at, int64_t chunk) {
-    return pair(scale_at(chunk), scale_at(chunk + 32));
+    return halves(scale_at(chunk), scale_at(chunk + 32));
   }
+
+  // Integer sums of 64 weights times x in int8 (even elements, then odd ones), as floats: some lanes of the lower half
+  // add up to the first 32 elements' sum, those of the upper half to the other's.
+  struct Int8Dot {
+    explicit Int8Dot(const Format& format) {
+      for (int code = 0; code < 16; ++code) codebook[code] = int8_codebook(format, code);
+    }
+    int8_t codebook[16];
+
+    template <int M>
+    void operator()(const uint8_t* packed, const int8_t* x, int64_t x_stride, Vec (&sums)[M]) const {
+      for (int m = 0; m < M; ++m) {
+        int32_t lane[kLanes] = {};
+        for (int64_t byte = 0; byte < 32; ++byte) {
+          const int8_t* pair = x + m * x_stride + byte;
+          lane[byte / 4] += codebook[packed[byte] >> 4] * pair[0] + codebook[packed[byte] & 15] * pair[32];
+        }
+        for (int64_t i = 0; i < kLanes; ++i) sums[m].lane[i] = static_cast<float>(lane[i]);
+      }
+    }
+  };
 
   // scales[i] = fl(fl(map[codes[i]] * group_scale) + offset)
   static void decode_scales(const uint8_t* codes, int64_t count, float group_scale, float offset, float* scales) {

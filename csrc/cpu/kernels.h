@@ -127,9 +127,8 @@ struct Kernels {
 
 extern const Kernels kScalarKernels;
 #if defined(__x86_64__)
-extern const Kernels kAvx2Kernels;  // needs AVX2, FMA and F16C
-// These kernels with the products in AVX-512 (needs F, BW, DQ and VL besides).
-Kernels with_avx512(const Kernels& avx2);
+extern const Kernels kAvx2Kernels;    // needs AVX2, FMA and F16C
+extern const Kernels kAvx512Kernels;  // needs AVX-512 F, BW, DQ and VL besides
 #endif
 
 // The kernels in use: the widest instruction set of this CPU, or the one chosen by select_isa.

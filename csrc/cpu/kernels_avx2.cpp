@@ -19,6 +19,7 @@
 
 #include "isa_avx2.h"
 
+#include "approximate.h"
 #include "dequantize.h"
 #include "linear.h"
 #include "quantize.h"
@@ -34,7 +35,7 @@ const Kernels kAvx2Kernels = {
     .encode = nullptr,
     .dequantize = dequantize<Avx2>,
     .linear = linear<Avx2>,
-    .linear_approximate = nullptr,
+    .linear_approximate = linear_approximate<Avx2>,
     .linear_grad_input = linear_grad_input<Avx2>,
 };
 

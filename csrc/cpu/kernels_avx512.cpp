@@ -24,17 +24,25 @@
 #endif
 #include "isa_avx512.h"
 
+#include "dequantize.h"
 #include "linear.h"
+#include "quantize.h"
 
 namespace lowbit::cpu {
 
-Kernels with_avx512(const Kernels& avx2) {
-  Kernels kernels = avx2;
-  kernels.isa = Avx512::name;
-  kernels.linear = linear<Avx512>;
-  kernels.linear_grad_input = linear_grad_input<Avx512>;
-  return kernels;
-}
+const Kernels kAvx512Kernels = {
+    .isa = Avx512::name,
+    .quantize = quantize<Avx512>,
+    .quantize_scales = quantize_scales<Avx512>,
+    .quantize_int8 = nullptr,
+    .search_scales = nullptr,
+    .encode = nullptr,
+    .dequantize = dequantize<Avx512>,
+    .linear = linear<Avx512>,
+    // Reads memory as fast as it comes already in AVX2.
+    .linear_approximate = [](const LinearArgs& args, const ParallelFor& run) { kAvx2Kernels.linear_approximate(args, run); },
+    .linear_grad_input = linear_grad_input<Avx512>,
+};
 
 }  // namespace lowbit::cpu
 

@@ -1,3 +1,4 @@
+#include "approximate.h"
 #include "dequantize.h"
 #include "isa_scalar.h"
 #include "linear.h"
@@ -14,7 +15,7 @@ const Kernels kScalarKernels = {
     .encode = nullptr,
     .dequantize = dequantize<Scalar>,
     .linear = linear<Scalar>,
-    .linear_approximate = nullptr,
+    .linear_approximate = linear_approximate<Scalar>,
     .linear_grad_input = linear_grad_input<Scalar>,
 };
 

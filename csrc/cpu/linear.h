@@ -93,7 +93,7 @@ template <class Isa>
 void linear_gemm(const LinearArgs& args, const ParallelFor& parallel_for) {
   const Panels<Isa> x(args.x, args.dtype, args.m, args.k, parallel_for);
   const Panels<Isa> t(args.t, Dtype::f32, args.m, args.rank, parallel_for);
-  const Tasks tasks(x.count, ceil_div(args.n, kStrip<Isa>), Isa::kRows, 1, parallel_for.threads);
+  const Tasks tasks(x.count, Isa::kRows, ceil_div(args.n, kStrip<Isa>), 1, 4, parallel_for.threads);
   parallel_for(tasks.count, 1, [&](int64_t begin, int64_t end) {
     TransposedTiles<Isa> weight(args.weight, args.n, args.k, tasks.strips_per_task());
     const Scratch tile(tasks.strips_per_task() * kDepth * kStrip<Isa>);
@@ -151,33 +151,62 @@ void linear(const LinearArgs& args, const ParallelFor& parallel_for) {
   });
 }
 
-// The strips are columns of W here, decoded in their natural order: no transposition.
+// Decodes W for accumulate(): the strips are columns of it, in their natural order. Writes rows [n0, n0 + depth) of the
+// strips that begin at column k0, `columns` of them that exist.
+template <class Isa>
+void fill_natural(const QuantizedWeight& weight, const std::optional<typename Isa::Decoder>& decode, int64_t k,
+                  int64_t k0, int64_t columns, int64_t n0, int64_t depth, float* tile) {
+  const bool whole_chunks = weight.format && k % 64 == 0;
+  const int shift = weight.format ? block_shift(weight) : 0;
+  for (int64_t n = 0; n < depth; ++n) {
+    const int64_t begin = (n0 + n) * k + k0;
+    const auto to = [&](int64_t column) {
+      return tile + (column / kStrip<Isa> * kDepth + n) * kStrip<Isa> + column % kStrip<Isa>;
+    };
+    if (!whole_chunks) {
+      float decoded[kStrip<Isa>] = {};
+      for (int64_t column = 0; column < columns; column += kStrip<Isa>) {
+        decode_elements<Isa>(weight, decode, begin + column, std::min(kStrip<Isa>, columns - column), decoded);
+        std::copy_n(decoded, kStrip<Isa>, to(column));
+      }
+      continue;
+    }
+    constexpr int64_t kAhead = 8;  // rows; a row has one or two lines of the tile, too few for the hardware's prefetcher
+    for (int64_t column = 0; n + kAhead < depth && column < columns; column += 128)
+      __builtin_prefetch(weight.packed + (begin + kAhead * k + column) / 2);
+    for (int64_t column = 0; column < columns; column += 64) {
+      const int64_t element = begin + column;
+      const float low = scale_of(weight, element >> shift);
+      const float high = shift == 5 ? scale_of(weight, (element + 32) >> shift) : low;
+      typename Isa::Vec values[64 / Isa::kLanes];
+      decode->natural(weight.packed + element / 2, low, high, values);
+      for (int64_t v = 0; v < 64 / Isa::kLanes; ++v) Isa::store(to(column + v * Isa::kLanes), values[v]);
+    }
+  }
+}
+
 template <class Isa>
 void linear_grad_input(const LinearGradInputArgs& args, const ParallelFor& parallel_for) {
   if (args.m == 0 || args.k == 0) return;
   const Panels<Isa> grad(args.grad, args.dtype, args.m, args.n, parallel_for);
-  // Whole cache lines of packed weight (128 elements) to a task.
-  const Tasks tasks(grad.count, ceil_div(args.k, kStrip<Isa>), Isa::kRows, 128 / kStrip<Isa>, parallel_for.threads);
+  // Whole cache lines of packed weight to a task: 128 columns, or 256.
+  const Tasks tasks(grad.count, Isa::kRows, ceil_div(args.k, kStrip<Isa>), 128 / kStrip<Isa>, 256 / kStrip<Isa>,
+                    parallel_for.threads);
   parallel_for(tasks.count, 1, [&](int64_t begin, int64_t end) {
     std::optional<typename Isa::Decoder> decode;
     if (args.weight.format) decode.emplace(*args.weight.format);
     const Scratch tile(tasks.strips_per_task() * kDepth * kStrip<Isa>);
     const Scratch sums(tasks.panels_per_task() * Isa::kRows * tasks.strips_per_task() * kStrip<Isa>);
-    const Scratch decoded(tasks.strips_per_task() * kStrip<Isa>);
     for (int64_t i = begin; i < end; ++i) {
       const Task task = tasks[i];
       const int64_t m0 = grad.first_row(task.panel_begin), m1 = grad.first_row(task.panel_end);
       const int64_t k0 = task.strip_begin * kStrip<Isa>, width = task.strips * kStrip<Isa>;
       const int64_t k = std::min(width, args.k - k0);
       std::fill_n(sums.data(), (m1 - m0) * width, 0.0f);
-      const auto decode_rows = [&](int64_t n0, int64_t depth, float* to) {
-        for (int64_t n = 0; n < depth; ++n) {
-          decode_elements<Isa>(args.weight, decode, (n0 + n) * args.k + k0, k, decoded.data());
-          for (int64_t s = 0; s < task.strips; ++s)
-            std::copy_n(decoded.data() + s * kStrip<Isa>, kStrip<Isa>, to + (s * kDepth + n) * kStrip<Isa>);
-        }
+      const auto decode_weight = [&](int64_t n0, int64_t depth, float* to) {
+        fill_natural<Isa>(args.weight, decode, args.k, k0, k, n0, depth, to);
       };
-      accumulate<Isa>(grad, task, decode_rows, tile.data(), sums.data());
+      accumulate<Isa>(grad, task, decode_weight, tile.data(), sums.data());
       for_dtype(args.dtype, [&](auto* typed) {
         using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
         for (int64_t m = m0; m < m1; ++m)
