@@ -64,7 +64,9 @@ void approximate_rows(const LinearArgs& args, const T* x, T* y, const float* t, 
         const int64_t element = c * kApproximateChunk;
         const Vec scale = Isa::halves(scale_at(element), scale_at(element + 32));
         Vec sums[M];
-        dot(args.weight.packed + (n * k + element) / 2, activations.values.data() + element, k, sums);
+        const uint8_t* packed = args.weight.packed + (n * k + element) / 2;
+        __builtin_prefetch(packed + kGemvAhead);
+        dot(packed, activations.values.data() + element, k, sums);
         for (int m = 0; m < M; ++m) {
           const Vec both = Isa::mul(scale, Isa::broadcast(activations.scales[m * chunks + c]));
           total[m] = Isa::fma(sums[m], both, total[m]);
