@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -14,6 +15,7 @@
 #include "isa_avx2.h"
 
 #include "dequantize.h"
+#include "int8.h"
 #include "linear.h"
 #include "quantize.h"
 
@@ -23,10 +25,10 @@ const Kernels kAvx2Kernels = {
     .isa = Avx2::name,
     .quantize = quantize<Avx2>,
     .quantize_scales = quantize_scales<Avx2>,
-    .quantize_int8 = nullptr,
+    .quantize_int8 = quantize_int8<Avx2>,
     .search_scales = nullptr,
     .encode = nullptr,
-    .dequantize = dequantize<Avx2>,
+    .dequantize = dequantize_any<Avx2>,
     .linear = linear<Avx2>,
     .linear_approximate = nullptr,
     .linear_grad_input = linear_grad_input<Avx2>,
