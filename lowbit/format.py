@@ -27,7 +27,8 @@ absmax    fp32, rows               largest magnitude of each row
 ========  =======================  =====================================================================
 
 ``code = round_half_even(fl32(w * scale))`` with ``scale = fl32(fl32(1 / absmax) * 127)``, or 0 throughout a row so near
-zero that its scale is infinite; ``weight = fl32(fl32(code * absmax) * fl32(1 / 127))``, rounded once to the output dtype.
+zero that its scale is infinite; ``weight = fl32(fl32(code * absmax) * fl32(1 / 127))``, rounded once to the output
+dtype.
 """
 
 import math

@@ -116,7 +116,7 @@ class QuantizedTensor:
         return self.packed, self.absmax, self.group_scales, self.offset
 
     def scales(self) -> torch.Tensor:
-        """The decoded scale of each block, fp32 [ceil(n / block_size)]; for int8 the absmax of each row, fp32 [rows]."""
+        """The decoded scale of each block, fp32 [ceil(n / block_size)]; int8: the absmax of each row, fp32 [rows]."""
         return reference.decode_scales(self.absmax, self.group_scales, self.offset)
 
     def dequantize(self, dtype: torch.dtype | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor:
