@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -71,8 +72,10 @@ int64_t product(int64_t a, int64_t b, const char* name) {
   return result;
 }
 
+// null for int8, which has no codebook.
 const Format* format_of(const std::string& name) {
-  STD_TORCH_CHECK(name == "nf4" || name == "fp4", "format: expected nf4 or fp4, got ", name);
+  if (name == "int8") return nullptr;
+  STD_TORCH_CHECK(name == "nf4" || name == "fp4", "format: expected nf4, fp4 or int8, got ", name);
   return name == "nf4" ? &lowbit::kNf4 : &lowbit::kFp4;
 }
 
@@ -97,19 +100,43 @@ const T* pointer(const Tensor& tensor) {
   return static_cast<const T*>(tensor.data_ptr());
 }
 
+// For int8 block_size is the length of a row.
+void check_row_length(int64_t block_size, int64_t rows, int64_t numel) {
+  STD_TORCH_CHECK(rows == 0 || block_size == numel / rows, "block_size: expected ", numel / rows,
+                  " (the length of a row) for int8, got ", block_size);
+}
+
 // The checked parts of a weight; holds the tensors, made contiguous, while a kernel reads them.
 class Weight {
  public:
   Weight(const Tensor& packed, const Tensor& absmax, const std::optional<Tensor>& group_scales,
-         const std::optional<Tensor>& offset, const std::string& format, int64_t block_size, int64_t numel)
+         const std::optional<Tensor>& offset, const std::string& format, int64_t block_size, int64_t numel,
+         int64_t rows)
       : packed_(torch::stable::contiguous(packed)), absmax_(torch::stable::contiguous(absmax)) {
-    check_block_size(block_size);
     STD_TORCH_CHECK(numel >= 0, "shape: expected sizes of at least 0");
+    const Format* table = format_of(format);
+    if (!table) {
+      check_row_length(block_size, rows, numel);
+      check(packed, "packed", ScalarType::Byte, numel);
+      check(absmax, "absmax", ScalarType::Float, rows);
+      STD_TORCH_CHECK(!group_scales && !offset, "group_scales, offset: expected neither for int8, got one");
+      // A row length of 0 would be divided by.
+      view = {pointer<uint8_t>(packed_),
+              pointer<float>(absmax_),
+              nullptr,
+              nullptr,
+              0.0f,
+              nullptr,
+              std::max<int64_t>(block_size, 1),
+              numel};
+      return;
+    }
+    check_block_size(block_size);
     const int64_t blocks = ceil_div(numel, block_size);
     check(packed, "packed", ScalarType::Byte, ceil_div(numel, 2));
     STD_TORCH_CHECK(group_scales.has_value() == offset.has_value(),
                     "group_scales, offset: expected both (double quantization) or neither, got one");
-    view = {pointer<uint8_t>(packed_), nullptr, nullptr, nullptr, 0.0f, format_of(format), block_size, numel};
+    view = {pointer<uint8_t>(packed_), nullptr, nullptr, nullptr, 0.0f, table, block_size, numel};
     if (!group_scales) {
       check(absmax, "absmax", ScalarType::Float, blocks);
       view.absmax = pointer<float>(absmax_);
@@ -161,9 +188,30 @@ int64_t rows_of(const Tensor& x, const char* name) {
   return rows;
 }
 
+// Rows of an int8 weight of this shape; a weight of one dimension, or none, is one row.
+int64_t row_count(const IntHeaderOnlyArrayRef& shape) {
+  int64_t rows = 1;
+  for (size_t i = 0; i + 1 < shape.size(); ++i) rows = product(rows, shape[i], "shape");
+  return rows;
+}
+
+std::tuple<Tensor, Tensor> quantize_int8(const Tensor& weight, int64_t block_size) {
+  const Dtype dtype = dtype_of(weight.scalar_type(), "weight");
+  const int64_t numel = weight.numel(), rows = row_count(weight.sizes());
+  check_row_length(block_size, rows, numel);
+  const Tensor source = torch::stable::contiguous(weight);
+  Tensor packed = torch::stable::new_empty(weight, IntHeaderOnlyArrayRef(&numel, 1), ScalarType::Byte);
+  Tensor absmax = torch::stable::new_empty(weight, IntHeaderOnlyArrayRef(&rows, 1), ScalarType::Float);
+  active_kernels().quantize_int8({source.data_ptr(), dtype, rows, rows ? numel / rows : 0,
+                                  static_cast<int8_t*>(packed.data_ptr()), static_cast<float*>(absmax.data_ptr())},
+                                 parallel_for());
+  return {packed, absmax};
+}
+
 std::tuple<Tensor, Tensor> quantize(Tensor weight, std::string format, int64_t block_size) {
-  check_block_size(block_size);
   const Format* table = format_of(format);
+  if (!table) return quantize_int8(weight, block_size);
+  check_block_size(block_size);
   const Dtype dtype = dtype_of(weight.scalar_type(), "weight");
   const Tensor source = torch::stable::contiguous(weight);
   const int64_t numel = weight.numel();
@@ -197,11 +245,21 @@ Tensor dequantize(Tensor packed, Tensor absmax, std::optional<Tensor> group_scal
     STD_TORCH_CHECK(size >= 0, "shape: expected sizes of at least 0, got ", size);
     numel = product(numel, size, "shape");
   }
-  const Weight weight(packed, absmax, group_scales, offset, format, block_size, numel);
+  const int64_t rows = row_count(IntHeaderOnlyArrayRef(shape.data(), shape.size()));
+  const Weight weight(packed, absmax, group_scales, offset, format, block_size, numel, rows);
   const Dtype out_dtype = dtype_of(dtype, "dtype");
   Tensor out = torch::stable::new_empty(packed, IntHeaderOnlyArrayRef(shape.data(), shape.size()), dtype);
   active_kernels().dequantize({weight.view, out.data_ptr(), out_dtype}, parallel_for());
   return out;
+}
+
+void dequantize_out(Tensor packed, Tensor absmax, std::optional<Tensor> group_scales, std::optional<Tensor> offset,
+                    std::string format, int64_t block_size, Tensor out) {
+  STD_TORCH_CHECK(out.is_cpu(), "out: expected a CPU tensor");
+  STD_TORCH_CHECK(out.is_contiguous(), "out: expected a contiguous tensor");
+  const Dtype out_dtype = dtype_of(out.scalar_type(), "out");
+  const Weight weight(packed, absmax, group_scales, offset, format, block_size, out.numel(), row_count(out.sizes()));
+  active_kernels().dequantize({weight.view, out.data_ptr(), out_dtype}, parallel_for());
 }
 
 Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> group_scales, std::optional<Tensor> offset,
@@ -210,7 +268,7 @@ Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> grou
   const int64_t m = rows_of(x, "x"), n = out_features, k = x.size(x.dim() - 1);
   STD_TORCH_CHECK(n >= 0, "out_features: expected at least 0, got ", n);
   const Dtype dtype = dtype_of(x.scalar_type(), "x");
-  const Weight weight(packed, absmax, group_scales, offset, format, block_size, product(n, k, "out_features"));
+  const Weight weight(packed, absmax, group_scales, offset, format, block_size, product(n, k, "out_features"), n);
   STD_TORCH_CHECK(t.has_value() == lora_b.has_value(), "t, lora_b: expected both (LoRA) or neither, got one");
   int64_t rank = 0;
   std::vector<float> bias_copy, t_copy, lora_b_copy;
@@ -234,10 +292,11 @@ Tensor linear_grad_input(Tensor grad, Tensor packed, Tensor absmax, std::optiona
   const int64_t m = rows_of(grad, "grad"), n = grad.size(grad.dim() - 1), k = in_features;
   STD_TORCH_CHECK(k >= 0, "in_features: expected at least 0, got ", k);
   const Dtype dtype = dtype_of(grad.scalar_type(), "grad");
-  const Weight weight(packed, absmax, group_scales, offset, format, block_size, product(n, k, "in_features"));
+  const Weight weight(packed, absmax, group_scales, offset, format, block_size, product(n, k, "in_features"), n);
   const Tensor source = torch::stable::contiguous(grad);
   Tensor grad_x = empty_with_last(grad, k);
-  active_kernels().linear_grad_input({source.data_ptr(), dtype, weight.view, m, n, k, grad_x.data_ptr()}, parallel_for());
+  active_kernels().linear_grad_input({source.data_ptr(), dtype, weight.view, m, n, k, grad_x.data_ptr()},
+                                     parallel_for());
   return grad_x;
 }
 
@@ -260,6 +319,7 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit, CPU, library) {
   library.impl("quantize", TORCH_BOX(&quantize));
   library.impl("quantize_scales", TORCH_BOX(&quantize_scales));
   library.impl("dequantize", TORCH_BOX(&dequantize));
+  library.impl("dequantize_out", TORCH_BOX(&dequantize_out));
   library.impl("linear", TORCH_BOX(&linear));
   library.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
 }

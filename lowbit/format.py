@@ -1,7 +1,8 @@
-"""The 4-bit format in Python: codebooks, thresholds, the 8-bit scale map, and the byte layout.
+"""The formats in Python: codebooks, thresholds, the 8-bit scale map, and the byte layout.
 
 The bytes are those of bitsandbytes 0.50 (``docs/format.md`` walks through them). The C++ twin of this file is
-``csrc/nf4.h``; ``tests/test_format.py`` holds the two together. In short, for a weight of ``n`` elements:
+``csrc/nf4.h``; ``tests/test_format.py`` holds the two together. In short, for a weight of ``n``
+elements in 4 bits (``nf4``, ``fp4``):
 
 ========  =======================  =====================================================================
 field     dtype, length            meaning
@@ -17,7 +18,20 @@ offset    fp32, scalar             mean of absmax
 
 ``weight = fl32(codebook[code] * scale)`` with ``scale = fl(fl(SCALE_MAP[c] * group_scale) + offset)``, rounded
 once to the output dtype.
+
+The other format, ``int8``, has one byte a weight and one scale a row (a row runs along the last dimension):
+
+========  =======================  =====================================================================
+packed    uint8, n                 the codes -127...127 in two's complement
+absmax    fp32, rows               largest magnitude of each row
+========  =======================  =====================================================================
+
+``code = round_half_even(fl32(w * scale))`` with ``scale = fl32(fl32(1 / absmax) * 127)``, or 0 throughout a row so near
+zero that its scale is infinite; ``weight = fl32(fl32(code * absmax) * fl32(1 / 127))``, rounded once to the output
+dtype.
 """
+
+import math
 
 import torch
 
@@ -46,6 +60,9 @@ _FP4_POSITIVE = (0.0, 0.0052083333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667
 FP4_CODEBOOK = _FP4_POSITIVE + tuple(-value for value in _FP4_POSITIVE)
 
 CODEBOOKS = {"nf4": NF4_CODEBOOK, "fp4": FP4_CODEBOOK}
+FORMATS = (*CODEBOOKS, "int8")
+#: Largest code of int8. Source: Dettmers et al., "LLM.int8()", 2022 (arXiv 2208.07339), section 2.1.
+INT8_MAX = 127.0
 
 MIN_BLOCK_SIZE = 32
 MAX_BLOCK_SIZE = 4096
@@ -103,3 +120,8 @@ SCALE_CODE_TABLE = _scale_code_table()
 def block_count(numel: int, block_size: int) -> int:
     """Number of blocks in a weight of ``numel`` elements; the last one may be short."""
     return -(-numel // block_size)
+
+
+def row_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """``(rows, length of a row)`` of a weight in int8; one row for 1 dimension, and for none."""
+    return (math.prod(shape[:-1]), shape[-1]) if len(shape) else (1, 1)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from . import backends, ops
+from . import format as fmt
 from .tensor import QuantizedTensor, check_block_size, check_float_dtype, check_format
 
 
@@ -22,9 +23,12 @@ def quantize(
 ) -> QuantizedTensor:
     """Store ``weight`` in 4 bits: blocks of ``block_size`` elements of the row-major weight share one scale.
 
+    In "int8" it takes 8 bits instead, and one fp32 scale a row (along the last dimension); block_size and double_quant
+    are then ignored.
+
     Args:
         weight: float32, float16 or bfloat16, any shape; finite.
-        format: "nf4" or "fp4".
+        format: "nf4", "fp4" or "int8".
         block_size: power of two, 32 to 4096.
         double_quant: store the scales in 8 bits (0.516 bytes a weight at block size 64; 0.563 without).
         scale: "absmax". ("search" is to come.)
@@ -33,15 +37,19 @@ def quantize(
     Raises:
         TypeError: ``weight`` is not a tensor, or not of those dtypes.
         ValueError: another argument is out of range, or ``weight`` holds NaN or inf.
-        NotImplementedError: int8, scale="search", importance.
+        NotImplementedError: scale="search", importance.
 
-    Source: Dettmers et al., "QLoRA", 2023 (arXiv 2305.14314); the bytes are bitsandbytes 0.50's.
+    Source: Dettmers et al., "QLoRA", 2023 (arXiv 2305.14314), and for int8 "LLM.int8()", 2022 (arXiv 2208.07339);
+    the bytes are bitsandbytes 0.50's.
     """
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"weight: expected a torch.Tensor, got {type(weight).__name__}")
     check_float_dtype("weight", weight.dtype)
     check_format(format)
-    check_block_size(block_size)
+    if format == "int8":
+        block_size, double_quant = fmt.row_shape(weight.shape)[1], False
+    else:
+        check_block_size(block_size)
     if scale not in ("absmax", "search"):
         raise ValueError(f"scale: expected 'absmax' or 'search', got {scale!r}")
     if scale == "search" or importance is not None:
@@ -75,14 +83,23 @@ def quantize(
     )
 
 
-def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The decoded weight, in ``dtype`` (default ``q.dtype``).
+def dequantize(
+    q: QuantizedTensor, dtype: torch.dtype | None = None, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The decoded weight, in ``dtype`` (default: that of ``out``, or else ``q.dtype``).
+
+    Args:
+        q: the weight.
+        dtype: float32, float16 or bfloat16.
+        out: where to write and what to return: contiguous, of q's shape and device, and of ``dtype`` where that is
+            given.
 
     Raises:
-        TypeError: ``q`` is not a QuantizedTensor, or ``dtype`` not float32, float16 or bfloat16.
+        TypeError: an argument of the wrong type, or another dtype.
+        ValueError: ``out`` does not fit q, is not contiguous, or requires gradients.
     """
     _check_quantized(q)
-    return q.dequantize(dtype)
+    return q.dequantize(dtype, out=out)
 
 
 def linear(x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -16,13 +16,15 @@ from . import format as fmt
 from . import reference
 from .backends import NAMESPACES
 
-# A 4-bit weight in a schema: absmax is fp32 scales, or uint8 codes when group_scales and offset are given.
+# A weight in a schema: absmax is fp32 scales, or uint8 codes when group_scales and offset are given (4 bits only). For
+# int8 block_size is the length of a row.
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? group_scales, Tensor? offset, str format, int block_size"
 
 SCHEMAS = (
     "quantize(Tensor weight, str format, int block_size) -> (Tensor, Tensor)",
     "quantize_scales(Tensor absmax, Tensor offset) -> (Tensor, Tensor)",
     f"dequantize({_WEIGHT}, int[] shape, ScalarType dtype) -> Tensor",
+    f"dequantize_out({_WEIGHT}, Tensor(a!) out) -> ()",
     f"linear(Tensor x, {_WEIGHT}, int out_features, Tensor? bias, Tensor? t, Tensor? lora_b, float scaling) -> Tensor",
     f"linear_grad_input(Tensor grad, {_WEIGHT}, int in_features) -> Tensor",
 )
@@ -32,6 +34,9 @@ NATIVE_SCHEMAS = ("cpu_isa() -> str", "cpu_isas() -> str[]", "set_cpu_isa(str is
 
 def _fake_quantize(weight, format, block_size):
     numel = weight.numel()
+    if format == "int8":
+        absmax = weight.new_empty([fmt.row_shape(weight.shape)[0]], dtype=torch.float32)
+        return weight.new_empty([numel], dtype=torch.uint8), absmax
     packed = weight.new_empty([(numel + 1) // 2], dtype=torch.uint8)
     return packed, weight.new_empty([fmt.block_count(numel, block_size)], dtype=torch.float32)
 
@@ -43,6 +48,10 @@ def _fake_quantize_scales(absmax, offset):
 
 def _fake_dequantize(packed, absmax, group_scales, offset, format, block_size, shape, dtype):
     return packed.new_empty(shape, dtype=dtype)
+
+
+def _fake_dequantize_out(packed, absmax, group_scales, offset, format, block_size, out):
+    return None
 
 
 def _fake_linear(x, packed, absmax, group_scales, offset, format, block_size, out_features, bias, t, lora_b, scaling):
@@ -57,6 +66,7 @@ _FAKES = {
     "quantize": _fake_quantize,
     "quantize_scales": _fake_quantize_scales,
     "dequantize": _fake_dequantize,
+    "dequantize_out": _fake_dequantize_out,
     "linear": _fake_linear,
     "linear_grad_input": _fake_linear_grad_input,
 }
@@ -137,6 +147,17 @@ def _autocast_linear(namespace: str, device_type: str):
     return linear
 
 
+def _noting_the_change(namespace: str):
+    def dequantize_out(keyset, *args):
+        # Autograd tells by its version that a tensor saved for a backward has been overwritten.
+        torch.autograd.graph.increment_version(args[-1])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            op = getattr(torch.ops, namespace).dequantize_out.default
+            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    return dequantize_out
+
+
 def _register(namespace: str) -> torch.library.Library:
     library = torch.library.Library(namespace, "DEF")
     for schema in SCHEMAS:
@@ -145,6 +166,7 @@ def _register(namespace: str) -> torch.library.Library:
         library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{namespace}::{name}", _FAKES[name], lib=library)
     library.impl("linear", _autograd_linear(namespace), "Autograd", with_keyset=True)
+    library.impl("dequantize_out", _noting_the_change(namespace), "ADInplaceOrView", with_keyset=True)
     for device_type in ("cpu", "cuda"):
         library.impl("linear", _autocast_linear(namespace, device_type), f"Autocast{device_type.upper()}")
     return library

@@ -13,8 +13,11 @@ from . import format as fmt
 def quantize(weight: torch.Tensor, format: str, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """``(packed uint8 [ceil(n/2)], absmax fp32 [ceil(n/block_size)])`` of a float weight of any shape.
 
-    A block that holds NaN or inf gets a non-finite absmax, and arbitrary codes.
+    A block that holds NaN or inf gets a non-finite absmax, and arbitrary codes. For int8 ``block_size`` is the length
+    of a row: ``(codes uint8 [n], absmax fp32 [rows])``.
     """
+    if format == "int8":
+        return _quantize_int8(weight.detach().float())
     flat = weight.detach().reshape(-1).float()
     numel = flat.numel()
     full = numel - numel % block_size
@@ -35,6 +38,15 @@ def quantize(weight: torch.Tensor, format: str, block_size: int) -> tuple[torch.
     if numel % 2:
         codes = torch.cat([codes, code_of_rank[torch.bucketize(torch.zeros_like(scaled[:1]), midpoints)]])
     return (codes[0::2] << 4) | codes[1::2], absmax
+
+
+def _quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = weight.reshape(fmt.row_shape(weight.shape))
+    absmax = rows.abs().amax(dim=1) if rows.shape[1] else rows.new_zeros(rows.shape[0])
+    # Infinite for a row of zeros (and below 3.7e-37): such a row gets codes 0, as in bitsandbytes on x86.
+    scale = absmax.reciprocal() * fmt.INT8_MAX
+    codes = torch.round(rows * torch.where(torch.isfinite(scale), scale, 0.0)[:, None])
+    return codes.nan_to_num().to(torch.int8).view(torch.uint8).reshape(-1), absmax
 
 
 def quantize_scales(absmax: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,11 +88,27 @@ def dequantize(
     numel = 1
     for size in shape:
         numel *= size
+    if format == "int8":
+        codes = packed.view(torch.int8).reshape(fmt.row_shape(shape))
+        return (codes * absmax[:, None] * (1 / fmt.INT8_MAX)).to(dtype).reshape(shape)
     codes = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[:numel]
     block = torch.arange(numel, device=packed.device) // block_size
     scales = decode_scales(absmax, group_scales, offset)
     values = fmt.codebook(format, packed.device)[codes.int()] * scales[block]
     return values.to(dtype).reshape(shape)
+
+
+def dequantize_out(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    group_scales: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    format: str,
+    block_size: int,
+    out: torch.Tensor,
+) -> None:
+    """Writes what :func:`dequantize` returns into ``out``, of its shape and dtype."""
+    out.copy_(dequantize(packed, absmax, group_scales, offset, format, block_size, list(out.shape), out.dtype))
 
 
 def linear(

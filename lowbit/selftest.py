@@ -59,6 +59,19 @@ def _compare(namespace: str) -> list[tuple[str, str | None]]:
         results.append((f"{format} linear", _difference(y, x.double() @ decoded.double().T)))
         grad_x = tested.linear_grad_input(grad, *parts, 200)
         results.append((f"{format} linear backward", _difference(grad_x, grad.double() @ decoded.double())))
+
+    packed, absmax = tested.quantize(weight, "int8", 200)
+    same = all(map(torch.equal, (packed, absmax), oracle.quantize(weight, "int8", 200)))
+    results.append(("int8 quantize", None if same else "bytes differ from the reference's"))
+    parts = (packed, absmax, None, None, "int8", 200)
+    decoded = tested.dequantize(*parts, [96, 200], torch.float32)
+    same = torch.equal(decoded, oracle.dequantize(*parts, [96, 200], torch.float32))
+    near = bool(((decoded - weight).abs() <= 0.51 / 127 * weight.abs().max()).all())
+    results.append(("int8 dequantize", None if same and near else "decoded weights are wrong"))
+    y = tested.linear(x, *parts, 96, None, None, None, 1.0)
+    results.append(("int8 linear", _difference(y, x.double() @ decoded.double().T)))
+    grad_x = tested.linear_grad_input(grad, *parts, 200)
+    results.append(("int8 linear backward", _difference(grad_x, grad.double() @ decoded.double())))
     return results
 
 

@@ -142,17 +142,17 @@ _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 @dataclass
 class QLoRAConfig(LoraConfig):
-    """LoRA on weights stored in 4 bits; the arguments of :class:`LoraConfig` and:
+    """LoRA on weights stored in 4 bits, or in 8; the arguments of :class:`LoraConfig` and:
 
     Args:
-        quantization: a QuantizationType or its name: NF4, FP4. (INT8 is to come.)
-        double_quant: store the block scales in 8 bits.
-        block_size: weights that share a scale; power of two, 32 to 4096.
+        quantization: a QuantizationType or its name: NF4, FP4, INT8 (8 bits, one scale a row).
+        double_quant: store the block scales in 8 bits; INT8 ignores it.
+        block_size: weights that share a scale; power of two, 32 to 4096; INT8 ignores it.
         paged_adamw: to come, with ``get_paged_optimizer``.
 
     Raises:
         ValueError, TypeError: an argument out of range.
-        NotImplementedError: INT8, paged_adamw.
+        NotImplementedError: paged_adamw.
 
     Source: Dettmers et al., "QLoRA", 2023 (arXiv 2305.14314).
     """
@@ -197,15 +197,12 @@ def check_lora_options(rank: int, lora_alpha: float, lora_dropout: float) -> Non
 
 
 def check_quantization(quantization: "QuantizationType | str") -> QuantizationType:
-    """The QuantizationType of a name; ValueError if unknown, NotImplementedError for INT8."""
+    """The QuantizationType of a name; ValueError if unknown."""
     try:
-        quantization = QuantizationType(quantization.lower() if isinstance(quantization, str) else quantization)
+        return QuantizationType(quantization.lower() if isinstance(quantization, str) else quantization)
     except (ValueError, AttributeError) as error:
         names = ", ".join(member.name for member in QuantizationType)
         raise ValueError(f"quantization: expected one of {names}, got {quantization!r}") from error
-    if quantization is QuantizationType.INT8:
-        raise NotImplementedError("quantization: INT8 is not implemented yet; expected NF4 or FP4")
-    return quantization
 
 
 def lora_scaling(rank: int, lora_alpha: float, use_rslora: bool) -> float:

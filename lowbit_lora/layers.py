@@ -1,4 +1,4 @@
-"""Linear layers with LoRA, on a dense weight (LoRALinear) or one stored in 4 bits (QLoRALinear).
+"""Linear layers with LoRA, on a dense weight (LoRALinear) or a quantized one (QLoRALinear).
 
 As in loralib, the names are the protocol: parameters whose name starts with ``lora_`` are the adapter.
 """
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lowbit
+from lowbit.tensor import state_keys
 
 from .config import QuantizationType, check_lora_options, check_quantization, lora_scaling
 
@@ -101,10 +102,11 @@ class LoRALinear(LoRABaseLayer):
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen linear layer whose weight is stored in 4 bits.
+    """A frozen linear layer whose weight is stored in 4 bits, or in int8.
 
     The pieces of the weight are buffers that move between devices but are never cast: ``.half()`` or
-    ``.to(torch.bfloat16)`` change bias and LoRA only. ``state_dict()`` has them under bitsandbytes' names.
+    ``.to(torch.bfloat16)`` change bias and LoRA only. ``state_dict()`` has them under bitsandbytes' names. Those of
+    int8 do not say the weight's dtype: a layer that loads them keeps its own.
     """
 
     _PARTS = ("weight_packed", "weight_absmax", "weight_group_scales", "weight_offset")
@@ -181,10 +183,10 @@ class QuantizedLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         name = prefix + "weight"
-        own = [key for key in state_dict if key == name or key.startswith(name + ".")]
+        own = state_keys(state_dict, name)
         if own:
             try:
-                loaded = lowbit.QuantizedTensor.from_state_dict(state_dict, name)
+                loaded = lowbit.QuantizedTensor.from_state_dict(state_dict, name, int8_dtype=self.weight_dtype)
                 if loaded.shape != (self.out_features, self.in_features):
                     raise ValueError(
                         f"expected shape {(self.out_features, self.in_features)}, got {tuple(loaded.shape)}"

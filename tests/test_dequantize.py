@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowbit
+from lowbit import format as fmt
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -92,6 +93,56 @@ def test_bad_dtype(dtype):
     """An unsupported output dtype is named."""
     with pytest.raises(TypeError, match="dtype: expected float32"):
         lowbit.dequantize(lowbit.quantize(torch.ones(8)), dtype)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("format", fmt.FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_into_a_given_output(name, format, dtype):
+    """The same bits, in the caller's memory, and nothing beside it; also where that memory is not aligned."""
+    q = lowbit.quantize(make_weight((33, 65)), format=format)
+    memory = torch.full((33 * 65 + 2,), 7.0, dtype=dtype)
+    out = memory[1:-1].view(33, 65)
+    with kernels(name):
+        assert lowbit.dequantize(q, out=out) is out
+        assert torch.equal(out, q.dequantize(dtype))
+        assert torch.equal(lowbit.dequantize(q, dtype, out=torch.empty_like(out)), out)
+    assert memory[0] == memory[-1] == 7
+
+
+@pytest.mark.parametrize(
+    ("out", "dtype", "error", "message"),
+    [
+        ([1.0], None, TypeError, "out: expected a torch.Tensor, got list"),
+        (torch.empty(8, 64).double(), None, TypeError, "out: expected float32.*float64"),
+        (torch.empty(8, 64), torch.float16, TypeError, "out: expected torch.float16.*float32"),
+        (torch.empty(8, 65), None, ValueError, r"out: expected shape \(8, 64\), got \(8, 65\)"),
+        (torch.empty(512), None, ValueError, r"out: expected shape \(8, 64\), got \(512,\)"),
+        (torch.empty(8, 64, device="meta"), None, ValueError, "out: expected device cpu.*meta"),
+        (torch.empty(64, 8).T, None, ValueError, "out: expected a contiguous tensor"),
+        (torch.empty(8, 64, requires_grad=True), None, ValueError, "out: expected a tensor that requires no gradients"),
+    ],
+)
+def test_bad_out(out, dtype, error, message):
+    """A wrong output would be written past its end, or only in part."""
+    with pytest.raises(error, match=message):
+        lowbit.dequantize(lowbit.quantize(torch.ones(8, 64)), dtype, out=out)
+
+
+def test_autograd_sees_that_out_was_overwritten():
+    """A backward through the old values would be silently wrong."""
+    out, factor = torch.ones(8, 64), torch.ones(8, 64, requires_grad=True)
+    y = (out * factor).sum()
+    lowbit.dequantize(lowbit.quantize(torch.ones(8, 64)), out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_out_compiles():
+    """A decoding step inside a compiled function keeps one graph."""
+    q, out = lowbit.quantize(make_weight((8, 64))), torch.zeros(8, 64)
+    torch.compile(lambda out: lowbit.dequantize(q, out=out) * 2, fullgraph=True, backend="aot_eager")(out)
+    assert torch.equal(out, q.dequantize())
 
 
 def test_bad_q():

@@ -13,7 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lowbit
-from lowbit_lora import LoRALinear, QLoRALinear, QuantizedLinear
+from lowbit_lora import LoRALinear, QLoRALinear, QuantizationType, QuantizedLinear
+
+STORED = [{}, {"double_quant": False}, {"quantization": "int8"}]
 
 
 def random_lora(layer, seed=1):
@@ -49,19 +51,23 @@ def dense_result(layer, x):
     rows=st.sampled_from([(), (1,), (5,), (2, 3), (0,)]),
     bias=st.booleans(),
     use_rslora=st.booleans(),
+    quantization=st.sampled_from(QuantizationType),
 )
-def test_forward_is_the_definition(kind, in_features, out_features, rank, rows, bias, use_rslora):
+def test_forward_is_the_definition(kind, in_features, out_features, rank, rows, bias, use_rslora, quantization):
     """x W^T + scaling x A^T B^T + b, at any shape: the whole point of the layer."""
-    layer = make(in_features, out_features, kind=kind, bias=bias, rank=rank, use_rslora=use_rslora)
+    stored = {"quantization": quantization} if kind is QLoRALinear else {}
+    layer = make(in_features, out_features, kind=kind, bias=bias, rank=rank, use_rslora=use_rslora, **stored)
     assert layer.scaling == (16 / math.sqrt(rank) if use_rslora else 16 / rank)
     x = torch.randn(*rows, in_features)
     torch.testing.assert_close(layer(x), dense_result(layer, x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [LoRALinear, QLoRALinear])
-def test_gradients_are_the_dense_layers(kind):
+@pytest.mark.parametrize(
+    ("kind", "stored"), [(LoRALinear, {}), (QLoRALinear, {}), (QLoRALinear, {"quantization": "int8"})]
+)
+def test_gradients_are_the_dense_layers(kind, stored):
     """Wrong gradients train, only worse; so each is compared with autograd through plain torch."""
-    layer = make(kind=kind)
+    layer = make(kind=kind, **stored)
     x = torch.randn(6, 72, requires_grad=True)
     inputs = (x, layer.lora_A, layer.lora_B)
     weight = torch.randn(6, 40)
@@ -98,11 +104,13 @@ def test_sixteen_bit_layer_keeps_lora_in_fp32(kind, dtype):
     assert layer.lora_A.dtype == layer.lora_A.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", [LoRALinear, QLoRALinear])
+@pytest.mark.parametrize(
+    ("kind", "stored"), [(LoRALinear, {}), (QLoRALinear, {}), (QLoRALinear, {"quantization": "int8"})]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge_is_the_same_layer(kind, dtype):
+def test_merge_is_the_same_layer(kind, stored, dtype):
     """The merged layer is what gets deployed: it has to predict what was trained."""
-    layer = make(kind=kind, dtype=dtype)
+    layer = make(kind=kind, dtype=dtype, **stored)
     merged = layer.merge()
     assert type(merged) is nn.Linear
     assert merged.weight.dtype == dtype
@@ -121,10 +129,10 @@ def test_dropout_is_for_training_only():
     torch.testing.assert_close(layer(x), dense_result(layer, x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("double_quant", [True, False])
-def test_casts_leave_the_stored_weight_alone(double_quant):
+@pytest.mark.parametrize("stored", STORED)
+def test_casts_leave_the_stored_weight_alone(stored):
     """model.half() would round the scales, and with them every weight, for good."""
-    layer = make(double_quant=double_quant)
+    layer = make(**stored)
     before = [None if part is None else part.clone() for part in layer.quantized_weight.parts()]
     for cast in (
         lambda m: m.half(),
@@ -139,10 +147,11 @@ def test_casts_leave_the_stored_weight_alone(double_quant):
     assert layer.to("meta").weight_absmax.device.type == "meta"
 
 
+@pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
-def test_copies_are_whole_and_apart(copied):
+def test_copies_are_whole_and_apart(copied, stored):
     """Checkpoint libraries deepcopy and pickle; a copy must compute the same and share nothing."""
-    layer = make()
+    layer = make(**stored)
     x = torch.randn(5, 72)
     twin = copied(layer)
     assert torch.equal(twin(x), layer(x))
@@ -173,6 +182,35 @@ def test_state_dict_has_bitsandbytes_names_and_loads_strictly():
     assert torch.equal(other(x), make()(x))
 
 
+def test_int8_state_dict_is_that_of_linear8bitlt():
+    """Files of bitsandbytes' 8-bit layer load, whatever format the layer had; its own come back bit for bit."""
+    layer = make(quantization="int8", dtype=torch.bfloat16)
+    state = layer.state_dict()
+    assert set(state) == {"weight", "SCB", "weight_format", "bias", "lora_A", "lora_B"}
+    assert state["weight"].dtype == torch.int8 and state["weight"].shape == (40, 72)
+    other = QLoRALinear(72, 40, dtype=torch.bfloat16)
+    other.load_state_dict(state)
+    x = torch.randn(5, 72)
+    assert torch.equal(other(x), layer(x))
+    assert other.weight_dtype == torch.bfloat16  # its own: the file does not say
+    state["weight"].zero_()  # the layer must not share the state dict's memory
+    state["SCB"].zero_()
+    assert torch.equal(other(x), make(quantization="int8", dtype=torch.bfloat16)(x))
+    with pytest.raises(RuntimeError, match="missing key 'SCB'"):
+        other.load_state_dict({key: value for key, value in state.items() if key != "SCB"})
+
+
+def test_loads_what_linear8bitlt_saved():
+    """An 8-bit checkpoint must hold the same weights here."""
+    bnb = pytest.importorskip("bitsandbytes")
+    theirs = bnb.nn.Linear8bitLt(72, 40, has_fp16_weights=False).to("cpu")
+    layer = QuantizedLinear.from_linear(nn.Linear(72, 40), quantization="int8")
+    layer.load_state_dict(theirs.state_dict())
+    decoded = bnb.functional.int8_vectorwise_dequant(theirs.weight.data, theirs.weight.SCB)
+    assert torch.equal(layer.base_weight(), decoded)
+    assert torch.equal(layer.bias, theirs.bias)
+
+
 def test_a_wrong_state_dict_is_refused():
     """Loading the wrong file must fail by name, not compute nonsense."""
     layer, state = make(), make().state_dict()
@@ -184,9 +222,10 @@ def test_a_wrong_state_dict_is_refused():
         layer.load_state_dict(state | {"extra": torch.zeros(1)})
 
 
-def test_compiles_without_a_graph_break():
+@pytest.mark.parametrize("stored", STORED)
+def test_compiles_without_a_graph_break(stored):
     """torch.compile(fullgraph=True) forward and backward gives the eager results."""
-    layer = make()
+    layer = make(**stored)
     x = torch.randn(6, 72, requires_grad=True)
     inputs = (x, layer.lora_A, layer.lora_B)
     eager = layer(x)

@@ -16,6 +16,7 @@ from lowbit_lora import (
     QLoRAConfig,
     QLoRALinear,
     QLoRAModel,
+    QuantizationType,
     QuantizedLinear,
 )
 
@@ -406,6 +407,23 @@ def test_other_storage_settings_reach_the_layers():
     config = QLoRAConfig(quantization="fp4", double_quant=False, block_size=128)
     weight = QLoRAModel(mlp(), config).get_base_model().first.quantized_weight
     assert (weight.format, weight.double_quant, weight.block_size) == ("fp4", False, 128)
+
+
+def test_int8_from_config_to_merge(tmp_path):
+    """QuantizationType.INT8 goes every way NF4 goes: train, save, load with its settings, merge."""
+    wrapped = QLoRAModel(bert(), QLoRAConfig(quantization="INT8")).train()
+    query = wrapped.get_base_model().bert.encoder.layer[0].attention.self.query
+    assert query.quantized_weight.format == "int8"
+    losses = train(wrapped)
+    assert losses[2] < losses[1] < losses[0]
+    wrapped.save_pretrained(tmp_path)
+    again = QLoRAModel.from_pretrained(bert(), tmp_path)
+    assert again.lora_config.quantization is QuantizationType.INT8
+    wrapped.eval()
+    assert torch.equal(logits(again), logits(wrapped))
+    assert wrapped.count_parameters() == QLoRAModel(bert(), QLoRAConfig()).count_parameters()
+    expected = logits(wrapped)
+    torch.testing.assert_close(logits(wrapped.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_plain_head_in_modules_to_save():

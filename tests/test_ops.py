@@ -25,6 +25,7 @@ def test_opcheck(ops, dtype):
     t, lora_b = torch.randn(2, 3, 4, requires_grad=True), torch.randn(33, 4, requires_grad=True)
     bias = torch.randn(33, requires_grad=True)
     plain = lowbit.quantize(make_weight((33, 130)), double_quant=False)
+    eight = lowbit.quantize(make_weight((33, 130)), format="int8")
     calls = (
         (ops.linear, (x, *PARTS, 33, bias, t, lora_b, 0.5)),
         (ops.linear, (x, *plain.parts(), "nf4", 64, 33, None, None, None, 1.0)),
@@ -32,6 +33,12 @@ def test_opcheck(ops, dtype):
         (ops.quantize, (make_weight((7, 9), dtype), "fp4", 32)),
         (ops.quantize_scales, (plain.absmax, plain.absmax.mean())),
         (ops.dequantize, (*PARTS, [33, 130], dtype)),
+        (ops.dequantize_out, (*PARTS, torch.empty(33, 130, dtype=dtype))),
+        (ops.quantize, (make_weight((7, 9), dtype), "int8", 9)),
+        (ops.dequantize, (*eight.parts(), "int8", 130, [33, 130], dtype)),
+        (ops.dequantize_out, (*eight.parts(), "int8", 130, torch.empty(33, 130, dtype=dtype))),
+        (ops.linear, (x, *eight.parts(), "int8", 130, 33, bias, t, lora_b, 0.5)),
+        (ops.linear_grad_input, (torch.randn(5, 33).to(dtype), *eight.parts(), "int8", 130, 130)),
     )
     for op, arguments in calls:
         results = torch.library.opcheck(op.default, arguments)
@@ -154,7 +161,7 @@ def test_unknown_and_missing_backends():
         ({2: Q.absmax.float()}, "absmax: expected dtype uint8, got float32"),
         ({3: None}, "group_scales, offset: expected both"),
         ({3: torch.ones(0)}, "group_scales: expected 1 elements, got 0"),
-        ({5: "nf5"}, "format: expected nf4 or fp4, got nf5"),
+        ({5: "nf5"}, "format: expected nf4, fp4 or int8, got nf5"),
         ({6: 48}, "block_size: expected a power of two"),
         ({7: 34}, "packed: expected"),
         ({7: 2**60}, "out_features: expected sizes whose product fits 63 bits"),
@@ -170,6 +177,21 @@ def test_wrong_direct_calls_raise(change, message):
         arguments[index] = value
     with pytest.raises(RuntimeError, match=message):
         torch.ops.lowbit.linear(*arguments)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (torch.empty(33, 129), "packed: expected"),
+        (torch.empty(130, 33).T, "out: expected a contiguous tensor"),
+        (torch.empty(33, 130).double(), "out: expected dtype float32, float16 or bfloat16, got float64"),
+    ],
+)
+def test_wrong_out_of_a_direct_call_raises(out, message):
+    """As above, for what is written."""
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.lowbit.dequantize_out(*PARTS, out)
 
 
 def test_self_test_passes_and_can_fail(monkeypatch):

@@ -116,7 +116,7 @@ def test_sizes_on_disk():
         ({"block_size": 64.0}, TypeError, "block_size.*int.*64.0"),
         ({"format": "nf5"}, ValueError, "format.*nf4.*nf5"),
         ({"scale": "max"}, ValueError, "scale.*absmax.*max"),
-        ({"format": "int8"}, NotImplementedError, "int8"),
+        ({"format": "int4"}, ValueError, "format.*nf4, fp4, int8.*int4"),
         ({"scale": "search"}, NotImplementedError, "search"),
         ({"importance": torch.ones(64)}, NotImplementedError, "importance"),
     ],

@@ -28,6 +28,9 @@ struct Avx512 {
 
   static Vec zero() { return _mm512_setzero_ps(); }
   static Vec broadcast(float value) { return _mm512_set1_ps(value); }
+  static Vec halves(float low_half, float high_half) {
+    return _mm512_mask_blend_ps(0xff00, broadcast(low_half), broadcast(high_half));
+  }
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
@@ -141,6 +144,34 @@ struct Avx512 {
       _mm512_mask_storeu_ps(scales + i, lanes, add(mul(entry, broadcast(group_scale)), broadcast(offset)));
     }
   }
+
+  struct Int8Dot {
+    explicit Int8Dot(const Format& format) {
+      alignas(16) int8_t table[16];
+      for (int code = 0; code < 16; ++code) table[code] = int8_codebook(format, code);
+      codebook = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+    }
+    __m256i codebook;
+
+    template <int M>
+    void operator()(const uint8_t* packed, const int8_t* x, int64_t x_stride, Vec (&sums)[M]) const {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+      const __m256i low_nibble = _mm256_set1_epi8(15);
+      const __m512i even = look_up(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), low_nibble));
+      const __m512i odd = look_up(_mm256_and_si256(bytes, low_nibble));
+      for (int m = 0; m < M; ++m) {
+        const auto wide = [&](int half) {
+          const int8_t* from = x + m * x_stride + 32 * half;
+          return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+        };
+        sums[m] = _mm512_cvtepi32_ps(
+            _mm512_add_epi32(_mm512_madd_epi16(even, wide(0)), _mm512_madd_epi16(odd, wide(1))));
+      }
+    }
+
+   private:
+    __m512i look_up(__m256i codes) const { return _mm512_cvtepi8_epi16(_mm256_shuffle_epi8(codebook, codes)); }
+  };
 
   template <class T>
   static uint32_t absmax_bits(const T* values, int64_t count) {

@@ -50,7 +50,7 @@ struct QuantizeScalesArgs {
   float* group_scales;
 };
 
-// codes[rows, columns] = round_to_even(w * (127 / absmax)), absmax[rows]; a row of zeros has absmax 0 and codes 0.
+// codes[rows, columns] = round_to_even(w * (1 / absmax * 127)), absmax[rows]; a row of zeros has absmax 0 and codes 0.
 struct QuantizeInt8Args {
   const void* weight;
   Dtype dtype;

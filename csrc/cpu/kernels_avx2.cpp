@@ -1,43 +1,16 @@
 #if defined(__x86_64__)
 
-// Standard headers before isa_avx2.h switches the target (it says why).
-#include <algorithm>
-#include <array>
-#include <bit>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <new>
-#include <optional>
-#include <type_traits>
-#include <vector>
+#include "standard.h"
 
 #include "kernels.h"
 
 #include "isa_avx2.h"
 
-#include "approximate.h"
-#include "dequantize.h"
-#include "linear.h"
-#include "quantize.h"
+#include "operations.h"
 
 namespace lowbit::cpu {
 
-const Kernels kAvx2Kernels = {
-    .isa = Avx2::name,
-    .quantize = quantize<Avx2>,
-    .quantize_scales = quantize_scales<Avx2>,
-    .quantize_int8 = nullptr,
-    .search_scales = nullptr,
-    .encode = nullptr,
-    .dequantize = dequantize<Avx2>,
-    .linear = linear<Avx2>,
-    .linear_approximate = linear_approximate<Avx2>,
-    .linear_grad_input = linear_grad_input<Avx2>,
-};
+const Kernels kAvx2Kernels = kernels_of<Avx2>();
 
 }  // namespace lowbit::cpu
 

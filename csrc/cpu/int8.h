@@ -1,0 +1,56 @@
+// quantize_int8: codes of a float weight with one scale per row. (dequantize.h and linear.h read them.)
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+
+#include "kernels.h"
+#include "support.h"
+
+namespace lowbit::cpu {
+
+// codes[i] = round_to_even(values[i] * scale), for |values[i] * scale| < 2^22. Adding 1.5 * 2^23 leaves no bits for a
+// fraction: the sum is rounded to the integer, whose two's complement stands in its lowest bits. Whatever comes in, NaN
+// too, is some code.
+static inline void encode_int8(const float* values, int64_t count, float scale, int8_t* codes) {
+  constexpr float kRound = 12582912.0f;
+  for (int64_t i = 0; i < count; ++i) codes[i] = static_cast<int8_t>(bits_of(values[i] * scale + kRound));
+}
+
+constexpr int64_t kInt8Piece = 2048;  // 8 KB in fp32, in the L1 cache
+
+template <class Isa, class T>
+void quantize_int8_rows(const QuantizeInt8Args& args, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T* values = static_cast<const T*>(args.weight) + row * args.columns;
+    int8_t* codes = args.codes + row * args.columns;
+    const float absmax = float_of(Isa::absmax_bits(values, args.columns));
+    args.absmax[row] = absmax;
+    // Infinite for a row of zeros (and below 3.7e-37), NaN for one with NaN.
+    const float exact = 1.0f / absmax * 127.0f;
+    const float scale = exact <= std::numeric_limits<float>::max() ? exact : 0.0f;
+    for (int64_t start = 0; start < args.columns; start += kInt8Piece) {
+      const int64_t count = std::min(kInt8Piece, args.columns - start);
+      if constexpr (std::is_same_v<T, float>) {
+        encode_int8(values + start, count, scale, codes + start);
+      } else {
+        float piece[kInt8Piece];
+        load_row<Isa>(values + start, count, piece);
+        encode_int8(piece, count, scale, codes + start);
+      }
+    }
+  }
+}
+
+template <class Isa>
+void quantize_int8(const QuantizeInt8Args& args, const ParallelFor& parallel_for) {
+  parallel_for(args.rows, 1 + 16384 / (args.columns + 1), [&](int64_t begin, int64_t end) {
+    for_dtype(args.dtype, [&](auto* typed) {
+      using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+      quantize_int8_rows<Isa, T>(args, begin, end);
+    });
+  });
+}
+
+}  // namespace lowbit::cpu

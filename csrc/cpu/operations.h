@@ -1,0 +1,29 @@
+// Every operation for one instruction set.
+#pragma once
+
+#include "approximate.h"
+#include "dequantize.h"
+#include "int8.h"
+#include "kernels.h"
+#include "linear.h"
+#include "quantize.h"
+
+namespace lowbit::cpu {
+
+template <class Isa>
+constexpr Kernels kernels_of() {
+  return {
+      .isa = Isa::name,
+      .quantize = quantize<Isa>,
+      .quantize_scales = quantize_scales<Isa>,
+      .quantize_int8 = quantize_int8<Isa>,
+      .search_scales = nullptr,
+      .encode = nullptr,
+      .dequantize = dequantize<Isa>,
+      .linear = linear<Isa>,
+      .linear_approximate = linear_approximate<Isa>,
+      .linear_grad_input = linear_grad_input<Isa>,
+  };
+}
+
+}  // namespace lowbit::cpu

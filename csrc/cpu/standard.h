@@ -1,0 +1,18 @@
+// Every standard header that the kernels use. A file that switches the compiler to an instruction set includes them
+// first: an inline function of theirs, compiled there, could otherwise be the copy that the linker keeps for all.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <new>
+#include <optional>
+#include <type_traits>
+#include <vector>
