@@ -57,20 +57,28 @@ void approximate_rows(const LinearArgs& args, const T* x, T* y, const float* t, 
     for (int64_t n = begin; n < end; ++n) {
       const int64_t first_block = (n * k) >> shift;
       decode_scales<Isa>(args.weight, first_block, ((n * k + k - 1) >> shift) - first_block + 1, scales.data());
-      const auto scale_at = [&](int64_t element) { return scales[((n * k + element) >> shift) - first_block]; };
       Vec total[M];
       for (auto& sum : total) sum = Isa::zero();
-      for (int64_t c = 0; c < chunks; ++c) {
-        const int64_t element = c * kApproximateChunk;
-        const Vec scale = Isa::halves(scale_at(element), scale_at(element + 32));
-        Vec sums[M];
-        const uint8_t* packed = args.weight.packed + (n * k + element) / 2;
-        __builtin_prefetch(packed + kGemvAhead);
-        dot(packed, activations.values.data() + element, k, sums);
-        for (int m = 0; m < M; ++m) {
-          const Vec both = Isa::mul(scale, Isa::broadcast(activations.scales[m * chunks + c]));
-          total[m] = Isa::fma(sums[m], both, total[m]);
+      // scale_of_chunk(c, m): the weight's scale times the activations'.
+      const auto accumulate = [&](const auto& scale_of_chunk) {
+        const uint8_t* packed = args.weight.packed + n * k / 2;
+        const int8_t* x_chunk = activations.values.data();
+        for (int64_t c = 0; c < chunks; ++c, packed += kApproximateChunk / 2, x_chunk += kApproximateChunk) {
+          __builtin_prefetch(packed + kGemvAhead);
+          Vec sums[M];
+          dot(packed, x_chunk, k, sums);
+          for (int m = 0; m < M; ++m) total[m] = Isa::fma(sums[m], scale_of_chunk(c, m), total[m]);
         }
+      };
+      const float* x_scales = activations.scales.data();
+      if (args.weight.block_size == kApproximateChunk) {
+        accumulate([&](int64_t c, int m) { return Isa::broadcast(scales[c] * x_scales[m * chunks + c]); });
+      } else {
+        const auto scale_at = [&](int64_t element) { return scales[((n * k + element) >> shift) - first_block]; };
+        accumulate([&](int64_t c, int m) {
+          const Vec scale = Isa::halves(scale_at(c * kApproximateChunk), scale_at(c * kApproximateChunk + 32));
+          return Isa::mul(scale, Isa::broadcast(x_scales[m * chunks + c]));
+        });
       }
       float sums[M];
       for (int m = 0; m < M; ++m) sums[m] = Isa::sum(total[m]) * (1.0f / 127);

@@ -58,10 +58,10 @@ void gemv_row(const QuantizedWeight& weight, const Decoder& decode, const float*
   const uint8_t* packed = weight.packed + begin / 2;
   // Where block_size does not divide k a block spans rows: its index follows from the flat one.
   const int64_t first_block = begin >> shift;
-  float scales[kGemvDepth / kMinBlockSize + 1];
-  decode_scales<Isa>(weight, first_block, ((begin + depth - 1) >> shift) - first_block + 1, scales);
-  const auto scale_at = [&](int64_t element) { return scales[((begin + element) >> shift) - first_block]; };
-
+  const int64_t blocks = ((begin + depth - 1) >> shift) - first_block + 1;
+  float scales[kGemvDepth / kMinBlockSize + 2];
+  decode_scales<Isa>(weight, first_block, blocks, scales);
+  scales[blocks] = 0;
   Vec total[M];
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) total[m] = totals[m];
@@ -81,16 +81,26 @@ void gemv_row(const QuantizedWeight& weight, const Decoder& decode, const float*
       total[m] = Isa::fma(Isa::add(even, odd), scale, total[m]);
     }
   };
-  int64_t chunk = 0;
-  for (; chunk + kChunk <= depth; chunk += kChunk) {
-    __builtin_prefetch(packed + chunk / 2 + kGemvAhead);
-    accumulate(packed + chunk / 2, Isa::chunk_scale(scale_at, chunk), x + chunk * M);
-  }
-  if (chunk < depth) {  // half a chunk of 128
-    uint8_t tail[kChunk / 2] = {};
-    std::memcpy(tail, packed + chunk / 2, static_cast<size_t>(depth - chunk) / 2);
-    const auto scale_or_zero = [&](int64_t element) { return element < depth ? scale_at(element) : 0.0f; };
-    accumulate(tail, Isa::chunk_scale(scale_or_zero, chunk), x + chunk * M);
+  const auto accumulate_all = [&](const auto& scale_of_chunk) {
+    int64_t chunk = 0;
+    for (; chunk + kChunk <= depth; chunk += kChunk) {
+      __builtin_prefetch(packed + chunk / 2 + kGemvAhead);
+      accumulate(packed + chunk / 2, scale_of_chunk(chunk), x + chunk * M);
+    }
+    if (chunk < depth) {  // half a chunk of 128
+      uint8_t tail[kChunk / 2] = {};
+      std::memcpy(tail, packed + chunk / 2, static_cast<size_t>(depth - chunk) / 2);
+      accumulate(tail, scale_of_chunk(chunk), x + chunk * M);
+    }
+  };
+  if (weight.block_size == 64) {
+    accumulate_all([&](int64_t chunk) { return Isa::chunk_scale_64(scales + chunk / 64); });
+  } else {
+    accumulate_all([&](int64_t chunk) {
+      return Isa::chunk_scale(
+          [&](int64_t element) { return element < depth ? scales[((begin + element) >> shift) - first_block] : 0.0f; },
+          chunk);
+    });
   }
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) totals[m] = total[m];

@@ -214,6 +214,7 @@ struct Avx2 {
   template <class T, int M>
   using GemvDecoder = std::conditional_t<std::is_same_v<T, Bf16>, Bf16Decoder, Decoder>;
 
+  static Vec chunk_scale_64(const float* scales) { return _mm256_broadcast_ss(scales); }
   template <class ScaleAt>
   static Vec chunk_scale(const ScaleAt& scale_at, int64_t chunk) {
     return halves(scale_at(chunk), scale_at(chunk + 32));

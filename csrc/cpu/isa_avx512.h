@@ -127,6 +127,7 @@ struct Avx512 {
   template <class T, int M>
   using GemvDecoder = Decoder;
 
+  static Vec chunk_scale_64(const float* scales) { return halves(scales[0], scales[1]); }
   // A chunk may hold four blocks (of 32) or parts of two.
   template <class ScaleAt>
   static Vec chunk_scale(const ScaleAt& scale_at, int64_t chunk) {

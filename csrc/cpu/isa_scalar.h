@@ -91,6 +91,7 @@ struct Scalar {
   using GemvDecoder = Decoder;
 
   // The scales of a chunk by lane, from scale_at(element); blocks have at least 32 elements.
+  static Vec chunk_scale_64(const float* scales) { return broadcast(scales[0]); }  // blocks of 64
   template <class ScaleAt>
   static Vec chunk_scale(const ScaleAt& scale_at, int64_t chunk) {
     return halves(scale_at(chunk), scale_at(chunk + 32));
