@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <new>
 
@@ -112,20 +113,28 @@ struct Task {
   int64_t panel_begin, panel_end, strip_begin, strips;
 };
 
-// Cuts A B into tasks of min_strips to max_strips strips: enough of them for all threads to finish together, with as
-// little decoded twice as possible.
+// Cuts A B into tasks of min_strips to max_strips strips (a multiple of min_strips) and up to kBlockRows rows: the cut
+// with the shortest time, where a thread's share is its tasks, and decoding a strip costs as much as eight rows of it.
 class Tasks {
  public:
   Tasks(int64_t panels, int64_t rows_per_panel, int64_t strips, int64_t min_strips, int64_t max_strips, int64_t threads)
       : panels_(panels), strips_(strips) {
-    const int64_t wanted = 4 * threads;
-    strips_per_task_ = std::clamp(strips / wanted / min_strips * min_strips, min_strips, max_strips);
-    const int64_t across = ceil_div(strips, strips_per_task_);
-    // Decoding a tile costs about as much as multiplying it by eight rows: not fewer than 64 rows to a task.
-    const int64_t blocks = std::clamp<int64_t>(ceil_div(wanted, across), 1, ceil_div(panels * rows_per_panel, 64));
-    panels_per_task_ = std::min(ceil_div(panels, blocks), std::max<int64_t>(1, kBlockRows / rows_per_panel));
+    constexpr int64_t kDecodeRows = 8;
+    const int64_t fewest_blocks = ceil_div(panels * rows_per_panel, kBlockRows + rows_per_panel);
+    const int64_t most_blocks = std::max(fewest_blocks, std::min(panels, 4 * threads));
+    int64_t best = std::numeric_limits<int64_t>::max();
+    for (int64_t width = max_strips; width >= min_strips; width -= min_strips) {
+      for (int64_t blocks = fewest_blocks; blocks <= most_blocks; ++blocks) {
+        const int64_t height = ceil_div(panels, blocks), tasks = ceil_div(strips, width) * ceil_div(panels, height);
+        const int64_t time = ceil_div(tasks, threads) * width * (height * rows_per_panel + kDecodeRows);
+        if (time >= best) continue;
+        best = time;
+        strips_per_task_ = width;
+        panels_per_task_ = height;
+        count = tasks;
+      }
+    }
     blocks_ = ceil_div(panels, panels_per_task_);
-    count = blocks_ * across;
   }
   Task operator[](int64_t i) const {
     const int64_t panel = i % blocks_ * panels_per_task_, strip = i / blocks_ * strips_per_task_;
@@ -134,10 +143,10 @@ class Tasks {
   int64_t strips_per_task() const { return strips_per_task_; }
   int64_t panels_per_task() const { return panels_per_task_; }
 
-  int64_t count;
+  int64_t count = 0;
 
  private:
-  int64_t panels_, strips_, strips_per_task_, panels_per_task_, blocks_;
+  int64_t panels_, strips_, strips_per_task_ = 1, panels_per_task_ = 1, blocks_;
 };
 
 // sums[rows of the task, strips * kStrip] += A B; fill(k0, depth, tile) writes rows [k0, k0 + depth) of the task's
