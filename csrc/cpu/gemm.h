@@ -21,7 +21,7 @@ namespace lowbit::cpu {
 
 constexpr int64_t kDepth = 256;
 constexpr int64_t kDepthStride = kDepth + 16;  // rows of a panel start in different sets of the L1 cache
-constexpr int64_t kBlockRows = 512;            // rows of A that one decoded tile serves at most
+constexpr int64_t kBlockRows = 512;            // rows of A at a time: a decoded tile serves them all
 
 template <class Isa>
 constexpr int64_t kStrip = 2 * Isa::kLanes;
@@ -42,7 +42,7 @@ class Scratch {
   std::unique_ptr<float, Free> data_;
 };
 
-// A as [panel][tile of depth][kRows][kDepthStride]. Panels are as equal in height as they can be: one of a few rows
+// A as [tile of depth][panel][kRows][kDepthStride]. Panels are as equal in height as they can be: one of a few rows
 // would cost as much as a full one.
 template <class Isa>
 class Panels {
@@ -57,7 +57,7 @@ class Panels {
       const auto* from = static_cast<decltype(typed)>(data);
       parallel_for(count * tiles, ceil_div(16384, kTileSize), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-          const int64_t panel = i / tiles, k0 = i % tiles * kDepth, width = std::min(kDepth, depth - k0);
+          const int64_t panel = i % count, k0 = i / count * kDepth, width = std::min(kDepth, depth - k0);
           float* to = storage_.data() + i * kTileSize;
           for (int64_t row = first_row(panel); row < first_row(panel + 1); ++row, to += kDepthStride)
             load_row<Isa>(from + row * depth + k0, width, to);
@@ -66,7 +66,7 @@ class Panels {
     });
   }
   int64_t first_row(int64_t panel) const { return panel * rows / count; }
-  const float* tile(int64_t panel, int64_t index) const { return storage_.data() + (panel * tiles + index) * kTileSize; }
+  const float* tile(int64_t panel, int64_t index) const { return storage_.data() + (index * count + panel) * kTileSize; }
 
   const int64_t rows, depth, count, tiles;
 
@@ -75,9 +75,10 @@ class Panels {
   Scratch storage_;
 };
 
-// sums[I, kStrip] += a[I, depth] b[depth, kStrip]
+// sums[I, kStrip] += a[I, depth] b[depth, kStrip]; fetches the tile of A at `next` meanwhile: its rows are streams too
+// short for the hardware's prefetcher.
 template <class Isa, int I>
-void micro(const float* a, const float* b, int64_t depth, float* sums, int64_t sums_stride) {
+void micro(const float* a, const float* next, const float* b, int64_t depth, float* sums, int64_t sums_stride) {
   typename Isa::Vec acc[I][2];
 #pragma GCC unroll 16
   for (int i = 0; i < I; ++i) {
@@ -86,6 +87,7 @@ void micro(const float* a, const float* b, int64_t depth, float* sums, int64_t s
   }
   for (int64_t k = 0; k < depth; ++k, b += kStrip<Isa>) {
     const auto low = Isa::load(b), high = Isa::load(b + Isa::kLanes);
+    __builtin_prefetch(next + k * (I + 1));
 #pragma GCC unroll 16
     for (int i = 0; i < I; ++i) {
       const auto a_k = Isa::broadcast(a[i * kDepthStride + k]);
@@ -101,10 +103,22 @@ void micro(const float* a, const float* b, int64_t depth, float* sums, int64_t s
 }
 
 template <class Isa, int I = Isa::kRows>
-void micro_rows(int64_t rows, const float* a, const float* b, int64_t depth, float* sums, int64_t sums_stride) {
+void micro_rows(int64_t rows, const float* a, const float* next, const float* b, int64_t depth, float* sums,
+                int64_t sums_stride) {
   if constexpr (I > 0) {
-    if (rows == I) return micro<Isa, I>(a, b, depth, sums, sums_stride);
-    micro_rows<Isa, I - 1>(rows, a, b, depth, sums, sums_stride);
+    if (rows == I) return micro<Isa, I>(a, next, b, depth, sums, sums_stride);
+    micro_rows<Isa, I - 1>(rows, a, next, b, depth, sums, sums_stride);
+  }
+}
+
+// Calls body(first row, rows) on blocks of at most kBlockRows rows, of as equal a height as they can be. The copy of a
+// block of A then stays in the L3 cache, and memory for it is taken from the system once.
+template <class Body>
+void for_row_blocks(int64_t rows, const Body& body) {
+  const int64_t blocks = ceil_div(rows, kBlockRows);
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t begin = i * rows / blocks;
+    body(begin, (i + 1) * rows / blocks - begin);
   }
 }
 
@@ -113,18 +127,17 @@ struct Task {
   int64_t panel_begin, panel_end, strip_begin, strips;
 };
 
-// Cuts A B into tasks of min_strips to max_strips strips (a multiple of min_strips) and up to kBlockRows rows: the cut
-// with the shortest time, where a thread's share is its tasks, and decoding a strip costs as much as eight rows of it.
+// Cuts A B into tasks of min_strips to max_strips strips (a multiple of min_strips) and some panels: the cut with the
+// shortest time, where a thread's share is its tasks, and decoding a strip costs as much as eight rows of it.
 class Tasks {
  public:
   Tasks(int64_t panels, int64_t rows_per_panel, int64_t strips, int64_t min_strips, int64_t max_strips, int64_t threads)
       : panels_(panels), strips_(strips) {
     constexpr int64_t kDecodeRows = 8;
-    const int64_t fewest_blocks = ceil_div(panels * rows_per_panel, kBlockRows + rows_per_panel);
-    const int64_t most_blocks = std::max(fewest_blocks, std::min(panels, 4 * threads));
+    const int64_t most_blocks = std::min(panels, 4 * threads);
     int64_t best = std::numeric_limits<int64_t>::max();
     for (int64_t width = max_strips; width >= min_strips; width -= min_strips) {
-      for (int64_t blocks = fewest_blocks; blocks <= most_blocks; ++blocks) {
+      for (int64_t blocks = 1; blocks <= most_blocks; ++blocks) {
         const int64_t height = ceil_div(panels, blocks), tasks = ceil_div(strips, width) * ceil_div(panels, height);
         const int64_t time = ceil_div(tasks, threads) * width * (height * rows_per_panel + kDecodeRows);
         if (time >= best) continue;
@@ -160,7 +173,8 @@ void accumulate(const Panels<Isa>& a, const Task& task, const Fill& fill, float*
     for (int64_t s = 0; s < task.strips; ++s) {
       for (int64_t panel = task.panel_begin; panel < task.panel_end; ++panel) {
         const int64_t row = a.first_row(panel), rows = a.first_row(panel + 1) - row;
-        micro_rows<Isa>(rows, a.tile(panel, t), tile + s * kDepth * kStrip<Isa>, depth,
+        const float* next = a.tile(panel + 1 < task.panel_end ? panel + 1 : task.panel_begin, t);
+        micro_rows<Isa>(rows, a.tile(panel, t), next, tile + s * kDepth * kStrip<Isa>, depth,
                         sums + (row - first_row) * width + s * kStrip<Isa>, width);
       }
     }

@@ -144,7 +144,16 @@ void linear(const LinearArgs& args, const ParallelFor& parallel_for) {
   if (args.m == 0 || args.n == 0) return;
   // Chunks of 64 along k have to start where chunks of the flat 4-bit weight do.
   const bool whole_chunks = !args.weight.format || args.k % 64 == 0;
-  if (args.m > kGemvMaxRows || args.k == 0 || !whole_chunks) return linear_gemm<Isa>(args, parallel_for);
+  if (args.m > kGemvMaxRows || args.k == 0 || !whole_chunks) {
+    return for_row_blocks(args.m, [&](int64_t m0, int64_t m) {
+      LinearArgs block = args;
+      block.m = m;
+      block.x = element_of(args.x, args.dtype, m0 * args.k);
+      block.y = element_of(args.y, args.dtype, m0 * args.n);
+      if (args.t) block.t = args.t + m0 * args.rank;
+      linear_gemm<Isa>(block, parallel_for);
+    });
+  }
   for_dtype(args.dtype, [&](auto* typed) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
     linear_gemv<Isa, kGemvMaxRows, T>(args, parallel_for);
@@ -186,8 +195,7 @@ void fill_natural(const QuantizedWeight& weight, const std::optional<typename Is
 }
 
 template <class Isa>
-void linear_grad_input(const LinearGradInputArgs& args, const ParallelFor& parallel_for) {
-  if (args.m == 0 || args.k == 0) return;
+void grad_input_gemm(const LinearGradInputArgs& args, const ParallelFor& parallel_for) {
   const Panels<Isa> grad(args.grad, args.dtype, args.m, args.n, parallel_for);
   // Whole cache lines of packed weight to a task: 128 columns, or 256.
   const Tasks tasks(grad.count, Isa::kRows, ceil_div(args.k, kStrip<Isa>), 128 / kStrip<Isa>, 256 / kStrip<Isa>,
@@ -213,6 +221,18 @@ void linear_grad_input(const LinearGradInputArgs& args, const ParallelFor& paral
           store_row<Isa>(sums.data() + (m - m0) * width, k, static_cast<T*>(args.grad_x) + m * args.k + k0);
       });
     }
+  });
+}
+
+template <class Isa>
+void linear_grad_input(const LinearGradInputArgs& args, const ParallelFor& parallel_for) {
+  if (args.m == 0 || args.k == 0) return;
+  for_row_blocks(args.m, [&](int64_t m0, int64_t m) {
+    LinearGradInputArgs block = args;
+    block.m = m;
+    block.grad = element_of(args.grad, args.dtype, m0 * args.n);
+    block.grad_x = element_of(args.grad_x, args.dtype, m0 * args.k);
+    grad_input_gemm<Isa>(block, parallel_for);
   });
 }
 

@@ -20,6 +20,14 @@ void for_dtype(Dtype dtype, const Function& function) {
   if (dtype == Dtype::f16) function(static_cast<const Fp16*>(nullptr));
 }
 
+// Element `index` of an array of `dtype`.
+static inline const void* element_of(const void* data, Dtype dtype, int64_t index) {
+  return static_cast<const char*>(data) + index * (dtype == Dtype::f32 ? 4 : 2);
+}
+static inline void* element_of(void* data, Dtype dtype, int64_t index) {
+  return static_cast<char*>(data) + index * (dtype == Dtype::f32 ? 4 : 2);
+}
+
 // log2 of the block size of a 4-bit weight.
 static inline int block_shift(const QuantizedWeight& weight) {
   return std::countr_zero(static_cast<uint64_t>(weight.block_size));
