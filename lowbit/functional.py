@@ -115,7 +115,7 @@ def linear(x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None = None
     """
     _check_linear(x, q, bias)
     device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not _autocasts(device_type):
         return _linear(device_type, x, q, bias)
     x = x.to(torch.get_autocast_dtype(device_type))
     with torch.autocast(device_type, enabled=False):
@@ -157,12 +157,16 @@ def lora_linear(
     _check_linear(x, q, bias)
     _check_lora(q, lora_a, lora_b, dropout_p)
     device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not _autocasts(device_type):
         return _lora_linear(device_type, x, q, lora_a, lora_b, scaling, bias, dropout_p, training)
     x = x.to(torch.get_autocast_dtype(device_type))
     # Autocast would lower fp32 LoRA weights, and t with them, to 16 bits.
     with torch.autocast(device_type, enabled=False):
         return _lora_linear(device_type, x, q, lora_a, lora_b, scaling, bias, dropout_p, training)
+
+
+def _autocasts(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # which raises for "meta"
 
 
 def _lora_linear(device_type, x, q, lora_a, lora_b, scaling, bias, dropout_p, training) -> torch.Tensor:

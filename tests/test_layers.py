@@ -293,6 +293,19 @@ def test_autocast(kind):
     assert layer.lora_B.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("stored", STORED)
+def test_on_the_meta_device(stored):
+    """Shapes without memory: how large models are planned, and loaded piece by piece."""
+    layer = QLoRALinear(72, 40, device="meta", **stored)
+    x = torch.empty(2, 5, 72, device="meta", requires_grad=True)
+    y = layer(x)
+    assert y.shape == (2, 5, 40) and y.device.type == "meta"
+    assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+    assert QuantizedLinear(layer.quantized_weight)(x).shape == (2, 5, 40)
+    dtypes = {key: value.dtype for key, value in make(**stored).state_dict().items()}
+    assert {key: value.dtype for key, value in layer.state_dict().items()} == dtypes
+
+
 @pytest.mark.parametrize(
     ("call", "error", "names"),
     [
