@@ -95,6 +95,11 @@ void check(const Tensor& tensor, const char* name, ScalarType type, int64_t nume
                   name_of(tensor.scalar_type()));
 }
 
+// torch::stable::contiguous looks its op up by name, which costs as much as a small kernel.
+Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 template <class T>
 const T* pointer(const Tensor& tensor) {
   return static_cast<const T*>(tensor.data_ptr());
@@ -112,7 +117,7 @@ class Weight {
   Weight(const Tensor& packed, const Tensor& absmax, const std::optional<Tensor>& group_scales,
          const std::optional<Tensor>& offset, const std::string& format, int64_t block_size, int64_t numel,
          int64_t rows)
-      : packed_(torch::stable::contiguous(packed)), absmax_(torch::stable::contiguous(absmax)) {
+      : packed_(as_contiguous(packed)), absmax_(as_contiguous(absmax)) {
     STD_TORCH_CHECK(numel >= 0, "shape: expected sizes of at least 0");
     const Format* table = format_of(format);
     if (!table) {
@@ -145,7 +150,7 @@ class Weight {
     check(absmax, "absmax", ScalarType::Byte, blocks);
     check(*group_scales, "group_scales", ScalarType::Float, ceil_div(blocks, lowbit::kGroupSize));
     check(*offset, "offset", ScalarType::Float, 1);
-    group_scales_ = torch::stable::contiguous(*group_scales);
+    group_scales_ = as_contiguous(*group_scales);
     view.scale_codes = pointer<uint8_t>(absmax_);
     view.group_scales = pointer<float>(*group_scales_);
     view.offset = *pointer<float>(*offset);
@@ -158,26 +163,51 @@ class Weight {
   std::optional<Tensor> group_scales_;
 };
 
-// A small operand (bias, t, lora_b) in contiguous fp32, multiplied by `factor`.
-std::vector<float> float_copy(const Tensor& tensor, const char* name, int64_t numel, float factor = 1.0f) {
-  check_size(tensor, name, numel);
-  const Dtype dtype = dtype_of(tensor.scalar_type(), name);
-  const Tensor source = torch::stable::contiguous(tensor);
-  std::vector<float> copy(static_cast<size_t>(numel));
-  const auto convert = [&](auto* from) {
-    for (int64_t i = 0; i < numel; ++i) copy[i] = lowbit::to_float(from[i]) * factor;
-  };
-  if (dtype == Dtype::f32) convert(pointer<float>(source));
-  if (dtype == Dtype::f16) convert(pointer<lowbit::Fp16>(source));
-  if (dtype == Dtype::bf16) convert(pointer<lowbit::Bf16>(source));
-  return copy;
-}
+// A small operand (bias, t, lora_b) in contiguous fp32, multiplied by `factor`: the tensor's own memory where it is
+// that.
+class FloatOperand {
+ public:
+  FloatOperand(const std::optional<Tensor>& tensor, const char* name, int64_t numel, float factor = 1.0f) {
+    if (!tensor) return;
+    check_size(*tensor, name, numel);
+    const Dtype dtype = dtype_of(tensor->scalar_type(), name);
+    source_ = as_contiguous(*tensor);
+    data_ = pointer<float>(*source_);
+    if (dtype == Dtype::f32 && factor == 1.0f) return;
+    copy_.resize(static_cast<size_t>(numel));
+    if (dtype == Dtype::f32) fill(pointer<float>(*source_), factor);
+    if (dtype == Dtype::f16) fill(pointer<lowbit::Fp16>(*source_), factor);
+    if (dtype == Dtype::bf16) fill(pointer<lowbit::Bf16>(*source_), factor);
+    data_ = copy_.data();
+  }
+  FloatOperand(const FloatOperand&) = delete;
 
-// An empty tensor like x with its last dimension replaced.
+  const float* data() const { return data_; }  // null where there is no operand
+
+ private:
+  template <class T>
+  void fill(const T* from, float factor) {
+    for (size_t i = 0; i < copy_.size(); ++i) copy_[i] = lowbit::to_float(from[i]) * factor;
+  }
+
+  const float* data_ = nullptr;
+  std::optional<Tensor> source_;
+  std::vector<float> copy_;
+};
+
+// An empty CPU tensor like x with its last dimension replaced. Not new_empty: that looks its op up by name.
 Tensor empty_with_last(const Tensor& x, int64_t last) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end()), strides(sizes.size());
   sizes.back() = last;
-  return torch::stable::new_empty(x, IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  int32_t dtype, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
+  AtenTensorHandle empty;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), sizes.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), device_index, &empty));
+  return Tensor(empty);
 }
 
 int64_t rows_of(const Tensor& x, const char* name) {
@@ -199,7 +229,7 @@ std::tuple<Tensor, Tensor> quantize_int8(const Tensor& weight, int64_t block_siz
   const Dtype dtype = dtype_of(weight.scalar_type(), "weight");
   const int64_t numel = weight.numel(), rows = row_count(weight.sizes());
   check_row_length(block_size, rows, numel);
-  const Tensor source = torch::stable::contiguous(weight);
+  const Tensor source = as_contiguous(weight);
   Tensor packed = torch::stable::new_empty(weight, IntHeaderOnlyArrayRef(&numel, 1), ScalarType::Byte);
   Tensor absmax = torch::stable::new_empty(weight, IntHeaderOnlyArrayRef(&rows, 1), ScalarType::Float);
   active_kernels().quantize_int8({source.data_ptr(), dtype, rows, rows ? numel / rows : 0,
@@ -213,7 +243,7 @@ std::tuple<Tensor, Tensor> quantize(Tensor weight, std::string format, int64_t b
   if (!table) return quantize_int8(weight, block_size);
   check_block_size(block_size);
   const Dtype dtype = dtype_of(weight.scalar_type(), "weight");
-  const Tensor source = torch::stable::contiguous(weight);
+  const Tensor source = as_contiguous(weight);
   const int64_t numel = weight.numel();
   const int64_t bytes = ceil_div(numel, 2), blocks = ceil_div(numel, block_size);
   Tensor packed = torch::stable::new_empty(weight, IntHeaderOnlyArrayRef(&bytes, 1), ScalarType::Byte);
@@ -228,7 +258,7 @@ std::tuple<Tensor, Tensor> quantize_scales(Tensor absmax, Tensor offset) {
   const int64_t blocks = absmax.numel(), groups = ceil_div(blocks, lowbit::kGroupSize);
   check(absmax, "absmax", ScalarType::Float, blocks);
   check(offset, "offset", ScalarType::Float, 1);
-  const Tensor source = torch::stable::contiguous(absmax);
+  const Tensor source = as_contiguous(absmax);
   Tensor codes = torch::stable::new_empty(absmax, IntHeaderOnlyArrayRef(&blocks, 1), ScalarType::Byte);
   Tensor group_scales = torch::stable::new_empty(absmax, IntHeaderOnlyArrayRef(&groups, 1));
   active_kernels().quantize_scales(
@@ -270,19 +300,15 @@ Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> grou
   const Dtype dtype = dtype_of(x.scalar_type(), "x");
   const Weight weight(packed, absmax, group_scales, offset, format, block_size, product(n, k, "out_features"), n);
   STD_TORCH_CHECK(t.has_value() == lora_b.has_value(), "t, lora_b: expected both (LoRA) or neither, got one");
-  int64_t rank = 0;
-  std::vector<float> bias_copy, t_copy, lora_b_copy;
-  if (bias) bias_copy = float_copy(*bias, "bias", n);
-  if (t) {
-    STD_TORCH_CHECK(t->dim() >= 1, "t: expected at least 1 dimension, got a scalar");
-    rank = t->size(t->dim() - 1);
-    t_copy = float_copy(*t, "t", product(m, rank, "t"), static_cast<float>(scaling));
-    lora_b_copy = float_copy(*lora_b, "lora_b", product(n, rank, "t"));
-  }
-  const Tensor source = torch::stable::contiguous(x);
+  STD_TORCH_CHECK(!t || t->dim() >= 1, "t: expected at least 1 dimension, got a scalar");
+  const int64_t rank = t ? t->size(t->dim() - 1) : 0;
+  const FloatOperand bias_values(bias, "bias", n);
+  const FloatOperand t_values(t, "t", product(m, rank, "t"), static_cast<float>(scaling));
+  const FloatOperand lora_b_values(lora_b, "lora_b", product(n, rank, "t"));
+  const Tensor source = as_contiguous(x);
   Tensor y = empty_with_last(x, n);
-  active_kernels().linear({source.data_ptr(), dtype, weight.view, bias ? bias_copy.data() : nullptr,
-                           t ? t_copy.data() : nullptr, t ? lora_b_copy.data() : nullptr, m, n, k, rank, y.data_ptr()},
+  active_kernels().linear({source.data_ptr(), dtype, weight.view, bias_values.data(), t_values.data(),
+                           lora_b_values.data(), m, n, k, rank, y.data_ptr()},
                           parallel_for());
   return y;
 }
@@ -293,7 +319,7 @@ Tensor linear_grad_input(Tensor grad, Tensor packed, Tensor absmax, std::optiona
   STD_TORCH_CHECK(k >= 0, "in_features: expected at least 0, got ", k);
   const Dtype dtype = dtype_of(grad.scalar_type(), "grad");
   const Weight weight(packed, absmax, group_scales, offset, format, block_size, product(n, k, "in_features"), n);
-  const Tensor source = torch::stable::contiguous(grad);
+  const Tensor source = as_contiguous(grad);
   Tensor grad_x = empty_with_last(grad, k);
   active_kernels().linear_grad_input({source.data_ptr(), dtype, weight.view, m, n, k, grad_x.data_ptr()},
                                      parallel_for());

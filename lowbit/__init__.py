@@ -1,4 +1,4 @@
-"""lowbit: NF4/FP4 weights, their kernels, and the matrix products on them."""
+"""lowbit: NF4, FP4 and INT8 weights, their kernels, and the matrix products on them."""
 
 import warnings
 

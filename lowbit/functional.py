@@ -5,11 +5,7 @@ import torch.nn.functional as F
 
 from . import backends, ops
 from . import format as fmt
-from .tensor import QuantizedTensor, check_block_size, check_float_dtype, check_format
-
-
-def _ops_for(tensor: torch.Tensor):
-    return getattr(torch.ops, backends.namespace_for(tensor.device.type, backends.selected))
+from .tensor import FLOAT_DTYPES, QuantizedTensor, check_block_size, check_float_dtype, check_format
 
 
 def quantize(
@@ -55,7 +51,7 @@ def quantize(
     if scale == "search" or importance is not None:
         raise NotImplementedError("scale='search' and importance are not implemented yet; use scale='absmax'")
 
-    op = _ops_for(weight)
+    op = getattr(torch.ops, backends.namespace_for(weight.device.type, backends.selected))
     weight = weight.detach()
     packed, absmax = op.quantize.default(weight, format, block_size)
     # The kernels let NaN and inf through to absmax, so that finding them costs no second pass over the weight.
@@ -118,8 +114,12 @@ def linear(x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None = None
         ValueError: shapes or devices that do not fit.
     """
     _check_linear(x, q, bias)
-    op = _ops_for(x).linear.default
-    return op(x, *q.parts(), q.format, q.block_size, q.shape[0], bias, None, None, 1.0)
+    device_type = x.device.type
+    if not _autocasts(device_type):
+        return _linear(device_type, x, q, bias)
+    x = x.to(torch.get_autocast_dtype(device_type))
+    with torch.autocast(device_type, enabled=False):
+        return _linear(device_type, x, q, bias)
 
 
 def lora_linear(
@@ -155,16 +155,28 @@ def lora_linear(
     Source: Hu et al., "LoRA", 2021 (arXiv 2106.09685).
     """
     _check_linear(x, q, bias)
-    _check_lora(x, q, lora_a, lora_b, dropout_p)
+    _check_lora(q, lora_a, lora_b, dropout_p)
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        x = x.to(torch.get_autocast_dtype(device_type))
-    dropped = F.dropout(x, dropout_p, training) if training and dropout_p > 0 else x
+    if not _autocasts(device_type):
+        return _lora_linear(device_type, x, q, lora_a, lora_b, scaling, bias, dropout_p, training)
+    x = x.to(torch.get_autocast_dtype(device_type))
     # Autocast would lower fp32 LoRA weights, and t with them, to 16 bits.
     with torch.autocast(device_type, enabled=False):
-        t = _lora_down(dropped, lora_a)
-        op = _ops_for(x).linear.default
-        return op(x, *q.parts(), q.format, q.block_size, q.shape[0], bias, t, lora_b, float(scaling))
+        return _lora_linear(device_type, x, q, lora_a, lora_b, scaling, bias, dropout_p, training)
+
+
+def _autocasts(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # which raises for "meta"
+
+
+def _lora_linear(device_type, x, q, lora_a, lora_b, scaling, bias, dropout_p, training) -> torch.Tensor:
+    dropped = F.dropout(x, dropout_p, training) if training and dropout_p > 0 else x
+    return _linear(device_type, x, q, bias, _lora_down(dropped, lora_a), lora_b, float(scaling))
+
+
+def _linear(device_type, x, q, bias, t=None, lora_b=None, scaling=1.0) -> torch.Tensor:
+    namespace = backends.namespace_for(device_type, backends.selected)
+    return ops.linear(namespace, x, *q.parts(), q.format, q.block_size, q.shape[0], bias, t, lora_b, scaling)
 
 
 def _lora_down(x: torch.Tensor, lora_a: torch.Tensor) -> torch.Tensor:
@@ -203,7 +215,8 @@ def _check_quantized(q: QuantizedTensor) -> None:
 def _check_operand(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    check_float_dtype(name, tensor.dtype)
+    if tensor.dtype not in FLOAT_DTYPES:
+        check_float_dtype(name, tensor.dtype)
     if tensor.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
     if tensor.device != device:
@@ -215,24 +228,29 @@ def _check_linear(x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None
     if len(q.shape) != 2:
         raise ValueError(f"q: expected a weight of 2 dimensions (out, in), got shape {tuple(q.shape)}")
     out_features, in_features = q.shape
+    device = q.packed.device
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
-    if x.dim() == 0:
+    shape = x.shape
+    if not shape:
         raise ValueError(f"x: expected at least 1 dimension, the last of size {in_features}, got a scalar")
-    _check_operand("x", x, (*x.shape[:-1], in_features), q.device)
+    if shape[-1] != in_features:
+        shape = (*shape[:-1], in_features)
+    _check_operand("x", x, shape, device)
     if bias is not None:
-        _check_operand("bias", bias, (out_features,), q.device)
+        _check_operand("bias", bias, (out_features,), device)
 
 
-def _check_lora(x, q, lora_a, lora_b, dropout_p) -> None:
+def _check_lora(q, lora_a, lora_b, dropout_p) -> None:
     out_features, in_features = q.shape
+    device = q.packed.device
     if not isinstance(lora_a, torch.Tensor) or lora_a.dim() != 2:
         raise ValueError(f"lora_a: expected a tensor of shape (rank, {in_features}), got {_describe(lora_a)}")
     rank = lora_a.shape[0]
     if rank == 0:
         raise ValueError(f"lora_a: expected a rank of at least 1, got shape {tuple(lora_a.shape)}")
-    _check_operand("lora_a", lora_a, (rank, in_features), q.device)
-    _check_operand("lora_b", lora_b, (out_features, rank), q.device)
+    _check_operand("lora_a", lora_a, (rank, in_features), device)
+    _check_operand("lora_b", lora_b, (out_features, rank), device)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
 

@@ -104,36 +104,60 @@ def _linear_gradients(namespace, needs, grad, saved, format, block_size, in_feat
 
 
 class _Linear(torch.autograd.Function):
-    """Autograd of ``linear``: differentiable in x, bias, t and lora_b; saves neither x nor a dense weight."""
+    """Autograd of ``linear``: differentiable in x, bias, t and lora_b; saves neither x nor a dense weight.
+
+    The frozen weight comes as one tuple, the op's arguments from packed to out_features: apply() takes its time over
+    each argument. ``keyset`` is the dispatcher's, or None for a call that did not come through it.
+    """
 
     @staticmethod
-    def forward(ctx, namespace, keyset, x, *args):
-        packed, absmax, group_scales, offset, format, block_size, out_features, bias, t, lora_b, scaling = args
+    def forward(ctx, x, bias, t, lora_b, namespace, keyset, weight, scaling):
+        packed, absmax, group_scales, offset, format, block_size, _ = weight
         ctx.save_for_backward(packed, absmax, group_scales, offset, t, lora_b)
         ctx.options = (format, block_size, x.shape[-1], None if bias is None else bias.dtype, scaling)
         ctx.namespace = namespace
-        op = getattr(torch.ops, namespace).linear.default
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, x, *args)
+        return _linear_below_autograd(namespace, keyset, x, *weight, bias, t, lora_b, scaling)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        needs_x, needs_bias, needs_t, needs_b = (ctx.needs_input_grad[i] for i in (2, 10, 11, 12))
-        needs = (needs_x, needs_bias, needs_t, needs_b)
+        needs = ctx.needs_input_grad[:4]
         gradients = _linear_gradients(ctx.namespace, needs, grad, ctx.saved_tensors, *ctx.options)
-        grad_x, grad_bias, grad_t, grad_b = gradients
-        return (None, None, grad_x, *[None] * 7, grad_bias, grad_t, grad_b, None)
+        return (*gradients, None, None, None, None)
+
+
+def _linear_below_autograd(namespace, keyset, *args):
+    op = _LINEAR[namespace]
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args) if keyset is None else op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def _linear_with_autograd(namespace, keyset, x, *args):
+    if torch.is_grad_enabled():
+        bias, t, lora_b, scaling = args[7:]
+        if (
+            x.requires_grad
+            or (t is not None and t.requires_grad)
+            or (lora_b is not None and lora_b.requires_grad)
+            or (bias is not None and bias.requires_grad)
+        ):
+            return _Linear.apply(x, bias, t, lora_b, namespace, keyset, args[:7], scaling)
+    return _linear_below_autograd(namespace, keyset, x, *args)
+
+
+def linear(namespace: str, x: torch.Tensor, *args) -> torch.Tensor:
+    """``torch.ops.<namespace>.linear(x, *args)`` without the dispatcher's way to Python and back, which costs 8 us.
+
+    What has to pass through the dispatcher first still does: tracing, torch.func. Autocast has to be off.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return getattr(torch.ops, namespace).linear.default(x, *args)
+    return _linear_with_autograd(namespace, None, x, *args)
 
 
 def _autograd_linear(namespace: str):
     def linear(keyset, x, *args):
-        bias, t, lora_b = args[7:10]
-        if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (x, bias, t, lora_b)):
-            return _Linear.apply(namespace, keyset, x, *args)
-        op = getattr(torch.ops, namespace).linear.default
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, x, *args)
+        return _linear_with_autograd(namespace, keyset, x, *args)
 
     return linear
 
@@ -176,3 +200,4 @@ def _register(namespace: str) -> torch.library.Library:
 LIBRARIES = {namespace: _register(namespace) for namespace in NAMESPACES.values()}
 for _schema in NATIVE_SCHEMAS:
     LIBRARIES["lowbit"].define(_schema)
+_LINEAR = {namespace: getattr(torch.ops, namespace).linear.default for namespace in NAMESPACES.values()}

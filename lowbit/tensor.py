@@ -212,10 +212,10 @@ class QuantizedTensor:
             ValueError: a key is missing, the JSON is broken, or sizes, codebook or scale map are not this format's.
             TypeError: a tensor has the wrong dtype.
         """
-        if prefix in state and state[prefix].dtype == torch.int8:
-            return cls._from_int8_state(state, prefix, int8_dtype)
         stem = f"{prefix}.quant_state.bitsandbytes__"
         found = [key for key in state if key.startswith(stem)]
+        if not found and prefix in state and state[prefix].dtype == torch.int8:
+            return cls._from_int8_state(state, prefix, int8_dtype)
         if len(found) != 1:
             raise ValueError(
                 f"state: expected one key {stem}nf4 or {stem}fp4, or {prefix} in int8, got {found or 'none'}"

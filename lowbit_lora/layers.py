@@ -110,6 +110,8 @@ class QuantizedLinear(nn.Module):
     """
 
     _PARTS = ("weight_packed", "weight_absmax", "weight_group_scales", "weight_offset")
+    #: What quantized_weight made last; valid while its parts are the buffers.
+    _quantized: lowbit.QuantizedTensor | None = None
 
     def __init__(self, quantized: lowbit.QuantizedTensor, bias: torch.Tensor | None = None):
         super().__init__()
@@ -139,10 +141,26 @@ class QuantizedLinear(nn.Module):
         self.block_size = quantized.block_size
         for name, part in zip(self._PARTS, quantized.parts(), strict=True):
             self.register_buffer(name, part, persistent=False)
+        self._quantized = None
 
     @property
     def quantized_weight(self) -> lowbit.QuantizedTensor:
         """The weight, [out_features, in_features]; shares the buffers' memory."""
+        if torch.compiler.is_compiling():
+            return self._make_quantized()
+        # Making one costs more than a small product. Whoever moves or loads a layer puts other tensors in its buffers.
+        made, buffers = self._quantized, self._buffers
+        if (
+            made is None
+            or made.packed is not buffers["weight_packed"]
+            or made.absmax is not buffers["weight_absmax"]
+            or made.group_scales is not buffers["weight_group_scales"]
+            or made.offset is not buffers["weight_offset"]
+        ):
+            made = self._quantized = self._make_quantized()
+        return made
+
+    def _make_quantized(self) -> lowbit.QuantizedTensor:
         return lowbit.QuantizedTensor(
             *(getattr(self, name) for name in self._PARTS),
             shape=(self.out_features, self.in_features),
@@ -150,6 +168,9 @@ class QuantizedLinear(nn.Module):
             format=self.format,
             block_size=self.block_size,
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_quantized"}
 
     @property
     def weight(self) -> lowbit.QuantizedTensor:

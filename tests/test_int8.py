@@ -1,6 +1,7 @@
 """The int8 format: bytes and decoded weights bit for bit, products, and bitsandbytes' 8-bit files."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +19,13 @@ from cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 import lowbit
 from lowbit import QuantizedTensor
 from lowbit.backends import native as native_backend
+
+GOLDEN = Path(__file__).parent / "golden" / "bitsandbytes_0_50_2.safetensors"
 
 needs_native = pytest.mark.skipif(native_backend.missing_reason() is not None, reason="no compiled extension")
 shapes = st.one_of(
@@ -55,6 +59,20 @@ def test_bytes_and_decoded_weights_equal_the_reference(name, shape, dtype, magni
         assert lowbit.dequantize(q, out=written) is written
     assert ours.shape == shape and ours.dtype == out_dtype
     assert torch.equal(ours, decoded) and torch.equal(written, decoded)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_equals_golden_vectors(name, index):
+    """The bytes are a promise, also where bitsandbytes is not installed."""
+    with safe_open(GOLDEN, "pt") as golden, kernels(name):
+        weight, codes, absmax, decoded = (
+            golden.get_tensor(f"int8.{index}.{part}") for part in ("weight", "codes", "absmax", "decoded")
+        )
+        q = lowbit.quantize(weight, format="int8")
+        assert torch.equal(q.packed.view(torch.int8).view(codes.shape), codes)
+        assert torch.equal(q.absmax, absmax)
+        assert torch.equal(q.dequantize(torch.float32), decoded)
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -162,6 +162,37 @@ def test_copies_are_whole_and_apart(copied, stored):
     assert torch.equal(layer(x), before)
 
 
+@pytest.mark.parametrize("stored", STORED)
+def test_the_weight_object_is_kept_but_never_stale(stored):
+    """It is made once, for speed; whatever puts other tensors in the buffers must be seen by the next call."""
+    layer, other = make(**stored), QuantizedLinear.from_linear(nn.Linear(72, 40), **stored)
+    assert layer.quantized_weight is layer.quantized_weight
+
+    x = torch.randn(5, 72)
+    before = layer(x)
+    buffers = dict(other.named_buffers())
+    swapped = torch.func.functional_call(layer, buffers, x)
+    assert not torch.equal(swapped, before)
+    assert torch.equal(layer(x), before)
+    with torch.no_grad():
+        layer.weight_absmax.copy_(other.weight_absmax)  # in place
+    assert torch.equal(layer.base_weight(), layer.quantized_weight.dequantize())
+    for name, buffer in buffers.items():
+        setattr(layer, name, buffer)
+    assert torch.equal(layer(x), swapped)
+    assert torch.equal(layer.base_weight(), other.base_weight())
+    layer.load_state_dict(make(**stored).state_dict())
+    assert torch.equal(layer(x), before)
+    layer.to("meta")
+    assert layer.quantized_weight.device.type == "meta"
+    layer.to_empty(device="cpu").load_state_dict(make(**stored).state_dict())
+    assert torch.equal(layer(x), before)
+
+    used, unused = make(**stored), make(**stored)
+    used(x)
+    assert len(pickle.dumps(used)) == len(pickle.dumps(unused))
+
+
 def test_state_dict_has_bitsandbytes_names_and_loads_strictly():
     """Other tools find the 4-bit weight by these names; a round trip restores every bit."""
     layer = make()
@@ -260,6 +291,19 @@ def test_autocast(kind):
     y.float().sum().backward()
     assert layer.lora_B.grad.dtype == torch.float32
     assert layer.lora_B.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_on_the_meta_device(stored):
+    """Shapes without memory: how large models are planned, and loaded piece by piece."""
+    layer = QLoRALinear(72, 40, device="meta", **stored)
+    x = torch.empty(2, 5, 72, device="meta", requires_grad=True)
+    y = layer(x)
+    assert y.shape == (2, 5, 40) and y.device.type == "meta"
+    assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+    assert QuantizedLinear(layer.quantized_weight)(x).shape == (2, 5, 40)
+    dtypes = {key: value.dtype for key, value in make(**stored).state_dict().items()}
+    assert {key: value.dtype for key, value in layer.state_dict().items()} == dtypes
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,21 @@ def test_leading_dimensions_and_strides(name):
 
 
 @pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("scaling", [1.0, 0.5])
+@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16])
+def test_strided_operands(name, scaling, lora_dtype):
+    """Kernels read operands where they lie: those that are not contiguous must not be read as if they were."""
+    q = lowbit.quantize(make_weight((48, 64)))
+    x, bias, lora_a, lora_b = (leaf.detach() for leaf in operands(3, (48, 64), 4, torch.float32, lora_dtype))
+    strided = [lora_a.T.contiguous().T, lora_b.T.contiguous().T, torch.stack([bias, bias], 1)[:, 1]]
+    assert not any(operand.is_contiguous() for operand in strided)
+    with kernels(name):
+        expected = lowbit.lora_linear(x, q, lora_a, lora_b, scaling, bias)
+        # Close, not equal: t is torch's product, and its summation order may depend on the layout.
+        torch.testing.assert_close(lowbit.lora_linear(x, q, *strided[:2], scaling, strided[2]), expected)
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_dropout_is_lora_only_and_seeded(name):
     """Dropout must not touch the frozen path, must stop in eval, and must repeat with the seed."""
     q = lowbit.quantize(make_weight((48, 64)))

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 import torch
 from cases import make_weight
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lowbit
@@ -67,6 +68,30 @@ def test_compiles_without_graph_break(dtype):
     torch.testing.assert_close(compiled, eager, **tolerance)
     for a, b in zip(torch.autograd.grad(compiled, leaves, grad), torch.autograd.grad(eager, leaves, grad), strict=True):
         torch.testing.assert_close(a, b, **tolerance)
+
+
+class CalledOps(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names = [*getattr(self, "names", []), func.name()]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_short_way_past_the_dispatcher_is_the_same(grad):
+    """Eager calls skip the ops' Python kernels: results, gradients and what tracers see must not change."""
+    x, lora_a, lora_b = leaves = lora_leaves()
+    t = x @ lora_a.T
+    with torch.set_grad_enabled(grad), CalledOps() as called:
+        short = lowbit.lora_linear(x, Q, lora_a, lora_b, 0.5)
+    namespace = NAMESPACES["reference" if native_backend.missing_reason() else "native"]
+    assert f"{namespace}::linear" in called.names
+    with torch.set_grad_enabled(grad):
+        op = getattr(torch.ops, namespace).linear
+        dispatched = op(x, *PARTS, 33, None, t, lora_b, 0.5)
+    assert torch.equal(short, dispatched) and short.requires_grad == dispatched.requires_grad == grad
+    if grad:
+        for ours, theirs in zip(*(torch.autograd.grad(y.sum(), leaves) for y in (short, dispatched)), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def test_checkpointing_gives_the_same_gradients():

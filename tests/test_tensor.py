@@ -54,6 +54,7 @@ def broken_states():
     yield state | {description: torch.tensor([123], dtype=torch.uint8)}, ValueError, "JSON"
     yield {k: v for k, v in state.items() if k != "weight.absmax"}, ValueError, "missing key 'weight.absmax'"
     yield state | {"weight": state["weight"][:-1]}, ValueError, "packed: expected shape"
+    yield state | {"weight": state["weight"].view(torch.int8)}, TypeError, "packed: expected torch.uint8"
     yield state | {"weight.absmax": state["weight.absmax"].float()}, TypeError, "absmax: expected torch.uint8"
     yield state | {"weight.quant_map": torch.zeros(16)}, ValueError, "quant_map: expected the standard table"
     yield state | {"weight.nested_absmax": torch.ones(7)}, ValueError, "group_scales: expected shape"

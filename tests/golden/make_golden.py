@@ -20,6 +20,7 @@ CASES = (
     ("fp4", 64, (5, 33), torch.float32),
     ("fp4", 32, (64,), torch.bfloat16),
 )
+INT8_CASES = (((7, 33), torch.float32), ((5, 50), torch.float16), ((9, 41), torch.bfloat16))
 
 
 def main() -> None:
@@ -41,6 +42,13 @@ def main() -> None:
                 tensors[f"{name}.offset"] = state.offset.clone()
         tensors[f"{index}.weight"] = weight
         about.append({"format": format, "block_size": block_size})
+    for index, (shape, dtype) in enumerate(INT8_CASES):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(index)).to(dtype)
+        weight[:, 3] = weight.abs().amax(1) / 2  # a tie, before the scale is rounded
+        weight[1] = 0
+        codes, absmax, _ = bnb.int8_vectorwise_quant(weight)
+        tensors |= {f"int8.{index}.weight": weight, f"int8.{index}.codes": codes, f"int8.{index}.absmax": absmax}
+        tensors[f"int8.{index}.decoded"] = bnb.int8_vectorwise_dequant(codes, absmax)
     save_file(tensors, PATH, metadata={"cases": json.dumps(about), "made_by": "bitsandbytes 0.50.2, CPU"})
 
 
