@@ -20,6 +20,7 @@ namespace {
 using lowbit::Dtype;
 using lowbit::Format;
 using lowbit::cpu::active_kernels;
+using lowbit::cpu::Kernels;
 using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -292,6 +293,8 @@ void dequantize_out(Tensor packed, Tensor absmax, std::optional<Tensor> group_sc
   active_kernels().dequantize({weight.view, out.data_ptr(), out_dtype}, parallel_for());
 }
 
+// kKernel: the member of Kernels that computes the product, exactly or approximately.
+template <auto kKernel>
 Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> group_scales, std::optional<Tensor> offset,
               std::string format, int64_t block_size, int64_t out_features, std::optional<Tensor> bias,
               std::optional<Tensor> t, std::optional<Tensor> lora_b, double scaling) {
@@ -307,9 +310,9 @@ Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> grou
   const FloatOperand lora_b_values(lora_b, "lora_b", product(n, rank, "t"));
   const Tensor source = as_contiguous(x);
   Tensor y = empty_with_last(x, n);
-  active_kernels().linear({source.data_ptr(), dtype, weight.view, bias_values.data(), t_values.data(),
-                           lora_b_values.data(), m, n, k, rank, y.data_ptr()},
-                          parallel_for());
+  (active_kernels().*kKernel)({source.data_ptr(), dtype, weight.view, bias_values.data(), t_values.data(),
+                               lora_b_values.data(), m, n, k, rank, y.data_ptr()},
+                              parallel_for());
   return y;
 }
 
@@ -330,7 +333,7 @@ std::string cpu_isa() { return active_kernels().isa; }
 
 std::vector<std::string> cpu_isas() {
   std::vector<std::string> names;
-  for (const lowbit::cpu::Kernels* kernels : lowbit::cpu::available_kernels()) names.emplace_back(kernels->isa);
+  for (const Kernels* kernels : lowbit::cpu::available_kernels()) names.emplace_back(kernels->isa);
   return names;
 }
 
@@ -346,7 +349,8 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit, CPU, library) {
   library.impl("quantize_scales", TORCH_BOX(&quantize_scales));
   library.impl("dequantize", TORCH_BOX(&dequantize));
   library.impl("dequantize_out", TORCH_BOX(&dequantize_out));
-  library.impl("linear", TORCH_BOX(&linear));
+  library.impl("linear", TORCH_BOX(&linear<&Kernels::linear>));
+  library.impl("linear_approximate", TORCH_BOX(&linear<&Kernels::linear_approximate>));
   library.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
 }
 

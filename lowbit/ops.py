@@ -20,12 +20,15 @@ from .backends import NAMESPACES
 # int8 block_size is the length of a row.
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? group_scales, Tensor? offset, str format, int block_size"
 
+_LINEAR_ARGUMENTS = f"Tensor x, {_WEIGHT}, int out_features, Tensor? bias, Tensor? t, Tensor? lora_b, float scaling"
+
 SCHEMAS = (
     "quantize(Tensor weight, str format, int block_size) -> (Tensor, Tensor)",
     "quantize_scales(Tensor absmax, Tensor offset) -> (Tensor, Tensor)",
     f"dequantize({_WEIGHT}, int[] shape, ScalarType dtype) -> Tensor",
     f"dequantize_out({_WEIGHT}, Tensor(a!) out) -> ()",
-    f"linear(Tensor x, {_WEIGHT}, int out_features, Tensor? bias, Tensor? t, Tensor? lora_b, float scaling) -> Tensor",
+    f"linear({_LINEAR_ARGUMENTS}) -> Tensor",
+    f"linear_approximate({_LINEAR_ARGUMENTS}) -> Tensor",
     f"linear_grad_input(Tensor grad, {_WEIGHT}, int in_features) -> Tensor",
 )
 # Which instruction set the CPU kernels use; no tensors, so no backend but the extension has them.
@@ -68,6 +71,7 @@ _FAKES = {
     "dequantize": _fake_dequantize,
     "dequantize_out": _fake_dequantize_out,
     "linear": _fake_linear,
+    "linear_approximate": _fake_linear,
     "linear_grad_input": _fake_linear_grad_input,
 }
 
@@ -162,6 +166,20 @@ def _autograd_linear(namespace: str):
     return linear
 
 
+def _inference_only(namespace: str):
+    def linear_approximate(keyset, *args):
+        operands = (args[0], *args[8:11])
+        if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in operands):
+            raise RuntimeError(
+                "linear_approximate: expected inputs that require no gradient, or torch.no_grad(): it has no backward"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            op = getattr(torch.ops, namespace).linear_approximate.default
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return linear_approximate
+
+
 def _autocast_linear(namespace: str, device_type: str):
     def linear(x, *args):
         dtype = torch.get_autocast_dtype(device_type)
@@ -190,6 +208,7 @@ def _register(namespace: str) -> torch.library.Library:
         library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{namespace}::{name}", _FAKES[name], lib=library)
     library.impl("linear", _autograd_linear(namespace), "Autograd", with_keyset=True)
+    library.impl("linear_approximate", _inference_only(namespace), "Autograd", with_keyset=True)
     library.impl("dequantize_out", _noting_the_change(namespace), "ADInplaceOrView", with_keyset=True)
     for device_type in ("cpu", "cuda"):
         library.impl("linear", _autocast_linear(namespace, device_type), f"Autocast{device_type.upper()}")

@@ -136,6 +136,48 @@ def linear(
     return y.to(x.dtype)
 
 
+def linear_approximate(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    group_scales: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    format: str,
+    block_size: int,
+    out_features: int,
+    bias: torch.Tensor | None,
+    t: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """``linear`` with activations in int8, one scale per 64 of a row, and the codebook in multiples of 1 / 127.
+
+    Exact where there is nothing to approximate with: int8 weights, in_features that are not a multiple of 64.
+    """
+    weight_parts = (packed, absmax, group_scales, offset)
+    in_features = x.shape[-1]
+    if format == "int8" or in_features % 64 or in_features == 0:
+        return linear(x, *weight_parts, format, block_size, out_features, bias, t, lora_b, scaling)
+    chunks = x.float().unflatten(-1, (-1, 64))
+    largest = chunks.abs().amax(-1, keepdim=True)
+    inverse = torch.full_like(largest, 127.0) / largest  # 127 / largest would be a reciprocal and a product
+    in_range = inverse <= torch.finfo(torch.float32).max
+    rounded = torch.where(in_range, (chunks * inverse).round(), 0.0)
+    scales = torch.where(in_range, largest / 127, (chunks * 0.0).sum(-1, keepdim=True))
+
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)
+    block = torch.arange(codes.numel(), device=packed.device) // block_size
+    scaled = fmt.codebook(format, packed.device) * 127
+    codebook = (scaled + scaled.sign() * 0.5).trunc() / 127
+    weight = codebook[codes.int()] * decode_scales(absmax, group_scales, offset)[block]
+    y = (rounded * scales).flatten(-2) @ weight.view(out_features, in_features).T
+    if t is not None:
+        y = y + scaling * (t.float() @ lora_b.float().T)
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype)
+
+
 def linear_grad_input(
     grad: torch.Tensor,
     packed: torch.Tensor,

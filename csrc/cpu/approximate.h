@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "dequantize.h"
@@ -28,12 +30,14 @@ struct Int8Activations {
       float largest = 0;
       for (int64_t i = 0; i < kApproximateChunk; ++i) largest = std::max(largest, std::fabs(to_float(from[i])));
       // std::max passes over NaN; the sum does not, and makes the chunk's scale, and so y, NaN. Inf does the same.
-      float sum = 0;
-      for (int64_t i = 0; i < kApproximateChunk; ++i) sum += to_float(from[i]) * 0.0f;
-      scales[static_cast<size_t>(chunk)] = largest / 127 + sum;
-      const float inverse = largest > 0 && sum == 0 ? 127 / largest : 0.0f;
+      float not_finite = 0;
+      for (int64_t i = 0; i < kApproximateChunk; ++i) not_finite += to_float(from[i]) * 0.0f;
+      // Activations below 3.7e-37, whose inverse scale would be infinite, count as zero.
+      const float inverse = 127 / largest;
+      const bool in_range = not_finite == 0 && inverse <= std::numeric_limits<float>::max();
+      scales[static_cast<size_t>(chunk)] = in_range ? largest / 127 : not_finite;
       for (int64_t i = 0; i < kApproximateChunk; ++i) {
-        const float rounded = sum == 0 ? std::nearbyint(to_float(from[i]) * inverse) : 0.0f;
+        const float rounded = in_range ? std::nearbyint(to_float(from[i]) * inverse) : 0.0f;
         to[i / 2 + i % 2 * 32] = static_cast<int8_t>(std::clamp(rounded, -127.0f, 127.0f));
       }
     }
