@@ -1,81 +1,158 @@
-"""lowbit against dense torch, and against bitsandbytes where it is installed: quantize, dequantize and products.
+"""lowbit against dense torch, bitsandbytes and torchao: products, quantize, dequantize, time of a call.
 
-python benchmarks/bench_matmul.py [--size 4096] [--dtype float32 bfloat16] [--rows 1 16 128 512] [--threads N]
+python benchmarks/bench_matmul.py --shapes llama-8b --dtype float32 bfloat16 --m 1,8,32,256,2048 --backward
 """
 
 import argparse
-import importlib.util
-import platform
+import os
+import re
+import sys
 
-import torch
-import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
-from timing import interleaved_medians
-
-import lowbit
-
-
-def contenders(weight: torch.Tensor, rows: list[int]) -> dict[str, dict]:
-    """Per operation the calls to time, by library."""
-    dtype, (n, k) = weight.dtype, weight.shape
-    q = lowbit.quantize(weight)
-    backward = torch.ops.lowbit.linear_grad_input.default
-    cases = {
-        "quantize": {"lowbit": lambda: lowbit.quantize(weight)},
-        "dequantize": {"lowbit": lambda: lowbit.dequantize(q)},
-    }
-    for m in rows:
-        x, grad = torch.randn(m, k, dtype=dtype), torch.randn(m, n, dtype=dtype)
-        cases[f"linear, {m} rows"] = {
-            "lowbit": lambda x=x: lowbit.linear(x, q),
-            "dense": lambda x=x: F.linear(x, weight),
-        }
-        cases[f"backward, {m} rows"] = {
-            "lowbit": lambda grad=grad: backward(grad, *q.parts(), q.format, q.block_size, k),
-            "dense": lambda grad=grad: grad @ weight,
-        }
-        if importlib.util.find_spec("bitsandbytes"):
-            import bitsandbytes as bnb
-
-            packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-            cases[f"linear, {m} rows"]["bitsandbytes"] = lambda x=x, p=packed, s=state: bnb.matmul_4bit(x, p.t(), s)
-            cases["quantize"]["bitsandbytes"] = lambda: bnb.functional.quantize_4bit(
-                weight, quant_type="nf4", compress_statistics=True
-            )
-            cases["dequantize"]["bitsandbytes"] = lambda p=packed, s=state: bnb.functional.dequantize_4bit(p, s)
-    return cases
+SHAPES = {
+    "default": ["4096x4096", "4096x14336", "14336x4096", "4096x1024"],
+    "llama-8b": ["4096x4096", "1024x4096", "14336x4096", "4096x14336"],
+    "smollm-135m": ["576x576", "192x576", "1536x576", "576x1536"],
+}
+OPERATIONS = ("linear", "backward", "dequantize", "quantize", "int8", "search", "overhead")
+AVX2_ONLY = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
-def main() -> None:
+def _shape(text: str) -> list[str]:
+    if text in SHAPES:
+        return SHAPES[text]
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(SHAPES)} or OUTxIN (4096x1024), got {text!r}")
+    return [text]
+
+
+def _rows(text: str) -> list[int]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"expected numbers of rows of at least 1 (1,8,32), got {text!r}")
+    return [int(part) for part in text.split(",")]
+
+
+def _operations(text: str) -> list[str]:
+    chosen = text.split(",")
+    if unknown := [name for name in chosen if name not in OPERATIONS]:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(OPERATIONS)}, got {unknown[0]!r}")
+    return chosen
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=4096, help="the weight is SIZE x SIZE")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--shapes", nargs="+", type=_shape, default=[SHAPES["default"]], help="names, or OUTxIN")
     parser.add_argument(
-        "--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "float16", "bfloat16"]
+        "--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
     )
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 128, 512])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--m", type=_rows, default=[1, 8, 32, 256, 2048], help="rows of x, as 1,8,32,256,2048")
+    parser.add_argument("--ops", type=_operations, default=["linear", "dequantize", "quantize"], help=",".join(OPERATIONS))
+    parser.add_argument("--backward", action="store_true", help="adds the operation backward (dX)")
+    parser.add_argument("--reference", action="store_true", help="times the slow reference backend too")
+    parser.add_argument("--format", choices=["nf4", "fp4"], default="nf4")
+    parser.add_argument("--block-size", type=int, default=64)
+    parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--rounds", type=int, default=15)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--plot", metavar="FILE", help="a roofline, as PNG")
+    parser.add_argument("--isa", choices=["avx2"], help="what a CPU with no more than this would do, for all contenders")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: 128x256, few rounds")
+    options = parser.parse_args(argv)
+    if options.rounds < 1:
+        parser.error(f"--rounds: expected at least 1, got {options.rounds}")
+    if options.backward and "backward" not in options.ops:
+        options.ops.append("backward")
+    if options.quick:
+        options.shapes, options.m, options.rounds = [["128x256"]], [1, 8], 3
+    return options
 
-    title = (
-        f"median ms, {options.size} x {options.size} NF4 double-quantized, {options.threads} threads, "
-        f"{platform.machine()}, lowbit {torch.ops.lowbit.cpu_isa()}, torch {torch.__version__} "
-        f"{torch.backends.cpu.get_cpu_capability()}"
+
+def cases(options: argparse.Namespace, machine):
+    """Functions that build each case: one at a time, because their weights fill the memory."""
+    import contenders
+    from machine import available_memory
+
+    if "overhead" in options.ops:
+        for recording in (False, True):
+            yield lambda recording=recording: contenders.overhead_case(recording, options.dtype[0])
+    skipped = {"int8": not contenders.has_int8(), "search": not contenders.has_search()}
+    for dtype in options.dtype:
+        for shape in dict.fromkeys(sum(options.shapes, [])):
+            n, k = (int(size) for size in shape.split("x"))
+            cache, memory = (2**16, 2**30) if options.quick else (machine.cache_bytes, available_memory() // 8)
+            operands = contenders.Operands(
+                n, k, dtype, options.device, options.format, options.block_size, cache, memory
+            )
+            for operation in options.ops:
+                if operation == "overhead" or skipped.get(operation):
+                    continue
+                if operation == "quantize":
+                    yield lambda o=operands: contenders.quantize_case(o, "absmax")
+                elif operation == "search":
+                    yield lambda o=operands: contenders.quantize_case(o, "search")
+                elif operation == "dequantize":
+                    yield lambda o=operands: contenders.dequantize_case(o)
+                else:
+                    for m in options.m:
+                        if operation == "linear":
+                            yield lambda o=operands, m=m: contenders.linear_case(o, m, options.reference)
+                        elif operation == "backward":
+                            yield lambda o=operands, m=m: contenders.backward_case(o, m)
+                        else:
+                            yield lambda o=operands, m=m: contenders.int8_case(o, m)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(argv)
+    if options.isa and any(os.environ.get(name) != value for name, value in AVX2_ONLY.items()):
+        # torch and its libraries read these when they are loaded: start again with them.
+        environment = os.environ | AVX2_ONLY
+        os.execve(sys.executable, [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv)], environment)
+    import report
+    import torch
+    from machine import measure
+    from rich.console import Console
+    from timing import interleaved
+    from tqdm import tqdm
+
+    import lowbit  # noqa: F401  (loads the ops)
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda: torch finds no CUDA device here", file=sys.stderr)
+        return 2
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.isa:
+        torch.ops.lowbit.set_cpu_isa(options.isa)
+    console = Console(width=170)
+    machine = measure(options.device, options.quick)
+    limited = f" LIMITED to {options.isa} for every contender;" if options.isa else ""
+    console.print(
+        f"{machine.name}, {machine.threads} threads;{limited} lowbit {machine.lowbit_isa}, torch {machine.torch_version} "
+        f"{machine.torch_capability}; last-level cache {machine.cache_bytes / 2**20:.0f} MiB; measured: read "
+        f"{machine.read_bandwidth:.1f} GB/s, copy {machine.copy_bandwidth:.1f} GB/s (read + written), fp32 F.linear "
+        f"{machine.peak:.0f} GFLOP/s"
     )
-    table = Table("dtype", "operation", "lowbit", "dense torch", "bitsandbytes", "bitsandbytes / lowbit", title=title)
-    for name in options.dtype:
-        torch.manual_seed(0)
-        weight = (torch.randn(options.size, options.size) * 0.02).to(getattr(torch, name))
-        with torch.no_grad():
-            for operation, calls in contenders(weight, options.rows).items():
-                medians = interleaved_medians(calls, options.rounds)
-                theirs = medians.get("bitsandbytes")
-                cells = [f"{medians[c]:.2f}" if c in medians else "" for c in ("lowbit", "dense", "bitsandbytes")]
-                table.add_row(name, operation, *cells, f"{theirs / medians['lowbit']:.1f}x" if theirs else "")
-    Console(width=130).print(table)
+    shapes, products = len(dict.fromkeys(sum(options.shapes, []))), len({"linear", "backward", "int8"} & {*options.ops})
+    rest = len({"quantize", "dequantize", "search"} & {*options.ops})
+    total = 2 * ("overhead" in options.ops) + len(options.dtype) * shapes * (products * len(options.m) + rest)
+    rows = []
+    with torch.no_grad(), tqdm(total=total, unit="case", disable=None) as bar:
+        for build in cases(options, machine):
+            case = build()
+            bar.set_postfix_str(f"{case.operation} {case.dtype} {case.n}x{case.k} m={case.m}")
+            rows += report.rows_of(case, interleaved(case.calls, options.rounds, options.device), machine)
+            bar.update()
+    report.print_tables(console, rows)
+    if options.json:
+        report.write_json(options.json, machine, rows)
+    if options.plot:
+        report.plot_roofline(options.plot, machine, rows)
+    wrong = [row for row in rows if row.get("wrong")]
+    for row in wrong:
+        console.print(f"WRONG: {row['operation']} {row['dtype']} {row['n']}x{row['k']} m={row['m']}: error {row['error']}")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

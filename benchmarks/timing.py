@@ -2,17 +2,92 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+#: A call slower than this is timed once: some contenders take half a minute where others take milliseconds.
+SLOW_SECONDS = 5.0
 
 
-def interleaved_medians(contenders: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
-    """Median milliseconds of each contender, run in turn ``rounds`` times after one uncounted round."""
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for call in contenders.values():
+@dataclass
+class Sample:
+    """Milliseconds of repeated calls."""
+
+    times: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.times)
+
+    def percentile(self, share: float) -> float:
+        """The time that ``share`` (0 to 1) of the calls do not exceed."""
+        ordered = sorted(self.times)
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def _cpu_call(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+class _CudaGraph:
+    """A call captured once and replayed, timed by events: neither Python nor launches are in the figure."""
+
+    def __init__(self, call: Callable[[], object]):
         call()
-    for _ in range(rounds):
-        for name, call in contenders.items():
-            start = time.perf_counter()
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
             call()
-            samples[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(times) for name, times in samples.items()}
+
+    def __call__(self) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        self.graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def interleaved(
+    contenders: dict[str, Callable[[], object]], rounds: int = 15, device: str = "cpu", tick: Callable = lambda: None
+) -> dict[str, Sample | Exception]:
+    """Times of each contender, run in turn ``rounds`` times after one uncounted call; an exception where it failed.
+
+    ``tick`` is called after each timed call (for a progress bar).
+    """
+    timers: dict[str, Callable[[], float]] = {}
+    results: dict[str, Sample | Exception] = {}
+    slow = set()
+    for name, call in contenders.items():
+        try:
+            timer = _CudaGraph(call) if device == "cuda" else (lambda call=call: _cpu_call(call))
+            first = timer()
+        except Exception as error:  # a contender that cannot run is a row of the table, not the end of the benchmark
+            results[name] = error
+            continue
+        timers[name] = timer
+        results[name] = Sample([])
+        if first > SLOW_SECONDS * 1e3:
+            slow.add(name)
+            results[name].times.append(first)
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            if name not in slow:
+                results[name].times.append(timer())
+            tick()
+    return results
+
+
+def rotating(calls: list[Callable[[], object]]) -> Callable[[], object]:
+    """One call that runs the next of ``calls`` each time: operands that no cache still holds."""
+
+    def forever() -> Iterator[Callable[[], object]]:
+        while True:
+            yield from calls
+
+    turn = forever()
+    return lambda: next(turn)()

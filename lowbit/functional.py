@@ -199,19 +199,19 @@ def _linear(device_type, x, q, bias, t=None, lora_b=None, scaling=1.0, precision
 
 
 def _lora_down(x: torch.Tensor, lora_a: torch.Tensor) -> torch.Tensor:
-    """t = x A^T in the wider of the two dtypes."""
-    if x.dtype == lora_a.dtype:
+    """t = x A^T in the wider of the two dtypes; on a CPU in fp32 (see ``ops.product_dtype``)."""
+    dtype = ops.product_dtype(x, lora_a)
+    if x.dtype == lora_a.dtype == dtype:
         return F.linear(x, lora_a)
-    return _MixedLoraDown.apply(x, lora_a)
+    return _MixedLoraDown.apply(x, lora_a, dtype)
 
 
 class _MixedLoraDown(torch.autograd.Function):
-    """x A^T for x and A of different dtypes; unlike F.linear on casts, it saves x in x's own dtype."""
+    """x A^T computed in another dtype than x's or A's; unlike F.linear on casts, it saves x in x's own dtype."""
 
     @staticmethod
-    def forward(ctx, x, lora_a):
+    def forward(ctx, x, lora_a, dtype):
         ctx.save_for_backward(x, lora_a)
-        dtype = torch.promote_types(x.dtype, lora_a.dtype)
         return F.linear(x.to(dtype), lora_a.to(dtype))
 
     @staticmethod
@@ -223,7 +223,7 @@ class _MixedLoraDown(torch.autograd.Function):
             grad_x = (grad @ lora_a.to(grad.dtype)).to(x.dtype)
         if ctx.needs_input_grad[1]:
             grad_a = (ops.rows(grad).T @ ops.rows(x).to(grad.dtype)).to(lora_a.dtype)
-        return grad_x, grad_a
+        return grad_x, grad_a, None
 
 
 def _check_quantized(q: QuantizedTensor) -> None:

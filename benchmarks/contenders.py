@@ -1,0 +1,249 @@
+"""Who competes in bench_matmul: per operation the calls to time, and what each reads, writes and computes."""
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from timing import rotating
+
+import lowbit
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: Error of the approximate product that fails the run, relative to the norm (its docstring says about 1%).
+APPROXIMATE_LIMIT = 0.03
+
+
+@dataclass
+class Case:
+    """One group of contenders that do the same work."""
+
+    operation: str
+    dtype: str
+    n: int
+    k: int
+    m: int = 0
+    calls: dict[str, Callable[[], object]] = field(default_factory=dict)
+    bytes: dict[str, float] = field(default_factory=dict)  # read and written by one call
+    missing: dict[str, str] = field(default_factory=dict)  # contender: why it is not there
+    error: dict[str, float] = field(default_factory=dict)  # of lowbit, against the fp32 reference
+    limit: dict[str, float] = field(default_factory=dict)  # an error above it fails the run
+    calls_per_sample: int = 1
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.m * self.n * self.k
+
+    def add(self, name: str, call: Callable[[], object], bytes: float) -> None:
+        self.calls[name], self.bytes[name] = call, bytes
+
+
+class Operands:
+    """The weights of one shape and dtype, in as many copies as it takes to outgrow the cache twice."""
+
+    def __init__(self, n, k, dtype, device, format, block_size, cache_bytes, memory_bytes):
+        self.n, self.k, self.dtype_name, self.dtype, self.device = n, k, dtype, DTYPES[dtype], device
+        self.format, self.block_size = format, block_size
+        self.cache_bytes, self.memory_bytes = cache_bytes, memory_bytes
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(n, k, generator=generator) * 0.02
+        self.weight = weight.to(self.dtype).to(device)
+        self.q = lowbit.quantize(self.weight, format=format, block_size=block_size)
+        self.decoded = lowbit.dequantize(self.q, torch.float32)
+        self.bounded = False
+
+    def copies(self, nbytes: int) -> int:
+        """How many copies of ``nbytes`` exceed twice the last-level cache, memory permitting."""
+        wanted = 2 * self.cache_bytes // nbytes + 2
+        allowed = max(1, self.memory_bytes // nbytes)
+        self.bounded |= wanted > allowed
+        return min(wanted, allowed)
+
+    def clones(self, tensor: torch.Tensor, rotate: bool) -> list[torch.Tensor]:
+        return [tensor] + [tensor.clone() for _ in range(self.copies(tensor.nbytes) - 1 if rotate else 0)]
+
+    def quantized(self, rotate: bool) -> list[lowbit.QuantizedTensor]:
+        q = self.q
+
+        def clone():
+            parts = [None if part is None else part.clone() for part in q.parts()]
+            return lowbit.QuantizedTensor(
+                *parts, shape=q.shape, dtype=q.dtype, format=q.format, block_size=q.block_size
+            )
+
+        return [q] + [clone() for _ in range(self.copies(q.nbytes) - 1 if rotate else 0)]
+
+    def rows(self, m: int, width: int) -> torch.Tensor:
+        return torch.randn(m, width, generator=torch.Generator().manual_seed(1)).to(self.dtype).to(self.device)
+
+    def error(self, actual: torch.Tensor, exact: torch.Tensor) -> float:
+        """Largest error relative to the largest value."""
+        return float((actual.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30))
+
+    def product_limit(self, terms: int, weight_error: float = 0.0) -> float:
+        """Of `error` for a dot product of ``terms`` in fp32: roundings grow as their root (Higham), times 16 for the
+        largest of many; then the output's own rounding, and that of a bf16 codebook where bf16 activations may use one.
+        """
+        return 16 * terms**0.5 * 2.0**-24 + torch.finfo(self.dtype).eps + weight_error
+
+
+def bitsandbytes_or_reason():
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return None, "bitsandbytes is not installed"
+    import bitsandbytes
+
+    return bitsandbytes, ""
+
+
+def torchao_linear(weight: torch.Tensor):
+    """torchao's NF4 product as a function of x, or raises."""
+    from torchao.dtypes.nf4tensor import linear_nf4, to_nf4
+
+    nf4 = to_nf4(weight, 64, 256)
+    return lambda x: linear_nf4(x, nf4)
+
+
+def linear_case(o: Operands, m: int, with_reference: bool) -> Case:
+    case = Case("linear", o.dtype_name, o.n, o.k, m)
+    x, rotate = o.rows(m, o.k), m == 1
+    io = x.nbytes + m * o.n * x.element_size()
+    case.add("lowbit", rotating([lambda q=q: lowbit.linear(x, q) for q in o.quantized(rotate)]), o.q.nbytes + io)
+    exact = x.double() @ o.decoded.double().T
+    case.error["lowbit"] = o.error(lowbit.linear(x, o.q), exact)
+    case.limit["lowbit"] = o.product_limit(o.k, 2.0**-9 if m <= 4 and o.dtype == torch.bfloat16 else 0.0)
+    if with_reference:
+
+        def reference():
+            with lowbit.use_backend("reference"):
+                return lowbit.linear(x, o.q)
+
+        case.add("lowbit reference", reference, o.q.nbytes + io)
+    for name, dtype in (("dense fp32", torch.float32), ("dense bf16", torch.bfloat16), ("dense fp16", torch.float16)):
+        if dtype in (torch.float32, torch.bfloat16, o.dtype):
+            xd, weights = x.to(dtype), o.clones(o.weight.to(dtype), rotate)
+            calls = [lambda w=w, xd=xd: F.linear(xd, w) for w in weights]
+            case.add(name, rotating(calls), weights[0].nbytes + (m * (o.n + o.k)) * xd.element_size())
+    add_bitsandbytes(case, o, lambda bnb, p, s: bnb.matmul_4bit(x, p.t(), s), io, rotate)
+    try:
+        product = torchao_linear(o.weight)
+        product(x)
+        case.add("torchao", lambda: product(x), o.q.nbytes + io)
+    except Exception as error:
+        case.missing["torchao"] = f"{type(error).__name__}: {error}"
+    return case
+
+
+def add_bitsandbytes(case: Case, o: Operands, call, io: float, rotate: bool = False) -> None:
+    bnb, reason = bitsandbytes_or_reason()
+    if bnb is None:
+        case.missing["bitsandbytes"] = reason
+        return
+    packed, state = bnb.functional.quantize_4bit(
+        o.weight, quant_type=o.format, blocksize=o.block_size, compress_statistics=True
+    )
+    packs = o.clones(packed, rotate)
+    case.add("bitsandbytes", rotating([lambda p=p: call(bnb, p, state) for p in packs]), o.q.nbytes + io)
+
+
+def backward_case(o: Operands, m: int) -> Case:
+    case = Case("backward dX", o.dtype_name, o.n, o.k, m)
+    grad, op = o.rows(m, o.n), torch.ops.lowbit.linear_grad_input.default
+    io = grad.nbytes + m * o.k * grad.element_size()
+    rotate = m == 1
+    calls = [
+        lambda q=q: op(grad, *q.parts(), q.format, q.block_size, o.k) for q in o.quantized(rotate)
+    ]
+    case.add("lowbit", rotating(calls), o.q.nbytes + io)
+    case.error["lowbit"] = o.error(calls[0](), grad.double() @ o.decoded.double())
+    case.limit["lowbit"] = o.product_limit(o.n)
+    name = {"float32": "dense fp32", "bfloat16": "dense bf16", "float16": "dense fp16"}[o.dtype_name]
+    weights = o.clones(o.weight, rotate)
+    case.add(name, rotating([lambda w=w: grad @ w for w in weights]), o.weight.nbytes + io)
+    return case
+
+
+def int8_case(o: Operands, m: int) -> Case:
+    case = Case("linear, precision int8", o.dtype_name, o.n, o.k, m)
+    x, rotate = o.rows(m, o.k), m == 1
+    io = x.nbytes + m * o.n * x.element_size()
+
+    calls = [lambda q=q: lowbit.linear(x, q, precision="int8") for q in o.quantized(rotate)]
+    case.add("lowbit int8", rotating(calls), o.q.nbytes + io)
+    exact = x.double() @ o.decoded.double().T
+    case.error["lowbit int8"] = float((calls[0]().double() - exact).norm() / exact.norm())
+    case.limit["lowbit int8"] = APPROXIMATE_LIMIT
+    weights = o.clones(o.weight.bfloat16(), rotate)
+    xb = x.bfloat16()
+    case.add("dense bf16", rotating([lambda w=w: F.linear(xb, w) for w in weights]), weights[0].nbytes + io)
+    return case
+
+
+def quantize_case(o: Operands, scale: str) -> Case:
+    case = Case("quantize" if scale == "absmax" else "quantize, search", o.dtype_name, o.n, o.k)
+    options = {"format": o.format, "block_size": o.block_size, "scale": scale}
+    case.add("lowbit", lambda: lowbit.quantize(o.weight, **options), o.weight.nbytes + o.q.nbytes)
+    decoded = lowbit.quantize(o.weight, **options).dequantize(torch.float32).double()
+    weight = o.weight.double()
+    # Half the widest gap of a codebook is 0.167 of the block's scale; absmax times that bounds every element.
+    case.error["lowbit"] = float((decoded - weight).abs().max() / weight.abs().max())
+    case.limit["lowbit"] = 0.19
+    add_bitsandbytes_quantize(case, o)
+    return case
+
+
+def add_bitsandbytes_quantize(case: Case, o: Operands) -> None:
+    bnb, reason = bitsandbytes_or_reason()
+    if bnb is None:
+        case.missing["bitsandbytes"] = reason
+        return
+    call = bnb.functional.quantize_4bit
+    case.add(
+        "bitsandbytes",
+        lambda: call(o.weight, quant_type=o.format, blocksize=o.block_size, compress_statistics=True),
+        o.weight.nbytes + o.q.nbytes,
+    )
+
+
+def dequantize_case(o: Operands) -> Case:
+    case = Case("dequantize into out", o.dtype_name, o.n, o.k)
+    out = torch.empty(o.n, o.k, dtype=o.dtype, device=o.device)
+    case.add("lowbit", lambda: lowbit.dequantize(o.q, o.dtype, out=out), o.q.nbytes + out.nbytes)
+    with lowbit.use_backend("reference"):
+        expected = lowbit.dequantize(o.q, o.dtype)
+    case.error["lowbit"] = o.error(lowbit.dequantize(o.q, o.dtype), expected.double())
+    case.limit["lowbit"] = 0.0
+    add_bitsandbytes(case, o, lambda bnb, p, s: bnb.functional.dequantize_4bit(p, s), out.nbytes)  # its CPU has no out
+    return case
+
+
+def overhead_case(recording: bool, dtype: str) -> Case:
+    """One whole call of a 64 x 64 layer; a sample is 200 calls."""
+    from lowbit_lora import QLoRALinear
+
+    case = Case("QLoRALinear call, " + ("recording gradients" if recording else "no_grad"), dtype, 64, 64, 1)
+    case.calls_per_sample = 200
+    layer, x = QLoRALinear(64, 64, dtype=DTYPES[dtype]), torch.randn(1, 64).to(DTYPES[dtype])
+
+    def run():
+        with torch.set_grad_enabled(recording):
+            for _ in range(case.calls_per_sample):
+                layer(x)
+
+    case.add("lowbit", run, 0.0)
+    return case
+
+
+def has_search() -> bool:
+    """Whether this version's quantize implements scale="search"."""
+    try:
+        lowbit.quantize(torch.ones(1, 64), scale="search")
+    except NotImplementedError:
+        return False
+    return True
+
+
+def has_int8() -> bool:
+    """Whether this version's linear has the approximate mode."""
+    return "precision" in inspect.signature(lowbit.linear).parameters
