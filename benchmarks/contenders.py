@@ -99,7 +99,10 @@ def bitsandbytes_or_reason():
 
 def torchao_linear(weight: torch.Tensor):
     """torchao's NF4 product as a function of x, or raises."""
-    from torchao.dtypes.nf4tensor import linear_nf4, to_nf4
+    try:
+        from torchao.quantization import linear_nf4, to_nf4
+    except ImportError:  # before 0.18
+        from torchao.dtypes.nf4tensor import linear_nf4, to_nf4
 
     nf4 = to_nf4(weight, 64, 256)
     return lambda x: linear_nf4(x, nf4)

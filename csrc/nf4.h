@@ -80,6 +80,30 @@ LOWBIT_HOST_DEVICE inline uint8_t unpack(const uint8_t* packed, int64_t element)
   return element % 2 ? byte & 15 : byte >> 4;
 }
 
+// What scale="search" tries for a block: absmax times each of these, the plain absmax first.
+constexpr int kScaleFactorCount = 36;
+constexpr float kLargestSearched = 3e38f;  // absmax above it is not multiplied
+struct ScaleFactors {
+  float values[kScaleFactorCount];
+};
+constexpr ScaleFactors make_scale_factors() {
+  ScaleFactors factors{{1.0f, -1.0f}};
+  for (int i = 0; i < 17; ++i) {
+    const float factor = static_cast<float>(0.8 + i * (0.3 / 16));
+    factors.values[2 + 2 * i] = factor;
+    factors.values[3 + 2 * i] = -factor;
+  }
+  return factors;
+}
+constexpr ScaleFactors kScaleFactors = make_scale_factors();
+
+// The code of a value in units of the block's scale.
+static inline uint8_t encode_one(const Format& format, float x) {
+  int rank = 0;
+  for (const float threshold : format.thresholds) rank += x > threshold;
+  return format.code_of_rank[rank];
+}
+
 // The codebook in multiples of 1 / 127, for the approximate product.
 constexpr int8_t int8_codebook(const Format& format, int code) {
   const float value = format.codebook[code] * 127;

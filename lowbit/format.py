@@ -72,6 +72,12 @@ GROUP_SIZE = 256
 TINY_ABSMAX = 1e-38
 
 
+#: What ``scale="search"`` tries for a block: absmax times each of these, in this order; the first of the best wins.
+SCALE_FACTORS = (1.0, -1.0) + tuple(sign * (0.8 + i * (0.3 / 16)) for i in range(17) for sign in (1, -1))
+#: absmax above it is not multiplied: the product could leave fp32.
+LARGEST_SEARCHED = 3e38
+
+
 def codebook(format: str, device: torch.device | str | None = None) -> torch.Tensor:
     """The 16 decoded values of ``format``, fp32 [16], indexed by code."""
     return torch.tensor(CODEBOOKS[format], dtype=torch.float32, device=device)

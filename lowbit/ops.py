@@ -25,6 +25,8 @@ _LINEAR_ARGUMENTS = f"Tensor x, {_WEIGHT}, int out_features, Tensor? bias, Tenso
 SCHEMAS = (
     "quantize(Tensor weight, str format, int block_size) -> (Tensor, Tensor)",
     "quantize_scales(Tensor absmax, Tensor offset) -> (Tensor, Tensor)",
+    "search_scales(Tensor weight, Tensor? importance, str format, int block_size) -> Tensor",
+    "encode(Tensor weight, Tensor scales, str format, int block_size) -> Tensor",
     f"dequantize({_WEIGHT}, int[] shape, ScalarType dtype) -> Tensor",
     f"dequantize_out({_WEIGHT}, Tensor(a!) out) -> ()",
     f"linear({_LINEAR_ARGUMENTS}) -> Tensor",
@@ -49,6 +51,14 @@ def _fake_quantize_scales(absmax, offset):
     return absmax.new_empty(absmax.shape, dtype=torch.uint8), absmax.new_empty([groups])
 
 
+def _fake_search_scales(weight, importance, format, block_size):
+    return weight.new_empty([fmt.block_count(weight.numel(), block_size)], dtype=torch.float32)
+
+
+def _fake_encode(weight, scales, format, block_size):
+    return weight.new_empty([(weight.numel() + 1) // 2], dtype=torch.uint8)
+
+
 def _fake_dequantize(packed, absmax, group_scales, offset, format, block_size, shape, dtype):
     return packed.new_empty(shape, dtype=dtype)
 
@@ -68,6 +78,8 @@ def _fake_linear_grad_input(grad, packed, absmax, group_scales, offset, format, 
 _FAKES = {
     "quantize": _fake_quantize,
     "quantize_scales": _fake_quantize_scales,
+    "search_scales": _fake_search_scales,
+    "encode": _fake_encode,
     "dequantize": _fake_dequantize,
     "dequantize_out": _fake_dequantize_out,
     "linear": _fake_linear,

@@ -49,6 +49,68 @@ def _quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes.nan_to_num().to(torch.int8).view(torch.uint8).reshape(-1), absmax
 
 
+def _blocks(values: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Flattened to [blocks, block_size], zeros after the last element."""
+    flat = values.reshape(-1)
+    blocks = fmt.block_count(flat.numel(), block_size)
+    return torch.nn.functional.pad(flat, (0, blocks * block_size - flat.numel())).view(blocks, block_size)
+
+
+def _sum_in_order(terms: torch.Tensor) -> torch.Tensor:
+    """[blocks, n] to [blocks], n a multiple of 16: sixteen partial sums in fp32, then a tree, as the kernels do it."""
+    partial = torch.zeros_like(terms[:, :16])
+    for piece in terms.split(16, dim=1):
+        partial = partial + piece
+    while partial.shape[1] > 1:
+        half = partial.shape[1] // 2
+        partial = partial[:, :half] + partial[:, half:]
+    return partial[:, 0]
+
+
+def search_scales(
+    weight: torch.Tensor, importance: torch.Tensor | None, format: str, block_size: int
+) -> torch.Tensor:
+    """The signed scale of each block, fp32 [b], with the least squared error among absmax * SCALE_FACTORS.
+
+    Each element's squared error is weighted by ``importance`` [columns] of its column, unless that is zero for a whole
+    block. A block whose absmax is below 1e-38 or above 3e38 keeps it; one with NaN or inf gets a non-finite scale.
+    """
+    columns = weight.shape[-1] if weight.dim() else 1
+    blocks = _blocks(weight.detach().float(), block_size)
+    absmax = blocks.abs().amax(1) if blocks.numel() else blocks.new_zeros(0)
+    values = blocks * (1.0 / absmax)[:, None]
+    weights = torch.ones_like(blocks)
+    if importance is not None and blocks.numel():
+        weights = _blocks(importance.float().repeat(weight.numel() // columns), block_size)
+        weights = torch.where((weights > 0).any(1, keepdim=True), weights, 1.0)
+
+    midpoints, code_of_rank = (table.to(weight.device) for table in fmt.thresholds(format))
+    ordered = fmt.codebook(format, weight.device)[code_of_rank.int()]
+    best, least = torch.ones_like(absmax), torch.full_like(absmax, float("inf"))
+    for factor in torch.tensor(fmt.SCALE_FACTORS, dtype=torch.float32, device=weight.device):
+        rank = torch.bucketize(values * (1.0 / factor), midpoints)
+        error = values - ordered[rank.clamp(max=15)] * factor
+        total = _sum_in_order(error * error * weights)
+        better = total < least
+        best, least = torch.where(better, factor, best), torch.where(better, total, least)
+    searched = (absmax >= fmt.TINY_ABSMAX) & (absmax <= fmt.LARGEST_SEARCHED)
+    return torch.where(searched, absmax * best, absmax)
+
+
+def encode(weight: torch.Tensor, scales: torch.Tensor, format: str, block_size: int) -> torch.Tensor:
+    """packed uint8 [ceil(n/2)]: the code nearest to each element times fl(1 / scale), for given fp32 scales [b].
+
+    Where |scale| is below 1e-38 (its inverse could overflow) that of zero.
+    """
+    numel = weight.numel()
+    midpoints, code_of_rank = (table.to(weight.device) for table in fmt.thresholds(format))
+    inverse = torch.where(scales.abs() >= fmt.TINY_ABSMAX, 1.0 / scales, 0.0)
+    scaled = (_blocks(weight.detach().float(), block_size) * inverse[:, None]).reshape(-1)
+    scaled = torch.cat([scaled[:numel], scaled.new_zeros(numel % 2)])
+    codes = code_of_rank[torch.bucketize(scaled, midpoints).clamp(max=15)]
+    return (codes[0::2] << 4) | codes[1::2]
+
+
 def quantize_scales(absmax: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Double quantization of absmax fp32 [b]: ``(codes uint8 [b], group_scales fp32 [ceil(b/256)])``."""
     blocks = absmax.numel()

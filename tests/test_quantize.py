@@ -117,8 +117,8 @@ def test_sizes_on_disk():
         ({"format": "nf5"}, ValueError, "format.*nf4.*nf5"),
         ({"scale": "max"}, ValueError, "scale.*absmax.*max"),
         ({"format": "int4"}, ValueError, "format.*nf4, fp4, int8.*int4"),
-        ({"scale": "search"}, NotImplementedError, "search"),
-        ({"importance": torch.ones(64)}, NotImplementedError, "importance"),
+        ({"scale": "search", "format": "int8"}, ValueError, "scale: expected 'absmax' for format 'int8'"),
+        ({"importance": torch.ones(64)}, ValueError, "importance: expected scale='search' with it"),
     ],
 )
 def test_bad_options(options, error, message):

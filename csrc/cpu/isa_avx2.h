@@ -32,6 +32,7 @@ struct Avx2 {
   }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+  static Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
   static float sum(Vec a) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -312,9 +313,6 @@ struct Avx2 {
       _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm256_castsi256_si128(joined));
     }
 
-   private:
-    // 2 * rank + 1 where `bit` is set: a comparison gives -1 where true.
-    static __m256i append(__m256i rank, __m256i bit) { return _mm256_sub_epi32(_mm256_add_epi32(rank, rank), bit); }
     __m256i rank(__m256 x) const {
       const auto above = [x](__m256 t) { return _mm256_castps_si256(_mm256_cmp_ps(x, t, _CMP_GT_OQ)); };
       const __m256i bit3 = above(first);
@@ -322,6 +320,26 @@ struct Avx2 {
       const __m256i rank2 = append(_mm256_sub_epi32(_mm256_setzero_si256(), bit3), bit2);
       const __m256i rank3 = append(rank2, above(_mm256_permutevar8x32_ps(third, rank2)));
       return append(rank3, above(_mm256_permutevar8x32_ps(fourth, rank3)));
+    }
+
+   private:
+    // 2 * rank + 1 where `bit` is set: a comparison gives -1 where true.
+    static __m256i append(__m256i rank, __m256i bit) { return _mm256_sub_epi32(_mm256_add_epi32(rank, rank), bit); }
+  };
+
+  struct Nearest {
+    explicit Nearest(const Format& format) : encoder(format) {
+      float sorted[16];
+      for (int rank = 0; rank < 16; ++rank) sorted[rank] = format.codebook[format.code_of_rank[rank]];
+      low = load(sorted);
+      high = load(sorted + 8);
+    }
+    Encoder encoder;
+    __m256 low, high;
+    Vec operator()(Vec x) const {
+      const __m256i rank = encoder.rank(x);
+      const __m256 in_high = _mm256_castsi256_ps(_mm256_slli_epi32(rank, 28));  // bit 3 of the rank as the sign
+      return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, rank), _mm256_permutevar8x32_ps(high, rank), in_high);
     }
   };
 

@@ -33,8 +33,14 @@ struct Avx512 {
   }
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  static Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-  static float sum(Vec a) { return _mm512_reduce_add_ps(a); }
+  static float sum(Vec a) {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
 
   static Vec load(const float* from) { return _mm512_loadu_ps(from); }
   static Vec load(const Bf16* from) {
@@ -204,13 +210,15 @@ struct Avx512 {
     template <class T>
     void operator()(const T* values, float inverse, uint8_t* packed) const {
       const __m512 scale = broadcast(inverse);
-      const __m512i first = code(mul(load(values), scale)), second = code(mul(load(values + 16), scale));
+      const auto code = [&](int i) {
+        return _mm512_permutexvar_epi32(rank(mul(load(values + i), scale)), code_of_rank);
+      };
+      const __m512i first = code(0), second = code(16);
       _mm_storel_epi64(reinterpret_cast<__m128i*>(packed), pack_pairs(first));
       _mm_storel_epi64(reinterpret_cast<__m128i*>(packed + 8), pack_pairs(second));
     }
 
-   private:
-    __m512i code(__m512 x) const {
+    __m512i rank(__m512 x) const {
       __m512i rank = _mm512_setzero_si512();
 #pragma GCC unroll 4
       for (int step = 8; step > 0; step /= 2) {
@@ -218,12 +226,25 @@ struct Avx512 {
         const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_permutexvar_ps(next, thresholds), _CMP_GT_OQ);
         rank = _mm512_mask_add_epi32(rank, above, rank, _mm512_set1_epi32(step));
       }
-      return _mm512_permutexvar_epi32(rank, code_of_rank);
+      return rank;
     }
+
+   private:
     // 16 codes to 8 bytes, the even one of each pair in the high nibble.
     static __m128i pack_pairs(__m512i codes) {
       return _mm512_cvtepi64_epi8(_mm512_or_si512(_mm512_slli_epi64(codes, 4), _mm512_srli_epi64(codes, 32)));
     }
+  };
+
+  struct Nearest {
+    explicit Nearest(const Format& format) : encoder(format) {
+      float sorted[16];
+      for (int rank = 0; rank < 16; ++rank) sorted[rank] = format.codebook[format.code_of_rank[rank]];
+      values = load(sorted);
+    }
+    Encoder encoder;
+    __m512 values;
+    Vec operator()(Vec x) const { return _mm512_permutexvar_ps(encoder.rank(x), values); }
   };
 };
 

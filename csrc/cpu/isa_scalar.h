@@ -31,12 +31,17 @@ struct Scalar {
     for (int i = 0; i < 8; ++i) a.lane[i] *= b.lane[i];
     return a;
   }
+  static Vec sub(Vec a, const Vec& b) {
+    for (int i = 0; i < 8; ++i) a.lane[i] -= b.lane[i];
+    return a;
+  }
   static Vec fma(const Vec& a, const Vec& b, Vec c) {
     for (int i = 0; i < 8; ++i) c.lane[i] += a.lane[i] * b.lane[i];
     return c;
   }
   static float sum(const Vec& a) {
-    return ((a.lane[0] + a.lane[4]) + (a.lane[1] + a.lane[5])) + ((a.lane[2] + a.lane[6]) + (a.lane[3] + a.lane[7]));
+    // This order in every instruction set: a lane and the one half the lanes further on, again and again.
+    return ((a.lane[0] + a.lane[4]) + (a.lane[2] + a.lane[6])) + ((a.lane[1] + a.lane[5]) + (a.lane[3] + a.lane[7]));
   }
   template <class T>
   static Vec load(const T* from) {
@@ -135,15 +140,21 @@ struct Scalar {
   struct Encoder {
     explicit Encoder(const Format& format) : format(format) {}
     const Format& format;
-    uint8_t code(float x) const {
-      int rank = 0;
-      for (int i = 0; i < 15; ++i) rank += x > format.thresholds[i];
-      return format.code_of_rank[rank];
-    }
     template <class T>
     void operator()(const T* values, float inverse, uint8_t* packed) const {
       for (int i = 0; i < 16; ++i)
-        packed[i] = pack(code(to_float(values[2 * i]) * inverse), code(to_float(values[2 * i + 1]) * inverse));
+        packed[i] = pack(encode_one(format, to_float(values[2 * i]) * inverse),
+                         encode_one(format, to_float(values[2 * i + 1]) * inverse));
+    }
+  };
+
+  // The codebook value nearest to each lane.
+  struct Nearest {
+    explicit Nearest(const Format& format) : format(format) {}
+    const Format& format;
+    Vec operator()(Vec x) const {
+      for (float& lane : x.lane) lane = format.codebook[encode_one(format, lane)];
+      return x;
     }
   };
 };

@@ -7,6 +7,7 @@
 #include "kernels.h"
 #include "linear.h"
 #include "quantize.h"
+#include "search.h"
 
 namespace lowbit::cpu {
 
@@ -17,8 +18,8 @@ constexpr Kernels kernels_of() {
       .quantize = quantize<Isa>,
       .quantize_scales = quantize_scales<Isa>,
       .quantize_int8 = quantize_int8<Isa>,
-      .search_scales = nullptr,
-      .encode = nullptr,
+      .search_scales = search_scales<Isa>,
+      .encode = encode<Isa>,
       .dequantize = dequantize<Isa>,
       .linear = linear<Isa>,
       .linear_approximate = linear_approximate<Isa>,

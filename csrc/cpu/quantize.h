@@ -32,10 +32,7 @@ void quantize_blocks(const QuantizeArgs& args, int64_t begin, int64_t end) {
     args.absmax[block] = divisor;
     const auto code = [&](int64_t i) {
       if (i >= count) return format.zero_code;
-      const float x = to_float(values[i]) / divisor;
-      int rank = 0;
-      for (float threshold : format.thresholds) rank += x > threshold;
-      return format.code_of_rank[rank];
+      return encode_one(format, to_float(values[i]) / divisor);
     };
     for (int64_t i = 0; i < count; i += 2) packed[i / 2] = pack(code(i), code(i + 1));
   }

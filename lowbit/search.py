@@ -1,0 +1,44 @@
+"""``quantize(..., scale="search")``: scales that minimise the error of the decoded weight, in the same bytes."""
+
+import torch
+
+from . import reference
+
+
+def check_importance(importance: torch.Tensor, weight: torch.Tensor) -> None:
+    """TypeError/ValueError unless ``importance`` is one finite number of at least 0 per column of ``weight``."""
+    if not isinstance(importance, torch.Tensor):
+        raise TypeError(f"importance: expected a torch.Tensor, got {type(importance).__name__}")
+    if not importance.dtype.is_floating_point:
+        raise TypeError(f"importance: expected a floating-point dtype, got {importance.dtype}")
+    columns = weight.shape[-1] if weight.dim() else 1
+    if importance.shape != (columns,):
+        raise ValueError(
+            f"importance: expected shape ({columns},), one number per input column, got {tuple(importance.shape)}"
+        )
+    if importance.device != weight.device:
+        raise ValueError(f"importance: expected device {weight.device} (that of weight), got {importance.device}")
+    if not importance.is_meta:
+        wrong = ~torch.isfinite(importance) | (importance < 0)
+        if bool(wrong.any()):
+            column = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"importance: expected finite numbers of at least 0, got {importance[column].item()} in column {column}"
+            )
+
+
+def search(op, weight, importance, format: str, block_size: int):
+    """``(scales fp32 [blocks], encode)``: the signed scales, and ``encode(decoded scales) -> packed``.
+
+    Codes depend on what the scales decode to: double quantization comes between the two.
+    """
+    if importance is not None and importance.numel():
+        # Only ratios matter; fp32 holds those of any float64 input once the largest is 1.
+        importance = (importance / importance.amax().clamp(min=torch.finfo(importance.dtype).tiny)).float()
+    scales = op.search_scales.default(weight, importance, format, block_size)
+
+    def encode(absmax, group_scales, offset) -> torch.Tensor:
+        decoded = reference.decode_scales(absmax, group_scales, offset)
+        return op.encode.default(weight, decoded, format, block_size)
+
+    return scales, encode
