@@ -32,8 +32,7 @@ def quantize(
             minimises the block's squared error; codes are chosen again for what double quantization makes of it. Any
             reader decodes it. Slower to quantize; the products are the same.
         importance: with "search", one number of at least 0 per input column (the last dimension): the squared errors'
-            weights. The mean square of that activation over a few calibration batches is a good choice
-            (``lowbit_lora.collect_importance``).
+            weights. The mean square of that activation over a few calibration batches is a good choice.
 
     Raises:
         TypeError: ``weight`` is not a tensor, or not of those dtypes.

@@ -10,6 +10,8 @@
 
 namespace lowbit::cpu {
 
+constexpr int64_t kQuantizeAhead = 4096;  // bytes: the hardware's prefetcher stops at each page
+
 template <class Isa, class T>
 void quantize_blocks(const QuantizeArgs& args, int64_t begin, int64_t end) {
   const T* weight = static_cast<const T*>(args.weight);
@@ -24,7 +26,11 @@ void quantize_blocks(const QuantizeArgs& args, int64_t begin, int64_t end) {
     if (count == args.block_size) {
       args.absmax[block] = absmax;
       const float inverse = 1.0f / std::max(absmax, kTinyAbsmax);
-      for (int64_t i = 0; i < count; i += 32) encode(values + i, inverse, packed + i / 2);
+      for (int64_t i = 0; i < count; i += 32) {
+        __builtin_prefetch(reinterpret_cast<const char*>(values + i) + kQuantizeAhead);
+        __builtin_prefetch(reinterpret_cast<const char*>(values + i) + kQuantizeAhead + 64);
+        encode(values + i, inverse, packed + i / 2);
+      }
       continue;
     }
     // The short last block divides by absmax, where full ones multiply by its reciprocal (the format says so).
