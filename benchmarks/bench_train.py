@@ -1,0 +1,310 @@
+"""A QLoRA training step: lowbit against PEFT + bitsandbytes, and against LoRA on the dense model.
+
+python benchmarks/bench_train.py --dtype float32 bfloat16 --json train.json --plot train.png
+
+The model has the shape of a 135M-parameter Llama with random weights; every linear layer but the head is adapted. Each
+contender lives in a process of its own; their steps take turns, so that each runs alone and the machine's drift falls on
+all alike. Peak memory is that of the process during the timed steps, above what Python and the libraries take.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+CONTENDERS = ("lowbit", "PEFT + bitsandbytes", "dense LoRA (PEFT)")
+MODELS = {
+    "135m": {
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "vocab_size": 512,
+    },
+}
+AVX2_ONLY = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+
+
+def build(contender: str, options: argparse.Namespace, dtype):
+    """The model with its adapters, from the same random base for every contender."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**MODELS[options.model], tie_word_embeddings=True)
+    model = LlamaForCausalLM(config).to(dtype)
+    model.config.use_cache = False
+    if contender == "lowbit":
+        from lowbit_lora import QLoRAConfig, QLoRAModel
+
+        return QLoRAModel(model, QLoRAConfig(rank=options.rank, lora_alpha=16, target_modules="all-linear"))
+    from peft import LoraConfig, get_peft_model
+
+    if contender == "PEFT + bitsandbytes":
+        import bitsandbytes as bnb
+
+        for name, linear in list(model.named_modules()):
+            if isinstance(linear, torch.nn.Linear) and name != "lm_head":
+                quantized = bnb.nn.Linear4bit(
+                    linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type="nf4"
+                )
+                quantized.weight = bnb.nn.Params4bit(
+                    linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
+                )
+                model.set_submodule(name, quantized.to("cpu"))
+        model.is_loaded_in_4bit = True
+    return get_peft_model(
+        model, LoraConfig(r=options.rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+
+
+def memory_kb(field: str) -> int:
+    """A line of this process's status; 0 where the system has none."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith(field + ":")), 0)
+
+
+def worker(contender: str, options: argparse.Namespace, dtype_name: str, pipe) -> None:
+    """Builds the model, then does one step whenever the pipe says so and sends what it took."""
+    import torch
+
+    try:
+        if options.isa:
+            import lowbit  # noqa: F401  (loads the ops)
+
+            torch.ops.lowbit.set_cpu_isa(options.isa)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        import transformers  # noqa: F401  (part of the base, not of the model)
+
+        base_kb = memory_kb("VmRSS")
+        model = build(contender, options, getattr(torch, dtype_name))
+        model.train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        vocabulary = MODELS[options.model]["vocab_size"]
+        ids = torch.randint(vocabulary, (options.batch, options.length), generator=torch.Generator().manual_seed(1))
+        peak = Path("/proc/self/clear_refs")
+        pipe.send({"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)})
+        while pipe.recv() == "step":
+            if peak.exists():
+                peak.write_text("5")  # the peak so far is forgotten
+            start = time.perf_counter()
+            loss = model(input_ids=ids, labels=ids).loss
+            forward = time.perf_counter()
+            loss.backward()
+            backward = time.perf_counter()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            end = time.perf_counter()
+            pipe.send(
+                {
+                    "loss": loss.item(),
+                    "forward": (forward - start) * 1e3,
+                    "backward": (backward - forward) * 1e3,
+                    "optimizer": (end - backward) * 1e3,
+                    "peak_mb": (memory_kb("VmHWM") - base_kb) / 1024,
+                }
+            )
+    except Exception as error:
+        pipe.send({"failed": f"{type(error).__name__}: {error}"})
+
+
+class Contender:
+    """One worker process and what its steps took."""
+
+    def __init__(self, name: str, options: argparse.Namespace, dtype: str):
+        self.name, self.timeout, self.steps, self.failed = name, options.timeout, [], ""
+        # Not fork: a forked child would share the parent's pages and its thread pool.
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=worker, args=(name, options, dtype, theirs), daemon=True)
+        self.process.start()
+        self.about = self._receive()
+
+    def _receive(self) -> dict:
+        message = {"failed": f"no answer within {self.timeout} s"}
+        if self.pipe.poll(self.timeout):
+            try:
+                message = self.pipe.recv()
+            except EOFError:
+                message = {"failed": "its process ended"}
+        self.failed = self.failed or message.get("failed", "")
+        return message
+
+    def step(self, count: bool) -> None:
+        if self.failed:
+            return
+        self.pipe.send("step")
+        message = self._receive()
+        if not self.failed and (count or not self.steps):
+            self.steps.append(message)
+
+    def close(self) -> None:
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+
+
+def run(options: argparse.Namespace, dtype: str) -> list[dict]:
+    """Rows of the table for one dtype."""
+    from timing import Sample
+    from tqdm import tqdm
+
+    contenders = [Contender(name, options, dtype) for name in options.contenders]
+    try:
+        with tqdm(total=len(contenders) * (options.steps + 1), unit="step", desc=dtype, disable=None) as bar:
+            for number in range(options.steps + 1):
+                for contender in contenders:
+                    bar.set_postfix_str(contender.name)
+                    contender.step(count=number > 0)
+                    bar.update()
+    finally:
+        for contender in contenders:
+            contender.close()
+    rows = []
+    for contender in contenders:
+        row = {"dtype": dtype, "name": contender.name}
+        rows.append(row)
+        if contender.failed:
+            row["failed"] = contender.failed
+            continue
+        timed = contender.steps[1:] or contender.steps  # the first step warms up
+        row["trainable"] = contender.about["trainable"]
+        row["first_loss"] = contender.steps[0]["loss"]
+        for phase in ("forward", "backward", "optimizer"):
+            row[f"{phase}_ms"] = Sample([step[phase] for step in timed]).median
+        total = Sample([step["forward"] + step["backward"] + step["optimizer"] for step in timed])
+        row |= {"step_ms": total.median, "p20_ms": total.percentile(0.2), "p80_ms": total.percentile(0.8)}
+        row["tokens_per_s"] = options.batch * options.length / total.median * 1e3
+        row["peak_mb"] = max(step["peak_mb"] for step in timed)
+    theirs = next((row for row in rows if row["name"] == "PEFT + bitsandbytes" and "step_ms" in row), None)
+    for row in rows:
+        if theirs and "step_ms" in row:
+            row["vs_bitsandbytes"] = theirs["step_ms"] / row["step_ms"]
+            row["memory_vs_bitsandbytes"] = row["peak_mb"] / theirs["peak_mb"] if theirs["peak_mb"] else 0.0
+    return rows
+
+
+def wrong_losses(rows: list[dict]) -> list[str]:
+    """lowbit and bitsandbytes hold the same decoded weights, and adapters begin at zero: first losses must agree.
+
+    The loss is a mean over tokens; one in bf16 carries roundings of 2^-8 per layer that differ between the two.
+    """
+    ours = next((row for row in rows if row["name"] == "lowbit"), None)
+    if ours is None or "failed" in ours:
+        return [f"lowbit failed: {ours['failed']}"] if ours else []
+    limit = 1e-4 if ours["dtype"] == "float32" else 2e-2
+    theirs = [row for row in rows if row["name"] == "PEFT + bitsandbytes" and "first_loss" in row]
+    return [
+        f"{ours['dtype']}: first loss {ours['first_loss']} of lowbit, {row['first_loss']} of {row['name']}"
+        for row in theirs
+        if not abs(ours["first_loss"] - row["first_loss"]) <= limit * abs(row["first_loss"])
+    ]
+
+
+def print_table(console, rows: list[dict], options: argparse.Namespace) -> None:
+    from rich.table import Table
+
+    columns = (
+        ("step ms", "step_ms", "{:.0f}"), ("p20", "p20_ms", "{:.0f}"), ("p80", "p80_ms", "{:.0f}"),
+        ("forward", "forward_ms", "{:.0f}"), ("backward", "backward_ms", "{:.0f}"),
+        ("optimizer", "optimizer_ms", "{:.0f}"), ("tokens/s", "tokens_per_s", "{:.0f}"),
+        ("peak MB", "peak_mb", "{:.0f}"), ("x bnb", "vs_bitsandbytes", "{:.2f}"),
+        ("memory / bnb", "memory_vs_bitsandbytes", "{:.2f}"), ("first loss", "first_loss", "{:.4f}"),
+    )  # fmt: skip
+    title = f"Llama {options.model}, rank {options.rank}, batch {options.batch} x {options.length} tokens"
+    table = Table("dtype", "contender", *(name for name, _, _ in columns), title=title)
+    for row in rows:
+        if "failed" not in row:
+            table.add_row(row["dtype"], row["name"], *(f.format(row[k]) if k in row else "" for _, k, f in columns))
+    console.print(table)
+    for row in rows:
+        if "failed" in row:
+            console.print(f"not timed: {row['name']}, {row['dtype']}: {row['failed'].splitlines()[0]}")
+
+
+def plot(path: str, rows: list[dict]) -> None:
+    """Step time by phase, and peak memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    done = [row for row in rows if "failed" not in row]
+    labels = [f"{row['name']}\n{row['dtype']}" for row in done]
+    figure, (time_axes, memory_axes) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    left = [0.0] * len(done)
+    for phase in ("forward", "backward", "optimizer"):
+        values = [row[f"{phase}_ms"] for row in done]
+        time_axes.barh(labels, values, left=left, label=phase)
+        left = [a + b for a, b in zip(left, values, strict=True)]
+    time_axes.set(xlabel="ms per training step (median)")
+    time_axes.legend()
+    memory_axes.barh(labels, [row["peak_mb"] for row in done], color="tab:gray")
+    memory_axes.set(xlabel="peak memory of a step, MB", yticklabels=[])
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--model", choices=[*MODELS], default="135m")
+    parser.add_argument("--contenders", nargs="+", default=[*CONTENDERS], choices=CONTENDERS)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps, after one that warms up")
+    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds a contender may take for one step")
+    parser.add_argument("--isa", choices=["avx2"], help="what a CPU with no more than this would do, for all contenders")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--plot", metavar="FILE", help="a PNG")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: the tiny model, two steps")
+    options = parser.parse_args(argv)
+    for name in ("batch", "length", "rank", "steps"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    if options.quick:
+        options.model, options.batch, options.length, options.steps = "tiny", 2, 16, 2
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(argv)
+    if options.isa:
+        os.environ.update(AVX2_ONLY)  # read by torch when the workers load it
+    from rich.console import Console
+
+    console = Console(width=170)
+    if options.isa:
+        console.print(f"LIMITED to {options.isa} for every contender")
+    rows = [row for dtype in options.dtype for row in run(options, dtype)]
+    print_table(console, rows, options)
+    if options.json:
+        beside = Path(f"{options.json}.{os.getpid()}")
+        beside.write_text(json.dumps({"options": vars(options), "rows": rows}, indent=1))
+        beside.rename(options.json)
+    if options.plot:
+        plot(options.plot, rows)
+    wrong = [text for dtype in options.dtype for text in wrong_losses([r for r in rows if r["dtype"] == dtype])]
+    for text in wrong:
+        console.print(f"WRONG: {text}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
