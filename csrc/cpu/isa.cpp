@@ -22,6 +22,8 @@ const std::vector<const Kernels*>& available_kernels() {
         found.push_back(&kAvx512Kernels);
       found.push_back(&kAvx2Kernels);
     }
+#elif defined(__aarch64__)
+    found.push_back(&kNeonKernels);
 #endif
     found.push_back(&kScalarKernels);
     return found;
