@@ -11,13 +11,15 @@ TEST_ARGS ?= -q
 # Whatever is compiled or installed; a change here makes the next call install the package again.
 SOURCES := setup.py pyproject.toml $(shell find lowbit lowbit_lora csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test native-test neon-test lint format clean
 .DELETE_ON_ERROR:
 .SECONDARY:  # keep the stamps that pattern rules make
 
 help:
 	@echo "make demo   fine-tune the bundled encoder with QLoRA on the bundled reviews (DEMO_ARGS=...)"
 	@echo "make test   run every test (TEST_ARGS=...)"
+	@echo "make native-test  check the kernels without torch, plain and under sanitizers"
+	@echo "make neon-test    the same cross-compiled for 64-bit ARM, under an emulator"
 	@echo "make lint   run the pre-commit checks on every file; changes nothing"
 	@echo "make format rewrite FILES=... with ruff and clang-format (default: every file git tracks)"
 	@echo "make clean  remove the environments, the build and what the demo wrote"
@@ -28,6 +30,31 @@ demo: .venv-demo/package.stamp .venv-demo/data.stamp
 # `pytest`, not `python -m pytest`: the latter would import the source folder instead of what was installed.
 test: .venv-test/package.stamp .venv-test/data.stamp
 	.venv-test/bin/pytest $(TEST_ARGS)
+
+# The kernels without torch: what can run here, then the same with every access and every arithmetic step watched.
+DRIVER_SOURCES := tests/native/driver.cpp $(wildcard csrc/cpu/*.cpp)
+DRIVER_FLAGS := -std=c++20 -Wall -ffp-contract=off -pthread
+native-test: build/native/driver build/native/driver-sanitized
+	build/native/driver
+	build/native/driver-sanitized
+
+neon-test: build/native/driver-neon
+	qemu-aarch64 build/native/driver-neon --quick
+
+build/native/driver: $(DRIVER_SOURCES) $(SOURCES)
+	mkdir -p $(@D)
+	$(CXX) -O2 $(DRIVER_FLAGS) -o $@ $(DRIVER_SOURCES)
+
+build/native/driver-sanitized: $(DRIVER_SOURCES) $(SOURCES)
+	mkdir -p $(@D)
+	$(CXX) -O1 -g $(DRIVER_FLAGS) -fsanitize=address,undefined -fno-sanitize-recover=all -o $@ $(DRIVER_SOURCES)
+
+ARM_CXX := aarch64-linux-gnu-g++
+build/native/driver-neon: $(DRIVER_SOURCES) $(SOURCES)
+	@command -v $(ARM_CXX) > /dev/null && command -v qemu-aarch64 > /dev/null || { echo "neon-test needs $(ARM_CXX) and qemu-aarch64: \
+	apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }
+	mkdir -p $(@D)
+	$(ARM_CXX) -O2 -static $(DRIVER_FLAGS) -o $@ $(DRIVER_SOURCES)
 
 lint: .venv-lint/tools.stamp
 	.venv-lint/bin/pre-commit run --all-files --show-diff-on-failure

@@ -1,0 +1,99 @@
+"""The benchmarks as users run them: they finish, write what they promise, and fail on a wrong result."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lowbit
+from lowbit.backends import native
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+pytestmark = pytest.mark.skipif(native.missing_reason() is not None, reason="no compiled extension")
+
+
+def run(script, *arguments):
+    return subprocess.run(
+        [sys.executable, BENCHMARKS / script, *arguments], capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+@pytest.fixture
+def bench_matmul(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_matmul
+
+    yield bench_matmul
+    torch.ops.lowbit.set_cpu_isa("auto")
+
+
+def test_bench_matmul_writes_its_report(tmp_path):
+    """Users compare machines by these files."""
+    operations = "linear,dequantize,quantize,int8,search,overhead"
+    files = ("--json", tmp_path / "r.json", "--plot", tmp_path / "r.png")
+    done = run("bench_matmul.py", "--quick", "--backward", "--ops", operations, *files)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["machine"]["read_bandwidth"] > 0 and report["machine"]["peak"] > 0
+    ours = [row for row in report["rows"] if row["name"].startswith("lowbit")]
+    names = {"linear", "backward dX", "dequantize into out", "quantize", "quantize, search", "linear, precision int8"}
+    assert names <= {row["operation"] for row in ours}
+    for row in ours:
+        assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert not row.get("wrong")
+    linear = next(row for row in ours if row["operation"] == "linear")
+    assert {"gb_per_s", "gflop_per_s", "bandwidth_share", "peak_share", "vs_best_dense", "error"} <= set(linear)
+    assert (tmp_path / "r.png").stat().st_size > 10_000
+
+
+def test_bench_matmul_fails_on_a_wrong_result(bench_matmul, monkeypatch, capsys):
+    """A fast wrong kernel must not get a row and a zero exit status."""
+    right = lowbit.linear
+    monkeypatch.setattr(lowbit, "linear", lambda x, q, *rest, **options: right(x, q, *rest, **options) * 1.1)
+    assert bench_matmul.main(["--quick", "--ops", "linear", "--dtype", "float32"]) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "4096"], "expected one of default"),
+        (["--m", "0"], "expected numbers of rows of at least 1"),
+        (["--ops", "linear,sort"], "got 'sort'"),
+        (["--rounds", "0"], "--rounds: expected at least 1"),
+    ],
+)
+def test_bench_matmul_bad_arguments(bench_matmul, capsys, arguments, message):
+    """A typo is an error at once, not after an hour of timing."""
+    with pytest.raises(SystemExit) as exit_info:
+        bench_matmul.main(arguments)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bench_train_writes_its_report(tmp_path):
+    """The training benchmark runs each contender it can and compares first losses."""
+    files = ("--json", tmp_path / "t.json", "--plot", tmp_path / "t.png")
+    done = run("bench_train.py", "--quick", "--dtype", "float32", *files)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    rows = {row["name"]: row for row in json.loads((tmp_path / "t.json").read_text())["rows"]}
+    ours = rows["lowbit"]
+    assert ours["step_ms"] > 0 and ours["tokens_per_s"] > 0 and ours["peak_mb"] > 0
+    assert (tmp_path / "t.png").stat().st_size > 5_000
+
+
+def test_bench_train_notices_another_loss(monkeypatch):
+    """Two libraries that train different functions are not to be compared by speed."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_train
+
+    rows = [
+        {"name": "lowbit", "dtype": "float32", "first_loss": 6.0},
+        {"name": "PEFT + bitsandbytes", "dtype": "float32", "first_loss": 6.1},
+    ]
+    assert "first loss" in bench_train.wrong_losses(rows)[0]
+    rows[1]["first_loss"] = 6.00001
+    assert bench_train.wrong_losses(rows) == []
