@@ -3,14 +3,13 @@
 // Rounding errs by up to 1 / 254 of the largest activation of each 64, and of each block's scale.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
 #include <limits>
 #include <type_traits>
 #include <vector>
 
 #include "dequantize.h"
 #include "gemv.h"
+#include "int8.h"
 #include "kernels.h"
 #include "linear.h"
 #include "support.h"
@@ -18,76 +17,71 @@
 namespace lowbit::cpu {
 
 constexpr int64_t kApproximateChunk = 64;
+constexpr int64_t kApproximateAhead = 8192;  // bytes: the hardware's prefetcher stops at each page
 
 // x [rows, k] rounded to int8: of each chunk the even elements, then the odd ones; scales [rows, k / 64].
+template <class Isa>
 struct Int8Activations {
   template <class T>
   Int8Activations(const T* x, int64_t rows, int64_t k)
-      : values(static_cast<size_t>(rows * k)), scales(static_cast<size_t>(rows * k / kApproximateChunk)) {
+      : scales(static_cast<size_t>(rows * k / kApproximateChunk)), storage_(ceil_div(rows * k, 4)) {
     for (int64_t chunk = 0; chunk < rows * k / kApproximateChunk; ++chunk) {
-      const T* from = x + chunk * kApproximateChunk;
-      int8_t* to = values.data() + chunk * kApproximateChunk;
-      float largest = 0;
-      for (int64_t i = 0; i < kApproximateChunk; ++i) largest = std::max(largest, std::fabs(to_float(from[i])));
-      // std::max passes over NaN; the sum does not, and makes the chunk's scale, and so y, NaN. Inf does the same.
-      float not_finite = 0;
-      for (int64_t i = 0; i < kApproximateChunk; ++i) not_finite += to_float(from[i]) * 0.0f;
-      // Activations below 3.7e-37, whose inverse scale would be infinite, count as zero.
+      float values[kApproximateChunk];
+      int8_t codes[kApproximateChunk];
+      for (int64_t i = 0; i < kApproximateChunk; i += Isa::kLanes)
+        Isa::store(values + i, Isa::load(x + chunk * kApproximateChunk + i));
+      const float largest = float_of(Isa::absmax_bits(values, kApproximateChunk));
+      // NaN and inf make the chunk's scale, and so y, NaN. Activations below 3.7e-37, whose inverse scale would be
+      // infinite, count as zero.
       const float inverse = 127 / largest;
-      const bool in_range = not_finite == 0 && inverse <= std::numeric_limits<float>::max();
-      scales[static_cast<size_t>(chunk)] = in_range ? largest / 127 : not_finite;
-      for (int64_t i = 0; i < kApproximateChunk; ++i) {
-        const float rounded = in_range ? std::nearbyint(to_float(from[i]) * inverse) : 0.0f;
-        to[i / 2 + i % 2 * 32] = static_cast<int8_t>(std::clamp(rounded, -127.0f, 127.0f));
+      const bool in_range = largest <= std::numeric_limits<float>::max() && inverse <= std::numeric_limits<float>::max();
+      scales[static_cast<size_t>(chunk)] = in_range ? largest / 127 : largest * 0.0f;
+      encode_int8(values, kApproximateChunk, in_range ? inverse : 0.0f, codes);
+      int8_t* to = reinterpret_cast<int8_t*>(storage_.data()) + chunk * kApproximateChunk;
+      for (int64_t i = 0; i < kApproximateChunk / 2; ++i) {
+        to[i] = codes[2 * i];
+        to[i + kApproximateChunk / 2] = codes[2 * i + 1];
       }
     }
   }
-  std::vector<int8_t> values;
+  const int8_t* values() const { return reinterpret_cast<const int8_t*>(storage_.data()); }
   std::vector<float> scales;
+
+ private:
+  Scratch storage_;
 };
 
 template <class Isa, int M, class T>
 void approximate_rows(const LinearArgs& args, const T* x, T* y, const float* t, const ParallelFor& parallel_for) {
   using Vec = typename Isa::Vec;
-  const Int8Activations activations(x, M, args.k);
+  const Int8Activations<Isa> activations(x, M, args.k);
   const int64_t k = args.k, chunks = k / kApproximateChunk;
-  const int shift = block_shift(args.weight);
   LinearArgs rows = args;
   rows.t = t;
   rows.y = y;
   parallel_for(args.n, ceil_div(16384, k), [&](int64_t begin, int64_t end) {
     const typename Isa::Int8Dot dot(*args.weight.format);
-    std::vector<float> scales(static_cast<size_t>((k >> shift) + 2));
-    for (int64_t n = begin; n < end; ++n) {
-      const int64_t first_block = (n * k) >> shift;
-      decode_scales<Isa>(args.weight, first_block, ((n * k + k - 1) >> shift) - first_block + 1, scales.data());
-      Vec total[M];
-      for (auto& sum : total) sum = Isa::zero();
-      // scale_of_chunk(c, m): the weight's scale times the activations'.
-      const auto accumulate = [&](const auto& scale_of_chunk) {
+    with_chunk_scales<Isa, kApproximateChunk>(args.weight, [&](const auto& scale_of_chunk) {
+      for (int64_t n = begin; n < end; ++n) {
         const uint8_t* packed = args.weight.packed + n * k / 2;
-        const int8_t* x_chunk = activations.values.data();
+        const int8_t* x_chunk = activations.values();
+        const float* x_scales = activations.scales.data();
+        Vec total[M];
+        for (auto& sum : total) sum = Isa::zero();
         for (int64_t c = 0; c < chunks; ++c, packed += kApproximateChunk / 2, x_chunk += kApproximateChunk) {
-          __builtin_prefetch(packed + kGemvAhead);
-          Vec sums[M];
-          dot(packed, x_chunk, k, sums);
-          for (int m = 0; m < M; ++m) total[m] = Isa::fma(sums[m], scale_of_chunk(c, m), total[m]);
+          __builtin_prefetch(packed + kApproximateAhead);
+          Vec products[M];
+          dot(packed, x_chunk, k, products);
+          const Vec scale = scale_of_chunk(n * k + c * kApproximateChunk);
+#pragma GCC unroll 4
+          for (int m = 0; m < M; ++m)
+            total[m] = Isa::fma(products[m], Isa::mul(scale, Isa::broadcast(x_scales[m * chunks + c])), total[m]);
         }
-      };
-      const float* x_scales = activations.scales.data();
-      if (args.weight.block_size == kApproximateChunk) {
-        accumulate([&](int64_t c, int m) { return Isa::broadcast(scales[c] * x_scales[m * chunks + c]); });
-      } else {
-        const auto scale_at = [&](int64_t element) { return scales[((n * k + element) >> shift) - first_block]; };
-        accumulate([&](int64_t c, int m) {
-          const Vec scale = Isa::halves(scale_at(c * kApproximateChunk), scale_at(c * kApproximateChunk + 32));
-          return Isa::mul(scale, Isa::broadcast(x_scales[m * chunks + c]));
-        });
+        float sums[M];
+        for (int m = 0; m < M; ++m) sums[m] = Isa::sum(total[m]) * (1.0f / 127);
+        store_outputs<M, T>(rows, n, sums);
       }
-      float sums[M];
-      for (int m = 0; m < M; ++m) sums[m] = Isa::sum(total[m]) * (1.0f / 127);
-      store_outputs<M, T>(rows, n, sums);
-    }
+    });
   });
 }
 

@@ -9,10 +9,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 #include <limits>
-#include <memory>
-#include <new>
 
 #include "kernels.h"
 #include "support.h"
@@ -25,22 +22,6 @@ constexpr int64_t kBlockRows = 512;            // rows of A at a time: a decoded
 
 template <class Isa>
 constexpr int64_t kStrip = 2 * Isa::kLanes;
-
-// fp32 scratch memory on cache lines, not initialised.
-class Scratch {
- public:
-  explicit Scratch(int64_t count)
-      : data_(static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(round_up(count * 4 + 64, 64))))) {
-    if (!data_) throw std::bad_alloc();
-  }
-  float* data() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(float* data) const { std::free(data); }
-  };
-  std::unique_ptr<float, Free> data_;
-};
 
 // A as [tile of depth][panel][kRows][kDepthStride]. Panels are as equal in height as they can be: one of a few rows
 // would cost as much as a full one.

@@ -2,8 +2,9 @@
 // reading them is what it costs: lanes run along k, one row of W at a time.
 #pragma once
 
+#include <algorithm>
 #include <array>
-#include <vector>
+#include <cstring>
 
 #include "dequantize.h"
 #include "kernels.h"
@@ -12,7 +13,6 @@
 namespace lowbit::cpu {
 
 constexpr int64_t kGemvMaxRows = 4;
-constexpr int64_t kGemvAhead = 2048;  // bytes: the hardware's prefetcher stops at each page; a quarter faster
 constexpr int64_t kGemvDepth = 4096;  // 16 KB of x: half of the L1 cache
 
 // Adds LoRA and bias to the sums of output n and stores them; t is [M, rank], y [M, n].
@@ -27,41 +27,71 @@ void store_outputs(const LinearArgs& args, int64_t n, float* sums) {
 
 // x [M, k] as fp32 [chunk][M][kChunk], each chunk in the lane order of Decoder, zeros past k.
 template <class Decoder, int M, class T>
-std::vector<float> permute_to_lane_order(const T* x, int64_t k) {
+Scratch permute_to_lane_order(const T* x, int64_t k) {
   constexpr int64_t kChunk = Decoder::kChunk;
   constexpr auto order = [] {
     std::array<uint8_t, kChunk> elements{};
     for (int64_t i = 0; i < kChunk; ++i) elements[static_cast<size_t>(i)] = static_cast<uint8_t>(Decoder::element(i));
     return elements;
   }();
-  std::vector<float> permuted(static_cast<size_t>(M * round_up(k, kChunk)));
+  Scratch permuted(M * round_up(k, kChunk));
   float* to = permuted.data();
   for (int64_t chunk = 0; chunk < k; chunk += kChunk) {
     for (int64_t m = 0; m < M; ++m, to += kChunk) {
-      for (int64_t i = 0; i < kChunk; ++i) {
-        const int64_t element = chunk + order[static_cast<size_t>(i)];
-        if (element < k) to[i] = to_float(x[m * k + element]);
+      const T* from = x + m * k + chunk;
+      if (chunk + kChunk <= k) {
+        for (int64_t i = 0; i < kChunk; ++i) to[i] = to_float(from[order[static_cast<size_t>(i)]]);
+      } else {
+        for (int64_t i = 0; i < kChunk; ++i) {
+          const int64_t element = order[static_cast<size_t>(i)];
+          to[i] = chunk + element < k ? to_float(from[element]) : 0.0f;
+        }
       }
     }
   }
   return permuted;
 }
 
-// totals[M] += x[M, k0:k0+depth] . W[n, k0:k0+depth], by lanes; x points to column k0. k0 and k are multiples of 64.
+// Calls body(scale_of_chunk), where scale_of_chunk(element) decodes the scales of the kChunk elements of a 4-bit weight
+// from the flat index `element` on, by lanes of a Decoder: beside the products rather than before them, since
+// arithmetic for one scale in 64 weights fits into the gaps of theirs.
+template <class Isa, int64_t kChunk, class Body>
+void with_chunk_scales(const QuantizedWeight& weight, const Body& body) {
+  const uint64_t shift = static_cast<uint64_t>(block_shift(weight));
+  const auto block_of = [shift](int64_t element) { return static_cast<uint64_t>(element) >> shift; };
+  const uint64_t last_block = block_of(weight.numel - 1);
+  const auto by_blocks = [&](const auto& scale_of_block) {
+    if (weight.block_size >= kChunk)
+      return body([&](int64_t element) { return scale_of_block(block_of(element)); });
+    if (weight.block_size * 2 == kChunk)
+      return body([&](int64_t element) {
+        // The second half of a last chunk of 128 may not exist.
+        const uint64_t second = std::min(block_of(element + kChunk / 2), last_block);
+        return Isa::join(scale_of_block(block_of(element)), scale_of_block(second));
+      });
+    if constexpr (kChunk == 4 * kMinBlockSize)
+      return body([&](int64_t element) {
+        const auto quarter = [&](uint64_t i) {
+          return scale_of(weight, static_cast<int64_t>(std::min(block_of(element) + i, last_block)));
+        };
+        return Isa::quarters(quarter(0), quarter(1), quarter(2), quarter(3));
+      });
+  };
+  if (weight.absmax) return by_blocks([absmax = weight.absmax](uint64_t block) { return Isa::broadcast(absmax[block]); });
+  by_blocks([codes = weight.scale_codes, group_scales = weight.group_scales,
+             offset = Isa::broadcast(weight.offset)](uint64_t block) {
+    return Isa::scale(kScaleMap.entries + codes[block], group_scales + block / kGroupSize, offset);
+  });
+}
+
+// totals[M] += x[M, depth] . W[begin : begin + depth] (of the flat W), by lanes; fetches what lies `ahead` bytes on.
+// begin and depth are multiples of 64.
 template <class Isa, class Decoder, int M>
-void gemv_row(const QuantizedWeight& weight, const Decoder& decode, const float* x, int64_t n, int64_t k, int64_t k0,
-              int64_t depth, typename Isa::Vec* totals) {
+void gemv_row(const QuantizedWeight& weight, const Decoder& decode, const float* x, int64_t begin, int64_t depth,
+              int64_t ahead, typename Isa::Vec (&totals)[M]) {
   using Vec = typename Isa::Vec;
   constexpr int64_t kChunk = Decoder::kChunk;
-  const int shift = block_shift(weight);
-  const int64_t begin = n * k + k0;
   const uint8_t* packed = weight.packed + begin / 2;
-  // Where block_size does not divide k a block spans rows: its index follows from the flat one.
-  const int64_t first_block = begin >> shift;
-  const int64_t blocks = ((begin + depth - 1) >> shift) - first_block + 1;
-  float scales[kGemvDepth / kMinBlockSize + 2];
-  decode_scales<Isa>(weight, first_block, blocks, scales);
-  scales[blocks] = 0;
   Vec total[M];
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) total[m] = totals[m];
@@ -81,27 +111,18 @@ void gemv_row(const QuantizedWeight& weight, const Decoder& decode, const float*
       total[m] = Isa::fma(Isa::add(even, odd), scale, total[m]);
     }
   };
-  const auto accumulate_all = [&](const auto& scale_of_chunk) {
-    int64_t chunk = 0;
-    for (; chunk + kChunk <= depth; chunk += kChunk) {
-      __builtin_prefetch(packed + chunk / 2 + kGemvAhead);
-      accumulate(packed + chunk / 2, scale_of_chunk(chunk), x + chunk * M);
+  with_chunk_scales<Isa, kChunk>(weight, [&](const auto& scale_of_chunk) {
+    int64_t element = begin;
+    for (; element + kChunk <= begin + depth; element += kChunk, packed += kChunk / 2, x += kChunk * M) {
+      __builtin_prefetch(packed + ahead);
+      accumulate(packed, scale_of_chunk(element), x);
     }
-    if (chunk < depth) {  // half a chunk of 128
+    if (element < begin + depth) {  // half a chunk of 128
       uint8_t tail[kChunk / 2] = {};
-      std::memcpy(tail, packed + chunk / 2, static_cast<size_t>(depth - chunk) / 2);
-      accumulate(tail, scale_of_chunk(chunk), x + chunk * M);
+      std::memcpy(tail, packed, kChunk / 4);
+      accumulate(tail, scale_of_chunk(element), x);
     }
-  };
-  if (weight.block_size == 64) {
-    accumulate_all([&](int64_t chunk) { return Isa::chunk_scale_64(scales + chunk / 64); });
-  } else {
-    accumulate_all([&](int64_t chunk) {
-      return Isa::chunk_scale(
-          [&](int64_t element) { return element < depth ? scales[((begin + element) >> shift) - first_block] : 0.0f; },
-          chunk);
-    });
-  }
+  });
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) totals[m] = total[m];
 }
@@ -109,9 +130,10 @@ void gemv_row(const QuantizedWeight& weight, const Decoder& decode, const float*
 template <class Isa, class Decoder, int M, class T>
 void gemv(const LinearArgs& args, const ParallelFor& parallel_for) {
   // As much of x as stays in the L1 cache, M x kDepth floats, meets kRowBlock rows of W before the next piece does.
-  constexpr int64_t kDepth = kGemvDepth / M / 128 * 128, kRowBlock = 16;
+  // The rows after those are fetched meanwhile: the hardware's prefetcher stops at each page (a quarter slower).
+  constexpr int64_t kDepth = kGemvDepth / M / 128 * 128, kRowBlock = 4;
   const int64_t n_end = args.n, k = args.k;
-  const std::vector<float> x = permute_to_lane_order<Decoder, M>(static_cast<const T*>(args.x), k);
+  const Scratch x = permute_to_lane_order<Decoder, M>(static_cast<const T*>(args.x), k);
   parallel_for(ceil_div(n_end, kRowBlock), ceil_div(16384, k * kRowBlock), [&](int64_t begin, int64_t end) {
     const Decoder decode(*args.weight.format);
     for (int64_t n0 = begin * kRowBlock; n0 < std::min(end * kRowBlock, n_end); n0 += kRowBlock) {
@@ -121,8 +143,8 @@ void gemv(const LinearArgs& args, const ParallelFor& parallel_for) {
         for (auto& total : row) total = Isa::zero();
       for (int64_t k0 = 0; k0 < k; k0 += kDepth)
         for (int64_t i = 0; i < rows; ++i)
-          gemv_row<Isa, Decoder, M>(args.weight, decode, x.data() + k0 * M, n0 + i, k, k0, std::min(kDepth, k - k0),
-                                    totals[i]);
+          gemv_row<Isa, Decoder, M>(args.weight, decode, x.data() + k0 * M, (n0 + i) * k + k0, std::min(kDepth, k - k0),
+                                    kRowBlock * k / 2, totals[i]);
       for (int64_t i = 0; i < rows; ++i) {
         float sums[M];
         for (int m = 0; m < M; ++m) sums[m] = Isa::sum(totals[i][m]);

@@ -215,10 +215,9 @@ struct Avx2 {
   template <class T, int M>
   using GemvDecoder = std::conditional_t<std::is_same_v<T, Bf16>, Bf16Decoder, Decoder>;
 
-  static Vec chunk_scale_64(const float* scales) { return _mm256_broadcast_ss(scales); }
-  template <class ScaleAt>
-  static Vec chunk_scale(const ScaleAt& scale_at, int64_t chunk) {
-    return halves(scale_at(chunk), scale_at(chunk + 32));
+  static Vec join(Vec low_half, Vec high_half) { return _mm256_blend_ps(low_half, high_half, 0xf0); }
+  static Vec scale(const float* entry, const float* group_scale, Vec offset) {
+    return _mm256_add_ps(_mm256_mul_ps(_mm256_broadcast_ss(entry), _mm256_broadcast_ss(group_scale)), offset);
   }
 
   struct Int8Dot {

@@ -133,13 +133,13 @@ struct Avx512 {
   template <class T, int M>
   using GemvDecoder = Decoder;
 
-  static Vec chunk_scale_64(const float* scales) { return halves(scales[0], scales[1]); }
-  // A chunk may hold four blocks (of 32) or parts of two.
-  template <class ScaleAt>
-  static Vec chunk_scale(const ScaleAt& scale_at, int64_t chunk) {
-    const __m128 scales = _mm_setr_ps(scale_at(chunk), scale_at(chunk + 32), scale_at(chunk + 64), scale_at(chunk + 96));
+  static Vec join(Vec low_half, Vec high_half) { return _mm512_mask_blend_ps(0xff00, low_half, high_half); }
+  static Vec scale(const float* entry, const float* group_scale, Vec offset) {
+    return add(mul(broadcast(*entry), broadcast(*group_scale)), offset);
+  }
+  static Vec quarters(float first, float second, float third, float fourth) {
     const __m512i quarters = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    return _mm512_permutexvar_ps(quarters, _mm512_castps128_ps512(scales));
+    return _mm512_permutexvar_ps(quarters, _mm512_castps128_ps512(_mm_setr_ps(first, second, third, fourth)));
   }
 
   static void decode_scales(const uint8_t* codes, int64_t count, float group_scale, float offset, float* scales) {

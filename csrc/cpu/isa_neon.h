@@ -148,10 +148,9 @@ struct Neon {
   template <class T, int M>
   using GemvDecoder = Decoder;
 
-  static Vec chunk_scale_64(const float* scales) { return broadcast(scales[0]); }
-  template <class ScaleAt>
-  static Vec chunk_scale(const ScaleAt& scale_at, int64_t chunk) {
-    return halves(scale_at(chunk), scale_at(chunk + 32));
+  static Vec join(Vec low_half, Vec high_half) { return {low_half.low, high_half.high}; }
+  static Vec scale(const float* entry, const float* group_scale, Vec offset) {
+    return add(mul(broadcast(*entry), broadcast(*group_scale)), offset);
   }
 
   struct Int8Dot {

@@ -95,11 +95,14 @@ struct Scalar {
   template <class T, int M>
   using GemvDecoder = Decoder;
 
-  // The scales of a chunk by lane, from scale_at(element); blocks have at least 32 elements.
-  static Vec chunk_scale_64(const float* scales) { return broadcast(scales[0]); }  // blocks of 64
-  template <class ScaleAt>
-  static Vec chunk_scale(const ScaleAt& scale_at, int64_t chunk) {
-    return halves(scale_at(chunk), scale_at(chunk + 32));
+  // The lower half of the lanes of one, the upper half of the other.
+  static Vec join(Vec low_half, const Vec& high_half) {
+    std::copy_n(high_half.lane + 4, 4, low_half.lane + 4);
+    return low_half;
+  }
+  // A double-quantized scale in every lane: fl(fl(entry * group_scale) + offset).
+  static Vec scale(const float* entry, const float* group_scale, const Vec& offset) {
+    return add(broadcast(*entry * *group_scale), offset);
   }
 
   // Integer sums of 64 weights times x in int8 (even elements, then odd ones), as floats: some lanes of the lower half

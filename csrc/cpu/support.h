@@ -5,6 +5,9 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
 
 #include "kernels.h"
 
@@ -12,6 +15,22 @@ namespace lowbit::cpu {
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// fp32 scratch memory on cache lines, not initialised.
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(round_up(count * 4 + 64, 64))))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  float* data() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(float* data) const { std::free(data); }
+  };
+  std::unique_ptr<float, Free> data_;
+};
 
 template <class Function>
 void for_dtype(Dtype dtype, const Function& function) {
