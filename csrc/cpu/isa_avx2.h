@@ -282,63 +282,68 @@ struct Avx2 {
   }
 
   // The rank among 15 sorted thresholds by binary search, eight elements at a time: each of the four comparisons
-  // adds a bit, and the bits so far pick the next threshold out of a register.
+  // adds a bit, and the bits so far pick the next threshold out of a register. A comparison gives -1 where true, so the
+  // ranks are kept negative, which saves operations; tables are in the order of the lowest bits of that.
   struct Encoder {
     explicit Encoder(const Format& format) {
       const float* t = format.thresholds;
       first = _mm256_set1_ps(t[7]);
-      second_low = _mm256_set1_ps(t[3]);
-      second_high = _mm256_set1_ps(t[11]);
-      third = _mm256_setr_ps(t[1], t[5], t[9], t[13], t[1], t[5], t[9], t[13]);
-      fourth = _mm256_setr_ps(t[0], t[2], t[4], t[6], t[8], t[10], t[12], t[14]);
+      second = four(t[3], 0, 0, t[11]);  // by 0 or -1
+      third = four(t[1], t[13], t[9], t[5]);
+      fourth = _mm256_setr_ps(t[0], t[14], t[12], t[10], t[8], t[6], t[4], t[2]);
       code_of_rank =
           _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(format.code_of_rank)));
     }
-    __m256 first, second_low, second_high, third, fourth;
+    __m256 first, second, third, fourth;
     __m256i code_of_rank;
 
     template <class T>
     void operator()(const T* values, float inverse, uint8_t* packed) const {
       const __m256 scale = _mm256_set1_ps(inverse);
-      const auto ranks = [&](int i) { return rank(_mm256_mul_ps(load(values + 8 * i), scale)); };
-      // Packing works within 128-bit lanes; the permute puts the groups of four back in order.
-      const __m256i words01 = _mm256_packs_epi32(ranks(0), ranks(1));
-      const __m256i words23 = _mm256_packs_epi32(ranks(2), ranks(3));
+      __m256i ranks[4];
+      for (int i = 0; i < 4; ++i) ranks[i] = negative_rank(_mm256_mul_ps(load(values + 8 * i), scale));
+      // Packing works within 128-bit lanes: bytes 4i..4i+3 of the lower one are elements 8i..8i+3, of the upper one
+      // 8i+4..8i+7. Pairs of them are put back in order in the end.
       const __m256i bytes =
-          _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words01, words23), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-      const __m256i codes = _mm256_shuffle_epi8(code_of_rank, bytes);
+          _mm256_packs_epi16(_mm256_packs_epi32(ranks[0], ranks[1]), _mm256_packs_epi32(ranks[2], ranks[3]));
+      const __m256i codes = _mm256_shuffle_epi8(code_of_rank, _mm256_abs_epi8(bytes));
       const __m256i pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0110));  // 16 * even + odd
-      const __m256i joined = _mm256_permute4x64_epi64(_mm256_packus_epi16(pairs, pairs), 0b1000);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm256_castsi256_si128(joined));
+      const __m128i joined = _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+      const __m128i in_order = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm_shuffle_epi8(joined, in_order));
     }
 
-    __m256i rank(__m256 x) const {
-      const auto above = [x](__m256 t) { return _mm256_castps_si256(_mm256_cmp_ps(x, t, _CMP_GT_OQ)); };
-      const __m256i bit3 = above(first);
-      const __m256i bit2 = above(_mm256_blendv_ps(second_low, second_high, _mm256_castsi256_ps(bit3)));
-      const __m256i rank2 = append(_mm256_sub_epi32(_mm256_setzero_si256(), bit3), bit2);
-      const __m256i rank3 = append(rank2, above(_mm256_permutevar8x32_ps(third, rank2)));
-      return append(rank3, above(_mm256_permutevar8x32_ps(fourth, rank3)));
+    __m256i negative_rank(__m256 x) const {
+      const __m256i bit3 = above(x, first);
+      const __m256i two_bits = append(bit3, above(x, _mm256_permutevar_ps(second, bit3)));
+      const __m256i three_bits = append(two_bits, above(x, _mm256_permutevar_ps(third, two_bits)));
+      return append(three_bits, above(x, _mm256_permutevar8x32_ps(fourth, three_bits)));
     }
 
    private:
-    // 2 * rank + 1 where `bit` is set: a comparison gives -1 where true.
-    static __m256i append(__m256i rank, __m256i bit) { return _mm256_sub_epi32(_mm256_add_epi32(rank, rank), bit); }
+    static __m256 four(float a, float b, float c, float d) { return _mm256_setr_ps(a, b, c, d, a, b, c, d); }
+    static __m256i above(__m256 x, __m256 threshold) {
+      return _mm256_castps_si256(_mm256_cmp_ps(x, threshold, _CMP_GT_OQ));
+    }
+    static __m256i append(__m256i rank, __m256i bit) { return _mm256_add_epi32(_mm256_add_epi32(rank, rank), bit); }
   };
 
   struct Nearest {
     explicit Nearest(const Format& format) : encoder(format) {
-      float sorted[16];
-      for (int rank = 0; rank < 16; ++rank) sorted[rank] = format.codebook[format.code_of_rank[rank]];
-      low = load(sorted);
-      high = load(sorted + 8);
+      float of_lower[8], of_upper[8];
+      for (int rank = 0; rank < 8; ++rank) {
+        of_lower[-rank & 7] = format.codebook[format.code_of_rank[rank]];
+        of_upper[-rank & 7] = format.codebook[format.code_of_rank[rank + 8]];
+      }
+      lower = load(of_lower);
+      upper = load(of_upper);
     }
     Encoder encoder;
-    __m256 low, high;
+    __m256 lower, upper;
     Vec operator()(Vec x) const {
-      const __m256i rank = encoder.rank(x);
-      const __m256 in_high = _mm256_castsi256_ps(_mm256_slli_epi32(rank, 28));  // bit 3 of the rank as the sign
-      return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, rank), _mm256_permutevar8x32_ps(high, rank), in_high);
+      const __m256i rank = encoder.negative_rank(x);
+      const __m256 in_upper = _mm256_cmp_ps(x, encoder.first, _CMP_GT_OQ);
+      return _mm256_blendv_ps(_mm256_permutevar8x32_ps(lower, rank), _mm256_permutevar8x32_ps(upper, rank), in_upper);
     }
   };
 

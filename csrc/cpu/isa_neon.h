@@ -189,14 +189,14 @@ struct Neon {
   static uint32_t absmax_bits(const T* values, int64_t count) {
     const uint32x4_t magnitude = vdupq_n_u32(0x7fffffff);
     uint32x4_t most = vdupq_n_u32(0);
-    int64_t i = 0;
-    for (; i + 8 <= count; i += 8) {
+    const int64_t whole = count & ~int64_t{7};
+    for (int64_t i = 0; i < whole; i += 8) {
       const Vec v = load(values + i);
       most = vmaxq_u32(most, vandq_u32(vreinterpretq_u32_f32(v.low), magnitude));
       most = vmaxq_u32(most, vandq_u32(vreinterpretq_u32_f32(v.high), magnitude));
     }
     uint32_t result = vmaxvq_u32(most);
-    for (; i < count; ++i) result = std::max(result, bits_of(to_float(values[i])) & 0x7fffffff);
+    for (int64_t i = whole; i < count; ++i) result = std::max(result, bits_of(to_float(values[i])) & 0x7fffffff);
     return result;
   }
 

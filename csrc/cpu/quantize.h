@@ -10,37 +10,53 @@
 
 namespace lowbit::cpu {
 
-constexpr int64_t kQuantizeAhead = 4096;  // bytes: the hardware's prefetcher stops at each page
+constexpr int64_t kQuantizeAhead = 8192;  // bytes: the hardware's prefetcher stops at each page
+
+// The codes of a full block.
+template <class Isa, class T>
+void encode_block(const typename Isa::Encoder& encode, const T* values, int64_t count, float absmax, uint8_t* packed) {
+  const float inverse = 1.0f / std::max(absmax, kTinyAbsmax);
+  for (int64_t i = 0; i < count; i += 32) {
+    __builtin_prefetch(reinterpret_cast<const char*>(values + i) + kQuantizeAhead);
+    __builtin_prefetch(reinterpret_cast<const char*>(values + i) + kQuantizeAhead + 64);
+    encode(values + i, inverse, packed + i / 2);
+  }
+}
+
+// The short last block divides by absmax, where full ones multiply by its reciprocal (the format says so).
+template <class T>
+void encode_short_block(const Format& format, const T* values, int64_t count, float absmax, uint8_t* packed) {
+  const auto code = [&](int64_t i) {
+    if (i >= count) return format.zero_code;
+    return encode_one(format, to_float(values[i]) / absmax);
+  };
+  for (int64_t i = 0; i < count; i += 2) packed[i / 2] = pack(code(i), code(i + 1));
+}
 
 template <class Isa, class T>
 void quantize_blocks(const QuantizeArgs& args, int64_t begin, int64_t end) {
+  // Scales first for a few blocks, then their codes: the steps from values to a scale, its reciprocal and the codes
+  // wait for each other, those of different blocks do not.
+  constexpr int64_t kBatchElements = 1024;
   const T* weight = static_cast<const T*>(args.weight);
-  const Format& format = *args.format;
-  const typename Isa::Encoder encode(format);
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block * args.block_size;
-    const int64_t count = std::min(args.block_size, args.numel - first);
-    const T* values = weight + first;
-    uint8_t* packed = args.packed + first / 2;
-    const float absmax = float_of(Isa::absmax_bits(values, count));
-    if (count == args.block_size) {
-      args.absmax[block] = absmax;
-      const float inverse = 1.0f / std::max(absmax, kTinyAbsmax);
-      for (int64_t i = 0; i < count; i += 32) {
-        __builtin_prefetch(reinterpret_cast<const char*>(values + i) + kQuantizeAhead);
-        __builtin_prefetch(reinterpret_cast<const char*>(values + i) + kQuantizeAhead + 64);
-        encode(values + i, inverse, packed + i / 2);
-      }
-      continue;
+  const int64_t size = args.block_size, full_blocks = args.numel / size;
+  const int64_t batch = std::max<int64_t>(1, kBatchElements / size);
+  const typename Isa::Encoder encode(*args.format);
+  for (int64_t first = begin; first < std::min(end, full_blocks); first += batch) {
+    const int64_t last = std::min(first + batch, std::min(end, full_blocks));
+    for (int64_t block = first; block < last; ++block) {
+      const T* values = weight + block * size;
+      args.absmax[block] = float_of(Isa::absmax_bits(values, size));
     }
-    // The short last block divides by absmax, where full ones multiply by its reciprocal (the format says so).
-    const float divisor = absmax < kTinyAbsmax ? kTinyAbsmax : absmax;  // NaN stays
-    args.absmax[block] = divisor;
-    const auto code = [&](int64_t i) {
-      if (i >= count) return format.zero_code;
-      return encode_one(format, to_float(values[i]) / divisor);
-    };
-    for (int64_t i = 0; i < count; i += 2) packed[i / 2] = pack(code(i), code(i + 1));
+    for (int64_t block = first; block < last; ++block)
+      encode_block<Isa>(encode, weight + block * size, size, args.absmax[block], args.packed + block * size / 2);
+  }
+  if (end > full_blocks) {
+    const int64_t count = args.numel - full_blocks * size;
+    const T* values = weight + full_blocks * size;
+    const float absmax = float_of(Isa::absmax_bits(values, count));
+    args.absmax[full_blocks] = absmax < kTinyAbsmax ? kTinyAbsmax : absmax;  // NaN stays
+    encode_short_block(*args.format, values, count, args.absmax[full_blocks], args.packed + full_blocks * size / 2);
   }
 }
 
@@ -87,11 +103,16 @@ void quantize_scales(const QuantizeScalesArgs& args, const ParallelFor& parallel
         continue;
       }
       const float inverse = 1.0f / group_scale;
+      // Apart from the look-ups, and clamped as an integer (floats from zero up are ordered as their bits), so that the
+      // compiler makes vectors of it. Whatever comes in, NaN too, the index is within the table.
+      int32_t positions[kGroupSize];
+      constexpr int32_t kLast = 0x477fff80;  // 65535.5
       for (int64_t i = 0; i < count; ++i) {
-        // In this order NaN becomes -1: whatever comes in, the index is within the table.
-        const float x = std::min(std::max(-1.0f, values[i] * inverse), 1.0f);
-        args.codes[first + i] = table[static_cast<int32_t>((x + 1.0f) * 32767.5f + 0.5f)];
+        const float position = (values[i] * inverse + 1.0f) * 32767.5f + 0.5f;
+        const int32_t bits = std::min(std::max(static_cast<int32_t>(bits_of(position)), 0), kLast);
+        positions[i] = static_cast<int32_t>(float_of(static_cast<uint32_t>(bits)));
       }
+      for (int64_t i = 0; i < count; ++i) args.codes[first + i] = table[positions[i]];
     }
   });
 }
