@@ -113,6 +113,8 @@ def linear_case(o: Operands, m: int, with_reference: bool) -> Case:
     x, rotate = o.rows(m, o.k), m == 1
     io = x.nbytes + m * o.n * x.element_size()
     case.add("lowbit", rotating([lambda q=q: lowbit.linear(x, q) for q in o.quantized(rotate)]), o.q.nbytes + io)
+    if rotate:  # how much of the time is not memory's
+        case.add("lowbit, weight in cache", lambda: lowbit.linear(x, o.q), o.q.nbytes + io)
     exact = x.double() @ o.decoded.double().T
     case.error["lowbit"] = o.error(lowbit.linear(x, o.q), exact)
     case.limit["lowbit"] = o.product_limit(o.k, 2.0**-9 if m <= 4 and o.dtype == torch.bfloat16 else 0.0)

@@ -213,21 +213,23 @@ Tensor on_huge_pages(Tensor tensor, int64_t bytes) {
   return tensor;
 }
 
-// An empty CPU tensor like x with its last dimension replaced. Not new_empty: that looks its op up by name.
-Tensor empty_with_last(const Tensor& x, int64_t last) {
+// An empty CPU tensor like x with its last dimension and dtype replaced. Not new_empty: that looks its op up by name.
+Tensor empty_with_last(const Tensor& x, int64_t last, ScalarType type) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end()), strides(sizes.size());
   sizes.back() = last;
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
-  int32_t dtype, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  const int32_t dtype = type == ScalarType::Float  ? aoti_torch_dtype_float32()
+                        : type == ScalarType::Half ? aoti_torch_dtype_float16()
+                                                   : aoti_torch_dtype_bfloat16();
+  int32_t device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
   AtenTensorHandle empty;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), sizes.data(), strides.data(), dtype,
                                                          aoti_torch_device_type_cpu(), device_index, &empty));
   int64_t numel = 1;
   for (const int64_t size : sizes) numel *= size;
-  return on_huge_pages(Tensor(empty), numel * (x.scalar_type() == ScalarType::Float ? 4 : 2));
+  return on_huge_pages(Tensor(empty), numel * (type == ScalarType::Float ? 4 : 2));
 }
 
 int64_t rows_of(const Tensor& x, const char* name) {
@@ -364,11 +366,37 @@ Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> grou
   const FloatOperand t_values(t, "t", product(m, rank, "t"), static_cast<float>(scaling));
   const FloatOperand lora_b_values(lora_b, "lora_b", product(n, rank, "t"));
   const Tensor source = as_contiguous(x);
-  Tensor y = empty_with_last(x, n);
+  Tensor y = empty_with_last(x, n, x.scalar_type());
   (active_kernels().*kKernel)({source.data_ptr(), dtype, weight.view, bias_values.data(), t_values.data(),
                                lora_b_values.data(), m, n, k, rank, y.data_ptr()},
                               parallel_for());
   return y;
+}
+
+// linear with t = x A^T computed here too: for a few rows, where a call of another op would cost more than its work.
+std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> group_scales,
+                                       std::optional<Tensor> offset, std::string format, int64_t block_size,
+                                       int64_t out_features, std::optional<Tensor> bias, Tensor lora_a, Tensor lora_b,
+                                       double scaling) {
+  const int64_t m = rows_of(x, "x"), n = out_features, k = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(n >= 0, "out_features: expected at least 0, got ", n);
+  STD_TORCH_CHECK(lora_a.dim() == 2, "lora_a: expected 2 dimensions, got ", lora_a.dim());
+  const Dtype dtype = dtype_of(x.scalar_type(), "x");
+  const int64_t rank = lora_a.size(0);
+  const Weight weight(packed, absmax, group_scales, offset, format, block_size, product(n, k, "out_features"), n);
+  const FloatOperand bias_values(bias, "bias", n);
+  const FloatOperand lora_a_values(lora_a, "lora_a", product(rank, k, "lora_a"));
+  const FloatOperand lora_b_values(lora_b, "lora_b", product(n, rank, "lora_b"));
+  const Tensor source = as_contiguous(x);
+  Tensor t = empty_with_last(x, rank, ScalarType::Float), y = empty_with_last(x, n, x.scalar_type());
+  const Kernels& kernels = active_kernels();
+  kernels.lora_down({source.data_ptr(), dtype, lora_a_values.data(), m, k, rank, static_cast<float*>(t.data_ptr())},
+                    parallel_for());
+  const FloatOperand scaled_t(t, "t", m * rank, static_cast<float>(scaling));
+  kernels.linear({source.data_ptr(), dtype, weight.view, bias_values.data(), scaled_t.data(), lora_b_values.data(), m, n,
+                  k, rank, y.data_ptr()},
+                 parallel_for());
+  return {y, t};
 }
 
 Tensor linear_grad_input(Tensor grad, Tensor packed, Tensor absmax, std::optional<Tensor> group_scales,
@@ -378,7 +406,7 @@ Tensor linear_grad_input(Tensor grad, Tensor packed, Tensor absmax, std::optiona
   const Dtype dtype = dtype_of(grad.scalar_type(), "grad");
   const Weight weight(packed, absmax, group_scales, offset, format, block_size, product(n, k, "in_features"), n);
   const Tensor source = as_contiguous(grad);
-  Tensor grad_x = empty_with_last(grad, k);
+  Tensor grad_x = empty_with_last(grad, k, grad.scalar_type());
   active_kernels().linear_grad_input({source.data_ptr(), dtype, weight.view, m, n, k, grad_x.data_ptr()},
                                      parallel_for());
   return grad_x;
@@ -408,6 +436,7 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit, CPU, library) {
   library.impl("dequantize_out", TORCH_BOX(&dequantize_out));
   library.impl("linear", TORCH_BOX(&linear<&Kernels::linear>));
   library.impl("linear_approximate", TORCH_BOX(&linear<&Kernels::linear_approximate>));
+  library.impl("lora_linear", TORCH_BOX(&lora_linear));
   library.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
 }
 

@@ -1,5 +1,7 @@
 """The public functions: arguments checked here, work done by the ops of the chosen backend."""
 
+import weakref
+
 import torch
 import torch.nn.functional as F
 
@@ -181,8 +183,7 @@ def lora_linear(
 
     Source: Hu et al., "LoRA", 2021 (arXiv 2106.09685).
     """
-    _check_linear(x, q, bias)
-    _check_lora(q, lora_a, lora_b, dropout_p)
+    _check_lora_linear(x, q, lora_a, lora_b, bias, dropout_p)
     if precision != "exact":
         _check_precision(precision, x, bias, lora_a, lora_b)
     device_type = x.device.type
@@ -198,9 +199,21 @@ def _autocasts(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)  # which raises for "meta"
 
 
+#: Up to so many rows of x LoRA's first product is part of the call; from there on torch's is faster.
+_FEW_ROWS = 4
+
+
 def _lora_linear(device_type, x, q, lora_a, lora_b, scaling, bias, dropout_p, training, precision) -> torch.Tensor:
-    dropped = F.dropout(x, dropout_p, training) if training and dropout_p > 0 else x
-    return _linear(device_type, x, q, bias, _lora_down(dropped, lora_a), lora_b, float(scaling), precision)
+    drops = training and dropout_p > 0
+    few = device_type == "cpu" and 0 < x.numel() <= _FEW_ROWS * x.shape[-1]
+    if few and not drops and precision == "exact":
+        namespace = backends.namespace_for(device_type, backends.selected)
+        weight = (*q.parts(), q.format, q.block_size, q.shape[0])
+        y = ops.lora_linear(namespace, x, weight, bias, lora_a, lora_b, float(scaling))
+        if y is not None:
+            return y
+    t = _lora_down(F.dropout(x, dropout_p, True) if drops else x, lora_a)
+    return _linear(device_type, x, q, bias, t, lora_b, float(scaling), precision)
 
 
 def _linear(device_type, x, q, bias, t=None, lora_b=None, scaling=1.0, precision="exact") -> torch.Tensor:
@@ -231,12 +244,7 @@ class _MixedLoraDown(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, lora_a = ctx.saved_tensors
-        grad_x = grad_a = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad @ lora_a.to(grad.dtype)).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_a = (ops.rows(grad).T @ ops.rows(x).to(grad.dtype)).to(lora_a.dtype)
-        return grad_x, grad_a, None
+        return *ops.lora_down_gradients(grad, x, lora_a, *ctx.needs_input_grad[:2]), None
 
 
 def _check_quantized(q: QuantizedTensor) -> None:
@@ -271,6 +279,29 @@ def _check_linear(x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None
     _check_operand("x", x, shape, device)
     if bias is not None:
         _check_operand("bias", bias, (out_features,), device)
+
+
+def _check_lora_linear(x, q, lora_a, lora_b, bias, dropout_p) -> None:
+    # A layer passes the same parameters again and again: what fitted q before is known by identity. (Whoever puts data
+    # of another shape into them meets the op's own checks.)
+    fitting = None if torch.compiler.is_compiling() else getattr(q, "_fitting", None)
+    if (
+        fitting is not None
+        and fitting[0]() is lora_a
+        and fitting[1]() is lora_b
+        and (bias is None or fitting[2]() is bias)
+        and isinstance(x, torch.Tensor)
+        and x.dtype in FLOAT_DTYPES
+        and x.device == q.packed.device
+        and x.dim()
+        and x.shape[-1] == q.shape[1]
+        and 0 <= dropout_p < 1
+    ):
+        return
+    _check_linear(x, q, bias)
+    _check_lora(q, lora_a, lora_b, dropout_p)
+    if not torch.compiler.is_compiling():
+        q._fitting = (weakref.ref(lora_a), weakref.ref(lora_b), weakref.ref(lora_b if bias is None else bias))
 
 
 def _check_precision(precision: str, *operands: torch.Tensor | None) -> None:

@@ -31,6 +31,8 @@ SCHEMAS = (
     f"dequantize_out({_WEIGHT}, Tensor(a!) out) -> ()",
     f"linear({_LINEAR_ARGUMENTS}) -> Tensor",
     f"linear_approximate({_LINEAR_ARGUMENTS}) -> Tensor",
+    f"lora_linear(Tensor x, {_WEIGHT}, int out_features, Tensor? bias, Tensor lora_a, Tensor lora_b, float scaling)"
+    " -> (Tensor, Tensor)",
     f"linear_grad_input(Tensor grad, {_WEIGHT}, int in_features) -> Tensor",
 )
 # Which instruction set the CPU kernels use; no tensors, so no backend but the extension has them.
@@ -71,6 +73,13 @@ def _fake_linear(x, packed, absmax, group_scales, offset, format, block_size, ou
     return x.new_empty([*x.shape[:-1], out_features])
 
 
+def _fake_lora_linear(
+    x, packed, absmax, group_scales, offset, format, block_size, out_features, bias, lora_a, lora_b, scaling
+):
+    y, t = ([*x.shape[:-1], size] for size in (out_features, lora_a.shape[0]))
+    return x.new_empty(y), x.new_empty(t, dtype=torch.float32)
+
+
 def _fake_linear_grad_input(grad, packed, absmax, group_scales, offset, format, block_size, in_features):
     return grad.new_empty([*grad.shape[:-1], in_features])
 
@@ -84,6 +93,7 @@ _FAKES = {
     "dequantize_out": _fake_dequantize_out,
     "linear": _fake_linear,
     "linear_approximate": _fake_linear,
+    "lora_linear": _fake_lora_linear,
     "linear_grad_input": _fake_linear_grad_input,
 }
 
@@ -107,17 +117,16 @@ def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.to(dtype) @ b.to(dtype)
 
 
-def _linear_gradients(namespace, needs, grad, saved, format, block_size, in_features, bias_dtype, scaling):
+def _linear_gradients(namespace, needs, grad, weight, t, lora_b, in_features, bias_dtype, scaling):
     """Gradients of ``linear`` for (x, bias, t, lora_b); None where ``needs`` is false.
 
     Nothing of the dense weight's size is used: grad_x decodes the packed weight again.
     """
-    packed, absmax, group_scales, offset, t, lora_b = saved
     needs_x, needs_bias, needs_t, needs_b = needs
     grad_x = grad_bias = grad_t = grad_b = None
     if needs_x:
         op = getattr(torch.ops, namespace).linear_grad_input.default
-        grad_x = op(grad, packed, absmax, group_scales, offset, format, block_size, in_features)
+        grad_x = op(grad, *weight[:-1], in_features)
     if (needs_t or needs_b) and grad.device.type == "cpu":
         grad = grad.float()  # once for both
     if needs_bias:
@@ -133,14 +142,16 @@ class _Linear(torch.autograd.Function):
     """Autograd of ``linear``: differentiable in x, bias, t and lora_b; saves neither x nor a dense weight.
 
     The frozen weight comes as one tuple, the op's arguments from packed to out_features: apply() takes its time over
-    each argument. ``keyset`` is the dispatcher's, or None for a call that did not come through it.
+    each argument. It is kept as it is: ``save_for_backward`` takes its time over each tensor too, and would hand the
+    weight to hooks that move saved activations elsewhere. ``keyset`` is the dispatcher's, or None for a call that did
+    not come through it.
     """
 
     @staticmethod
     def forward(ctx, x, bias, t, lora_b, namespace, keyset, weight, scaling):
-        packed, absmax, group_scales, offset, format, block_size, _ = weight
-        ctx.save_for_backward(packed, absmax, group_scales, offset, t, lora_b)
-        ctx.options = (format, block_size, x.shape[-1], None if bias is None else bias.dtype, scaling)
+        ctx.save_for_backward(t, lora_b)
+        ctx.options = (x.shape[-1], None if bias is None else bias.dtype, scaling)
+        ctx.weight = weight
         ctx.namespace = namespace
         return _linear_below_autograd(namespace, keyset, x, *weight, bias, t, lora_b, scaling)
 
@@ -148,7 +159,7 @@ class _Linear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         needs = ctx.needs_input_grad[:4]
-        gradients = _linear_gradients(ctx.namespace, needs, grad, ctx.saved_tensors, *ctx.options)
+        gradients = _linear_gradients(ctx.namespace, needs, grad, ctx.weight, *ctx.saved_tensors, *ctx.options)
         return (*gradients, None, None, None, None)
 
 
@@ -188,18 +199,79 @@ def _autograd_linear(namespace: str):
     return linear
 
 
-def _inference_only(namespace: str):
-    def linear_approximate(keyset, *args):
-        operands = (args[0], *args[8:11])
+class _LoraLinear(torch.autograd.Function):
+    """Autograd of ``lora_linear``: as :class:`_Linear`, and differentiable in lora_a; saves x in its own dtype."""
+
+    @staticmethod
+    def forward(ctx, x, bias, lora_a, lora_b, namespace, weight, scaling):
+        y, t = _lora_linear_below_autograd(namespace, x, *weight, bias, lora_a, lora_b, scaling)
+        ctx.save_for_backward(x, t, lora_a, lora_b)
+        ctx.options = (x.shape[-1], None if bias is None else bias.dtype, scaling)
+        ctx.namespace, ctx.weight = namespace, weight
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, t, lora_a, lora_b = ctx.saved_tensors
+        needs_x, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:4]
+        needs = (needs_x, needs_bias, needs_x or needs_a, needs_b)
+        grad_x, grad_bias, grad_t, grad_b = _linear_gradients(
+            ctx.namespace, needs, grad, ctx.weight, t, lora_b, *ctx.options
+        )
+        through_t, grad_a = lora_down_gradients(grad_t, x, lora_a, needs_x, needs_a)
+        if needs_x:
+            grad_x = grad_x + through_t
+        return grad_x, grad_bias, grad_a, grad_b, None, None, None
+
+
+def lora_down_gradients(grad_t, x, lora_a, needs_x, needs_a):
+    """Gradients of t = x A^T for (x, A) in their dtypes; None where not needed."""
+    grad_x = grad_a = None
+    if needs_x:
+        grad_x = (grad_t @ lora_a.to(grad_t.dtype)).to(x.dtype)
+    if needs_a:
+        grad_a = (rows(grad_t).T @ rows(x).to(grad_t.dtype)).to(lora_a.dtype)
+    return grad_x, grad_a
+
+
+def _lora_linear_below_autograd(namespace, *args):
+    with torch._C._AutoDispatchBelowAutograd():
+        return _LORA_LINEAR[namespace](*args)
+
+
+def lora_linear(namespace, x, weight, bias, lora_a, lora_b, scaling) -> torch.Tensor | None:
+    """x W^T + scaling (x A^T) B^T in one call, for a few rows on a CPU; None where the call has to be made in two.
+
+    On one row of a 64 x 64 layer a product of torch's for t, and its part of the graph, take as long as all the rest.
+    ``weight`` is the op's arguments from packed to out_features. Autocast has to be off.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or lora_a.requires_grad
+        or lora_b.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
+        return _LoraLinear.apply(x, bias, lora_a, lora_b, namespace, weight, scaling)
+    return _lora_linear_below_autograd(namespace, x, *weight, bias, lora_a, lora_b, scaling)[0]
+
+
+def _inference_only(namespace: str, name: str, operand_positions: tuple[int, ...]):
+    """An Autograd kernel for an op without a backward: an error where one would be needed."""
+
+    def kernel(keyset, *args):
+        operands = [args[position] for position in operand_positions]
         if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in operands):
             raise RuntimeError(
-                "linear_approximate: expected inputs that require no gradient, or torch.no_grad(): it has no backward"
+                f"{name}: expected inputs that require no gradient, or torch.no_grad(): it has no backward"
             )
         with torch._C._AutoDispatchBelowAutograd():
-            op = getattr(torch.ops, namespace).linear_approximate.default
+            op = getattr(getattr(torch.ops, namespace), name).default
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    return linear_approximate
+    return kernel
 
 
 def _autocast_linear(namespace: str, device_type: str):
@@ -230,7 +302,8 @@ def _register(namespace: str) -> torch.library.Library:
         library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{namespace}::{name}", _FAKES[name], lib=library)
     library.impl("linear", _autograd_linear(namespace), "Autograd", with_keyset=True)
-    library.impl("linear_approximate", _inference_only(namespace), "Autograd", with_keyset=True)
+    for name in ("linear_approximate", "lora_linear"):  # x, bias, and LoRA's two
+        library.impl(name, _inference_only(namespace, name, (0, 8, 9, 10)), "Autograd", with_keyset=True)
     library.impl("dequantize_out", _noting_the_change(namespace), "ADInplaceOrView", with_keyset=True)
     for device_type in ("cpu", "cuda"):
         library.impl("linear", _autocast_linear(namespace, device_type), f"Autocast{device_type.upper()}")
@@ -242,3 +315,4 @@ LIBRARIES = {namespace: _register(namespace) for namespace in NAMESPACES.values(
 for _schema in NATIVE_SCHEMAS:
     LIBRARIES["lowbit"].define(_schema)
 _LINEAR = {namespace: getattr(torch.ops, namespace).linear.default for namespace in NAMESPACES.values()}
+_LORA_LINEAR = {namespace: getattr(torch.ops, namespace).lora_linear.default for namespace in NAMESPACES.values()}

@@ -240,6 +240,26 @@ def linear_approximate(
     return y.to(x.dtype)
 
 
+def lora_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    group_scales: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    format: str,
+    block_size: int,
+    out_features: int,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``linear`` with t = x lora_a^T computed first, in fp32; returns (y, t)."""
+    t = x.float() @ lora_a.float().T
+    weight_parts = (packed, absmax, group_scales, offset)
+    return linear(x, *weight_parts, format, block_size, out_features, bias, t, lora_b, scaling), t
+
+
 def linear_grad_input(
     grad: torch.Tensor,
     packed: torch.Tensor,

@@ -31,6 +31,7 @@ def test_opcheck(ops, dtype):
         (ops.linear, (x, *PARTS, 33, bias, t, lora_b, 0.5)),
         (ops.linear, (x, *plain.parts(), "nf4", 64, 33, None, None, None, 1.0)),
         (ops.linear_approximate, (x.detach(), *PARTS, 33, None, None, None, 1.0)),
+        (ops.lora_linear, (x.detach(), *PARTS, 33, bias.detach(), torch.randn(4, 130), lora_b.detach(), 0.5)),
         (ops.linear_grad_input, (torch.randn(5, 33).to(dtype), *PARTS, 130)),
         (ops.quantize, (make_weight((7, 9), dtype), "fp4", 32)),
         (ops.quantize_scales, (plain.absmax, plain.absmax.mean())),

@@ -102,6 +102,15 @@ struct LinearArgs {
   void* y;
 };
 
+// t[m, rank] = x[m, k] lora_a[rank, k]^T
+struct LoraDownArgs {
+  const void* x;
+  Dtype dtype;
+  const float* lora_a;
+  int64_t m, k, rank;
+  float* t;
+};
+
 // grad_x[m, k] = grad[m, n] W[n, k]
 struct LinearGradInputArgs {
   const void* grad;
@@ -119,6 +128,7 @@ struct Kernels {
   void (*search_scales)(const SearchScalesArgs&, const ParallelFor&);
   void (*encode)(const EncodeArgs&, const ParallelFor&);
   void (*dequantize)(const DequantizeArgs&, const ParallelFor&);
+  void (*lora_down)(const LoraDownArgs&, const ParallelFor&);
   void (*linear)(const LinearArgs&, const ParallelFor&);
   // The same product, approximately: codebook and activations in int8 (4-bit weights only).
   void (*linear_approximate)(const LinearArgs&, const ParallelFor&);

@@ -253,6 +253,20 @@ void check_linear(const Kernels& kernels, const Case& c, Random& random) {
   kernels.linear_grad_input({grad.data(), c.dtype, weight.view, c.m, c.n, c.k, grad_again.data()}, on_threads(2));
   report(grad_x == grad_again, c.text(kernels.isa, "linear_grad_input") + ": differs on two threads");
 
+  // LoRA's first product, of x with a dense A.
+  if (c.rank) {
+    Weight lora_a(0, 0, c.format, c.block_size, false, random);
+    lora_a.decoded = Buffer<float>(c.rank * c.k);
+    for (int64_t i = 0; i < c.rank * c.k; ++i) lora_a.decoded[i] = random.normal();
+    Case down = c;
+    down.n = c.rank, down.rank = 0, down.has_bias = false, down.dtype = Dtype::f32;
+    Values product(Dtype::f32, c.m * c.rank);
+    kernels.lora_down(
+        {x.data(), c.dtype, lora_a.decoded.data(), c.m, c.k, c.rank, static_cast<float*>(product.data())},
+        on_threads(2));
+    check_product(c.text(kernels.isa, "lora_down"), product, down, x, lora_a, t, lora_b, bias, 0);
+  }
+
   // The approximate product: within 3% in norm, row by row; exact where there is nothing to round.
   kernels.linear_approximate(arguments(again), serial());
   for (int64_t m = 0; m < c.m; ++m) {
