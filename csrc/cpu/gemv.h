@@ -54,16 +54,18 @@ Scratch permute_to_lane_order(const T* x, int64_t k) {
 
 // Calls body(scale_of_chunk), where scale_of_chunk(element) decodes the scales of the kChunk elements of a 4-bit weight
 // from the flat index `element` on, by lanes of a Decoder: beside the products rather than before them, since
-// arithmetic for one scale in 64 weights fits into the gaps of theirs.
+// arithmetic for one scale in 64 weights fits into the gaps of theirs. Chunks follow one another from `begin` on, a
+// multiple of 64.
 template <class Isa, int64_t kChunk, class Body>
-void with_chunk_scales(const QuantizedWeight& weight, const Body& body) {
+void with_chunk_scales(const QuantizedWeight& weight, int64_t begin, const Body& body) {
   const uint64_t shift = static_cast<uint64_t>(block_shift(weight));
   const auto block_of = [shift](int64_t element) { return static_cast<uint64_t>(element) >> shift; };
   const uint64_t last_block = block_of(weight.numel - 1);
   const auto by_blocks = [&](const auto& scale_of_block) {
-    if (weight.block_size >= kChunk)
+    if (weight.block_size >= kChunk && begin % kChunk == 0)
       return body([&](int64_t element) { return scale_of_block(block_of(element)); });
-    if (weight.block_size * 2 == kChunk)
+    // Blocks of half a chunk, or chunks of 128 that begin in the middle of one, where larger blocks may end halfway.
+    if (weight.block_size * 2 >= kChunk)
       return body([&](int64_t element) {
         // The second half of a last chunk of 128 may not exist.
         const uint64_t second = std::min(block_of(element + kChunk / 2), last_block);
@@ -111,7 +113,7 @@ void gemv_row(const QuantizedWeight& weight, const Decoder& decode, const float*
       total[m] = Isa::fma(Isa::add(even, odd), scale, total[m]);
     }
   };
-  with_chunk_scales<Isa, kChunk>(weight, [&](const auto& scale_of_chunk) {
+  with_chunk_scales<Isa, kChunk>(weight, begin, [&](const auto& scale_of_chunk) {
     int64_t element = begin;
     for (; element + kChunk <= begin + depth; element += kChunk, packed += kChunk / 2, x += kChunk * M) {
       __builtin_prefetch(packed + ahead);

@@ -11,7 +11,8 @@
 #include "half.h"
 
 // Everything below, up to the end of the file that includes this one, is compiled for AVX-512; see isa_avx2.h.
-#if defined(__clang__)
+#if defined(LOWBIT_PORTABLE_INTRINSICS)  // make avx512-test: in plain C++
+#elif defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
                              apply_to = function)
 #else

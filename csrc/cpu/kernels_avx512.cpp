@@ -19,7 +19,7 @@ const Kernels kAvx512Kernels = kernels_of<Avx512>();
 
 }  // namespace lowbit::cpu
 
-#if defined(__clang__)
+#if defined(__clang__) && !defined(LOWBIT_PORTABLE_INTRINSICS)
 #pragma clang attribute pop
 #endif
 

@@ -1,0 +1,124 @@
+// Stands in for the compiler's <immintrin.h> in `make avx512-test`, so that csrc/cpu/isa_avx512.h runs on any x86-64
+// CPU: the intrinsics as SIMDe defines them in portable C, and here the few that SIMDe 0.7.4 (Debian 12) lacks, as
+// Intel's intrinsics guide defines them.
+#pragma once
+
+// What SIMDe does not name itself it could not replace: nothing here may come from the compiler's own AVX headers.
+#if defined(__AVX__)
+#error "compile without -mavx and the like"
+#endif
+
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx2.h>
+#include <simde/x86/avx512.h>
+
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+// Defined below; a later SIMDe has some of them as macros. Of those that 0.7.4 has, _mm512_madd_epi16 is wrong (it
+// takes a mask) and _mm512_fmadd_ps rounds twice.
+#undef _mm512_cvtepi32_epi16
+#undef _mm512_cvtepi64_epi8
+#undef _mm512_cvtepi8_epi32
+#undef _mm512_cvtepu8_epi16
+#undef _mm512_cvtepu8_epi32
+#undef _mm512_cvtepu16_epi32
+#undef _mm512_cvtepi32_ps
+#undef _mm512_cvtph_ps
+#undef _mm512_cvtps_ph
+#undef _mm512_extractf32x8_ps
+#undef _mm512_reduce_max_epi32
+#undef _mm_maskz_loadu_epi8
+#undef _mm512_mask_storeu_ps
+#undef _mm512_mask_i32gather_ps
+#undef _mm512_stream_si512
+#undef _mm512_madd_epi16
+#undef _mm512_fmadd_ps
+
+// isa_avx512.h then leaves the compiler at the instruction set that everything is compiled for.
+#define LOWBIT_PORTABLE_INTRINSICS
+
+using __mmask16 = uint16_t;
+
+namespace portable {
+
+template <class T, class Vector>
+std::array<T, sizeof(Vector) / sizeof(T)> elements(Vector vector) {
+  return std::bit_cast<std::array<T, sizeof(Vector) / sizeof(T)>>(vector);
+}
+
+// As many elements as fit into both vectors, each converted from From to To; zeros above.
+template <class To, class Result, class From, class Vector>
+Result convert(Vector vector) {
+  const auto from = elements<From>(vector);
+  std::array<To, sizeof(Result) / sizeof(To)> to{};
+  for (size_t i = 0; i < from.size() && i < to.size(); ++i) to[i] = static_cast<To>(from[i]);
+  return std::bit_cast<Result>(to);
+}
+
+inline void require(bool met, const char* what) {
+  if (met) return;
+  std::fprintf(stderr, "simde/immintrin.h: %s\n", what);
+  std::abort();
+}
+
+}  // namespace portable
+
+inline __m256i _mm512_cvtepi32_epi16(__m512i a) { return portable::convert<int16_t, __m256i, int32_t>(a); }
+inline __m128i _mm512_cvtepi64_epi8(__m512i a) { return portable::convert<int8_t, __m128i, int64_t>(a); }
+inline __m512i _mm512_cvtepi8_epi32(__m128i a) { return portable::convert<int32_t, __m512i, int8_t>(a); }
+inline __m512i _mm512_cvtepu8_epi16(__m256i a) { return portable::convert<uint16_t, __m512i, uint8_t>(a); }
+inline __m512i _mm512_cvtepu8_epi32(__m128i a) { return portable::convert<uint32_t, __m512i, uint8_t>(a); }
+inline __m512i _mm512_cvtepu16_epi32(__m256i a) { return portable::convert<uint32_t, __m512i, uint16_t>(a); }
+inline __m512 _mm512_cvtepi32_ps(__m512i a) { return portable::convert<float, __m512, int32_t>(a); }
+inline __m512 _mm512_cvtph_ps(__m256i a) { return portable::convert<float, __m512, _Float16>(a); }
+inline __m256i _mm512_cvtps_ph(__m512 a, int rounding) {
+  portable::require(rounding == _MM_FROUND_TO_NEAREST_INT, "_mm512_cvtps_ph: only rounding to nearest is defined");
+  return portable::convert<_Float16, __m256i, float>(a);
+}
+
+inline __m512i _mm512_madd_epi16(__m512i a, __m512i b) { return simde_mm512_madd_epi16(a, b); }
+inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
+  const auto x = portable::elements<float>(a), y = portable::elements<float>(b);
+  auto sums = portable::elements<float>(c);
+  for (size_t i = 0; i < sums.size(); ++i) sums[i] = std::fma(x[i], y[i], sums[i]);
+  return std::bit_cast<__m512>(sums);
+}
+
+inline __m256 _mm512_extractf32x8_ps(__m512 a, int half) { return portable::elements<__m256>(a)[half & 1]; }
+
+inline int _mm512_reduce_max_epi32(__m512i a) {
+  int32_t largest = INT32_MIN;
+  for (const int32_t element : portable::elements<int32_t>(a)) largest = element > largest ? element : largest;
+  return largest;
+}
+
+// Memory of an element that the mask leaves out is not touched.
+inline __m128i _mm_maskz_loadu_epi8(__mmask16 mask, const void* from) {
+  std::array<uint8_t, 16> to{};
+  for (size_t i = 0; i < to.size(); ++i)
+    if (mask >> i & 1) to[i] = static_cast<const uint8_t*>(from)[i];
+  return std::bit_cast<__m128i>(to);
+}
+inline void _mm512_mask_storeu_ps(void* to, __mmask16 mask, __m512 a) {
+  const auto from = portable::elements<float>(a);
+  for (size_t i = 0; i < from.size(); ++i)
+    if (mask >> i & 1) std::memcpy(static_cast<float*>(to) + i, &from[i], sizeof(float));
+}
+inline __m512 _mm512_mask_i32gather_ps(__m512 otherwise, __mmask16 mask, __m512i index, const void* base, int scale) {
+  const auto indices = portable::elements<int32_t>(index);
+  auto to = portable::elements<float>(otherwise);
+  for (size_t i = 0; i < to.size(); ++i)
+    if (mask >> i & 1) std::memcpy(&to[i], static_cast<const char*>(base) + int64_t{indices[i]} * scale, sizeof(float));
+  return std::bit_cast<__m512>(to);
+}
+
+inline void _mm512_stream_si512(void* to, __m512i a) {
+  portable::require(reinterpret_cast<uintptr_t>(to) % 64 == 0, "_mm512_stream_si512: the address is not aligned");
+  std::memcpy(to, &a, sizeof(a));
+}
