@@ -27,9 +27,6 @@ struct Avx2 {
 
   static Vec zero() { return _mm256_setzero_ps(); }
   static Vec broadcast(float value) { return _mm256_set1_ps(value); }
-  static Vec halves(float low_half, float high_half) {
-    return _mm256_set_m128(_mm_set1_ps(high_half), _mm_set1_ps(low_half));
-  }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
   static Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }

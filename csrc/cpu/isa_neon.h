@@ -21,8 +21,7 @@ struct Neon {
   static constexpr int kRows = 6;  // 24 registers of sums, four of weights and a broadcast: 29 of 32
 
   static Vec zero() { return broadcast(0.0f); }
-  static Vec broadcast(float value) { return halves(value, value); }
-  static Vec halves(float low_half, float high_half) { return {vdupq_n_f32(low_half), vdupq_n_f32(high_half)}; }
+  static Vec broadcast(float value) { return {vdupq_n_f32(value), vdupq_n_f32(value)}; }
   static Vec add(Vec a, Vec b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
   static Vec sub(Vec a, Vec b) { return {vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
   static Vec mul(Vec a, Vec b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }

@@ -19,10 +19,7 @@ struct Scalar {
   static constexpr int kRows = 4;  // rows of a micro kernel of gemm.h
 
   static Vec zero() { return broadcast(0.0f); }
-  static Vec broadcast(float value) { return halves(value, value); }
-  static Vec halves(float low_half, float high_half) {
-    return {{low_half, low_half, low_half, low_half, high_half, high_half, high_half, high_half}};
-  }
+  static Vec broadcast(float value) { return {{value, value, value, value, value, value, value, value}}; }
   static Vec add(Vec a, const Vec& b) {
     for (int i = 0; i < 8; ++i) a.lane[i] += b.lane[i];
     return a;

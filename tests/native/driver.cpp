@@ -120,7 +120,12 @@ struct Weight {
         decoded(n * k) {
     for (int64_t i = 0; i < packed.size(); ++i) packed[i] = random.byte();
     for (int64_t i = 0; i < codes.size(); ++i) codes[i] = random.byte();
-    for (int64_t i = 0; i < absmax.size(); ++i) absmax[i] = 0.02f * std::fabs(random.normal());
+    for (int64_t i = 0; i < absmax.size(); ++i) {
+      absmax[i] = 0.02f * std::fabs(random.normal());
+      // Halfway between two values of bf16, or fp16: so are the elements whose code stands for 1 or -1.
+      if (i % 3 == 1) absmax[i] = float_of((bits_of(absmax[i]) & 0xffff0000) | 0x8000);
+      if (i % 3 == 2) absmax[i] = float_of((bits_of(absmax[i]) & 0xffffe000) | 0x1000);
+    }
     for (int64_t i = 0; i < group_scales.size(); ++i) group_scales[i] = 0.01f * std::fabs(random.normal());
     view = {packed.data(), double_quant && format ? nullptr : absmax.data(), codes.data(), group_scales.data(), 0.013f,
             format, format ? block_size : k, n * k};
