@@ -206,15 +206,16 @@ def test_results_do_not_depend_on_the_number_of_threads():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_nothing_dense_is_saved_for_backward():
-    """QLoRA's memory promise: no tensor of the dense weight's size, and x once in its own dtype."""
+@pytest.mark.parametrize("rows", [2, 16])
+def test_nothing_dense_is_saved_for_backward(rows):
+    """QLoRA's memory promise: x once in its own dtype, and nothing of the weight's size, be it decoded or packed."""
     q = lowbit.quantize(make_weight((256, 512)))
-    x, bias, lora_a, lora_b = operands(16, (256, 512), 4, torch.bfloat16, torch.float32)
+    x, bias, lora_a, lora_b = operands(rows, (256, 512), 4, torch.bfloat16, torch.float32)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         lowbit.lora_linear(x, q, lora_a, lora_b, 1.0, bias)
     unique = {t.data_ptr(): t for t in saved}.values()
-    assert max(t.nbytes for t in unique) == q.packed.nbytes
+    assert max(t.nbytes for t in unique) == max(x.nbytes, lora_a.nbytes) < q.packed.nbytes
     assert [t.dtype for t in unique if t.shape == x.shape] == [torch.bfloat16]
 
 
@@ -245,3 +246,21 @@ def test_bad_arguments(change, error, message):
     arguments = {"x": X, "q": lowbit.quantize(torch.ones(32, 64)), "lora_a": A, "lora_b": B, "scaling": 1.0}
     with pytest.raises(error, match=message):
         lowbit.lora_linear(**(arguments | change))
+
+
+def test_a_call_that_fitted_does_not_excuse_the_next():
+    """Checks are skipped for parameters that fitted before: not for others, and not for another x."""
+    q = lowbit.quantize(torch.ones(32, 64))
+    lowbit.lora_linear(X, q, A, B, 1.0)
+    lowbit.lora_linear(X, q, A, B, 1.0)
+    with pytest.raises(ValueError, match="lora_b: expected shape"):
+        lowbit.lora_linear(X, q, A, torch.ones(4, 32), 1.0)
+    with pytest.raises(ValueError, match="x: expected shape"):
+        lowbit.lora_linear(torch.ones(2, 32), q, A, B, 1.0)
+    with pytest.raises(TypeError, match="x: expected float32"):
+        lowbit.lora_linear(X.double(), q, A, B, 1.0)
+    changed = torch.nn.Parameter(torch.ones(4, 64))
+    lowbit.lora_linear(X, q, changed, B, 1.0)
+    changed.data = torch.ones(4, 32)
+    with pytest.raises(RuntimeError):  # late, but before any product with W
+        lowbit.lora_linear(X, q, changed, B, 1.0)
