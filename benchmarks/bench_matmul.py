@@ -46,7 +46,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
     )
     parser.add_argument("--m", type=_rows, default=[1, 8, 32, 256, 2048], help="rows of x, as 1,8,32,256,2048")
-    parser.add_argument("--ops", type=_operations, default=["linear", "dequantize", "quantize"], help=",".join(OPERATIONS))
+    parser.add_argument(
+        "--ops", type=_operations, default=["linear", "dequantize", "quantize"], help=",".join(OPERATIONS)
+    )
     parser.add_argument("--backward", action="store_true", help="adds the operation backward (dX)")
     parser.add_argument("--reference", action="store_true", help="times the slow reference backend too")
     parser.add_argument("--format", choices=["nf4", "fp4"], default="nf4")
@@ -55,7 +57,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE", help="a roofline, as PNG")
-    parser.add_argument("--isa", choices=["avx2"], help="what a CPU with no more than this would do, for all contenders")
+    parser.add_argument(
+        "--isa", choices=["avx2"], help="what a CPU with no more than this would do, for all contenders"
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke test: 128x256, few rounds")
     options = parser.parse_args(argv)
     if options.rounds < 1:
@@ -150,7 +154,9 @@ def main(argv: list[str] | None = None) -> int:
         report.plot_roofline(options.plot, machine, rows)
     wrong = [row for row in rows if row.get("wrong")]
     for row in wrong:
-        console.print(f"WRONG: {row['operation']} {row['dtype']} {row['n']}x{row['k']} m={row['m']}: error {row['error']}")
+        console.print(
+            f"WRONG: {row['operation']} {row['dtype']} {row['n']}x{row['k']} m={row['m']}: error {row['error']}"
+        )
     return 1 if wrong else 0
 
 

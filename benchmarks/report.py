@@ -59,7 +59,9 @@ def print_tables(console: Console, rows: list[dict]) -> None:
         ("x bnb", "vs_bitsandbytes", "{:.2f}"), ("error", "error", "{:.1e}"),
     )  # fmt: skip
     for operation, dtype in dict.fromkeys((row["operation"], row["dtype"]) for row in rows):
-        table = Table("out x in", "rows", "contender", *(title for title, _, _ in columns), title=f"{operation}, {dtype}")
+        table = Table(
+            "out x in", "rows", "contender", *(title for title, _, _ in columns), title=f"{operation}, {dtype}"
+        )
         for row in rows:
             if (row["operation"], row["dtype"]) != (operation, dtype):
                 continue

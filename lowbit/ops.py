@@ -249,10 +249,7 @@ def lora_linear(namespace, x, weight, bias, lora_a, lora_b, scaling) -> torch.Te
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
     if torch.is_grad_enabled() and (
-        x.requires_grad
-        or lora_a.requires_grad
-        or lora_b.requires_grad
-        or (bias is not None and bias.requires_grad)
+        x.requires_grad or lora_a.requires_grad or lora_b.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return _LoraLinear.apply(x, bias, lora_a, lora_b, namespace, weight, scaling)
     return _lora_linear_below_autograd(namespace, x, *weight, bias, lora_a, lora_b, scaling)[0]

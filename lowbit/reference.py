@@ -67,9 +67,7 @@ def _sum_in_order(terms: torch.Tensor) -> torch.Tensor:
     return partial[:, 0]
 
 
-def search_scales(
-    weight: torch.Tensor, importance: torch.Tensor | None, format: str, block_size: int
-) -> torch.Tensor:
+def search_scales(weight: torch.Tensor, importance: torch.Tensor | None, format: str, block_size: int) -> torch.Tensor:
     """The signed scale of each block, fp32 [b], with the least squared error among absmax * SCALE_FACTORS.
 
     Each element's squared error is weighted by ``importance`` [columns] of its column, unless that is zero for a whole
