@@ -132,8 +132,8 @@ def main(argv: list[str] | None = None) -> int:
     machine = measure(options.device, options.quick)
     limited = f" LIMITED to {options.isa} for every contender;" if options.isa else ""
     console.print(
-        f"{machine.name}, {machine.threads} threads;{limited} lowbit {machine.lowbit_isa}, torch {machine.torch_version} "
-        f"{machine.torch_capability}; last-level cache {machine.cache_bytes / 2**20:.0f} MiB; measured: read "
+        f"{machine.name}, {machine.threads} threads;{limited} lowbit {machine.lowbit_isa}, "
+        f"torch {machine.torch_version} {machine.torch_capability}; last-level cache {machine.cache_bytes / 2**20:.0f} MiB; measured: read "
         f"{machine.read_bandwidth:.1f} GB/s, copy {machine.copy_bandwidth:.1f} GB/s (read + written), fp32 F.linear "
         f"{machine.peak:.0f} GFLOP/s"
     )

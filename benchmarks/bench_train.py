@@ -3,8 +3,8 @@
 python benchmarks/bench_train.py --dtype float32 bfloat16 --json train.json --plot train.png
 
 The model has the shape of a 135M-parameter Llama with random weights; every linear layer but the head is adapted. Each
-contender lives in a process of its own; their steps take turns, so that each runs alone and the machine's drift falls on
-all alike. Peak memory is that of the process during the timed steps, above what Python and the libraries take.
+contender lives in a process of its own; their steps take turns, so that each runs alone and the machine's drift falls
+on all alike. Peak memory is that of the process during the timed steps, above what Python and the libraries take.
 """
 
 import argparse

@@ -51,9 +51,8 @@ class Machine:
         return asdict(self)
 
 
-def measure(device: str, quick: bool) -> Machine:
-    """Bandwidths on a gigabyte (the best way of reading it counts), and the peak of a large fp32 F.linear."""
-    numel = 2**22 if quick else 2**28
+def _bandwidths(device: str, numel: int) -> tuple[float, float]:
+    """GB/s of reading ``numel`` floats, in the best of several ways, and of copying them (read + written)."""
     source = torch.ones(numel, device=device)
     target = torch.empty_like(source)
     integers = source.view(torch.int32)
@@ -69,7 +68,12 @@ def measure(device: str, quick: bool) -> Machine:
     )
     copy = interleaved({"copy": lambda: target.copy_(source)}, rounds=5, device=device)["copy"]
     read = min(min(sample.times) for sample in reads.values() if not isinstance(sample, Exception))
-    del source, target, integers
+    return numel * 4 / read / 1e6, 2 * numel * 4 / min(copy.times) / 1e6
+
+
+def measure(device: str, quick: bool) -> Machine:
+    """Bandwidths on a gigabyte, and the peak of a large fp32 F.linear."""
+    read_bandwidth, copy_bandwidth = _bandwidths(device, 2**22 if quick else 2**28)
     size = 256 if quick else 2048
     x, weight = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
     product = interleaved({"linear": lambda: F.linear(x, weight)}, rounds=7, device=device)["linear"]
@@ -82,7 +86,7 @@ def measure(device: str, quick: bool) -> Machine:
         torch_capability=torch.backends.cpu.get_cpu_capability(),
         torch_version=torch.__version__,
         cache_bytes=last_level_cache() if on_cpu else torch.cuda.get_device_properties(0).L2_cache_size,
-        read_bandwidth=numel * 4 / read / 1e6,
-        copy_bandwidth=2 * numel * 4 / min(copy.times) / 1e6,
+        read_bandwidth=read_bandwidth,
+        copy_bandwidth=copy_bandwidth,
         peak=2 * size**3 / min(product.times) / 1e6,
     )

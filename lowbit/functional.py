@@ -30,9 +30,9 @@ def quantize(
         format: "nf4", "fp4" or "int8".
         block_size: power of two, 32 to 4096.
         double_quant: store the scales in 8 bits (0.516 bytes a weight at block size 64; 0.563 without).
-        scale: "absmax", the largest magnitude of each block, or "search": the signed scale among 36 around +-absmax that
-            minimises the block's squared error; codes are chosen again for what double quantization makes of it. Any
-            reader decodes it. Slower to quantize; the products are the same.
+        scale: "absmax", the largest magnitude of each block, or "search": the signed scale among 36 around +-absmax
+            that minimises the block's squared error; codes are chosen again for what double quantization makes of it.
+            Any reader decodes it. Slower to quantize; the products are the same.
         importance: with "search", one number of at least 0 per input column (the last dimension): the squared errors'
             weights. The mean square of that activation over a few calibration batches is a good choice.
 
