@@ -133,9 +133,9 @@ def main(argv: list[str] | None = None) -> int:
     limited = f" LIMITED to {options.isa} for every contender;" if options.isa else ""
     console.print(
         f"{machine.name}, {machine.threads} threads;{limited} lowbit {machine.lowbit_isa}, "
-        f"torch {machine.torch_version} {machine.torch_capability}; last-level cache {machine.cache_bytes / 2**20:.0f} MiB; measured: read "
-        f"{machine.read_bandwidth:.1f} GB/s, copy {machine.copy_bandwidth:.1f} GB/s (read + written), fp32 F.linear "
-        f"{machine.peak:.0f} GFLOP/s"
+        f"torch {machine.torch_version} {machine.torch_capability}; last-level cache "
+        f"{machine.cache_bytes / 2**20:.0f} MiB; measured: read {machine.read_bandwidth:.1f} GB/s, copy "
+        f"{machine.copy_bandwidth:.1f} GB/s (read + written), fp32 F.linear {machine.peak:.0f} GFLOP/s"
     )
     shapes, products = len(dict.fromkeys(sum(options.shapes, []))), len({"linear", "backward", "int8"} & {*options.ops})
     rest = len({"quantize", "dequantize", "search"} & {*options.ops})

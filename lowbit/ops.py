@@ -106,7 +106,7 @@ def rows(tensor: torch.Tensor) -> torch.Tensor:
 def product_dtype(a: torch.Tensor, b: torch.Tensor) -> torch.dtype:
     """What LoRA's own products are computed in: the wider of the two dtypes; on a CPU fp32.
 
-    Without bf16 instructions torch's bf16 product on a CPU is up to seven times slower than its fp32 one, and one with
+    Without bf16 instructions torch's bf16 product on a CPU is up to eight times slower than its fp32 one, and one with
     a transposed operand hundreds of times (docs/performance.md).
     """
     return torch.float32 if a.device.type == "cpu" else torch.promote_types(a.dtype, b.dtype)
