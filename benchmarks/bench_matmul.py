@@ -50,7 +50,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--ops", type=_operations, default=["linear", "dequantize", "quantize"], help=",".join(OPERATIONS)
     )
     parser.add_argument("--backward", action="store_true", help="adds the operation backward (dX)")
-    parser.add_argument("--reference", action="store_true", help="times the slow reference backend too")
+    parser.add_argument("--no-reference", action="store_true", help="leaves out the slow reference backend")
     parser.add_argument("--format", choices=["nf4", "fp4"], default="nf4")
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--threads", type=int, help="default: torch's")
@@ -99,7 +99,7 @@ def cases(options: argparse.Namespace, machine):
                 else:
                     for m in options.m:
                         if operation == "linear":
-                            yield lambda o=operands, m=m: contenders.linear_case(o, m, options.reference)
+                            yield lambda o=operands, m=m: contenders.linear_case(o, m, not options.no_reference)
                         elif operation == "backward":
                             yield lambda o=operands, m=m: contenders.backward_case(o, m)
                         else:
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
         for build in cases(options, machine):
             case = build()
             bar.set_postfix_str(f"{case.operation} {case.dtype} {case.n}x{case.k} m={case.m}")
-            rows += report.rows_of(case, interleaved(case.calls, options.rounds, options.device), machine)
+            rows += report.rows_of(case, interleaved(case.calls, options.rounds, options.device, case.once), machine)
             bar.update()
     report.print_tables(console, rows)
     if options.json:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from timing import rotating
+from timing import Rotating
 
 import lowbit
 
@@ -30,6 +30,7 @@ class Case:
     missing: dict[str, str] = field(default_factory=dict)  # contender: why it is not there
     error: dict[str, float] = field(default_factory=dict)  # of lowbit, against the fp32 reference
     limit: dict[str, float] = field(default_factory=dict)  # an error above it fails the run
+    once: set[str] = field(default_factory=set)  # contenders too slow to time more than once
     calls_per_sample: int = 1
 
     @property
@@ -112,7 +113,7 @@ def linear_case(o: Operands, m: int, with_reference: bool) -> Case:
     case = Case("linear", o.dtype_name, o.n, o.k, m)
     x, rotate = o.rows(m, o.k), m == 1
     io = x.nbytes + m * o.n * x.element_size()
-    case.add("lowbit", rotating([lambda q=q: lowbit.linear(x, q) for q in o.quantized(rotate)]), o.q.nbytes + io)
+    case.add("lowbit", Rotating([lambda q=q: lowbit.linear(x, q) for q in o.quantized(rotate)]), o.q.nbytes + io)
     if rotate:  # how much of the time is not memory's
         case.add("lowbit, weight in cache", lambda: lowbit.linear(x, o.q), o.q.nbytes + io)
     exact = x.double() @ o.decoded.double().T
@@ -125,11 +126,12 @@ def linear_case(o: Operands, m: int, with_reference: bool) -> Case:
                 return lowbit.linear(x, o.q)
 
         case.add("lowbit reference", reference, o.q.nbytes + io)
+        case.once.add("lowbit reference")
     for name, dtype in (("dense fp32", torch.float32), ("dense bf16", torch.bfloat16), ("dense fp16", torch.float16)):
         if dtype in (torch.float32, torch.bfloat16, o.dtype):
             xd, weights = x.to(dtype), o.clones(o.weight.to(dtype), rotate)
             calls = [lambda w=w, xd=xd: F.linear(xd, w) for w in weights]
-            case.add(name, rotating(calls), weights[0].nbytes + (m * (o.n + o.k)) * xd.element_size())
+            case.add(name, Rotating(calls), weights[0].nbytes + (m * (o.n + o.k)) * xd.element_size())
     add_bitsandbytes(case, o, lambda bnb, p, s: bnb.matmul_4bit(x, p.t(), s), io, rotate)
     try:
         product = torchao_linear(o.weight)
@@ -149,7 +151,7 @@ def add_bitsandbytes(case: Case, o: Operands, call, io: float, rotate: bool = Fa
         o.weight, quant_type=o.format, blocksize=o.block_size, compress_statistics=True
     )
     packs = o.clones(packed, rotate)
-    case.add("bitsandbytes", rotating([lambda p=p: call(bnb, p, state) for p in packs]), o.q.nbytes + io)
+    case.add("bitsandbytes", Rotating([lambda p=p: call(bnb, p, state) for p in packs]), o.q.nbytes + io)
 
 
 def backward_case(o: Operands, m: int) -> Case:
@@ -158,12 +160,12 @@ def backward_case(o: Operands, m: int) -> Case:
     io = grad.nbytes + m * o.k * grad.element_size()
     rotate = m == 1
     calls = [lambda q=q: op(grad, *q.parts(), q.format, q.block_size, o.k) for q in o.quantized(rotate)]
-    case.add("lowbit", rotating(calls), o.q.nbytes + io)
+    case.add("lowbit", Rotating(calls), o.q.nbytes + io)
     case.error["lowbit"] = o.error(calls[0](), grad.double() @ o.decoded.double())
     case.limit["lowbit"] = o.product_limit(o.n)
     name = {"float32": "dense fp32", "bfloat16": "dense bf16", "float16": "dense fp16"}[o.dtype_name]
     weights = o.clones(o.weight, rotate)
-    case.add(name, rotating([lambda w=w: grad @ w for w in weights]), o.weight.nbytes + io)
+    case.add(name, Rotating([lambda w=w: grad @ w for w in weights]), o.weight.nbytes + io)
     return case
 
 
@@ -173,13 +175,13 @@ def int8_case(o: Operands, m: int) -> Case:
     io = x.nbytes + m * o.n * x.element_size()
 
     calls = [lambda q=q: lowbit.linear(x, q, precision="int8") for q in o.quantized(rotate)]
-    case.add("lowbit int8", rotating(calls), o.q.nbytes + io)
+    case.add("lowbit int8", Rotating(calls), o.q.nbytes + io)
     exact = x.double() @ o.decoded.double().T
     case.error["lowbit int8"] = float((calls[0]().double() - exact).norm() / exact.norm())
     case.limit["lowbit int8"] = APPROXIMATE_LIMIT
     weights = o.clones(o.weight.bfloat16(), rotate)
     xb = x.bfloat16()
-    case.add("dense bf16", rotating([lambda w=w: F.linear(xb, w) for w in weights]), weights[0].nbytes + io)
+    case.add("dense bf16", Rotating([lambda w=w: F.linear(xb, w) for w in weights]), weights[0].nbytes + io)
     return case
 
 

@@ -1,8 +1,9 @@
 """The one timer of the benchmarks: contenders take turns, so that a machine's drift falls on all of them alike."""
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 import torch
@@ -37,30 +38,38 @@ def _cpu_call(call: Callable[[], object]) -> float:
 
 
 class _CudaGraph:
-    """A call captured once and replayed, timed by events: neither Python nor launches are in the figure."""
+    """A call captured once and replayed, timed by events: neither Python nor launches are in the figure.
+
+    Of a :class:`Rotating` call each operand set is captured, and the next one replayed each time.
+    """
 
     def __init__(self, call: Callable[[], object]):
+        self.replay = Rotating([self._capture(one) for one in getattr(call, "calls", [call])])
+
+    @staticmethod
+    def _capture(call: Callable[[], object]) -> Callable[[], None]:
         call()
         torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             call()
+        return graph.replay
 
     def __call__(self) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        self.graph.replay()
+        self.replay()
         end.record()
         end.synchronize()
         return start.elapsed_time(end)
 
 
 def interleaved(
-    contenders: dict[str, Callable[[], object]], rounds: int = 15, device: str = "cpu", tick: Callable = lambda: None
+    contenders: dict[str, Callable[[], object]], rounds: int = 15, device: str = "cpu", once: Container[str] = ()
 ) -> dict[str, Sample | Exception]:
     """Times of each contender, run in turn ``rounds`` times after uncounted calls; an exception where it failed.
 
-    ``tick`` is called after each timed call (for a progress bar).
+    Those named in ``once`` are timed once, as all very slow ones are.
     """
     timers: dict[str, Callable[[], float]] = {}
     results: dict[str, Sample | Exception] = {}
@@ -76,7 +85,7 @@ def interleaved(
         results[name] = Sample([])
         if first < WARM_UP_SECONDS * 1e3:
             quick.add(name)
-        if first > SLOW_SECONDS * 1e3:
+        if name in once or first > SLOW_SECONDS * 1e3:
             slow.add(name)
             results[name].times.append(first)
     for _ in range(rounds):
@@ -85,16 +94,15 @@ def interleaved(
                 timer()
             if name not in slow:
                 results[name].times.append(timer())
-            tick()
     return results
 
 
-def rotating(calls: list[Callable[[], object]]) -> Callable[[], object]:
+class Rotating:
     """One call that runs the next of ``calls`` each time: operands that no cache still holds."""
 
-    def forever() -> Iterator[Callable[[], object]]:
-        while True:
-            yield from calls
+    def __init__(self, calls: list[Callable[[], object]]):
+        self.calls = calls
+        self._turn = itertools.cycle(calls)
 
-    turn = forever()
-    return lambda: next(turn)()
+    def __call__(self) -> object:
+        return next(self._turn)()
