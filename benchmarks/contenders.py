@@ -101,7 +101,7 @@ def bitsandbytes_or_reason():
 def torchao_linear(weight: torch.Tensor):
     """torchao's NF4 product as a function of x, or raises."""
     try:
-        from torchao.quantization import linear_nf4, to_nf4
+        from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import linear_nf4, to_nf4
     except ImportError:  # before 0.18
         from torchao.dtypes.nf4tensor import linear_nf4, to_nf4
 
