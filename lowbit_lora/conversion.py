@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import lowbit
 
-from . import hf
+from . import dense, hf
 from .config import LoraConfig
 from .layers import LoRABaseLayer, LoRALinear, QLoRALinear, QuantizedLinear
 from .targets import find_saved, find_targets, is_plain_linear, module_names
@@ -145,6 +145,7 @@ class Conversion:
         if trainable:
             for parameter in trainable_parameters(model, self.layers, self.saved, config.bias):
                 parameter.requires_grad_(True)
+        dense.adopt(model)
         return restore
 
 
@@ -159,6 +160,7 @@ class Restore:
 
     def apply(self, model: nn.Module) -> None:
         """Put it back."""
+        dense.release(model)
         for module in model.modules():
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 for key, hook in list(hooks.items()):

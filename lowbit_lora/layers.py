@@ -14,6 +14,7 @@ import lowbit
 from lowbit.tensor import state_keys
 
 from .config import QuantizationType, check_lora_options, check_quantization, lora_scaling
+from .dense import frozen_linear
 
 
 class LoRABaseLayer(nn.Module):
@@ -93,7 +94,7 @@ class LoRALinear(LoRABaseLayer):
         """[..., in_features] -> [..., out_features] in the dtype of x W^T."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x: expected a last dimension of in_features={self.in_features}, got {tuple(x.shape)}")
-        base = F.linear(x, self.weight, self.bias)
+        base = frozen_linear(x, self.weight, self.bias)
         dropped = F.dropout(x, self.lora_dropout, self.training)
         with torch.autocast(x.device.type, enabled=False):
             # LoRA in the adapter's own precision, as QLoRALinear computes it.
