@@ -114,7 +114,7 @@ class GlobalMemory:
 
     def address_of(self, argument, name):
         """Address of an array, Pointer or Uninitialized, which becomes a buffer when first seen."""
-        offset, written = 0, None
+        offset, written = 0, None  # a Pointer may lead into an Uninitialized
         if isinstance(argument, Pointer):
             argument, offset = argument.array, argument.byte_offset
         if isinstance(argument, Uninitialized):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from .errors import LaunchError
 
 _KIB = 1024
+_INVALID_VALUE, _INVALID_CONFIGURATION = 1, 9  # cudaError_t
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,19 @@ class Device:
         ``shared_limit`` is what the kernel was allowed with cudaFuncSetAttribute, or SHARED_PER_BLOCK.
         """
 
-        def refuse(why):
-            raise LaunchError(f"kernel {kernel.name}: {why} (grid {grid}, block {block})")
+        def refuse(why, cuda_error=_INVALID_VALUE):
+            raise LaunchError(f"kernel {kernel.name}: {why} (grid {grid}, block {block})", cuda_error)
 
         if any(not 1 <= size <= limit for size, limit in zip(grid, self.MAX_GRID, strict=True)):
-            refuse(f"grid must be 1 to {self.MAX_GRID}")
+            refuse(f"grid must be 1 to {self.MAX_GRID}", _INVALID_CONFIGURATION)
         threads = block[0] * block[1] * block[2]
         if threads > self.THREADS_PER_BLOCK or any(
             not 1 <= size <= limit for size, limit in zip(block, self.MAX_BLOCK, strict=True)
         ):
-            refuse(f"block must be 1 to {self.MAX_BLOCK} and at most {self.THREADS_PER_BLOCK} threads")
+            refuse(
+                f"block must be 1 to {self.MAX_BLOCK} and at most {self.THREADS_PER_BLOCK} threads",
+                _INVALID_CONFIGURATION,
+            )
         if kernel.required_block and kernel.required_block != block:
             refuse(f"the kernel was compiled for blocks of {kernel.required_block}")
         if kernel.max_threads and threads > kernel.max_threads:

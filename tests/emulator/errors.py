@@ -18,7 +18,14 @@ class RaceError(EmulatorError):
 
 
 class LaunchError(EmulatorError):
-    """A launch that the CUDA runtime would refuse, or arguments that do not fit the kernel's parameters."""
+    """A launch that the CUDA runtime would refuse, or arguments that do not fit the kernel's parameters.
+
+    ``cuda_error`` is the cudaError_t that the runtime would give the host code.
+    """
+
+    def __init__(self, message, cuda_error=1):
+        super().__init__(message)
+        self.cuda_error = cuda_error
 
 
 class UnsupportedInstruction(EmulatorError):
