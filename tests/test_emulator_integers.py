@@ -182,12 +182,12 @@ CASES = {
         "add.cc.u32 w4, w0, w2; addc.u32 w5, w1, w3; mov.b64 d, {w4, w5};",
         lambda a, b: a + b & M64,
     ),
-    "borrow": (
+    "borrow": (  # bits 32 to 95 of the difference of two numbers of three words, whose top words are zero
         "u64",
         ["u64", "u64"],
-        ".reg .u32 w<6>; mov.b64 {w0, w1}, a; mov.b64 {w2, w3}, b;"
-        "sub.cc.u32 w4, w0, w2; subc.u32 w5, w1, w3; mov.b64 d, {w4, w5};",
-        lambda a, b: a - b & M64,
+        ".reg .u32 w<7>; mov.b64 {w0, w1}, a; mov.b64 {w2, w3}, b;"
+        "sub.cc.u32 w4, w0, w2; subc.cc.u32 w5, w1, w3; subc.u32 w6, 0, 0; mov.b64 d, {w5, w6};",
+        lambda a, b: a - b >> 32 & M64,
     ),
     "setp": (
         "u32",

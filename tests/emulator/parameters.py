@@ -18,7 +18,7 @@ def encode_arguments(kernel, arguments, global_memory, fill_missing=False):
     """
     parameters, arguments = kernel.parameters, list(arguments)
     if fill_missing:
-        arguments += [0] * (len(parameters) - len(arguments))
+        arguments += [None] * (len(parameters) - len(arguments))
     if len(arguments) != len(parameters):
         expected = ", ".join(f"{p.type.name}{f'[{p.size} bytes]' if p.is_array else ''}" for p in parameters)
         raise LaunchError(f"kernel {kernel.name} takes {len(parameters)} arguments ({expected}), got {len(arguments)}")
