@@ -45,6 +45,28 @@ def test_instructions_are_counted_exactly(rounds, warps, blocks):
     assert (out == rounds).all()
 
 
+BRANCH = load(
+    HEADER.format(arch="80")
+    + """
+.visible .entry branch(.param .u32 from) {
+  .reg .pred p; .reg .b32 i, n;
+  mov.u32 i, %tid.x; ld.param.u32 n, [from]; setp.ge.u32 p, i, n;
+  @p bra ELSE; add.u32 i, i, 1; bra END; ELSE: sub.u32 i, i, 1; END: mul.lo.u32 i, i, 3; ret;
+}
+"""
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(boundary=st.integers(0, 64))
+def test_both_sides_of_a_branch_are_issued_once(boundary):
+    """A warp issues both sides where its lanes disagree and joins again behind them: divergence costs, but no more."""
+    result = BRANCH.launch("branch", 1, 64, [boundary])
+    first_side, second_side = -(-boundary // 32), -(-(64 - boundary) // 32)
+    assert result.count("add") == result.count("bra") - 2 == first_side
+    assert (result.count("sub"), result.count("mul"), result.count("ret")) == (second_side, 2, 2)
+
+
 @needs_nvcc
 @settings(max_examples=25, deadline=None)
 @given(stride=st.integers(1, 40), threads=st.integers(1, 256))

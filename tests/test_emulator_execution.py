@@ -2,10 +2,22 @@
 
 import numpy as np
 import pytest
-from emulator import Deadlock, EmulatorError, RaceError
-from emulator_kernels import cuda_module, needs_nvcc
+from emulator import Deadlock, EmulatorError, RaceError, load
+from emulator_kernels import HEADER, cuda_module, needs_nvcc
 
 pytestmark = needs_nvcc
+
+# Odd threads meet the barrier elsewhere than even ones: each kernel's barrier is divergent.
+DIVERGED = load(
+    HEADER.format(arch="80")
+    + """
+.visible .entry diverged() {
+  .reg .pred odd; .reg .b32 i;
+  mov.u32 i, %tid.x; and.b32 i, i, 1; setp.ne.u32 odd, i, 0;
+  @odd bra ELSE; bar.sync 0; bra END; ELSE: bar.sync 0; END: ret;
+}
+"""
+)
 
 LANE = np.arange(32)
 
@@ -68,6 +80,13 @@ def test_block_and_thread_coordinates(kernels):
     bz, by, bx, tz, ty, tx = np.meshgrid(*map(np.arange, (2, 3, 2, 3, 4, 5)), indexing="ij")
     expected = tx + 10 * ty + 100 * tz + 1000 * bx + 10000 * by + 100000 * bz
     np.testing.assert_array_equal(y, expected.ravel())
+
+
+def test_a_barrier_in_a_diverged_warp_is_warned_of():
+    """Undefined before sm_70 and slow after: __syncthreads inside a branch is a mistake."""
+    warnings = "\n".join(DIVERGED.launch("diverged", 1, 32, []).warnings)
+    assert "barrier executed by a diverged warp" in warnings
+    assert "threads met one barrier at different bar instructions" in warnings
 
 
 @pytest.mark.parametrize("schedule", ["lockstep", "random", "reverse"])
@@ -139,7 +158,7 @@ def test_named_barriers(kernels, random):
 def test_spinning_threads_let_others_run(kernels):
     """A wait on a flag must end once another warp sets it, as it does on a GPU."""
     y = np.arange(128, dtype=np.int32)
-    kernels.launch("spin", 1, 64, [y], detect_races=False)
+    kernels.launch("spin", 1, 64, [y], detect_races=False, max_steps=100_000)
     np.testing.assert_array_equal(y[:32], np.arange(64, 114).sum() + 7)
 
 

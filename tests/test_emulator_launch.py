@@ -104,8 +104,8 @@ def test_missing_trailing_arguments_may_be_filled():
 
 def test_unknown_kernels_and_options():
     """A typing error names what there is."""
-    with pytest.raises(LaunchError, match="0 kernels match 'stroe'; this module has _Z5storePjjfs"):
-        KERNELS.launch("stroe", 1, 32, [])
+    with pytest.raises(LaunchError, match="0 kernels match 'stores'; this module has _Z5storePjjfs"):
+        KERNELS.launch("stores", 1, 32, [])
     with pytest.raises(LaunchError, match="2 kernels match 're'"):
         KERNELS.launch("re", 1, 32, [])
     with pytest.raises(ValueError, match=r"schedule must be one of \('lockstep'.*got 'fast'"):
