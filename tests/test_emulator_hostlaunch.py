@@ -102,7 +102,7 @@ def test_too_little_shared_memory_is_an_error(library, x):
 
 def test_large_shared_memory_must_be_asked_for(built, library, x):
     """Beyond 48 KB a launch fails on every GPU unless cudaFuncSetAttribute came first, and up to a limit only."""
-    with pytest.raises(LaunchError, match=r"49153 bytes of dynamic.*exceed 49152; ask.*cudaFuncSetAttribute"):
+    with pytest.raises(LaunchError, match=r"49153 bytes of dynamic shared memory exceed 49152; ask.*FuncSetAttribute"):
         reverse(library, x, np.zeros_like(x), shared=48 * KIB + 1)
     assert reverse(library, x, np.zeros_like(x), shared=48 * KIB + 1, check=False) == 1
     assert library.call("allow_shared", 100 * KIB) == 0
@@ -112,8 +112,22 @@ def test_large_shared_memory_must_be_asked_for(built, library, x):
     with pytest.raises(LaunchError, match="exceed 49152"):  # the other instance of the template did not ask
         reverse(library, x, np.zeros_like(x), mode=TWICE, shared=100 * KIB)
     library.device = Device.for_arch("sm_86")
-    with pytest.raises(LaunchError, match=r"asks for 102400 bytes.*the device has 101376"):
+    with pytest.raises(LaunchError, match=r"asks for 102400 bytes.*the device has 101376 for it"):
         library.call("allow_shared", 100 * KIB)
+
+
+def test_static_shared_memory_counts(library):
+    """Together they are limited to 48 KB unless asked for, and to what the device has."""
+    y = np.zeros(32, np.float32)
+    assert library.call("beside_static", y, 0, 16 * KIB) == 0
+    np.testing.assert_array_equal(y, 2 * np.arange(32))
+    with pytest.raises(LaunchError, match="16388 bytes of dynamic shared memory exceed 16384; ask"):
+        library.call("beside_static", y, 0, 16 * KIB + 4)
+    assert library.call("beside_static", y, 100 * KIB, 100 * KIB) == 0
+    with pytest.raises(
+        LaunchError, match="asks for 138240 bytes of dynamic shared memory, the device has 134144 for it"
+    ):
+        library.call("beside_static", y, 135 * KIB, 16 * KIB)
 
 
 @pytest.mark.parametrize(

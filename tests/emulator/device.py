@@ -56,7 +56,8 @@ class Device:
     def check_launch(self, kernel, grid, block, dynamic_shared, static_shared, shared_limit):
         """Raise LaunchError where the CUDA runtime would refuse the launch.
 
-        ``shared_limit`` is what the kernel was allowed with cudaFuncSetAttribute, or SHARED_PER_BLOCK.
+        ``shared_limit`` is the dynamic shared memory that the kernel may use: what cudaFuncSetAttribute allowed, or
+        what its static shared memory leaves of SHARED_PER_BLOCK.
         """
 
         def refuse(why, cuda_error=_INVALID_VALUE):
@@ -76,10 +77,15 @@ class Device:
             refuse(f"the kernel was compiled for blocks of {kernel.required_block}")
         if kernel.max_threads and threads > kernel.max_threads:
             refuse(f"{threads} threads exceed the kernel's __launch_bounds__({kernel.max_threads})")
-        if static_shared + dynamic_shared > shared_limit:
+        if dynamic_shared > shared_limit:
             refuse(
-                f"{dynamic_shared} bytes of dynamic and {static_shared} of static shared memory exceed {shared_limit}; "
-                "ask for more with cudaFuncSetAttribute(cudaFuncAttributeMaxDynamicSharedMemorySize)"
+                f"{dynamic_shared} bytes of dynamic shared memory exceed {shared_limit}; ask for more with "
+                "cudaFuncSetAttribute(cudaFuncAttributeMaxDynamicSharedMemorySize)"
+            )
+        if static_shared + dynamic_shared > self.shared_per_block_opt_in:
+            refuse(
+                f"{dynamic_shared} bytes of dynamic and {static_shared} of static shared memory exceed the device's "
+                f"{self.shared_per_block_opt_in}"
             )
 
 

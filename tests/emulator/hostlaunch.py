@@ -251,7 +251,7 @@ class HostLibrary:
             block,
             values,
             shared=shared,
-            shared_limit=self._shared_limits.get(kernel.name, Device.SHARED_PER_BLOCK),
+            shared_limit=self._shared_limits.get(kernel.name, Device.SHARED_PER_BLOCK - module.static_shared(kernel)),
             device=self.device,
             **self.options,
         )
@@ -280,12 +280,12 @@ class HostLibrary:
     def _set_kernel_attribute(self, name, attribute, value):
         if attribute != _MAX_DYNAMIC_SHARED:
             return
-        kernel = self._kernel(name)[1]
-        limit = self.device.shared_per_block_opt_in
+        module, kernel = self._kernel(name)
+        limit = self.device.shared_per_block_opt_in - module.static_shared(kernel)
         if not 0 <= value <= limit:
             raise LaunchError(
                 f"kernel {kernel.name}: cudaFuncSetAttribute asks for {value} bytes of dynamic shared memory, the "
-                f"device has {limit}",
+                f"device has {limit} for it",
                 cuda_error=_INVALID_VALUE,
             )
         self._shared_limits[kernel.name] = value

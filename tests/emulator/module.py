@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .address_space import FIRST_GLOBAL_WINDOW, Buffer, as_bytes
+from .address_space import FIRST_GLOBAL_WINDOW, Buffer, Layout, as_bytes
 from .compiler import compile_function
 from .device import Device
 from .errors import LaunchError
@@ -44,6 +44,10 @@ class Module:
             raise LaunchError(f"{len(matches)} kernels match {name!r}; this module has {', '.join(self.kernels)}")
         return self.functions[matches[0]]
 
+    def static_shared(self, kernel):
+        """Bytes of shared memory that a kernel (from `kernel`) uses whatever the launch."""
+        return Layout(self.parsed, kernel, 0).static_shared
+
     def launch(
         self,
         name,
@@ -62,7 +66,7 @@ class Module:
         args: numpy arrays, contiguous torch CPU tensors, `Pointer` and `Uninitialized` become pointers (bf16 as
         uint16 or torch.bfloat16); numbers must fit the parameter; bytes pass as they are. pad_args sets missing
         trailing parameters to zero (Triton's scratch pointers).
-        shared: dynamic shared memory in bytes, up to shared_limit (default: what ``device`` allows after opting in).
+        shared: dynamic shared memory in bytes, up to shared_limit (default: what ``device`` has).
         options: the fields of `Options`.
         """
         device = device or Device()

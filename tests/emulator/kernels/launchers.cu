@@ -25,7 +25,23 @@ __global__ void __launch_bounds__(128) reverse_kernel(const float* x, float* y, 
   if (i < n) y[i] = kFactor * shared[blockDim.x - 1 - threadIdx.x];
 }
 
+__global__ void static_kernel(float* y) {
+  __shared__ float fixed[8 * 1024];
+  extern __shared__ float shared[];
+  fixed[threadIdx.x] = shared[threadIdx.x] = threadIdx.x;
+  y[threadIdx.x] = fixed[threadIdx.x] + shared[threadIdx.x];
+}
+
 namespace lowbit {
+
+// 32 KB of static shared memory, and dynamic memory beside it.
+int beside_static(float* y, int ask, int shared) {
+  if (ask)
+    if (cudaError_t error = cudaFuncSetAttribute(static_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ask))
+      return error;
+  static_kernel<<<1, 32, shared>>>(y);
+  return cudaGetLastError();
+}
 
 // Reverses every 128 elements. The grid, the block and the shared memory are the caller's, so that tests get them
 // wrong.

@@ -55,6 +55,28 @@ __device__ void multiply(const uint16_t* a, const uint16_t* b, float* d, int acc
   for (int i = 0; i < 4; i++) d[(warp * 16 + group + i / 2 * 8) * 8 + pair + i % 2] = acc[i];
 }
 
+// D[64, 8] = A[64, 64] B[8, 64]^T with rows of 128 bytes, swizzled: the 16-byte units of row r are XORed with r % 8.
+extern "C" __global__ void wgmma_swizzled(const uint16_t* a, const uint16_t* b, float* d) {
+  __shared__ __align__(1024) uint16_t tile_a[64 * 64], tile_b[8 * 64];
+  auto place = [](int i) { return i ^ (i / 64 % 8) * 8; };
+  int t = threadIdx.x;
+  for (int i = t; i < 64 * 64; i += 128) tile_a[place(i)] = a[i];
+  for (int i = t; i < 8 * 64; i += 128) tile_b[place(i)] = b[i];
+  __syncthreads();
+  constexpr uint64_t kSwizzle128 = 1ull << 62;
+  uint64_t describe_a = descriptor(tile_a, 16, 1024) | kSwizzle128;
+  uint64_t describe_b = descriptor(tile_b, 16, 1024) | kSwizzle128;
+  float acc[4] = {};
+  asm volatile("wgmma.fence.sync.aligned;");
+  for (int k = 0; k < 64; k += 16) {  // 16 elements are 32 bytes, in a descriptor's units of 16 bytes 2
+    asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3},%4,%5,1,1,1,0,0;"
+                 : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+                 : "l"(describe_a + k / 8), "l"(describe_b + k / 8));
+  }
+  asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  for (int i = 0; i < 4; i++) d[(t / 32 * 16 + t % 32 / 4 + i / 2 * 8) * 8 + t % 4 * 2 + i % 2] = acc[i];
+}
+
 extern "C" __global__ void wgmma_shared(const uint16_t* a, const uint16_t* b, float* d, int accumulate) {
   multiply<false>(a, b, d, accumulate);
 }
