@@ -26,6 +26,7 @@ def library(built):
     built.runtime_calls.clear()
     built.device, built.options = Device.for_arch("sm_80"), {}
     built.set_device_count(1)
+    built.forget()
     return built
 
 
@@ -154,6 +155,8 @@ def test_functions_are_found_by_name(library):
     assert library.call("add", 2, 3, 4) == 9
     with pytest.raises(LaunchError, match=r"lowbit::add\(int, int\) or lowbit::add\(int, int, int\): got 1 arguments"):
         library.call("add", 2)
+    with pytest.raises(LaunchError, match=r"on_device\(int, int\*, float\*, float\*\): got 1 arguments"):
+        library.call("on_device", 0)  # extern "C": the types are those of the source
     with pytest.raises(LaunchError, match=r"no function subtract in the library, which has .*lowbit::reverse"):
         library.call("subtract", 2, 3)
 
@@ -167,6 +170,12 @@ def test_structs_by_value_hold_pointers(library, x):
     assert np.isnan(y[300:]).all()
     assert library.launches[-1].stream == 7
     assert [(c.name, c.bytes, c.stream) for c in library.runtime_calls] == [("cudaMemsetAsync", 1200, 7)]
+    assert library.call("lowbit::scale", arguments, None) == 0  # what `address` declared stays known
+    library.forget()
+    with pytest.raises(MemoryFault, match="cudaMemsetAsync"):
+        library.call("lowbit::scale", arguments, None)
+    library.know(x)
+    library.know(y)
     arguments.n = 385
     with pytest.raises(MemoryFault, match="cudaMemsetAsync of 1540 bytes at 0x[0-9a-f]+ leaves the memory"):
         library.call("lowbit::scale", arguments, None)

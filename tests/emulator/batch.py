@@ -217,7 +217,10 @@ class Batch:
         self._run_function(function, self.active.copy())
         self._depth -= 1
         for p, result in zip(function.returns, results, strict=True):
-            caller_values[result] = space.call_values[p.name]
+            returned, before = space.call_values[p.name], caller_values.get(result)
+            if before is not None and before.shape == returned.shape:  # other lanes may have called before
+                returned = np.where(self.active[:, None], returned, before)
+            caller_values[result] = returned
         space.call_values = caller_values
 
     @property

@@ -154,6 +154,10 @@ class HostLibrary:
         self._known.add(array)
         return _address(array)
 
+    def forget(self):
+        """Drop all arrays that `know` and `address` declared."""
+        self._known = _KnownMemory()
+
     def call(self, function, *arguments, restype=ctypes.c_int, check=True):
         """Call a function of the sources and return what it returns.
 
@@ -171,12 +175,11 @@ class HostLibrary:
         native.restype = restype
         self._error = None
         self._library.stub_forget_error()
-        for array in call_memory:
-            self._known.add(array)
+        added = [array for array in call_memory if self._known.add(array)]
         try:
             returned = native(*converted)
         finally:
-            for array in call_memory:
+            for array in added:
                 self._known.remove(array)
         error, self._error = self._error, None
         if error is not None and (check or not isinstance(error, LaunchError)):
@@ -318,10 +321,14 @@ class _KnownMemory:
         self._starts, self._arrays = [], []
 
     def add(self, array):
+        """-> whether it was not known before."""
+        if any(other is array for other in self._arrays):
+            return False
         start = _address(array)
         position = bisect.bisect_right(self._starts, start)
         self._starts.insert(position, start)
         self._arrays.insert(position, array)
+        return True
 
     def remove(self, array):
         position = next(i for i, other in enumerate(self._arrays) if other is array)

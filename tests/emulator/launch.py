@@ -43,7 +43,7 @@ class Options:
     mma_mode: str = "exact"
     approx_ulp: int = 0
     counters: bool = True
-    max_steps: int = 200_000_000
+    max_steps: int = 20_000_000
     batch_blocks: int | None = None
     blocks: Sequence | None = None
     trace: Callable | None = None
