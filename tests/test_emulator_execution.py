@@ -171,12 +171,13 @@ def test_threads_that_left_do_not_hold_up_a_barrier(kernels):
 
 def test_schedules_show_order_dependence(kernels):
     """A result that depends on which warp runs first is a bug no single order can show."""
-    outputs = []
-    for schedule in ("lockstep", "reverse"):
-        x = np.full(512, -1, np.int32)
-        kernels.launch("order_dependent", 1, 128, [x], schedule=schedule)
-        outputs.append(x)
-    assert not np.array_equal(*outputs)
+    x = np.full((3, 512), -1, np.int32)
+    for row, schedule in zip(x, ("lockstep", "reverse", "random"), strict=True):
+        kernels.launch("order_dependent", 1, 128, [row], schedule=schedule, seed=1)
+    t = np.arange(128)
+    assert (x[0, 256:384] == -1).all()  # everybody reads before anybody writes
+    np.testing.assert_array_equal(x[1, 256:384], np.where(t < 64, t ^ 96, -1))  # the last two warps come first
+    assert set(np.unique(x[2, 256:384] == -1).tolist()) == {True, False}
 
 
 def test_only_the_blocks_asked_for_run(kernels):

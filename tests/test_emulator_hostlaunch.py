@@ -197,6 +197,12 @@ def test_a_workspace_is_undefined_until_written(library, x):
     library.call("scale_twice", x, workspace, y, 3.0, 384, None)
     np.testing.assert_array_equal(y, 9 * x)
     assert len(library.launches) == 2 and workspace.all_written()
+    cleared = Uninitialized(np.ones(384, np.float32))
+    library.call("clear", cleared, 300, None)
+    reverse(library, cleared, y, n=300, blocks=3)
+    assert not y[:300].any()
+    with pytest.raises(MemoryFault, match=r"read of memory never written.* arg0\+1200 "):
+        reverse(library, cleared, y, n=301, blocks=3)
     with pytest.raises(MemoryFault, match="read of memory never written"):
         reverse(library, Uninitialized(np.zeros(384, np.float32)), y)
 

@@ -63,6 +63,8 @@ def test_a_slice_keeps_its_misalignment():
         with pytest.raises(MemoryFault, match="misaligned: 4-byte access"):
             copy(np.zeros(64, np.float32), argument, 32)
     copy(np.zeros(64, np.float32), data[4:260], 64)
+    with pytest.raises(MemoryFault, match="out of bounds: 4-byte access at arg1-4 "):
+        copy(np.zeros(64, np.float32), Pointer(data[4:260], -4), 64)
 
 
 def test_null_and_read_only_memory():

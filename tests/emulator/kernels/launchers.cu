@@ -66,6 +66,8 @@ int scale(const ScaleArguments& args, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, scale_kernel, args);
 }
 
+int clear(float* y, int n, cudaStream_t stream) { return cudaMemsetAsync(y, 0, n * sizeof(float), stream); }
+
 // Two kernels through a workspace of the caller's.
 int scale_twice(const float* x, float* workspace, float* y, float a, int n, cudaStream_t stream) {
   scale_kernel<<<(n + 127) / 128, 128, 0, stream>>>({x, workspace, a, n});
