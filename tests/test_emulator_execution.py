@@ -7,6 +7,26 @@ from emulator_kernels import HEADER, cuda_module, needs_nvcc
 
 pytestmark = needs_nvcc
 
+TOO_FEW = load(
+    HEADER.format(arch="80")
+    + """
+.visible .entry too_few() { bar.sync 1, 96; ret; }
+"""
+)
+
+_SPECIAL = ("laneid", "warpid", "nwarpid", "lanemask_eq", "lanemask_lt", "lanemask_le", "lanemask_gt", "lanemask_ge")
+SPECIAL = load(
+    HEADER.format(arch="80")
+    + f"""
+.visible .entry special(.param .u64 to) {{
+  .reg .b64 p; .reg .b32 i, v;
+  mov.u32 i, %tid.x; ld.param.u64 p, [to]; mad.wide.u32 p, i, {4 * len(_SPECIAL)}, p;
+  {" ".join(f"mov.u32 v, %{name}; st.global.u32 [p+{4 * k}], v;" for k, name in enumerate(_SPECIAL))}
+  ret;
+}}
+"""
+)
+
 # Odd threads meet the barrier elsewhere than even ones: each kernel's barrier is divergent.
 DIVERGED = load(
     HEADER.format(arch="80")
@@ -197,6 +217,24 @@ def test_trace_sees_every_instruction(kernels):
 
     kernels.launch("recursion", 1, 32, [np.zeros(32, np.int32)], trace=trace)
     assert seen == [("execution.cu", 32, [0, 1, 1])]
+
+
+def test_a_named_barrier_counts_its_threads():
+    """A barrier for more threads than will come hangs a GPU; it must not open early here."""
+    with pytest.raises(Deadlock, match=r"64 lanes .* wait in a barrier at kernel too_few"):
+        TOO_FEW.launch("too_few", 1, 64, [])
+    TOO_FEW.launch("too_few", 1, 96, [])
+
+
+def test_special_registers():
+    """Lane masks choose who writes after a ballot: one bit off, and two lanes share a slot."""
+    out = np.zeros((80, len(_SPECIAL)), np.uint32)
+    SPECIAL.launch("special", 1, 80, [out])
+    for t, row in enumerate(out.tolist()):
+        lane = t % 32
+        below, everyone = (1 << lane) - 1, (1 << 32) - 1
+        through = below | 1 << lane
+        assert row == [lane, t // 32, 3, 1 << lane, below, through, everyone - through, everyone - below]
 
 
 def test_deadlock_is_reported():

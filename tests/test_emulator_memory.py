@@ -28,6 +28,24 @@ COPY = load(
 )
 
 
+# Threads from 16 on ignore their source: zeros land.
+IGNORE = load(
+    HEADER.format(arch="80")
+    + """
+.visible .entry ignore(.param .u64 to, .param .u64 from) {
+  .reg .b64 pt, pf; .reg .b32 i, s; .reg .f32 v; .reg .pred absent;
+  .shared .align 16 .b8 tile[128];
+  mov.u32 i, %tid.x; setp.ge.u32 absent, i, 16;
+  ld.param.u64 pt, [to]; mad.wide.u32 pt, i, 4, pt;
+  ld.param.u64 pf, [from]; mad.wide.u32 pf, i, 4, pf;
+  mov.u32 s, tile; mad.lo.u32 s, i, 4, s;
+  cp.async.ca.shared.global [s], [pf], 4, absent; cp.async.wait_all;
+  ld.shared.f32 v, [s]; st.global.f32 [pt], v; ret;
+}
+"""
+)
+
+
 def copy(to, source, count):
     return COPY.launch("copy", 1, count, [to, source])
 
@@ -188,3 +206,10 @@ def test_async_copies_of_every_size(random, async_mode):
     cuda_module("memory.cu").launch("async_sizes", 1, 32, [x, y], async_mode=async_mode)
     read = np.arange(4) < (np.arange(32) % 5)[:, None]
     np.testing.assert_array_equal(y, np.concatenate([x[:, :4], np.where(read, x[:, :4], 0), x[:, :8]], 1))
+
+
+def test_async_copies_may_ignore_their_source():
+    """Rows past the end are filled with zeros without their address being read."""
+    y = np.ones(32, np.float32)
+    IGNORE.launch("ignore", 1, 32, [y, np.arange(1, 17, dtype=np.float32)])
+    np.testing.assert_array_equal(y, np.where(np.arange(32) < 16, np.arange(1, 33), 0))
