@@ -75,7 +75,7 @@ lint: .venv-lint/tools.stamp
 	.venv-lint/bin/pre-commit run --all-files --show-diff-on-failure
 
 # Rewrites files: name yours (FILES="lowbit/ops.py csrc/nf4.h") where others work in the same tree.
-FILES ?= $(shell git ls-files '*.py' '*.h' '*.cpp' '*.cu' '*.cuh')
+FILES ?= $(shell git ls-files '*.py' '*.h' '*.c' '*.cpp' '*.cu' '*.cuh')
 format: .venv-lint/tools.stamp
 	.venv-lint/bin/ruff format $(filter %.py,$(FILES))
 	$(if $(filter-out %.py,$(FILES)),.venv-lint/bin/clang-format -i --style=file $(filter-out %.py,$(FILES)))
