@@ -19,6 +19,8 @@ inline unsigned grid_for(int64_t units, int64_t per_block, int64_t per_processor
   return static_cast<unsigned>(std::clamp<int64_t>(ceil_div(units, per_block), 1, processors * per_processor));
 }
 
+inline int log2_of(int64_t power_of_two) { return __builtin_ctzll(static_cast<unsigned long long>(power_of_two)); }
+
 inline bool is_aligned(const void* pointer, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }

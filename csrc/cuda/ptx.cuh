@@ -28,16 +28,16 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Of memory that nobody writes any more (tables): the compiler may move these, so no "volatile" and no "memory".
+// volatile: they stay behind the barrier that they stand behind. Only ptxas, which knows what they read, moves them.
 __device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
   uint32_t v;
-  asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
   return v;
 }
 
 __device__ __forceinline__ float2 load_shared_8(uint32_t address) {
   float2 v;
-  asm("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
   return v;
 }
 
@@ -108,6 +108,12 @@ __device__ __forceinline__ uint32_t shuffle(uint32_t value, int lane) {
 __device__ __forceinline__ uint32_t byte(uint32_t word, int b) {
   uint32_t v;
   asm("prmt.b32 %0, %1, 0, %2;" : "=r"(v) : "r"(word), "r"(0x4440 | b));
+  return v;
+}
+
+__device__ __forceinline__ int signed_byte(uint32_t word, int b) {
+  int v;
+  asm("bfe.s32 %0, %1, %2, 8;" : "=r"(v) : "r"(word), "r"(8 * b));
   return v;
 }
 
