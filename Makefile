@@ -11,7 +11,7 @@ TEST_ARGS ?= -q
 # Whatever is compiled or installed; a change here makes the next call install the package again.
 SOURCES := setup.py pyproject.toml $(shell find lowbit lowbit_lora csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test native-test neon-test lint format clean
+.PHONY: help demo test native-test neon-test wheel-cuda lint format clean
 .DELETE_ON_ERROR:
 .SECONDARY:  # keep the stamps that pattern rules make
 
@@ -20,6 +20,7 @@ help:
 	@echo "make test   run every test (TEST_ARGS=...)"
 	@echo "make native-test  check the kernels without torch, plain and under sanitizers"
 	@echo "make neon-test    the same cross-compiled for 64-bit ARM, under an emulator"
+	@echo "make wheel-cuda   build a wheel for every GPU generation into dist/ (needs nvcc; a plain build serves one)"
 	@echo "make lint   run the pre-commit checks on every file; changes nothing"
 	@echo "make format rewrite FILES=... with ruff and clang-format (default: every file git tracks)"
 	@echo "make clean  remove the environments, the build and what the demo wrote"
@@ -56,6 +57,11 @@ build/native/driver-neon: $(DRIVER_SOURCES) $(SOURCES)
 	mkdir -p $(@D)
 	$(ARM_CXX) -O2 -static $(DRIVER_FLAGS) -o $@ $(DRIVER_SOURCES)
 
+# Turing to Blackwell, and PTX of the last for what comes after.
+CUDA_ARCHS ?= 75,80,86,89,90,100,120
+wheel-cuda: .venv-wheel/torch.stamp
+	LOWBIT_CUDA=1 LOWBIT_CUDA_ARCHS=$(CUDA_ARCHS) $(<D)/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
 lint: .venv-lint/tools.stamp
 	.venv-lint/bin/pre-commit run --all-files --show-diff-on-failure
 
@@ -66,7 +72,7 @@ format: .venv-lint/tools.stamp
 	$(if $(filter-out %.py,$(FILES)),.venv-lint/bin/clang-format -i --style=file $(filter-out %.py,$(FILES)))
 
 clean:
-	rm -rf .venv-demo .venv-test .venv-lint build out data lowbit.egg-info
+	rm -rf .venv-demo .venv-test .venv-lint .venv-wheel build dist out data lowbit.egg-info
 
 .venv-%/torch.stamp:
 	$(PYTHON) -m venv $(@D)
