@@ -2,7 +2,8 @@
 
 LOWBIT_NATIVE=0 leaves the extension out, LOWBIT_NATIVE=1 insists on it; unset, it is built where a C++ compiler is
 found, and the library falls back on its pure-torch backend where none is. LOWBIT_CUDA=0|1 does the same for its CUDA
-half, which needs nvcc. LOWBIT_CUDA_ARCHS names the GPUs to compile for, as in "80,90": code for each, and PTX of the last.
+half, which needs nvcc. LOWBIT_CUDA_ARCHS names the GPUs to compile for, as in "80,90": code for each, and PTX of the
+last.
 """
 
 import os

@@ -37,14 +37,9 @@ lowbit::cpu::ParallelFor parallel_for() {
 }
 
 lowbit::cpu::QuantizedWeight view(const Weight& weight) {
-  return {weight.packed,
-          weight.absmax,
-          weight.scale_codes,
-          weight.group_scales,
-          weight.offset ? *weight.offset : 0.0f,
-          weight.format,
-          weight.block_size,
-          weight.numel};
+  return {
+      weight.packed, weight.absmax,     weight.scale_codes, weight.group_scales, weight.offset ? *weight.offset : 0.0f,
+      weight.format, weight.block_size, weight.numel};
 }
 
 // A small operand (bias, t, lora_b) in contiguous fp32, multiplied by `factor`: the tensor's own memory where it is
@@ -201,9 +196,7 @@ Tensor dequantize(Tensor packed, Tensor absmax, std::optional<Tensor> group_scal
   const int64_t numel = numel_of(sizes), rows = row_count(sizes);
   const Weight weight(packed, packed, absmax, group_scales, offset, format, block_size, numel, rows);
   const Dtype out_dtype = dtype_of(dtype, "dtype");
-  Tensor out =
-      on_huge_pages(torch::stable::new_empty(packed, sizes, dtype),
-                    numel * (out_dtype == Dtype::f32 ? 4 : 2));
+  Tensor out = on_huge_pages(torch::stable::new_empty(packed, sizes, dtype), numel * (out_dtype == Dtype::f32 ? 4 : 2));
   active_kernels().dequantize({view(weight), out.data_ptr(), out_dtype}, parallel_for());
   return out;
 }
@@ -213,7 +206,8 @@ void dequantize_out(Tensor packed, Tensor absmax, std::optional<Tensor> group_sc
   check_device(out, "out", packed);
   STD_TORCH_CHECK(out.is_contiguous(), "out: expected a contiguous tensor");
   const Dtype out_dtype = dtype_of(out.scalar_type(), "out");
-  const Weight weight(packed, packed, absmax, group_scales, offset, format, block_size, out.numel(), row_count(out.sizes()));
+  const Weight weight(packed, packed, absmax, group_scales, offset, format, block_size, out.numel(),
+                      row_count(out.sizes()));
   active_kernels().dequantize({view(weight), out.data_ptr(), out_dtype}, parallel_for());
 }
 

@@ -189,9 +189,9 @@ Tensor dequantize(Tensor packed, Tensor absmax, std::optional<Tensor> group_scal
                   std::string format, int64_t block_size, std::vector<int64_t> shape, ScalarType dtype) {
   const IntHeaderOnlyArrayRef sizes(shape.data(), shape.size());
   const Dtype out_dtype = dtype_of(dtype, "dtype");
-  const Launch launch(packed);
   const Weight weight(packed, packed, absmax, group_scales, offset, format, block_size, numel_of(sizes),
                       row_count(sizes));
+  const Launch launch(packed);
   Tensor out = torch::stable::new_empty(packed, sizes, dtype);
   launch(lowbit::cuda::dequantize, {view(weight), float_data(out, out_dtype, "out"), out_dtype}, "dequantize");
   return out;
@@ -202,9 +202,9 @@ void dequantize_out(Tensor packed, Tensor absmax, std::optional<Tensor> group_sc
   check_device(out, "out", packed);
   STD_TORCH_CHECK(out.is_contiguous(), "out: expected a contiguous tensor");
   const Dtype dtype = dtype_of(out.scalar_type(), "out");
-  const Launch launch(packed);
   const Weight weight(packed, packed, absmax, group_scales, offset, format, block_size, out.numel(),
                       row_count(out.sizes()));
+  const Launch launch(packed);
   launch(lowbit::cuda::dequantize, {view(weight), float_data(out, dtype, "out"), dtype}, "dequantize_out");
 }
 

@@ -14,10 +14,10 @@ namespace lowbit {
 
 constexpr int64_t kMinBlockSize = 32;
 constexpr int64_t kMaxBlockSize = 4096;
-constexpr int64_t kGroupSize = 256;         // blocks that share one fp32 group scale under double quantization
-constexpr float kTinyAbsmax = 1e-38f;       // floor under absmax before its reciprocal is taken
+constexpr int64_t kGroupSize = 256;                 // blocks that share one fp32 group scale under double quantization
+constexpr float kTinyAbsmax = 1e-38f;               // floor under absmax before its reciprocal is taken
 constexpr float kInt8Unit = 7.874015718698502e-3f;  // 1 / 127: an int8 weight is code * absmax * kInt8Unit
-constexpr int64_t kScalePositions = 65536;  // rounding positions of a double-quantized scale in [-1, 1]
+constexpr int64_t kScalePositions = 65536;          // rounding positions of a double-quantized scale in [-1, 1]
 
 // One 4-bit format. The rank of x is the number of thresholds t with x > t; its code is code_of_rank[rank].
 struct Format {

@@ -1,12 +1,10 @@
-"""What the tests of the CUDA kernels share: nvcc's output, and the emulator that runs it without a GPU."""
+"""What the tests of the CUDA kernels share: nvcc, and the launchers as the emulator runs them without a GPU."""
 
-import ctypes
+import contextlib
+import dataclasses
 import functools
-import importlib
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,20 +19,20 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FORMAT_CODES = {"nf4": 0, "fp4": 1, "int8": 2}
 
 
+def require_nvcc() -> None:
+    """Skip the test where there is no CUDA compiler."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc not found: the CUDA toolkit compiles the CUDA kernels")
+
+
 def emulator(module: str):
-    """A module of the PTX emulator: ``ptxemu`` or ``hostlaunch``."""
-    folder = os.environ.get("LOWBIT_EMULATOR")
-    if folder is None:
-        pytest.skip("no PTX emulator: set LOWBIT_EMULATOR to its folder")
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    return importlib.import_module(module)
+    """A module of tests/emulator."""
+    return pytest.importorskip(f"emulator.{module}")
 
 
 def nvcc(*args) -> None:
     """Compile, or fail with what the compiler said."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc not found: the CUDA toolkit compiles the CUDA kernels")
+    require_nvcc()
     command = ["nvcc", "-O3", "-std=c++17", f"-I{CSRC}", *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
@@ -42,33 +40,36 @@ def nvcc(*args) -> None:
 
 @functools.cache
 def launchers():
-    """The launchers of csrc/cuda on the stub runtime, whose kernel launches the emulator executes."""
-    hostlaunch = emulator("hostlaunch")
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc not found: the CUDA toolkit compiles the CUDA kernels")
-    return hostlaunch.build([ROOT / "tests" / "cuda" / "launchers.cu", *SOURCES], arch="sm_80", include=[CSRC])
+    """The launchers of csrc/cuda on the emulator's stub runtime.
+
+    Besides its own checks the emulator looks for lanes of a warp that exchange data without __syncwarp, and for bytes
+    that two threads write.
+    """
+    require_nvcc()
+    sources = [ROOT / "tests" / "cuda" / "launchers.cu", *SOURCES]
+    library = emulator("hostlaunch").build(sources, arch="sm_80", include=[CSRC])
+    library.options = {"warp_races": True, "detect_global_waw": True}
+    return library
 
 
 def call(function: str, *args) -> None:
-    """Run a launcher of tests/cuda/launchers.cu: int as int64, None as the null pointer, on the default stream.
-
-    A tensor that starts inside its storage reaches the kernel as such, misaligned where it is.
-    """
-    library, converted = launchers(), []
-    for a in args:
-        if isinstance(a, int):
-            a = ctypes.c_int64(a)
-        elif a is None:
-            a = ctypes.c_void_p(None)
-        elif a.storage_offset():
-            library.know(torch.empty(0, dtype=a.dtype).set_(a.untyped_storage()))
-            a = ctypes.c_void_p(a.data_ptr())
-        converted.append(a)
-    try:
-        code = library.call(function, *converted, ctypes.c_void_p(None))
-    finally:
-        library.known.clear()
+    """Run a launcher of tests/cuda/launchers.cu on the default stream."""
+    code = launchers().call(function, *args, None)
     assert code == 0, f"{function}: CUDA error {code}"
+    for launch in launchers().launches:
+        assert not launch.result.warnings, (launch.kernel, launch.result.warnings)
+    launchers().launches[:-1] = []
+
+
+@contextlib.contextmanager
+def multiprocessors(count: int):
+    """A GPU so small that its warps go round their loops more than once."""
+    device = launchers().device
+    launchers().device = dataclasses.replace(device, sm_count=count)
+    try:
+        yield
+    finally:
+        launchers().device = device
 
 
 def unaligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -76,7 +77,7 @@ def unaligned(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat([tensor.new_zeros(1), tensor.reshape(-1)])[1:]
 
 
-def written(shape, dtype: torch.dtype, aligned: bool = True) -> torch.Tensor:
+def written(size: int, dtype: torch.dtype, aligned: bool = True) -> torch.Tensor:
     """Memory for a kernel to write, full of a value that it has to replace."""
-    tensor = torch.full((shape,), 7, dtype=dtype)
+    tensor = torch.full((size,), 7, dtype=dtype)
     return tensor if aligned else unaligned(tensor)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import BLOCK_SIZES, DTYPES, FORMATS, block_sizes, dtypes, formats, magnitudes, make_weight
-from conftest_cuda import DTYPE_CODES, FORMAT_CODES, call, launchers, unaligned, written
+from conftest_cuda import DTYPE_CODES, FORMAT_CODES, call, launchers, multiprocessors, unaligned, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -61,12 +61,9 @@ def test_every_block_size(block_size):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_more_tiles_than_warps(format, dtype):
     """On a small GPU each warp goes round several times; a wrong stride would leave holes."""
-    launchers().attribute(16, 1)  # multiprocessors
-    try:
+    with multiprocessors(1):
         weight = make_weight((75_001,))
         assert_equals_the_reference(weight, dtype, format, 32, double_quant=True)
-    finally:
-        launchers().attribute(16, 0)
 
 
 def test_every_code_of_the_scale_map():
@@ -99,4 +96,4 @@ def test_int8_long_row():
     codes = torch.randint(-127, 128, (20_000,), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     parts = (codes.view(torch.uint8), torch.tensor([0.3]), None, None, "int8", 20_000)
     assert torch.equal(decode(*parts, 20_000, torch.float16), reference.dequantize(*parts, [20_000], torch.float16))
-    assert launchers().launches[-1][1] == (1, 4, 1)
+    assert launchers().launches[-1].grid == (1, 4, 1)

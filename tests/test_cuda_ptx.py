@@ -7,24 +7,20 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest_cuda import CSRC, ROOT, emulator, nvcc
+from conftest_cuda import CSRC, ROOT, emulator, require_nvcc
 
 ARCHS = ("sm_75", "sm_80")
 
 
 @functools.cache
 def probe(arch: str):
-    """tests/cuda/probe.cu as PTX, loaded into the emulator."""
-    ptxemu = emulator("ptxemu")
-    ptx = ROOT / "build" / "tests" / f"probe.{arch}.ptx"
-    ptx.parent.mkdir(parents=True, exist_ok=True)
-    nvcc("-ptx", f"-arch={arch}", ROOT / "tests" / "cuda" / "probe.cu", "-o", ptx)
-    return ptxemu.load(ptx.read_text())
+    """tests/cuda/probe.cu, compiled to PTX."""
+    require_nvcc()
+    return emulator("toolchain").compile_ptx(ROOT / "tests" / "cuda" / "probe.cu", arch=arch, include=[CSRC])
 
 
 def run(arch: str, kernel: str, *args) -> None:
-    options = {"async_mode": "lazy", "detect_races": True, "raise_on_race": True}
-    probe(arch).launch(kernel, grid=(1, 1, 1), block=(32, 1, 1), args=list(args), **options)
+    probe(arch).launch(kernel, grid=1, block=32, args=args)
 
 
 def test_lane_maps_are_bijective():

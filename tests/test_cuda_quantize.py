@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import BLOCK_SIZES, DTYPES, FORMATS, block_sizes, dtypes, formats, magnitudes, make_weight
-from conftest_cuda import DTYPE_CODES, FORMAT_CODES, call, launchers, unaligned, written
+from conftest_cuda import DTYPE_CODES, FORMAT_CODES, call, multiprocessors, unaligned, written
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -85,16 +85,13 @@ def test_every_block_size(dtype, block_size):
 
 def test_more_tiles_than_warps():
     """On a small GPU each warp goes round several times; a wrong stride would leave holes."""
-    launchers().attribute(16, 1)  # multiprocessors
-    try:
+    with multiprocessors(1):
         weight = make_weight((140_001,), torch.bfloat16)
         packed, absmax = reference.quantize(weight, "nf4", 32)
         assert_same(quantize(weight, "nf4", 32), (packed, absmax))
         assert torch.equal(encode(weight, absmax, "nf4", 32), reference.encode(weight, absmax, "nf4", 32))
         rows = weight[:4096].view(64, 64)
         assert_same(quantize_int8(rows), reference.quantize(rows, "int8", 64))
-    finally:
-        launchers().attribute(16, 0)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -59,8 +59,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int access = 0; access < kTileElements / kCount / kWarpSize; ++access) {
       const int piece = piece_of(lane, access);
-      const float piece_scale =
-          __uint_as_float(ptx::shuffle(__float_as_uint(scale), piece * kCount >> block_shift));
+      const float piece_scale = __uint_as_float(ptx::shuffle(__float_as_uint(scale), piece * kCount >> block_shift));
       const uint32_t word = pieces[piece];
       float values[kCount];
 #pragma unroll
@@ -74,8 +73,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   const int64_t threads = int64_t{gridDim.x} * kThreads;
-  for (int64_t byte = tiles * kTileBytes + int64_t{blockIdx.x} * kThreads + threadIdx.x;
-       2 * byte < numel; byte += threads)
+  for (int64_t byte = tiles * kTileBytes + int64_t{blockIdx.x} * kThreads + threadIdx.x; 2 * byte < numel;
+       byte += threads)
     decode_byte(packed, byte, format, scale_of(2 * byte >> block_shift), numel, out);
 }
 
@@ -141,9 +140,9 @@ int launch(const QuantizedWeight& weight, T* out, Stream stream) {
   const int64_t tiles = aligned ? weight.numel / kTileElements : 0;
   const unsigned blocks = grid_for(ceil_div(weight.numel, kTileElements), kWarps, kBlocksPerProcessor);
   const auto kernel = weight.absmax ? dequantize_kernel<T, false> : dequantize_kernel<T, true>;
-  kernel<<<blocks, kThreads, 0, stream>>>(
-      weight.packed, weight.absmax, weight.scale_codes, weight.group_scales, weight.offset, *weight.format,
-      log2_of(weight.block_size), weight.numel, tiles, out);
+  kernel<<<blocks, kThreads, 0, stream>>>(weight.packed, weight.absmax, weight.scale_codes, weight.group_scales,
+                                          weight.offset, *weight.format, log2_of(weight.block_size), weight.numel,
+                                          tiles, out);
   return cudaGetLastError();
 }
 

@@ -43,8 +43,7 @@ struct CodeTree {
     static_assert(sizeof(nodes[0]) == 128);
     uint32_t n = 1;
 #pragma unroll
-    for (int depth = 0; depth < 4; ++depth)
-      n = 2 * n + (x > __uint_as_float(ptx::load_shared_4(lane_base + n * 128)));
+    for (int depth = 0; depth < 4; ++depth) n = 2 * n + (x > __uint_as_float(ptx::load_shared_4(lane_base + n * 128)));
     return ptx::load_shared_4(lane_base + n * 128);
   }
 };

@@ -10,8 +10,8 @@ namespace lowbit::cuda {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Blocks of a kernel whose blocks share out `units` of work, `per_block` at a time: as many as there is work for, and no
-// more than `per_processor` on each multiprocessor of the current device.
+// Blocks of a kernel whose blocks share out `units` of work, `per_block` at a time: as many as there is work for, and
+// no more than `per_processor` on each multiprocessor of the current device.
 inline unsigned grid_for(int64_t units, int64_t per_block, int64_t per_processor) {
   int device = 0, processors = 1;
   cudaGetDevice(&device);

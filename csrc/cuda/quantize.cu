@@ -121,9 +121,9 @@ int launch(const QuantizeArgs& args, Stream stream) {
   const int64_t unit_size = std::max<int64_t>(args.block_size, PackedTile<T>::kElements);
   const bool aligned = is_aligned(args.weight, kAccessBytes) && is_aligned(args.packed, kAccessBytes);
   const unsigned blocks = grid_for(ceil_div(args.numel, PackedTile<T>::kElements), kWarps, kBlocksPerProcessor);
-  quantize_kernel<T><<<blocks, kThreads, 0, stream>>>(
-      static_cast<const T*>(args.weight), args.numel, *args.format, log2_of(args.block_size),
-      aligned ? args.numel / unit_size : 0, args.packed, args.absmax);
+  quantize_kernel<T><<<blocks, kThreads, 0, stream>>>(static_cast<const T*>(args.weight), args.numel, *args.format,
+                                                      log2_of(args.block_size), aligned ? args.numel / unit_size : 0,
+                                                      args.packed, args.absmax);
   return cudaGetLastError();
 }
 
@@ -158,8 +158,7 @@ __global__ void __launch_bounds__(kGroupSize)
   for (const uint32_t bits : largest_of) largest.bits = max(largest.bits, bits);
   const float group_scale = largest.value();
   if (threadIdx.x == 0) group_scales[blockIdx.x] = group_scale;
-  if (block < blocks)
-    codes[block] = group_scale == 0.0f ? 0 : encode_scale(__fmul_rn(value, __frcp_rn(group_scale)));
+  if (block < blocks) codes[block] = group_scale == 0.0f ? 0 : encode_scale(__fmul_rn(value, __frcp_rn(group_scale)));
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // search_scales: per block the signed scale that minimises the squared error; encode: codes for given scales.
 //
-// Half a warp searches one block: lane l adds up the errors of elements l, l + 16, ... for all factors side by side, and
-// the lanes' sums are added as the format says. So every backend chooses the same scale, bit for bit.
+// Half a warp searches one block: lane l adds up the errors of elements l, l + 16, ... for all factors side by side,
+// and the lanes' sums are added as the format says. So every backend chooses the same scale, bit for bit.
 #include <type_traits>
 
 #include "encode.cuh"
@@ -94,8 +94,8 @@ __device__ __forceinline__ float inverse_of(float scale) {
 // block_shift: log2 of the block size. tiles: how many of the first whole tiles 16-byte accesses can serve.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    encode_kernel(const T* weight, int64_t numel, const __grid_constant__ Format format, int block_shift,
-                  int64_t tiles, const float* scales, uint8_t* packed) {
+    encode_kernel(const T* weight, int64_t numel, const __grid_constant__ Format format, int block_shift, int64_t tiles,
+                  const float* scales, uint8_t* packed) {
   using Tile = PackedTile<T>;
   __shared__ CodeTree tree;
   __shared__ uint4 staged[kWarps][kWarpSize];
@@ -127,8 +127,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 int launch(const SearchScalesArgs& args, Stream stream) {
-  const unsigned blocks =
-      grid_for(ceil_div(args.numel, args.block_size), kThreads / kPartialSums, kBlocksPerProcessor);
+  const unsigned blocks = grid_for(ceil_div(args.numel, args.block_size), kThreads / kPartialSums, kBlocksPerProcessor);
   search_scales_kernel<<<blocks, kThreads, 0, stream>>>(static_cast<const T*>(args.weight), args.numel, *args.format,
                                                         static_cast<int>(args.block_size), args.importance,
                                                         args.columns, args.scales);

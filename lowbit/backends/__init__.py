@@ -71,7 +71,8 @@ def namespace_for(device_type: str, selected: str | None) -> str:
     if selected == "native" and device_type not in native.DEVICE_TYPES:
         if device_type == "cuda":
             raise RuntimeError(
-                f"no kernels for a CUDA tensor: {native.missing_cuda_reason()}. use_backend('reference') serves it, slowly"
+                f"no kernels for a CUDA tensor: {native.missing_cuda_reason()}; use_backend('reference') serves it, "
+                "slowly"
             )
         raise RuntimeError(
             f"backend 'native' has no kernels for device {device_type!r} in this build (it serves: "

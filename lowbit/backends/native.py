@@ -36,6 +36,6 @@ def missing_cuda_reason() -> str | None:
     if missing_reason() is not None or CUDA_CAPABILITIES:
         return missing_reason()
     return (
-        "the extension was built without its CUDA kernels, because nvcc was not found or LOWBIT_CUDA=0 was set; install "
-        "the CUDA toolkit and reinstall with `LOWBIT_CUDA=1 pip install .` (LOWBIT_CUDA_ARCHS=90 compiles for one GPU)"
+        "the extension was built without its CUDA kernels: nvcc was not found, or LOWBIT_CUDA=0 was set; install the "
+        "CUDA toolkit and reinstall with `LOWBIT_CUDA=1 pip install .` (LOWBIT_CUDA_ARCHS=90 compiles for one GPU)"
     )
