@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,22 +64,30 @@ def _cuobjdump() -> str:
     return found
 
 
+def _compile(source: Path, arch: str) -> tuple[str, str]:
+    """What cuobjdump prints of a .cu file: ``(resource usage, machine code)``."""
+    tool = _cuobjdump()
+    cubin = ROOT / "build" / "tests" / f"{source.stem}.{arch}.cubin"
+    cubin.parent.mkdir(parents=True, exist_ok=True)
+    nvcc("-cubin", f"-arch={arch}", source, "-o", cubin)
+
+    def dump(option: str) -> str:
+        return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
+
+    return dump("-res-usage"), dump("-sass")
+
+
 @functools.cache
 def kernels(source: Path) -> tuple[Kernel, ...]:
     """Every kernel of a .cu file, for each of :data:`ARCHS`."""
-    tool = _cuobjdump()
-    folder = ROOT / "build" / "tests"
-    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor() as pool:
+        printed = list(pool.map(functools.partial(_compile, source), ARCHS))
     found = []
-    for arch in ARCHS:
-        cubin = folder / f"{source.stem}.{arch}.cubin"
-        nvcc("-cubin", f"-arch={arch}", source, "-o", cubin)
-        usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    for arch, (usage, listing) in zip(ARCHS, printed, strict=True):
         resources = {
             name: tuple(map(int, numbers))
             for name, *numbers in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
         }
-        listing = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
         for part in listing.split("Function : ")[1:]:
             name = part.split()[0]
             lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(.*?);", part)

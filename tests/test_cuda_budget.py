@@ -1,7 +1,7 @@
 """What the compiled CUDA kernels cost: instructions per weight, registers, width of accesses. No GPU is needed.
 
-A budget is the issue slots that are left per weight while DRAM delivers it; the figures are in docs/verification.md. A
-change that makes a kernel slower than its memory fails here.
+DRAM leaves each weight some issue slots (docs/verification.md has figures); a change that takes many more of them than
+today fails here.
 """
 
 import pytest
