@@ -150,9 +150,8 @@ int launch(const QuantizedWeight& weight, T* out, Stream stream) {
 
 int dequantize(const DequantizeArgs& args, Stream stream) {
   if (args.weight.numel == 0) return cudaSuccess;
-  if (args.dtype == Dtype::f32) return launch(args.weight, static_cast<float*>(args.out), stream);
-  if (args.dtype == Dtype::f16) return launch(args.weight, static_cast<Fp16*>(args.out), stream);
-  return launch(args.weight, static_cast<Bf16*>(args.out), stream);
+  return for_dtype(
+      args.dtype, [&](auto element) { return launch(args.weight, static_cast<decltype(element)*>(args.out), stream); });
 }
 
 }  // namespace lowbit::cuda

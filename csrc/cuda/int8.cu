@@ -89,9 +89,7 @@ int launch(const QuantizeInt8Args& args, Stream stream) {
 
 int quantize_int8(const QuantizeInt8Args& args, Stream stream) {
   if (args.rows == 0) return cudaSuccess;
-  if (args.dtype == Dtype::f32) return launch<float>(args, stream);
-  if (args.dtype == Dtype::f16) return launch<Fp16>(args, stream);
-  return launch<Bf16>(args, stream);
+  return for_dtype(args.dtype, [&](auto element) { return launch<decltype(element)>(args, stream); });
 }
 
 }  // namespace lowbit::cuda

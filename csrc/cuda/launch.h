@@ -1,10 +1,12 @@
-// Sizes of grids.
+// What launchers share: sizes of grids, alignment, dtypes.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstdint>
+
+#include "../dtype.h"
 
 namespace lowbit::cuda {
 
@@ -20,6 +22,14 @@ inline unsigned grid_for(int64_t units, int64_t per_block, int64_t per_processor
 }
 
 inline int log2_of(int64_t power_of_two) { return __builtin_ctzll(static_cast<unsigned long long>(power_of_two)); }
+
+// launch(T{}), T being the element type that `dtype` names.
+template <class Launch>
+int for_dtype(Dtype dtype, const Launch& launch) {
+  if (dtype == Dtype::f32) return launch(float{});
+  if (dtype == Dtype::f16) return launch(Fp16{});
+  return launch(Bf16{});
+}
 
 inline bool is_aligned(const void* pointer, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;

@@ -3,8 +3,6 @@
 // A warp takes one unit at a time: a tile, or a block that is longer than one. Each lane's 16-byte loads stay in
 // registers from the absmax to the codes (a longer block is read again). What is left over or unaligned goes block by
 // block, element by element.
-#include <type_traits>
-
 #include "encode.cuh"
 #include "kernels.h"
 #include "launch.h"
@@ -60,7 +58,7 @@ __device__ void quantize_block(const T* values, int count, bool is_short, uint8_
 
 // block_shift: log2 of the block size. units: how many of the first units 16-byte accesses can serve.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)  // 80 registers; left alone, ptxas takes 64 on some GPUs and spills
     quantize_kernel(const T* weight, int64_t numel, const __grid_constant__ Format format, int block_shift,
                     int64_t units, uint8_t* packed, float* absmax) {
   using Tile = PackedTile<T>;
@@ -165,9 +163,7 @@ __global__ void __launch_bounds__(kGroupSize)
 
 int quantize(const QuantizeArgs& args, Stream stream) {
   if (args.numel == 0) return cudaSuccess;
-  if (args.dtype == Dtype::f32) return launch<float>(args, stream);
-  if (args.dtype == Dtype::f16) return launch<Fp16>(args, stream);
-  return launch<Bf16>(args, stream);
+  return for_dtype(args.dtype, [&](auto element) { return launch<decltype(element)>(args, stream); });
 }
 
 int quantize_scales(const QuantizeScalesArgs& args, Stream stream) {

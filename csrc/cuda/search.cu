@@ -2,8 +2,6 @@
 //
 // Half a warp searches one block: lane l adds up the errors of elements l, l + 16, ... for all factors side by side,
 // and the lanes' sums are added as the format says. So every backend chooses the same scale, bit for bit.
-#include <type_traits>
-
 #include "encode.cuh"
 #include "kernels.h"
 #include "launch.h"
@@ -144,17 +142,16 @@ int launch(const EncodeArgs& args, Stream stream) {
   return cudaGetLastError();
 }
 
-template <class Args>
-int launch_for_dtype(const Args& args, Stream stream) {
-  if (args.numel == 0) return cudaSuccess;
-  if (args.dtype == Dtype::f32) return launch<float>(args, stream);
-  if (args.dtype == Dtype::f16) return launch<Fp16>(args, stream);
-  return launch<Bf16>(args, stream);
-}
-
 }  // namespace
 
-int search_scales(const SearchScalesArgs& args, Stream stream) { return launch_for_dtype(args, stream); }
-int encode(const EncodeArgs& args, Stream stream) { return launch_for_dtype(args, stream); }
+int search_scales(const SearchScalesArgs& args, Stream stream) {
+  if (args.numel == 0) return cudaSuccess;
+  return for_dtype(args.dtype, [&](auto element) { return launch<decltype(element)>(args, stream); });
+}
+
+int encode(const EncodeArgs& args, Stream stream) {
+  if (args.numel == 0) return cudaSuccess;
+  return for_dtype(args.dtype, [&](auto element) { return launch<decltype(element)>(args, stream); });
+}
 
 }  // namespace lowbit::cuda
