@@ -29,8 +29,8 @@ using lowbit::Dtype;
 using lowbit::Format;
 using lowbit::cuda::Stream;
 
-// torch's current stream of a device. A weak symbol would not do: Python loads extensions and torch's libraries out of
-// each other's sight, and only by its handle can a library that is not linked be asked.
+// torch's current stream of a device. A weak symbol would stay null: Python loads torch's libraries out of the sight of
+// other extensions, and only by its handle can a library that is not linked be asked.
 Stream current_stream(int32_t device_index) {
   using Get = AOTITorchError (*)(int32_t, void**);
   static const Get get = [] {
