@@ -11,7 +11,7 @@ TEST_ARGS ?= -q
 # Whatever is compiled or installed; a change here makes the next call install the package again.
 SOURCES := setup.py pyproject.toml $(shell find lowbit lowbit_lora csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test native-test neon-test avx512-test lint format clean
+.PHONY: help demo test native-test neon-test avx512-test wheel-cuda lint format clean
 .DELETE_ON_ERROR:
 .SECONDARY:  # keep the stamps that pattern rules make
 
@@ -21,6 +21,7 @@ help:
 	@echo "make native-test  check the kernels without torch, plain and under sanitizers"
 	@echo "make neon-test    the same cross-compiled for 64-bit ARM, under an emulator"
 	@echo "make avx512-test  the same for the AVX-512 kernels on any x86-64 CPU, with SIMDe's portable intrinsics"
+	@echo "make wheel-cuda   build a wheel for every GPU generation into dist/ (needs nvcc; a plain build serves one)"
 	@echo "make lint   run the pre-commit checks on every file; changes nothing"
 	@echo "make format rewrite FILES=... with ruff and clang-format (default: every file git tracks)"
 	@echo "make clean  remove the environments, the build and what the demo wrote"
@@ -71,6 +72,11 @@ build/native/driver-avx512: $(AVX512_SOURCES) tests/native/simde/immintrin.h $(S
 	$(CXX) -O1 $(DRIVER_FLAGS) -Wno-psabi -Wno-aggressive-loop-optimizations -fsanitize=address -I tests/native/simde \
 	-o $@ $(AVX512_SOURCES)
 
+# Turing to Blackwell, and PTX of the last for what comes after.
+CUDA_ARCHS ?= 75,80,86,89,90,100,120
+wheel-cuda: .venv-wheel/torch.stamp
+	LOWBIT_CUDA=1 LOWBIT_CUDA_ARCHS=$(CUDA_ARCHS) $(<D)/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
 lint: .venv-lint/tools.stamp
 	.venv-lint/bin/pre-commit run --all-files --show-diff-on-failure
 
@@ -81,7 +87,7 @@ format: .venv-lint/tools.stamp
 	$(if $(filter-out %.py,$(FILES)),.venv-lint/bin/clang-format -i --style=file $(filter-out %.py,$(FILES)))
 
 clean:
-	rm -rf .venv-demo .venv-test .venv-lint build out data lowbit.egg-info
+	rm -rf .venv-demo .venv-test .venv-lint .venv-wheel build dist out data lowbit.egg-info
 
 .venv-%/torch.stamp:
 	$(PYTHON) -m venv $(@D)

@@ -1,6 +1,5 @@
-// The ops of lowbit/ops.py for CPU tensors, and the only file that knows torch (its stable ABI: one binary serves
-// every torch >= 2.10). Checks that sizes and dtypes let no kernel leave its buffers; messages for users come from
-// Python before this.
+// The ops of lowbit/ops.py for CPU tensors, and the extension module. Only the bindings know torch (its stable ABI: one
+// binary serves every torch >= 2.10).
 #include <Python.h>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -15,18 +14,19 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings.h"
 #include "cpu/kernels.h"
-#include "nf4.h"
+#if defined(LOWBIT_CUDA)
+#include "cuda/kernels.h"
+#endif
 
 namespace {
 
+using namespace lowbit::bindings;
 using lowbit::Dtype;
 using lowbit::Format;
 using lowbit::cpu::active_kernels;
 using lowbit::cpu::Kernels;
-using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // torch's own thread pool.
 lowbit::cpu::ParallelFor parallel_for() {
@@ -36,144 +36,20 @@ lowbit::cpu::ParallelFor parallel_for() {
           torch::stable::get_num_threads()};
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-const char* name_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Byte:
-      return "uint8";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Bool:
-      return "bool";
-    default:
-      return "another one";
-  }
+lowbit::cpu::QuantizedWeight view(const Weight& weight) {
+  return {
+      weight.packed, weight.absmax,     weight.scale_codes, weight.group_scales, weight.offset ? *weight.offset : 0.0f,
+      weight.format, weight.block_size, weight.numel};
 }
-
-Dtype dtype_of(ScalarType type, const char* name) {
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, name,
-                  ": expected dtype float32, float16 or bfloat16, got ", name_of(type));
-  if (type == ScalarType::Half) return Dtype::f16;
-  return type == ScalarType::Float ? Dtype::f32 : Dtype::bf16;
-}
-
-// a * b for sizes; an error instead of a wrapped number, which could pass a check of tensor sizes.
-int64_t product(int64_t a, int64_t b, const char* name) {
-  int64_t result;
-  STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &result), name, ": expected sizes whose product fits 63 bits, got ", a,
-                  " x ", b);
-  return result;
-}
-
-// null for int8, which has no codebook.
-const Format* format_of(const std::string& name) {
-  if (name == "int8") return nullptr;
-  STD_TORCH_CHECK(name == "nf4" || name == "fp4", "format: expected nf4, fp4 or int8, got ", name);
-  return name == "nf4" ? &lowbit::kNf4 : &lowbit::kFp4;
-}
-
-void check_block_size(int64_t size) {
-  STD_TORCH_CHECK(size >= lowbit::kMinBlockSize && size <= lowbit::kMaxBlockSize && (size & (size - 1)) == 0,
-                  "block_size: expected a power of two from 32 to 4096, got ", size);
-}
-
-void check_size(const Tensor& tensor, const char* name, int64_t numel) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
-  STD_TORCH_CHECK(tensor.numel() == numel, name, ": expected ", numel, " elements, got ", tensor.numel());
-}
-
-void check(const Tensor& tensor, const char* name, ScalarType type, int64_t numel) {
-  check_size(tensor, name, numel);
-  STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": expected dtype ", name_of(type), ", got ",
-                  name_of(tensor.scalar_type()));
-}
-
-// torch::stable::contiguous looks its op up by name, which costs as much as a small kernel.
-Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-template <class T>
-const T* pointer(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.data_ptr());
-}
-
-// For int8 block_size is the length of a row.
-void check_row_length(int64_t block_size, int64_t rows, int64_t numel) {
-  STD_TORCH_CHECK(rows == 0 || block_size == numel / rows, "block_size: expected ", numel / rows,
-                  " (the length of a row) for int8, got ", block_size);
-}
-
-// The checked parts of a weight; holds the tensors, made contiguous, while a kernel reads them.
-class Weight {
- public:
-  Weight(const Tensor& packed, const Tensor& absmax, const std::optional<Tensor>& group_scales,
-         const std::optional<Tensor>& offset, const std::string& format, int64_t block_size, int64_t numel,
-         int64_t rows)
-      : packed_(as_contiguous(packed)), absmax_(as_contiguous(absmax)) {
-    STD_TORCH_CHECK(numel >= 0, "shape: expected sizes of at least 0");
-    const Format* table = format_of(format);
-    if (!table) {
-      check_row_length(block_size, rows, numel);
-      check(packed, "packed", ScalarType::Byte, numel);
-      check(absmax, "absmax", ScalarType::Float, rows);
-      STD_TORCH_CHECK(!group_scales && !offset, "group_scales, offset: expected neither for int8, got one");
-      // A row length of 0 would be divided by.
-      view = {pointer<uint8_t>(packed_),
-              pointer<float>(absmax_),
-              nullptr,
-              nullptr,
-              0.0f,
-              nullptr,
-              std::max<int64_t>(block_size, 1),
-              numel};
-      return;
-    }
-    check_block_size(block_size);
-    const int64_t blocks = ceil_div(numel, block_size);
-    check(packed, "packed", ScalarType::Byte, ceil_div(numel, 2));
-    STD_TORCH_CHECK(group_scales.has_value() == offset.has_value(),
-                    "group_scales, offset: expected both (double quantization) or neither, got one");
-    view = {pointer<uint8_t>(packed_), nullptr, nullptr, nullptr, 0.0f, table, block_size, numel};
-    if (!group_scales) {
-      check(absmax, "absmax", ScalarType::Float, blocks);
-      view.absmax = pointer<float>(absmax_);
-      return;
-    }
-    check(absmax, "absmax", ScalarType::Byte, blocks);
-    check(*group_scales, "group_scales", ScalarType::Float, ceil_div(blocks, lowbit::kGroupSize));
-    check(*offset, "offset", ScalarType::Float, 1);
-    group_scales_ = as_contiguous(*group_scales);
-    view.scale_codes = pointer<uint8_t>(absmax_);
-    view.group_scales = pointer<float>(*group_scales_);
-    view.offset = *pointer<float>(*offset);
-  }
-
-  lowbit::cpu::QuantizedWeight view;
-
- private:
-  Tensor packed_, absmax_;
-  std::optional<Tensor> group_scales_;
-};
 
 // A small operand (bias, t, lora_b) in contiguous fp32, multiplied by `factor`: the tensor's own memory where it is
 // that.
 class FloatOperand {
  public:
-  FloatOperand(const std::optional<Tensor>& tensor, const char* name, int64_t numel, float factor = 1.0f) {
+  FloatOperand(const Tensor& like, const std::optional<Tensor>& tensor, const char* name, int64_t numel,
+               float factor = 1.0f) {
     if (!tensor) return;
-    check_size(*tensor, name, numel);
+    check_size(*tensor, name, numel, like);
     const Dtype dtype = dtype_of(tensor->scalar_type(), name);
     source_ = as_contiguous(*tensor);
     data_ = pointer<float>(*source_);
@@ -234,16 +110,8 @@ Tensor empty_with_last(const Tensor& x, int64_t last, ScalarType type) {
 
 int64_t rows_of(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.dim() >= 1, name, ": expected at least 1 dimension, got a scalar");
-  STD_TORCH_CHECK(x.is_cpu(), name, ": expected a CPU tensor");
   int64_t rows = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
-  return rows;
-}
-
-// Rows of an int8 weight of this shape; a weight of one dimension, or none, is one row.
-int64_t row_count(const IntHeaderOnlyArrayRef& shape) {
-  int64_t rows = 1;
-  for (size_t i = 0; i + 1 < shape.size(); ++i) rows = product(rows, shape[i], "shape");
   return rows;
 }
 
@@ -284,7 +152,7 @@ Tensor search_scales(Tensor weight, std::optional<Tensor> importance, std::strin
   STD_TORCH_CHECK(table, "format: expected nf4 or fp4, got ", format);
   const Dtype dtype = dtype_of(weight.scalar_type(), "weight");
   const int64_t numel = weight.numel(), columns = weight.dim() ? weight.size(weight.dim() - 1) : 1;
-  const FloatOperand importance_values(importance, "importance", columns);
+  const FloatOperand importance_values(weight, importance, "importance", columns);
   const Tensor source = as_contiguous(weight);
   const int64_t blocks = ceil_div(numel, block_size);
   Tensor scales = torch::stable::new_empty(weight, IntHeaderOnlyArrayRef(&blocks, 1), ScalarType::Float);
@@ -300,7 +168,7 @@ Tensor encode(Tensor weight, Tensor scales, std::string format, int64_t block_si
   STD_TORCH_CHECK(table, "format: expected nf4 or fp4, got ", format);
   const Dtype dtype = dtype_of(weight.scalar_type(), "weight");
   const int64_t numel = weight.numel(), bytes = ceil_div(numel, 2);
-  check(scales, "scales", ScalarType::Float, ceil_div(numel, block_size));
+  check(scales, "scales", ScalarType::Float, ceil_div(numel, block_size), weight);
   const Tensor source = as_contiguous(weight), block_scales = as_contiguous(scales);
   Tensor packed =
       on_huge_pages(torch::stable::new_empty(weight, IntHeaderOnlyArrayRef(&bytes, 1), ScalarType::Byte), bytes);
@@ -312,8 +180,8 @@ Tensor encode(Tensor weight, Tensor scales, std::string format, int64_t block_si
 
 std::tuple<Tensor, Tensor> quantize_scales(Tensor absmax, Tensor offset) {
   const int64_t blocks = absmax.numel(), groups = ceil_div(blocks, lowbit::kGroupSize);
-  check(absmax, "absmax", ScalarType::Float, blocks);
-  check(offset, "offset", ScalarType::Float, 1);
+  check(absmax, "absmax", ScalarType::Float, blocks, absmax);
+  check(offset, "offset", ScalarType::Float, 1, absmax);
   const Tensor source = as_contiguous(absmax);
   Tensor codes = torch::stable::new_empty(absmax, IntHeaderOnlyArrayRef(&blocks, 1), ScalarType::Byte);
   Tensor group_scales = torch::stable::new_empty(absmax, IntHeaderOnlyArrayRef(&groups, 1));
@@ -326,28 +194,23 @@ std::tuple<Tensor, Tensor> quantize_scales(Tensor absmax, Tensor offset) {
 
 Tensor dequantize(Tensor packed, Tensor absmax, std::optional<Tensor> group_scales, std::optional<Tensor> offset,
                   std::string format, int64_t block_size, std::vector<int64_t> shape, ScalarType dtype) {
-  int64_t numel = 1;
-  for (const int64_t size : shape) {
-    STD_TORCH_CHECK(size >= 0, "shape: expected sizes of at least 0, got ", size);
-    numel = product(numel, size, "shape");
-  }
-  const int64_t rows = row_count(IntHeaderOnlyArrayRef(shape.data(), shape.size()));
-  const Weight weight(packed, absmax, group_scales, offset, format, block_size, numel, rows);
+  const IntHeaderOnlyArrayRef sizes(shape.data(), shape.size());
+  const int64_t numel = numel_of(sizes), rows = row_count(sizes);
+  const Weight weight(packed, packed, absmax, group_scales, offset, format, block_size, numel, rows);
   const Dtype out_dtype = dtype_of(dtype, "dtype");
-  Tensor out =
-      on_huge_pages(torch::stable::new_empty(packed, IntHeaderOnlyArrayRef(shape.data(), shape.size()), dtype),
-                    numel * (out_dtype == Dtype::f32 ? 4 : 2));
-  active_kernels().dequantize({weight.view, out.data_ptr(), out_dtype}, parallel_for());
+  Tensor out = on_huge_pages(torch::stable::new_empty(packed, sizes, dtype), numel * (out_dtype == Dtype::f32 ? 4 : 2));
+  active_kernels().dequantize({view(weight), out.data_ptr(), out_dtype}, parallel_for());
   return out;
 }
 
 void dequantize_out(Tensor packed, Tensor absmax, std::optional<Tensor> group_scales, std::optional<Tensor> offset,
                     std::string format, int64_t block_size, Tensor out) {
-  STD_TORCH_CHECK(out.is_cpu(), "out: expected a CPU tensor");
+  check_device(out, "out", packed);
   STD_TORCH_CHECK(out.is_contiguous(), "out: expected a contiguous tensor");
   const Dtype out_dtype = dtype_of(out.scalar_type(), "out");
-  const Weight weight(packed, absmax, group_scales, offset, format, block_size, out.numel(), row_count(out.sizes()));
-  active_kernels().dequantize({weight.view, out.data_ptr(), out_dtype}, parallel_for());
+  const Weight weight(packed, packed, absmax, group_scales, offset, format, block_size, out.numel(),
+                      row_count(out.sizes()));
+  active_kernels().dequantize({view(weight), out.data_ptr(), out_dtype}, parallel_for());
 }
 
 // kKernel: the member of Kernels that computes the product, exactly or approximately.
@@ -358,16 +221,16 @@ Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> grou
   const int64_t m = rows_of(x, "x"), n = out_features, k = x.size(x.dim() - 1);
   STD_TORCH_CHECK(n >= 0, "out_features: expected at least 0, got ", n);
   const Dtype dtype = dtype_of(x.scalar_type(), "x");
-  const Weight weight(packed, absmax, group_scales, offset, format, block_size, product(n, k, "out_features"), n);
+  const Weight weight(x, packed, absmax, group_scales, offset, format, block_size, product(n, k, "out_features"), n);
   STD_TORCH_CHECK(t.has_value() == lora_b.has_value(), "t, lora_b: expected both (LoRA) or neither, got one");
   STD_TORCH_CHECK(!t || t->dim() >= 1, "t: expected at least 1 dimension, got a scalar");
   const int64_t rank = t ? t->size(t->dim() - 1) : 0;
-  const FloatOperand bias_values(bias, "bias", n);
-  const FloatOperand t_values(t, "t", product(m, rank, "t"), static_cast<float>(scaling));
-  const FloatOperand lora_b_values(lora_b, "lora_b", product(n, rank, "t"));
+  const FloatOperand bias_values(x, bias, "bias", n);
+  const FloatOperand t_values(x, t, "t", product(m, rank, "t"), static_cast<float>(scaling));
+  const FloatOperand lora_b_values(x, lora_b, "lora_b", product(n, rank, "t"));
   const Tensor source = as_contiguous(x);
   Tensor y = empty_with_last(x, n, x.scalar_type());
-  (active_kernels().*kKernel)({source.data_ptr(), dtype, weight.view, bias_values.data(), t_values.data(),
+  (active_kernels().*kKernel)({source.data_ptr(), dtype, view(weight), bias_values.data(), t_values.data(),
                                lora_b_values.data(), m, n, k, rank, y.data_ptr()},
                               parallel_for());
   return y;
@@ -383,17 +246,17 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor packed, Tensor absmax, s
   STD_TORCH_CHECK(lora_a.dim() == 2, "lora_a: expected 2 dimensions, got ", lora_a.dim());
   const Dtype dtype = dtype_of(x.scalar_type(), "x");
   const int64_t rank = lora_a.size(0);
-  const Weight weight(packed, absmax, group_scales, offset, format, block_size, product(n, k, "out_features"), n);
-  const FloatOperand bias_values(bias, "bias", n);
-  const FloatOperand lora_a_values(lora_a, "lora_a", product(rank, k, "lora_a"));
-  const FloatOperand lora_b_values(lora_b, "lora_b", product(n, rank, "lora_b"));
+  const Weight weight(x, packed, absmax, group_scales, offset, format, block_size, product(n, k, "out_features"), n);
+  const FloatOperand bias_values(x, bias, "bias", n);
+  const FloatOperand lora_a_values(x, lora_a, "lora_a", product(rank, k, "lora_a"));
+  const FloatOperand lora_b_values(x, lora_b, "lora_b", product(n, rank, "lora_b"));
   const Tensor source = as_contiguous(x);
   Tensor t = empty_with_last(x, rank, ScalarType::Float), y = empty_with_last(x, n, x.scalar_type());
   const Kernels& kernels = active_kernels();
   kernels.lora_down({source.data_ptr(), dtype, lora_a_values.data(), m, k, rank, static_cast<float*>(t.data_ptr())},
                     parallel_for());
-  const FloatOperand scaled_t(t, "t", m * rank, static_cast<float>(scaling));
-  kernels.linear({source.data_ptr(), dtype, weight.view, bias_values.data(), scaled_t.data(), lora_b_values.data(), m, n,
+  const FloatOperand scaled_t(x, t, "t", m * rank, static_cast<float>(scaling));
+  kernels.linear({source.data_ptr(), dtype, view(weight), bias_values.data(), scaled_t.data(), lora_b_values.data(), m, n,
                   k, rank, y.data_ptr()},
                  parallel_for());
   return {y, t};
@@ -404,10 +267,10 @@ Tensor linear_grad_input(Tensor grad, Tensor packed, Tensor absmax, std::optiona
   const int64_t m = rows_of(grad, "grad"), n = grad.size(grad.dim() - 1), k = in_features;
   STD_TORCH_CHECK(k >= 0, "in_features: expected at least 0, got ", k);
   const Dtype dtype = dtype_of(grad.scalar_type(), "grad");
-  const Weight weight(packed, absmax, group_scales, offset, format, block_size, product(n, k, "in_features"), n);
+  const Weight weight(grad, packed, absmax, group_scales, offset, format, block_size, product(n, k, "in_features"), n);
   const Tensor source = as_contiguous(grad);
   Tensor grad_x = empty_with_last(grad, k, grad.scalar_type());
-  active_kernels().linear_grad_input({source.data_ptr(), dtype, weight.view, m, n, k, grad_x.data_ptr()},
+  active_kernels().linear_grad_input({source.data_ptr(), dtype, view(weight), m, n, k, grad_x.data_ptr()},
                                      parallel_for());
   return grad_x;
 }
@@ -446,7 +309,16 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit, CompositeExplicitAutograd, library) {
   library.impl("set_cpu_isa", TORCH_BOX(&set_cpu_isa));
 }
 
-// Importing lowbit._C loads the registrations above; the module itself is empty.
+// Importing lowbit._C loads the registrations above; the module itself only says what the CUDA half was compiled for.
 static PyModuleDef module_definition = {
     PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module_definition); }
+PyMODINIT_FUNC PyInit__C() {
+  PyObject* module = PyModule_Create(&module_definition);
+#if defined(LOWBIT_CUDA)
+  const char* architectures = lowbit::cuda::architectures();
+#else
+  const char* architectures = "";
+#endif
+  if (module && PyModule_AddStringConstant(module, "cuda_architectures", architectures) != 0) Py_CLEAR(module);
+  return module;
+}

@@ -14,10 +14,10 @@ namespace lowbit {
 
 constexpr int64_t kMinBlockSize = 32;
 constexpr int64_t kMaxBlockSize = 4096;
-constexpr int64_t kGroupSize = 256;         // blocks that share one fp32 group scale under double quantization
-constexpr float kTinyAbsmax = 1e-38f;       // floor under absmax before its reciprocal is taken
+constexpr int64_t kGroupSize = 256;                 // blocks that share one fp32 group scale under double quantization
+constexpr float kTinyAbsmax = 1e-38f;               // floor under absmax before its reciprocal is taken
 constexpr float kInt8Unit = 7.874015718698502e-3f;  // 1 / 127: an int8 weight is code * absmax * kInt8Unit
-constexpr int64_t kScalePositions = 65536;  // rounding positions of a double-quantized scale in [-1, 1]
+constexpr int64_t kScalePositions = 65536;          // rounding positions of a double-quantized scale in [-1, 1]
 
 // One 4-bit format. The rank of x is the number of thresholds t with x > t; its code is code_of_rank[rank].
 struct Format {
@@ -144,5 +144,29 @@ constexpr ScaleMap make_scale_map() {
   return map;
 }
 constexpr ScaleMap kScaleMap = make_scale_map();
+
+// Position i of kScalePositions stands for i / 32767.5 - 1; its code is that of the nearest map entry, the lower of two
+// (bitsandbytes' CPU rule for scales). first_above[c] is the first position whose code is above c.
+struct ScaleBoundaries {
+  uint16_t first_above[255];
+};
+constexpr ScaleBoundaries make_scale_boundaries() {
+  ScaleBoundaries boundaries{};
+  for (int c = 0; c < 255; ++c) {
+    const double below = kScaleMap.entries[c], above = kScaleMap.entries[c + 1];
+    const auto is_above = [&](int position) {
+      const double value = position / 32767.5 - 1.0;
+      const double to_below = value > below ? value - below : below - value;
+      const double to_above = value > above ? value - above : above - value;
+      return to_above < to_below;
+    };
+    int position = static_cast<int>(((below + above) / 2 + 1.0) * 32767.5);
+    while (position > 0 && is_above(position - 1)) --position;
+    while (!is_above(position)) ++position;
+    boundaries.first_above[c] = static_cast<uint16_t>(position);
+  }
+  return boundaries;
+}
+constexpr ScaleBoundaries kScaleBoundaries = make_scale_boundaries();
 
 }  // namespace lowbit

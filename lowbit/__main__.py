@@ -8,6 +8,15 @@ import torch
 from . import __version__, backends, selftest
 
 
+def gpu_name() -> str:
+    """The GPU, and what serves it."""
+    if not torch.cuda.is_available():
+        return "none found"
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    reason = backends.native.missing_cuda_reason()
+    return f"{torch.cuda.get_device_name()}, compute capability {capability}{'' if reason is None else f' ({reason})'}"
+
+
 def main() -> int:
     print(f"lowbit {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     for name, reason in backends.available().items():
@@ -15,10 +24,9 @@ def main() -> int:
     isas = selftest.isa_names()
     print(f"CPU kernels       {', '.join(isas) + f' ({isas[0]} in use)' if isas else 'none built'}")
     print(f"CPU threads       {torch.get_num_threads()}")
-    cuda = "none found"
-    if torch.cuda.is_available():
-        cuda = f"{torch.cuda.get_device_name()} (no CUDA kernels in this version: the reference backend serves it)"
-    print(f"GPU               {cuda}")
+    capabilities = ", ".join(backends.native.CUDA_CAPABILITIES)
+    print(f"CUDA kernels      {f'compiled for {capabilities} and later' if capabilities else 'not built'}")
+    print(f"GPU               {gpu_name()}")
 
     results = selftest.run()
     failures = [(name, problem) for name, problem in results if problem is not None]

@@ -4,16 +4,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../dtype.h"
+
 namespace lowbit {
-
-enum class Dtype { f32, f16, bf16 };
-
-struct Bf16 {
-  uint16_t bits;
-};
-struct Fp16 {
-  uint16_t bits;
-};
 
 inline uint32_t bits_of(float value) {
   uint32_t bits;

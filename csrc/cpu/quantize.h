@@ -70,15 +70,13 @@ void quantize(const QuantizeArgs& args, const ParallelFor& parallel_for) {
   });
 }
 
-// Code of the map entry nearest to i / 32767.5 - 1 for each position i: bitsandbytes' CPU rule for scales.
+// The code of each position.
 static inline const std::vector<uint8_t>& scale_code_table() {
   static const std::vector<uint8_t> table = [] {
     std::vector<uint8_t> codes(kScalePositions);
-    const float* entries = kScaleMap.entries;
     int code = 0;
     for (int64_t i = 0; i < kScalePositions; ++i) {
-      const double position = static_cast<double>(i) / 32767.5 - 1.0;
-      while (code < 255 && std::fabs(position - entries[code + 1]) < std::fabs(position - entries[code])) ++code;
+      while (code < 255 && i >= kScaleBoundaries.first_above[code]) ++code;
       codes[i] = static_cast<uint8_t>(code);
     }
     return codes;

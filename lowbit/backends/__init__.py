@@ -58,10 +58,22 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def namespace_for(device_type: str, selected: str | None) -> str:
-    """The op namespace for tensors on ``device_type``, given the :func:`use_backend` choice (None: automatic)."""
+    """The op namespace for tensors on ``device_type``, given the :func:`use_backend` choice (None: automatic).
+
+    Raises:
+        RuntimeError: the chosen backend does not serve that device; or none is chosen, and what serves a GPU was not
+            built. (Without any compiled extension, which a warning said, the reference serves every device.)
+    """
     if selected is None:
-        selected = "native" if device_type in native.DEVICE_TYPES else "reference"
-    elif selected == "native" and device_type not in native.DEVICE_TYPES:
+        # Only here the reference would stand in for kernels that a user of a GPU expects.
+        expects_native = device_type == "cuda" and native.missing_reason() is None
+        selected = "native" if expects_native or device_type in native.DEVICE_TYPES else "reference"
+    if selected == "native" and device_type not in native.DEVICE_TYPES:
+        if device_type == "cuda":
+            raise RuntimeError(
+                f"no kernels for a CUDA tensor: {native.missing_cuda_reason()}; use_backend('reference') serves it, "
+                "slowly"
+            )
         raise RuntimeError(
             f"backend 'native' has no kernels for device {device_type!r} in this build (it serves: "
             f"{', '.join(native.DEVICE_TYPES)}); use_backend('reference') serves every device"

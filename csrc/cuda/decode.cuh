@@ -1,0 +1,62 @@
+// What every kernel that reads a packed weight needs: the decoded scale of a block, and a table of decoded pairs.
+#pragma once
+
+#include <cstdint>
+
+#include "../nf4.h"
+#include "layout.h"
+#include "ptx.cuh"
+
+namespace lowbit::cuda {
+
+static __device__ const ScaleMap device_scale_map = kScaleMap;
+
+// The fp32 scale of each block, from where QuantizedWeight keeps them.
+template <bool kDoubleQuant>
+struct BlockScales {
+  const float* absmax;  // null where double-quantized; then these:
+  const uint8_t* codes;
+  const float* group_scales;
+  float offset;
+
+  __device__ __forceinline__ BlockScales(const float* absmax, const uint8_t* codes, const float* group_scales,
+                                         const float* offset)
+      : absmax(absmax), codes(codes), group_scales(group_scales), offset(kDoubleQuant ? *offset : 0.0f) {}
+
+  // fl(fl(map[code] * group_scale) + offset): the format allows no contraction into an FMA.
+  __device__ __forceinline__ float operator()(uint64_t block) const {
+    if constexpr (!kDoubleQuant) return absmax[block];
+    const float entry = device_scale_map.entries[codes[block]];
+    return __fadd_rn(__fmul_rn(entry, group_scales[block / uint64_t{kGroupSize}]), offset);
+  }
+};
+
+// The two codebook values of each packed byte, in shared memory: 32 KB, sixteen copies side by side. Lanes l and
+// l + 16 read copy l % 16, which alone has its two banks, so no two lanes of a half warp meet in one.
+struct PairTable {
+  static constexpr int kCopies = 16;
+
+  float2 pairs[256][kCopies];
+
+  // By all threads of the block; a barrier has to follow.
+  __device__ __forceinline__ void fill(const Format& format) {
+    for (int i = static_cast<int>(threadIdx.x); i < 256 * kCopies; i += static_cast<int>(blockDim.x)) {
+      const int byte = i / kCopies;
+      pairs[byte][i % kCopies] = {format.codebook[byte >> 4], format.codebook[byte & 15]};
+    }
+  }
+
+  // Where the lane's copy begins.
+  __device__ __forceinline__ uint32_t lane_base(int lane) const {
+    return ptx::shared_address(&pairs[0][lane % kCopies]);
+  }
+
+  // Byte `b` of `word`, decoded: its even element, its odd one. PRMT, LEA, LDS. (Shift and LOP3 with an aligned table
+  // would be as short, but ptxas starts shared memory at 0x400 from sm_90 on, whatever alignment is asked for.)
+  static __device__ __forceinline__ float2 decode(uint32_t word, int b, uint32_t lane_base) {
+    static_assert(sizeof(pairs[0]) == 128);
+    return ptx::load_shared_8(lane_base + ptx::byte(word, b) * 128);
+  }
+};
+
+}  // namespace lowbit::cuda

@@ -1,0 +1,157 @@
+// dequantize: the decoded weight.
+//
+// A warp takes one tile at a time: each lane loads 16 packed bytes, the warp passes them through shared memory to the
+// lanes that will write what they decode to, and each lane writes 16 bytes at a time; every access of a warp is 512
+// consecutive bytes. What is left over or unaligned goes element by element.
+#include <type_traits>
+
+#include "decode.cuh"
+#include "elements.cuh"
+#include "kernels.h"
+#include "launch.h"
+
+namespace lowbit::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kBlocksPerProcessor = 4;
+constexpr int kTileElements = 2 * kTileBytes;  // in 4 bits; in int8 as many as bytes
+constexpr int kTilesPerPiece = 8;              // of a long int8 row
+
+// Decodes elements 2 * byte and 2 * byte + 1, of which the last may not exist.
+template <class T>
+__device__ void decode_byte(const uint8_t* packed, int64_t byte, const Format& format, float scale, int64_t numel,
+                            T* out) {
+  narrow(__fmul_rn(format.codebook[packed[byte] >> 4], scale), out + 2 * byte);
+  if (2 * byte + 1 < numel) narrow(__fmul_rn(format.codebook[packed[byte] & 15], scale), out + 2 * byte + 1);
+}
+
+// block_shift: log2 of the block size. tiles: how many of the first whole tiles 16-byte accesses can serve.
+template <class T, bool kDoubleQuant>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_kernel(const uint8_t* packed, const float* absmax, const uint8_t* scale_codes, const float* group_scales,
+                      const float* offset, const __grid_constant__ Format format, int block_shift, int64_t numel,
+                      int64_t tiles, T* out) {
+  constexpr int kCount = kPerAccess<T>;
+  using PackedPiece = std::conditional_t<kCount == 8, uint32_t, uint16_t>;  // what decodes to one access
+  __shared__ PairTable table;
+  __shared__ uint4 staged[kWarps][kWarpSize];
+  const BlockScales<kDoubleQuant> scale_of{absmax, scale_codes, group_scales, offset};
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+
+  table.fill(format);
+  __syncthreads();
+  const uint32_t lane_base = table.lane_base(lane);
+  const PackedPiece* pieces = reinterpret_cast<const PackedPiece*>(staged[warp]);
+  const int last_block = max(kTileElements >> block_shift, 1) - 1;  // of a tile, counted from its first
+  const int64_t first_tile = int64_t{blockIdx.x} * kWarps + warp, stride = int64_t{gridDim.x} * kWarps;
+  const uint8_t* from = packed + first_tile * kTileBytes + lane * kAccessBytes;
+  T* to = out + first_tile * kTileElements + lane * kCount;
+  for (int64_t tile = first_tile; tile < tiles;
+       tile += stride, from += stride * kTileBytes, to += stride * kTileElements) {
+    const uint4 bytes = ptx::load_global_16(from);
+    // Lane b decodes the scale of block b of the tile.
+    const float scale = scale_of((static_cast<uint64_t>(tile) * kTileElements >> block_shift) + min(lane, last_block));
+    __syncwarp();
+    staged[warp][lane] = bytes;
+    __syncwarp();
+#pragma unroll
+    for (int access = 0; access < kTileElements / kCount / kWarpSize; ++access) {
+      const int piece = piece_of(lane, access);
+      const float piece_scale = __uint_as_float(ptx::shuffle(__float_as_uint(scale), piece * kCount >> block_shift));
+      const uint32_t word = pieces[piece];
+      float values[kCount];
+#pragma unroll
+      for (int b = 0; b < kCount / 2; ++b) {
+        const float2 pair = PairTable::decode(word, b, lane_base);
+        values[2 * b] = __fmul_rn(pair.x, piece_scale);
+        values[2 * b + 1] = __fmul_rn(pair.y, piece_scale);
+      }
+      ptx::store_global_16(to + piece_of(0, access) * kCount, narrow<T>(values));
+    }
+  }
+
+  const int64_t threads = int64_t{gridDim.x} * kThreads;
+  for (int64_t byte = tiles * kTileBytes + int64_t{blockIdx.x} * kThreads + threadIdx.x; 2 * byte < numel;
+       byte += threads)
+    decode_byte(packed, byte, format, scale_of(2 * byte >> block_shift), numel, out);
+}
+
+// Codes of one row, or of a piece of a long one, per warp. tiles: whole tiles of a row that 16-byte accesses can serve.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_int8_kernel(const int8_t* codes, const float* absmax, int64_t rows, int64_t columns, int64_t tiles,
+                           T* out) {
+  constexpr int kCount = kPerAccess<T>;
+  using Piece = std::conditional_t<kCount == 8, uint2, uint32_t>;  // the codes of one 16-byte store
+  __shared__ uint4 staged[kWarps][kWarpSize];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int64_t row = int64_t{blockIdx.x} * kWarps + warp;
+  if (row >= rows) return;
+
+  const float row_absmax = absmax[row];
+  const auto decode = [&](uint32_t word, int b) {
+    const float code = static_cast<float>(ptx::signed_byte(word, b));  // one I2F
+    return __fmul_rn(__fmul_rn(code, row_absmax), kInt8Unit);
+  };
+  const Piece* pieces = reinterpret_cast<const Piece*>(staged[warp]);
+  const int8_t* row_codes = codes + row * columns;
+  T* row_out = out + row * columns;
+  const int8_t* from = row_codes + int64_t{blockIdx.y} * kTileBytes + lane * kAccessBytes;
+  T* to = row_out + int64_t{blockIdx.y} * kTileBytes + lane * kCount;
+  const int64_t step = int64_t{gridDim.y} * kTileBytes;
+  for (int64_t tile = blockIdx.y; tile < tiles; tile += gridDim.y, from += step, to += step) {
+    const uint4 bytes = ptx::load_global_16(from);
+    __syncwarp();
+    staged[warp][lane] = bytes;
+    __syncwarp();
+#pragma unroll
+    for (int access = 0; access < kTileBytes / kCount / kWarpSize; ++access) {
+      uint32_t words[kCount / 4];
+      *reinterpret_cast<Piece*>(words) = pieces[piece_of(lane, access)];
+      float values[kCount];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) values[i] = decode(words[i / 4], i % 4);
+      ptx::store_global_16(to + piece_of(0, access) * kCount, narrow<T>(values));
+    }
+  }
+  for (int64_t column = tiles * kTileBytes + int64_t{blockIdx.y} * kWarpSize + lane; column < columns;
+       column += int64_t{gridDim.y} * kWarpSize)
+    narrow(decode(static_cast<uint8_t>(row_codes[column]), 0), row_out + column);
+}
+
+template <class T>
+int launch_int8(const QuantizedWeight& weight, T* out, Stream stream) {
+  const int64_t columns = weight.block_size, rows = weight.numel / columns;
+  const bool aligned = is_aligned(weight.packed, kAccessBytes) && is_aligned(out, kAccessBytes) &&
+                       (rows == 1 || columns % kAccessBytes == 0);
+  const dim3 grid(static_cast<unsigned>(ceil_div(rows, kWarps)),
+                  static_cast<unsigned>(std::clamp<int64_t>(columns / (kTilesPerPiece * kTileBytes), 1, 65535)));
+  dequantize_int8_kernel<<<grid, kThreads, 0, stream>>>(reinterpret_cast<const int8_t*>(weight.packed), weight.absmax,
+                                                        rows, columns, aligned ? columns / kTileBytes : 0, out);
+  return cudaGetLastError();
+}
+
+template <class T>
+int launch(const QuantizedWeight& weight, T* out, Stream stream) {
+  if (!weight.format) return launch_int8(weight, out, stream);
+  const bool aligned = is_aligned(weight.packed, kAccessBytes) && is_aligned(out, kAccessBytes);
+  const int64_t tiles = aligned ? weight.numel / kTileElements : 0;
+  const unsigned blocks = grid_for(ceil_div(weight.numel, kTileElements), kWarps, kBlocksPerProcessor);
+  const auto kernel = weight.absmax ? dequantize_kernel<T, false> : dequantize_kernel<T, true>;
+  kernel<<<blocks, kThreads, 0, stream>>>(weight.packed, weight.absmax, weight.scale_codes, weight.group_scales,
+                                          weight.offset, *weight.format, log2_of(weight.block_size), weight.numel,
+                                          tiles, out);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+int dequantize(const DequantizeArgs& args, Stream stream) {
+  if (args.weight.numel == 0) return cudaSuccess;
+  return for_dtype(
+      args.dtype, [&](auto element) { return launch(args.weight, static_cast<decltype(element)*>(args.out), stream); });
+}
+
+}  // namespace lowbit::cuda

@@ -1,0 +1,105 @@
+// The CUDA kernels' launchers: what each computes, on device pointers. Neither torch nor the CUDA headers are needed
+// to call them; bindings_cuda.cpp checks the arguments.
+//
+// A launcher enqueues its kernel on `stream` of the current device and returns 0, or a CUDA error code; it neither
+// allocates nor waits. Pointers need the alignment of their element type only: 16-byte accesses are made where the
+// memory has the alignment for them. Element counts have 64 bits.
+#pragma once
+
+#include <cstdint>
+
+#include "../dtype.h"
+#include "../nf4.h"
+
+struct CUstream_st;  // of the CUDA runtime
+
+namespace lowbit::cuda {
+
+using Stream = CUstream_st*;  // cudaStream_t
+
+// The architectures that were compiled for, times 10 and separated by commas: "750,800". Later GPUs of the same
+// generation run the code of earlier ones; for newer ones there is PTX of the last.
+const char* architectures();
+
+// What an error code means.
+const char* error_message(int code);
+
+// A weight of `numel` elements, flattened row-major: 4-bit codes, or int8 codes with one scale per row.
+struct QuantizedWeight {
+  const uint8_t* packed;       // [(numel + 1) / 2]; int8: [numel], two's complement
+  const float* absmax;         // fp32 scale of each block (int8: absmax of each row), or null where double-quantized:
+  const uint8_t* scale_codes;  // then code of each block,
+  const float* group_scales;   // scale of each group of 256 blocks,
+  const float* offset;         // and one number; on the device, so that reading it waits for nothing
+  const Format* format;        // host memory; null: int8 codes
+  int64_t block_size;          // int8: the length of a row, at least 1
+  int64_t numel;
+};
+
+// packed[(numel + 1) / 2], absmax[ceil(numel / block_size)]; a block with NaN or inf gets a non-finite absmax.
+struct QuantizeArgs {
+  const void* weight;
+  Dtype dtype;
+  int64_t numel;
+  const Format* format;
+  int64_t block_size;
+  uint8_t* packed;
+  float* absmax;
+};
+int quantize(const QuantizeArgs& args, Stream stream);
+
+// codes[blocks], group_scales[ceil(blocks / 256)]
+struct QuantizeScalesArgs {
+  const float* absmax;
+  const float* offset;
+  int64_t blocks;
+  uint8_t* codes;
+  float* group_scales;
+};
+int quantize_scales(const QuantizeScalesArgs& args, Stream stream);
+
+// codes[rows, columns] = round_to_even(w * (1 / absmax * 127)), absmax[rows]; a row of zeros has absmax 0 and codes 0.
+struct QuantizeInt8Args {
+  const void* weight;
+  Dtype dtype;
+  int64_t rows, columns;
+  int8_t* codes;
+  float* absmax;
+};
+int quantize_int8(const QuantizeInt8Args& args, Stream stream);
+
+// scales[blocks]: per block the signed scale of a small grid that minimises the squared error of the decoded block,
+// each element's weighted by importance[its column] where given (columns: length of a row; element i is in column
+// i % columns).
+struct SearchScalesArgs {
+  const void* weight;
+  Dtype dtype;
+  int64_t numel;
+  const Format* format;
+  int64_t block_size;
+  const float* importance;  // or null
+  int64_t columns;
+  float* scales;
+};
+int search_scales(const SearchScalesArgs& args, Stream stream);
+
+// packed[(numel + 1) / 2]: for each element the code whose value times its block's scale is nearest.
+struct EncodeArgs {
+  const void* weight;
+  Dtype dtype;
+  int64_t numel;
+  const Format* format;
+  int64_t block_size;
+  const float* scales;
+  uint8_t* packed;
+};
+int encode(const EncodeArgs& args, Stream stream);
+
+struct DequantizeArgs {
+  QuantizedWeight weight;
+  void* out;
+  Dtype dtype;
+};
+int dequantize(const DequantizeArgs& args, Stream stream);
+
+}  // namespace lowbit::cuda

@@ -1,0 +1,38 @@
+// What launchers share: sizes of grids, alignment, dtypes.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../dtype.h"
+
+namespace lowbit::cuda {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Blocks of a kernel whose blocks share out `units` of work, `per_block` at a time: as many as there is work for, and
+// no more than `per_processor` on each multiprocessor of the current device.
+inline unsigned grid_for(int64_t units, int64_t per_block, int64_t per_processor) {
+  int device = 0, processors = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  return static_cast<unsigned>(std::clamp<int64_t>(ceil_div(units, per_block), 1, processors * per_processor));
+}
+
+inline int log2_of(int64_t power_of_two) { return __builtin_ctzll(static_cast<unsigned long long>(power_of_two)); }
+
+// launch(T{}), T being the element type that `dtype` names.
+template <class Launch>
+int for_dtype(Dtype dtype, const Launch& launch) {
+  if (dtype == Dtype::f32) return launch(float{});
+  if (dtype == Dtype::f16) return launch(Fp16{});
+  return launch(Bf16{});
+}
+
+inline bool is_aligned(const void* pointer, uintptr_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+}  // namespace lowbit::cuda

@@ -1,0 +1,36 @@
+// Which element of a tile each lane holds: functions of (lane, i), the same on host and device. tests/cuda/layout.cpp
+// checks that each is bijective; tests/test_cuda_ptx.py, that the tensor core's are what the instructions do.
+#pragma once
+
+#include "../nf4.h"
+
+namespace lowbit::cuda {
+
+constexpr int kWarpSize = 32;
+constexpr int kAccessBytes = 16;  // what a lane reads or writes at once, where memory is aligned
+
+// A warp tile is the 512 consecutive packed bytes that one 16-byte access of each lane covers: 1024 4-bit weights, or
+// 512 of int8.
+constexpr int kTileBytes = kWarpSize * kAccessBytes;
+
+// Which 16-byte piece of consecutive memory a lane takes in its access number `access`. Neighbours are in
+// neighbouring lanes, so that every access of a warp is 512 consecutive bytes.
+LOWBIT_HOST_DEVICE constexpr int piece_of(int lane, int access) { return access * kWarpSize + lane; }
+
+struct Position {
+  int row, column;
+};
+
+// mma.m16n8k16 with 16-bit operands: where element i of a lane's fragment stands in A [16, 16], B [16, 8], C [16, 8].
+// Register r holds elements 2r (low half) and 2r + 1. Source: PTX ISA, "Matrix Fragments for mma.m16n8k16 with
+// floating point type".
+LOWBIT_HOST_DEVICE constexpr Position mma_a(int lane, int i) {
+  return {lane / 4 + i / 2 % 2 * 8, lane % 4 * 2 + i % 2 + i / 4 * 8};
+}
+LOWBIT_HOST_DEVICE constexpr Position mma_b(int lane, int i) { return {lane % 4 * 2 + i % 2 + i / 2 * 8, lane / 4}; }
+LOWBIT_HOST_DEVICE constexpr Position mma_c(int lane, int i) { return {lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2}; }
+
+// ldmatrix.x4 that fills an A fragment from a row-major tile: lane `lane` gives the address of these 16 bytes.
+LOWBIT_HOST_DEVICE constexpr Position ldmatrix_a(int lane) { return {lane % 16, lane / 16 * 8}; }
+
+}  // namespace lowbit::cuda

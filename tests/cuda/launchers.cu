@@ -1,0 +1,49 @@
+// The launchers under C names and with plain arguments, for ctypes. format: 0 nf4, 1 fp4, 2 int8; dtype: Dtype.
+#include "cuda/kernels.h"
+
+using namespace lowbit;
+
+static const Format* format_of(int format) { return format == 0 ? &kNf4 : format == 1 ? &kFp4 : nullptr; }
+
+extern "C" {
+
+int lowbit_quantize(const void* weight, int dtype, int64_t numel, int format, int64_t block_size, uint8_t* packed,
+                    float* absmax, void* stream) {
+  return cuda::quantize({weight, static_cast<Dtype>(dtype), numel, format_of(format), block_size, packed, absmax},
+                        static_cast<cuda::Stream>(stream));
+}
+
+int lowbit_quantize_scales(const float* absmax, const float* offset, int64_t blocks, uint8_t* codes,
+                           float* group_scales, void* stream) {
+  return cuda::quantize_scales({absmax, offset, blocks, codes, group_scales}, static_cast<cuda::Stream>(stream));
+}
+
+int lowbit_quantize_int8(const void* weight, int dtype, int64_t rows, int64_t columns, int8_t* codes, float* absmax,
+                         void* stream) {
+  return cuda::quantize_int8({weight, static_cast<Dtype>(dtype), rows, columns, codes, absmax},
+                             static_cast<cuda::Stream>(stream));
+}
+
+int lowbit_search_scales(const void* weight, int dtype, int64_t numel, int format, int64_t block_size,
+                         const float* importance, int64_t columns, float* scales, void* stream) {
+  return cuda::search_scales(
+      {weight, static_cast<Dtype>(dtype), numel, format_of(format), block_size, importance, columns, scales},
+      static_cast<cuda::Stream>(stream));
+}
+
+int lowbit_encode(const void* weight, int dtype, int64_t numel, int format, int64_t block_size, const float* scales,
+                  uint8_t* packed, void* stream) {
+  return cuda::encode({weight, static_cast<Dtype>(dtype), numel, format_of(format), block_size, scales, packed},
+                      static_cast<cuda::Stream>(stream));
+}
+
+int lowbit_dequantize(const uint8_t* packed, const float* absmax, const uint8_t* scale_codes, const float* group_scales,
+                      const float* offset, int format, int64_t block_size, int64_t numel, void* out, int dtype,
+                      void* stream) {
+  return cuda::dequantize({{packed, absmax, scale_codes, group_scales, offset, format_of(format), block_size, numel},
+                           out,
+                           static_cast<Dtype>(dtype)},
+                          static_cast<cuda::Stream>(stream));
+}
+
+}  // extern "C"

@@ -1,0 +1,30 @@
+// Compiles if every lane map of csrc/cuda/layout.h is bijective: each element of the tile in one lane, and none twice.
+#include "cuda/layout.h"
+
+using namespace lowbit::cuda;
+
+// at(lane, i) for i < per_lane has to meet each of the rows * columns positions once.
+template <class At>
+constexpr bool is_bijective(int per_lane, int rows, int columns, At at) {
+  bool seen[2048] = {};
+  if (kWarpSize * per_lane != rows * columns) return false;
+  for (int lane = 0; lane < kWarpSize; ++lane)
+    for (int i = 0; i < per_lane; ++i) {
+      const Position position = at(lane, i);
+      if (position.row < 0 || position.row >= rows || position.column < 0 || position.column >= columns) return false;
+      bool& here = seen[position.row * columns + position.column];
+      if (here) return false;
+      here = true;
+    }
+  return true;
+}
+
+static_assert(is_bijective(8, 16, 16, mma_a));
+static_assert(is_bijective(4, 16, 8, mma_b));
+static_assert(is_bijective(4, 16, 8, mma_c));
+// Each of ldmatrix's addresses covers eight columns.
+static_assert(is_bijective(8, 16, 16, [](int lane, int i) {
+  return Position{ldmatrix_a(lane).row, ldmatrix_a(lane).column + i};
+}));
+// Accesses of a tile of 8 pieces per lane.
+static_assert(is_bijective(8, 1, 8 * kWarpSize, [](int lane, int i) { return Position{0, piece_of(lane, i)}; }));

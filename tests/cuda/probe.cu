@@ -1,0 +1,94 @@
+// Kernels that execute each function of csrc/cuda/ptx.cuh, for tests/test_cuda_ptx.py. One warp each.
+#include "cuda/elements.cuh"
+#include "cuda/layout.h"
+#include "cuda/ptx.cuh"
+
+using namespace lowbit;
+using namespace lowbit::cuda;
+
+extern "C" {
+
+// out[i] = x[i], 16 bytes per lane.
+__global__ void probe_global(const uint4* x, uint4* out) {
+  ptx::store_global_16(out + threadIdx.x, ptx::load_global_16(x + threadIdx.x));
+}
+
+// Two floats per lane, rounded and packed, then the first half widened.
+__global__ void probe_conversions(const float2* x, uint32_t* bf16, uint32_t* f16, float* widened, uint16_t* single) {
+  const float2 pair = x[threadIdx.x];
+  bf16[threadIdx.x] = ptx::narrow_bf16x2(pair.x, pair.y);
+  f16[threadIdx.x] = ptx::narrow_f16x2(pair.x, pair.y);
+  widened[threadIdx.x] = ptx::widen(Fp16{static_cast<uint16_t>(f16[threadIdx.x])});
+  single[threadIdx.x] = ptx::narrow_f16(pair.x).bits;
+}
+
+// Bytes of a word, what the neighbour and the next lane have, and shared memory by address.
+__global__ void probe_words(const uint32_t* x, uint32_t* bytes, int* signed_bytes, uint32_t* neighbours, uint32_t* next,
+                            uint32_t* shared4, float2* shared8) {
+  __shared__ uint32_t words[2 * kWarpSize];
+  const int lane = threadIdx.x;
+  const uint32_t word = x[lane];
+#pragma unroll
+  for (int b = 0; b < 4; ++b) {
+    bytes[4 * lane + b] = ptx::byte(word, b);
+    signed_bytes[4 * lane + b] = ptx::signed_byte(word, b);
+  }
+  neighbours[lane] = ptx::shuffle_xor(word, 1);
+  next[lane] = ptx::shuffle(word, lane + 1);
+  words[lane] = word;
+  words[lane + kWarpSize] = ~word;
+  __syncthreads();
+  shared4[lane] = ptx::load_shared_4(ptx::shared_address(words + lane));
+  shared8[lane] = ptx::load_shared_8(ptx::shared_address(words + 2 * lane));
+}
+
+}  // extern "C"
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+
+// c[16, 8] = a[16, 16] b[16, 8], 16-bit operands row-major.
+template <class T>
+__device__ void probe_mma(const T* a, const T* b, float* c) {
+  const int lane = threadIdx.x;
+  uint32_t a_registers[4], b_registers[2];
+  float sums[4] = {};
+  for (int i = 0; i < 8; i += 2) {
+    const Position low = mma_a(lane, i), high = mma_a(lane, i + 1);
+    a_registers[i / 2] = a[low.row * 16 + low.column].bits | a[high.row * 16 + high.column].bits << 16;
+  }
+  for (int i = 0; i < 4; i += 2) {
+    const Position low = mma_b(lane, i), high = mma_b(lane, i + 1);
+    b_registers[i / 2] = b[low.row * 8 + low.column].bits | b[high.row * 8 + high.column].bits << 16;
+  }
+  ptx::mma<T>(sums, a_registers, b_registers);
+  for (int i = 0; i < 4; ++i) {
+    const Position at = mma_c(lane, i);
+    c[at.row * 8 + at.column] = sums[i];
+  }
+}
+
+extern "C" {
+
+__global__ void probe_mma_bf16(const Bf16* a, const Bf16* b, float* c) { probe_mma(a, b, c); }
+__global__ void probe_mma_f16(const Fp16* a, const Fp16* b, float* c) { probe_mma(a, b, c); }
+
+// out[16, 16] = a[16, 16], by way of an asynchronous copy of which each row's last 16 bytes read only `valid` bytes,
+// and ldmatrix.
+__global__ void probe_ldmatrix(const uint16_t* a, int valid, uint16_t* out) {
+  __shared__ alignas(16) uint16_t tile[16][16];
+  const int lane = threadIdx.x, row = lane / 2, column = lane % 2 * 8;
+  ptx::copy_async_16(ptx::shared_address(&tile[row][column]), a + row * 16 + column, column ? valid : 16);
+  ptx::commit_copies();
+  ptx::wait_copies<0>();
+  __syncthreads();
+  uint32_t fragment[4];
+  ptx::load_matrix_4(fragment, ptx::shared_address(&tile[ldmatrix_a(lane).row][ldmatrix_a(lane).column]));
+  for (int i = 0; i < 8; ++i) {
+    const Position at = mma_a(lane, i);
+    out[at.row * 16 + at.column] = static_cast<uint16_t>(fragment[i / 2] >> (i % 2 * 16));
+  }
+}
+
+}  // extern "C"
+
+#endif

@@ -1,0 +1,159 @@
+"""csrc/bindings_cuda.cpp, run on CPU tensors over the stub runtime: the right arguments reach the right kernel.
+
+tests/cuda/stub_bindings.cpp registers the ops of the CUDA bindings as ``torch.ops.lowbit_stub``. What a GPU would have
+to show is not proved here: the device guard, the look-up of torch's stream, and that the GPU runs the code.
+"""
+
+import ctypes
+import functools
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.utils.cpp_extension
+from cases import DTYPES, FORMATS, make_weight
+from conftest_cuda import CSRC, ROOT, emulator, launchers, require_nvcc
+
+from lowbit import ops
+
+STREAM = 0x5EED  # torch's current stream, says the stub
+REFERENCE = torch.ops.lowbit_reference
+guarded: list[int] = []
+alive = []  # memory that the emulator knows must not be given to another tensor
+
+
+def know_allocation(address: int, size: int) -> None:
+    """What an op allocates: the emulator lets kernels write it, and nobody read it before."""
+    if size:
+        memory = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+        launchers().know(emulator("address_space").Uninitialized(memory))
+
+
+CALLBACKS = (
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(know_allocation),
+    ctypes.CFUNCTYPE(None, ctypes.c_int)(guarded.append),
+)
+
+
+@functools.cache
+def stub():
+    """``torch.ops.lowbit_stub``: compiled, loaded, and told of the emulator."""
+    require_nvcc()
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ found")
+    toolchain, runtime = emulator("toolchain"), launchers()
+    library = ROOT / "build" / "tests" / "stub_bindings.so"
+    library.parent.mkdir(parents=True, exist_ok=True)
+    include = torch.utils.cpp_extension.include_paths()
+    folder = torch.utils.cpp_extension.library_paths()[0]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-fPIC",
+        "-shared",
+        "-fvisibility=hidden",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    ]
+    source = ROOT / "tests" / "cuda" / "stub_bindings.cpp"
+    link = [runtime._library._name, f"-L{folder}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{folder}"]
+    toolchain.run("g++", *flags, f"-I{CSRC}", *(f"-I{path}" for path in include), source, "-o", library, *link)
+    definitions = torch.library.Library("lowbit_stub", "DEF")
+    for schema in ops.SCHEMAS:
+        definitions.define(schema)
+    alive.append(definitions)
+    torch.ops.load_library(str(library))
+    ctypes.CDLL(str(library)).stub_set_callbacks_of_bindings(*CALLBACKS)
+    return torch.ops.lowbit_stub
+
+
+def run(op: str, *args):
+    """An op of the CUDA bindings, on the current stream and with the device guarded."""
+    op = getattr(stub(), op)
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    for tensor in tensors:
+        launchers().know(tensor)
+    guarded.clear()
+    result = op(*args)
+    alive.extend((tensors, result))
+    assert launchers().launches[-1].stream == STREAM
+    assert len(guarded) == 1
+    return result
+
+
+def assert_same(ours, theirs):
+    for our, their in zip(ours, theirs, strict=True):
+        assert our.dtype == their.dtype and torch.equal(our, their)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_op_in_four_bits(format, dtype):
+    """A wrong order of two arguments of one type would compile."""
+    weight = make_weight((29, 67), dtype)
+    packed, absmax = run("quantize", weight, format, 64)
+    assert_same((packed, absmax), REFERENCE.quantize(weight, format, 64))
+    offset = absmax.mean()
+    codes, group_scales = run("quantize_scales", absmax, offset)
+    assert_same((codes, group_scales), REFERENCE.quantize_scales(absmax, offset))
+    for scales in ((absmax, None, None), (codes, group_scales, offset)):
+        expected = REFERENCE.dequantize(packed, *scales, format, 64, [29, 67], dtype)
+        assert_same([run("dequantize", packed, *scales, format, 64, [29, 67], dtype)], [expected])
+        out = torch.zeros(29, 67, dtype=dtype)
+        run("dequantize_out", packed, *scales, format, 64, out)
+        assert torch.equal(out, expected)
+
+
+def test_search_and_encode():
+    """importance belongs to columns, not to rows."""
+    weight = make_weight((3, 50))
+    importance = torch.rand(50, generator=torch.Generator().manual_seed(0))
+    for given in (importance, None):
+        scales = run("search_scales", weight, given, "nf4", 64)
+        assert_same([scales], [REFERENCE.search_scales(weight, given, "nf4", 64)])
+    assert_same([run("encode", weight, scales, "nf4", 64)], [REFERENCE.encode(weight, scales, "nf4", 64)])
+
+
+@pytest.mark.parametrize("shape", [(5, 48), (7,), (2, 3, 31)])
+def test_int8(shape):
+    """Rows run along the last dimension."""
+    weight = make_weight(shape)
+    codes, absmax = run("quantize", weight, "int8", shape[-1])
+    assert_same((codes, absmax), REFERENCE.quantize(weight, "int8", shape[-1]))
+    arguments = (codes, absmax, None, None, "int8", shape[-1], list(shape), torch.float16)
+    assert_same([run("dequantize", *arguments)], [REFERENCE.dequantize(*arguments)])
+
+
+def test_empty_weights():
+    """Nothing to do is not a launch of an empty grid, which CUDA refuses."""
+    for format, block_size in (("nf4", 64), ("int8", 0)):
+        packed, absmax = stub().quantize(torch.empty(4, 0), format, block_size)
+        assert packed.numel() == 0
+        arguments = (packed, absmax, None, None, format, block_size, [4, 0], torch.float32)
+        assert stub().dequantize(*arguments).shape == (4, 0)
+    stub().quantize_scales(torch.empty(0), torch.zeros(()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(9, dtype=torch.uint8)}, "packed: expected 1000 elements, got 9"),
+        ({1: torch.zeros(32)}, "absmax: expected dtype uint8, got float32"),
+        ({1: torch.zeros(31, dtype=torch.uint8)}, "absmax: expected 32 elements, got 31"),
+        ({2: None}, "group_scales, offset: expected both"),
+        ({2: torch.zeros(2)}, "group_scales: expected 1 elements, got 2"),
+        ({3: torch.zeros(2)}, "offset: expected 1 elements, got 2"),
+        ({4: "nf5"}, "format: expected nf4, fp4 or int8, got nf5"),
+        ({5: 48}, "block_size: expected a power of two"),
+        ({6: [2**40, 2**40]}, "shape: expected sizes whose product fits 63 bits"),
+        ({7: torch.float64}, "dtype: expected dtype float32, float16 or bfloat16, got float64"),
+    ],
+)
+def test_wrong_calls_raise(change, message):
+    """A wrong call must not reach a kernel, which would leave its buffers."""
+    packed, codes = torch.zeros(1000, dtype=torch.uint8), torch.zeros(32, dtype=torch.uint8)
+    arguments = [packed, codes, torch.zeros(1), torch.zeros(()), "nf4", 64, [40, 50], torch.float32]
+    for index, value in change.items():
+        arguments[index] = value
+    with pytest.raises(RuntimeError, match=message):
+        stub().dequantize(*arguments)

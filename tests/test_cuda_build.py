@@ -1,0 +1,60 @@
+"""The CUDA half of the extension on a machine without a GPU: it loads, it is found, and what is missing is said."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest_cuda import ROOT
+
+import lowbit
+from lowbit import backends
+from lowbit.backends import native
+
+needs_cuda_half = pytest.mark.skipif(
+    native.missing_cuda_reason() is not None, reason=f"no CUDA half: {native.missing_cuda_reason()}"
+)
+
+OPS = ("quantize", "quantize_scales", "search_scales", "encode", "dequantize", "dequantize_out")
+
+
+@needs_cuda_half
+def test_ops_are_registered_for_cuda_tensors():
+    """An op that was forgotten would run on the reference, hundreds of times slower, and nobody would be told."""
+    for op in OPS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lowbit::{op}", "CUDA"), op
+
+
+@needs_cuda_half
+def test_cuda_tensors_go_to_the_native_kernels():
+    """The automatic choice for a GPU is its kernels; `python -m lowbit` says which GPUs they are for."""
+    assert native.CUDA_CAPABILITIES
+    assert backends.namespace_for("cuda", None) == "lowbit"
+    assert backends.namespace_for("cuda", "native") == "lowbit"
+
+
+@pytest.mark.skipif(native.missing_reason() is not None, reason="no compiled extension")
+@pytest.mark.parametrize("selected", [None, "native"])
+def test_a_build_without_cuda_says_what_to_install(monkeypatch, selected):
+    """On a GPU the reference would be so slow that a user must choose it, not get it in silence."""
+    monkeypatch.setattr(native, "CUDA_CAPABILITIES", ())
+    monkeypatch.setattr(native, "DEVICE_TYPES", ("cpu", "meta"))
+    with pytest.raises(RuntimeError, match="CUDA tensor.*CUDA toolkit.*LOWBIT_CUDA=1 pip install.*reference"):
+        backends.namespace_for("cuda", selected)
+    assert backends.namespace_for("cuda", "reference") == "lowbit_reference"
+    lowbit.quantize(torch.ones(64))  # the CPU is served as before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("LOWBIT_CUDA", "yes", "LOWBIT_CUDA: expected 0 or 1, got 'yes'"),
+        ("LOWBIT_CUDA_ARCHS", "sm_80", "LOWBIT_CUDA_ARCHS: expected numbers like \"80,90\", got 'sm_80'"),
+    ],
+)
+def test_a_wrong_build_option_is_named(name, value, message):
+    """A typing error in an environment variable must not build something else."""
+    code = f"import os; os.environ[{name!r}] = {value!r}; import runpy; runpy.run_path('setup.py')['cuda_targets']()"
+    arguments = [sys.executable, "-c", f"import sys; sys.argv = ['setup.py', '--name']; {code}"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and message in done.stderr

@@ -1,0 +1,107 @@
+"""csrc/cuda/ptx.cuh and layout.h: each instruction does what its name says, on the lanes that the maps say."""
+
+import functools
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from conftest_cuda import CSRC, ROOT, emulator, require_nvcc
+
+ARCHS = ("sm_75", "sm_80")
+
+
+@functools.cache
+def probe(arch: str):
+    """tests/cuda/probe.cu, compiled to PTX."""
+    require_nvcc()
+    return emulator("toolchain").compile_ptx(ROOT / "tests" / "cuda" / "probe.cu", arch=arch, include=[CSRC])
+
+
+def run(arch: str, kernel: str, *args) -> None:
+    probe(arch).launch(kernel, grid=1, block=32, args=args)
+
+
+def test_lane_maps_are_bijective():
+    """A map that meets an element twice, or never, would sum it twice, or leave a hole in the output."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler found")
+    command = [compiler, "-std=c++17", "-fsyntax-only", f"-I{CSRC}", ROOT / "tests" / "cuda" / "layout.cpp"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mma_fragments_are_where_the_maps_say(dtype):
+    """Fragments filled in another order multiply other elements than those meant."""
+    generator = torch.Generator().manual_seed(0)
+    # Small integers: the product is exact in any order.
+    a = torch.randint(-8, 9, (16, 16), generator=generator).to(dtype)
+    b = torch.randint(-8, 9, (16, 8), generator=generator).to(dtype)
+    c = torch.full((16, 8), torch.nan)
+    run("sm_80", f"probe_mma_{'bf16' if dtype == torch.bfloat16 else 'f16'}", a, b, c)
+    assert torch.equal(c, a.float() @ b.float())
+
+
+@pytest.mark.parametrize("valid", [16, 6, 0])
+def test_ldmatrix_fills_an_a_fragment(valid):
+    """The staged x has to arrive in the fragment; a partial copy has to read no further and fill up with zeros."""
+    a = torch.arange(1, 257, dtype=torch.int16).view(16, 16)
+    out = torch.zeros(16, 16, dtype=torch.int16)
+    run("sm_80", "probe_ldmatrix", a, valid, out)
+    expected = a.clone()
+    expected[:, 8 + valid // 2 :] = 0
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_16_byte_accesses(arch):
+    """The widest load and store move every byte."""
+    x = torch.arange(128, dtype=torch.int32)
+    out = torch.zeros_like(x)
+    run(arch, "probe_global", x, out)
+    assert torch.equal(out, x)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_conversions_round_to_nearest_even(arch):
+    """Both ways of narrowing, with and without the instruction for pairs, have to round as torch does."""
+    special = [0.0, -0.0, 1.0, 65504.0, 65520.0, 65519.99, 1e-8, 6e-8, 3.3e38, 3.4e38, float("inf"), -float("inf")]
+    special += [1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 1e-40, 1.5e-40]
+    values = torch.cat([torch.tensor(special), torch.randn(46, generator=torch.Generator().manual_seed(0))])
+    x = values.view(32, 2)
+    bf16, f16 = torch.zeros(64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.float16)
+    widened, single = torch.zeros(32), torch.zeros(32, dtype=torch.float16)
+    run(arch, "probe_conversions", x, bf16.view(torch.int32), f16.view(torch.int32), widened, single.view(torch.int16))
+    assert torch.equal(bf16.view(torch.int16), values.bfloat16().view(torch.int16))
+    assert torch.equal(f16.view(torch.int16), values.half().view(torch.int16))
+    assert torch.equal(widened, x[:, 0].half().float())
+    assert torch.equal(single, x[:, 0].half())
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nan_stays_nan(arch):
+    """A NaN that rounds to a number would hide where training went wrong."""
+    x = torch.full((32, 2), torch.nan)
+    bf16, f16 = torch.zeros(64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.float16)
+    widened, single = torch.zeros(32), torch.zeros(32, dtype=torch.float16)
+    run(arch, "probe_conversions", x, bf16.view(torch.int32), f16.view(torch.int32), widened, single.view(torch.int16))
+    assert bool(bf16.isnan().all() and f16.isnan().all() and widened.isnan().all() and single.isnan().all())
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_bytes_shuffles_and_shared_memory(arch):
+    """What each lane gets of a word, of its neighbours, and of shared memory by address."""
+    x = np.random.default_rng(0).integers(0, 2**32, 32, dtype=np.uint32)
+    taken, signed = np.zeros(128, np.uint32), np.zeros(128, np.int32)
+    neighbours, following, shared4 = (np.zeros(32, np.uint32) for _ in range(3))
+    shared8 = np.zeros(64, np.uint32)
+    run(arch, "probe_words", x, taken, signed, neighbours, following, shared4, shared8)
+    assert np.array_equal(taken, x.view(np.uint8))
+    assert np.array_equal(signed, x.view(np.int8))
+    assert np.array_equal(neighbours, x[np.arange(32) ^ 1])
+    assert np.array_equal(following, np.roll(x, -1))
+    assert np.array_equal(shared4, x)
+    assert np.array_equal(shared8, np.concatenate([x, ~x]))

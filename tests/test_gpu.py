@@ -1,0 +1,89 @@
+"""The CUDA kernels on a GPU: bytes and decoded weights equal to the CPU reference's. `pytest -m gpu` runs them."""
+
+import pytest
+import torch
+from cases import BLOCK_SIZES, DTYPES, FORMATS, kernels, make_weight
+
+import lowbit
+from lowbit.backends import native
+
+NO_GPU = native.missing_cuda_reason() or (None if torch.cuda.is_available() else "torch sees no GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=f"no GPU: {NO_GPU}")]
+
+SIZES = (1, 63, 1024, 1025, 100_003, 1 << 20)
+
+
+def assert_same(on_gpu, on_cpu):
+    assert on_gpu.is_cuda and torch.equal(on_gpu.cpu(), on_cpu)
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_four_bits(dtype, format, block_size):
+    """What the emulator was shown, on the machine that counts."""
+    for numel in SIZES:
+        weight = make_weight((numel,), dtype)
+        # Without double quantization: the mean that is its offset depends on the device's order of summation.
+        options = {"format": format, "block_size": block_size, "double_quant": False}
+        q = lowbit.quantize(weight.cuda(), **options)
+        with kernels("reference"):
+            expected = lowbit.quantize(weight, **options)
+            decoded = expected.dequantize()
+        assert_same(q.packed, expected.packed)
+        assert_same(q.absmax, expected.absmax)
+        assert_same(q.dequantize(), decoded)
+
+        offset = expected.absmax.mean()
+        ours = torch.ops.lowbit.quantize_scales(q.absmax, offset.cuda())
+        theirs = torch.ops.lowbit_reference.quantize_scales(expected.absmax, offset)
+        for our, their in zip(ours, theirs, strict=True):
+            assert_same(our, their)
+        arguments = (format, block_size, [numel], dtype)
+        decoded = torch.ops.lowbit_reference.dequantize(expected.packed, *theirs, offset, *arguments)
+        assert_same(torch.ops.lowbit.dequantize(q.packed, *ours, offset.cuda(), *arguments), decoded)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_searched_scales(dtype):
+    """The same scale on every machine."""
+    weight, importance = make_weight((37, 200), dtype), torch.rand(200, generator=torch.Generator().manual_seed(0))
+    for given in (None, importance):
+        on_gpu = (weight.cuda(), None if given is None else given.cuda(), "nf4", 64)
+        scales = torch.ops.lowbit_reference.search_scales(weight, given, "nf4", 64)
+        assert_same(torch.ops.lowbit.search_scales(*on_gpu), scales)
+        packed = torch.ops.lowbit_reference.encode(weight, scales, "nf4", 64)
+        assert_same(torch.ops.lowbit.encode(weight.cuda(), scales.cuda(), "nf4", 64), packed)
+
+
+@pytest.mark.parametrize("shape", [(5, 48), (7,), (33, 1040), (3, 20_000)])
+def test_int8(shape):
+    """Rows that 16-byte accesses can serve and rows that they cannot."""
+    weight = make_weight(shape)
+    q, expected = lowbit.quantize(weight.cuda(), format="int8"), lowbit.quantize(weight, format="int8")
+    assert_same(q.packed, expected.packed)
+    assert_same(q.dequantize(), expected.dequantize())
+
+
+def test_stream_and_graph():
+    """Kernels run on torch's current stream, and a CUDA graph can hold them."""
+    q = lowbit.quantize(make_weight((1 << 20,), torch.bfloat16).cuda())
+    out, expected = torch.zeros(1 << 20, dtype=torch.bfloat16, device="cuda"), q.dequantize()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # capture fails on work in another stream
+        lowbit.dequantize(q, out=out)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_memory_that_is_not_aligned():
+    """A slice that starts at any element is read and written all the same."""
+    q = lowbit.quantize(make_weight((5000,)).cuda())
+    memory = torch.full((5002,), 7.0, device="cuda")
+    lowbit.dequantize(q, out=memory[1:-1])
+    assert torch.equal(memory[1:-1], q.dequantize()) and memory[0] == memory[-1] == 7
+    packed = torch.cat([q.packed.new_zeros(1), q.packed])[1:]
+    arguments = (q.absmax, q.group_scales, q.offset, "nf4", 64, [5000], torch.float32)
+    assert torch.equal(torch.ops.lowbit.dequantize(packed, *arguments), q.dequantize())
