@@ -1,5 +1,6 @@
 """The public functions: arguments checked here, work done by the ops of the chosen backend."""
 
+import math
 import weakref
 
 import torch
@@ -67,18 +68,13 @@ def quantize(
         absmax, encode = search(op, weight, importance, format, block_size)
     else:
         packed, absmax = op.quantize.default(weight, format, block_size)
-    # The kernels let NaN and inf through to absmax, so that finding them costs no second pass over the weight.
-    if not weight.is_meta and absmax.numel() and not bool(torch.isfinite(absmax.amax())):
-        flat = weight.reshape(-1)
-        bad = (~torch.isfinite(flat)).nonzero()
-        first = int(bad[0])
-        raise ValueError(
-            f"weight: expected finite values, got {bad.numel()} NaN or inf (the first is {flat[first].item()} at flat "
-            f"index {first})"
-        )
-    group_scales = offset = None
+    offset = absmax.mean(dtype=torch.float64) if double_quant and absmax.numel() else None
+    # The kernels let NaN and inf through to absmax, and the mean does: finding them costs no pass over the weight.
+    if not weight.is_meta and absmax.numel():
+        _check_finite(absmax.amax() if offset is None else offset, weight)
+    group_scales = None
     if double_quant:
-        offset = absmax.mean(dtype=torch.float64).float() if absmax.numel() else absmax.new_zeros(())
+        offset = absmax.new_zeros(()) if offset is None else offset.float()
         absmax, group_scales = op.quantize_scales.default(absmax, offset)
     if encode is not None:
         packed = encode(absmax, group_scales, offset)
@@ -91,6 +87,19 @@ def quantize(
         dtype=weight.dtype,
         format=format,
         block_size=block_size,
+    )
+
+
+def _check_finite(summary: torch.Tensor, weight: torch.Tensor) -> None:
+    """ValueError unless ``summary`` is finite, which it is where all of ``weight`` is."""
+    if math.isfinite(summary.item()):
+        return
+    flat = weight.reshape(-1)
+    bad = (~torch.isfinite(flat)).nonzero()
+    first = int(bad[0])
+    raise ValueError(
+        f"weight: expected finite values, got {bad.numel()} NaN or inf (the first is {flat[first].item()} at flat "
+        f"index {first})"
     )
 
 

@@ -1,5 +1,5 @@
 // gemv: y = x W^T for up to four rows of x. Weights go from codes to registers to the sum, never to memory, so that
-// reading them is what it costs: lanes run along k, one row of W at a time.
+// reading them is what it costs: lanes run along k, one row of W at a time. And grad_x = grad W, for as few rows.
 #pragma once
 
 #include <algorithm>
@@ -152,6 +152,57 @@ void gemv(const LinearArgs& args, const ParallelFor& parallel_for) {
         for (int m = 0; m < M; ++m) sums[m] = Isa::sum(totals[i][m]);
         store_outputs<M, T>(args, n0 + i, sums);
       }
+    }
+  });
+}
+
+// sums[m * width + i] += factors[m * stride] * (element i of 64 decoded ones)
+template <class Isa, int M>
+void add_chunk(const typename Isa::Decoder& decode, const uint8_t* packed, float low, float high, const float* factors,
+               int64_t stride, float* sums, int64_t width) {
+  constexpr int64_t kVecs = 64 / Isa::kLanes;
+  typename Isa::Vec values[kVecs];
+  decode.natural(packed, low, high, values);
+  for (int m = 0; m < M; ++m) {
+    const auto factor = Isa::broadcast(factors[m * stride]);
+    float* to = sums + m * width;
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < kVecs; ++v)
+      Isa::store(to + v * Isa::kLanes, Isa::fma(values[v], factor, Isa::load(to + v * Isa::kLanes)));
+  }
+}
+
+// grad_x = grad W for up to four rows of grad: a task owns columns of W, whose sums stay in the L1 cache while it goes
+// through the rows. k is a multiple of 64.
+template <class Isa, int M, class T>
+void gemv_grad_input(const LinearGradInputArgs& args, const ParallelFor& parallel_for) {
+  constexpr int64_t kMaxColumns = 1024, kAhead = 4;  // rows; a task's part of one is too short for the hardware's prefetcher
+  const int64_t n_end = args.n, k = args.k;
+  const int64_t columns = std::clamp<int64_t>(round_up(ceil_div(k, 4 * parallel_for.threads), 128), 128, kMaxColumns);
+  const int shift = block_shift(args.weight);
+  const Scratch grad(M * n_end);
+  load_row<Isa>(static_cast<const T*>(args.grad), M * n_end, grad.data());
+  parallel_for(ceil_div(k, columns), 1, [&](int64_t begin, int64_t end) {
+    const typename Isa::Decoder decode(*args.weight.format);
+    const Scratch storage(M * kMaxColumns);
+    float* sums = storage.data();
+    for (int64_t k0 = begin * columns; k0 < std::min(end * columns, k); k0 += columns) {
+      const int64_t width = std::min(columns, k - k0);
+      std::fill_n(sums, M * width, 0.0f);
+      for (int64_t n = 0; n < n_end; ++n) {
+        const int64_t row = n * k + k0;
+        for (int64_t column = 0; n + kAhead < n_end && column < width; column += 128)
+          __builtin_prefetch(args.weight.packed + (row + kAhead * k + column) / 2);
+        for (int64_t column = 0; column < width; column += 64) {
+          const int64_t element = row + column;
+          const float low = scale_of(args.weight, element >> shift);
+          const float high = shift == 5 ? scale_of(args.weight, (element + 32) >> shift) : low;
+          add_chunk<Isa, M>(decode, args.weight.packed + element / 2, low, high, grad.data() + n, n_end, sums + column,
+                            width);
+        }
+      }
+      for (int64_t m = 0; m < M; ++m)
+        store_row<Isa>(sums + m * width, width, static_cast<T*>(args.grad_x) + m * k + k0);
     }
   });
 }

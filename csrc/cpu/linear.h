@@ -224,9 +224,23 @@ void grad_input_gemm(const LinearGradInputArgs& args, const ParallelFor& paralle
   });
 }
 
+template <class Isa, int M, class T>
+void few_rows_grad_input(const LinearGradInputArgs& args, const ParallelFor& parallel_for) {
+  if constexpr (M > 0) {
+    if (args.m != M) return few_rows_grad_input<Isa, M - 1, T>(args, parallel_for);
+    gemv_grad_input<Isa, M, T>(args, parallel_for);
+  }
+}
+
 template <class Isa>
 void linear_grad_input(const LinearGradInputArgs& args, const ParallelFor& parallel_for) {
   if (args.m == 0 || args.k == 0) return;
+  if (args.m <= kGemvMaxRows && args.weight.format && args.k % 64 == 0) {
+    return for_dtype(args.dtype, [&](auto* typed) {
+      using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+      few_rows_grad_input<Isa, kGemvMaxRows, T>(args, parallel_for);
+    });
+  }
   for_row_blocks(args.m, [&](int64_t m0, int64_t m) {
     LinearGradInputArgs block = args;
     block.m = m;
