@@ -20,7 +20,7 @@ help:
 	@echo "make test   run every test (TEST_ARGS=...)"
 	@echo "make native-test  check the kernels without torch, plain and under sanitizers"
 	@echo "make neon-test    the same cross-compiled for 64-bit ARM, under an emulator"
-	@echo "make avx512-test  the same for the AVX-512 kernels on any x86-64 CPU, with SIMDe's portable intrinsics"
+	@echo "make avx512-test  the same for both sets of AVX-512 kernels on any x86-64 CPU, with SIMDe's portable intrinsics"
 	@echo "make wheel-cuda   build a wheel for every GPU generation into dist/ (needs nvcc; a plain build serves one)"
 	@echo "make lint   run the pre-commit checks on every file; changes nothing"
 	@echo "make format rewrite FILES=... with ruff and clang-format (default: every file git tracks)"
@@ -64,7 +64,7 @@ build/native/driver-neon: $(DRIVER_SOURCES) $(SOURCES)
 # Nothing to do with the compiler's own AVX-512: no -m option, and the other CPUs' kernels and the choice among them left
 # out. The warning is about a loop that GCC proves dead and unrolls all the same.
 AVX512_SOURCES := tests/native/driver.cpp tests/native/simde/available_kernels.cpp \
-	csrc/cpu/kernels_avx512.cpp csrc/cpu/kernels_scalar.cpp
+	csrc/cpu/kernels_avx512bf16.cpp csrc/cpu/kernels_avx512.cpp csrc/cpu/kernels_scalar.cpp
 build/native/driver-avx512: $(AVX512_SOURCES) tests/native/simde/immintrin.h $(SOURCES)
 	@echo '#include <simde/x86/avx512.h>' | $(CXX) -E -x c++ - > /dev/null 2>&1 || { echo "avx512-test needs SIMDe's headers: \
 	apt-get install libsimde-dev"; exit 1; }

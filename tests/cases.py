@@ -33,12 +33,29 @@ TINY_ROUNDOFF = {torch.float32: 2.0**-150, torch.float16: 2.0**-25, torch.bfloat
 
 
 def codebook_error(kernels: str, format: str, dtype: torch.dtype, rows: int, k: int) -> float:
-    """Largest relative error of a decoded weight: the AVX2 gemv rounds the codebook to bf16 for bf16 activations."""
+    """Largest relative error of the codebook: the AVX2 gemv rounds it to bf16 for bf16 activations."""
     if kernels != "native-avx2" or dtype != torch.bfloat16 or not 1 <= rows <= 4 or k % 64:
         return 0.0
     codebook = fmt.codebook(format).double()
     rounded = codebook.bfloat16().double()
     return float(((rounded - codebook).abs() / codebook.abs().clamp(min=1e-9)).max())
+
+
+def weight_error(kernels: str, format: str, dtype: torch.dtype, rows: int, k: int) -> float:
+    """Largest relative error of a weight as ``linear`` multiplies it.
+
+    On AVX512-BF16 ``gemm.h`` rounds weights to bf16 for bf16 activations: for more than four rows, or 4-bit weights
+    whose chunks of 64 cross rows. Its sums stay within Higham's bound: products of two bf16 are exact in fp32. (It
+    takes subnormals for zero; no test of products has any.)
+    """
+    if rows > 4 or (format != "int8" and k % 64):
+        return weight_error_backward(kernels, dtype)
+    return 0.0 if format == "int8" else codebook_error(kernels, format, dtype, rows, k)
+
+
+def weight_error_backward(kernels: str, dtype: torch.dtype) -> float:
+    """The same for the product that makes the gradient of the input."""
+    return UNIT_ROUNDOFF[dtype] if kernels == "native-avx512bf16" and dtype == torch.bfloat16 else 0.0
 
 
 def product_tolerance(

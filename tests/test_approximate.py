@@ -14,6 +14,7 @@ from cases import (
     kernels,
     make_weight,
     product_tolerance,
+    weight_error,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,7 +67,9 @@ def test_rounding_is_as_documented(name, rows, shape, dtype, format, block_size,
     exact, magnitude = x_rounded @ weight.T, x_rounded.abs() @ weight.T.abs()
     if has_bias:
         exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
-    assert_within(y, exact, product_tolerance(magnitude, exact, k + 8, dtype))
+    # Ragged rows are multiplied exactly, as linear multiplies them.
+    rounding = weight_error(name, format, dtype, rows, k) if k % 64 else 0.0
+    assert_within(y, exact, product_tolerance(magnitude, exact, k + 8, dtype, rounding))
 
 
 @pytest.mark.parametrize("name", KERNELS)

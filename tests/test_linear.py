@@ -9,12 +9,13 @@ from cases import (
     ROWS,
     assert_within,
     block_sizes,
-    codebook_error,
     dtypes,
     formats,
     kernels,
     make_weight,
     product_tolerance,
+    weight_error,
+    weight_error_backward,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -59,11 +60,12 @@ def test_linear(name, rows, shape, dtype, format, block_size, double_quant, has_
     exact, magnitudes = x.double() @ weight.T, x.double().abs() @ weight.T.abs()
     if has_bias:
         exact, magnitudes = exact + bias.double(), magnitudes + bias.double().abs()
-    weight_error = codebook_error(name, format, dtype, rows, shape[1])
-    tolerance = product_tolerance(magnitudes, exact, shape[1], dtype, weight_error)
+    rounding = weight_error(name, format, dtype, rows, shape[1])
+    tolerance = product_tolerance(magnitudes, exact, shape[1], dtype, rounding)
     assert_within(y.detach(), exact.detach(), tolerance.detach())
     exact, magnitudes = grad.double() @ weight, grad.double().abs() @ weight.abs()
-    assert_within(grad_x, exact, product_tolerance(magnitudes, exact, shape[0], dtype))
+    rounding = weight_error_backward(name, dtype)
+    assert_within(grad_x, exact, product_tolerance(magnitudes, exact, shape[0], dtype, rounding))
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -122,7 +124,8 @@ def test_lora_dtypes(name, dtype, lora_dtype):
     # t is rounded to the wider of both dtypes before it is used.
     wider = torch.promote_types(dtype, lora_dtype)
     roundoff = torch.finfo(wider).eps / 2 * 0.5 * t.abs() @ lora_b.abs().T
-    tolerance = product_tolerance(magnitude + bias.abs(), exact, 128 + 8, dtype) + roundoff * 1.01
+    rounding = weight_error(name, "nf4", dtype, 6, 128)
+    tolerance = product_tolerance(magnitude + bias.abs(), exact, 128 + 8, dtype, rounding) + roundoff * 1.01
     assert_within(y.detach(), exact, tolerance)
 
 

@@ -17,7 +17,7 @@ constexpr int64_t kGemvDepth = 4096;  // 16 KB of x: half of the L1 cache
 
 // Adds LoRA and bias to the sums of output n and stores them; t is [M, rank], y [M, n].
 template <int M, class T>
-void store_outputs(const LinearArgs& args, int64_t n, float* sums) {
+static void store_outputs(const LinearArgs& args, int64_t n, float* sums) {
   T* y = static_cast<T*>(args.y);
   for (int m = 0; m < M; ++m) {
     for (int64_t r = 0; r < args.rank; ++r) sums[m] += args.t[m * args.rank + r] * args.lora_b[n * args.rank + r];

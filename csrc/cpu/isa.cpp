@@ -18,8 +18,11 @@ const std::vector<const Kernels*>& available_kernels() {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
       if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+          found.push_back(&kAvx512Bf16Kernels);
         found.push_back(&kAvx512Kernels);
+      }
       found.push_back(&kAvx2Kernels);
     }
 #elif defined(__aarch64__)

@@ -137,8 +137,9 @@ struct Kernels {
 
 extern const Kernels kScalarKernels;
 #if defined(__x86_64__)
-extern const Kernels kAvx2Kernels;    // needs AVX2, FMA and F16C
-extern const Kernels kAvx512Kernels;  // needs AVX-512 F, BW, DQ and VL besides
+extern const Kernels kAvx2Kernels;        // needs AVX2, FMA and F16C
+extern const Kernels kAvx512Kernels;      // needs AVX-512 F, BW, DQ and VL besides
+extern const Kernels kAvx512Bf16Kernels;  // needs AVX512-BF16 and VNNI besides
 #elif defined(__aarch64__)
 extern const Kernels kNeonKernels;
 #endif
@@ -147,7 +148,8 @@ extern const Kernels kNeonKernels;
 const Kernels& active_kernels();
 // The kernels that this CPU can run, the widest first.
 const std::vector<const Kernels*>& available_kernels();
-// "scalar", "avx2", "avx512", "neon", or "auto" for the widest; false (and no change) where this CPU or build has no such kernels.
+// "scalar", "avx2", "avx512", "avx512bf16", "neon", or "auto" for the widest; false (and no change) where this CPU or
+// build has no such kernels.
 bool select_isa(const char* isa);
 
 }  // namespace lowbit::cpu

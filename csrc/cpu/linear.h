@@ -89,10 +89,10 @@ class TransposedTiles {
   std::vector<float> scales_;
 };
 
-template <class Isa>
+template <class Isa, class Words>
 void linear_gemm(const LinearArgs& args, const ParallelFor& parallel_for) {
-  const Panels<Isa> x(args.x, args.dtype, args.m, args.k, parallel_for);
-  const Panels<Isa> t(args.t, Dtype::f32, args.m, args.rank, parallel_for);
+  const Panels<Isa, Words> x(args.x, args.dtype, args.m, args.k, parallel_for);
+  const Panels<Isa, Fp32Words<Isa>> t(args.t, Dtype::f32, args.m, args.rank, parallel_for);
   const Tasks tasks(x.count, Isa::kRows, ceil_div(args.n, kStrip<Isa>), 1, 4, parallel_for.threads);
   parallel_for(tasks.count, 1, [&](int64_t begin, int64_t end) {
     TransposedTiles<Isa> weight(args.weight, args.n, args.k, tasks.strips_per_task());
@@ -106,7 +106,7 @@ void linear_gemm(const LinearArgs& args, const ParallelFor& parallel_for) {
       std::fill_n(sums.data(), (m1 - m0) * width, 0.0f);
       weight.start(n0, task.strips);
       const auto decode_weight = [&](int64_t k0, int64_t depth, float* to) { weight.fill(k0, depth, to); };
-      // LoRA: `rank` more columns of the contraction, into the same sums.
+      // LoRA: `rank` more columns of the contraction, in fp32, into the same sums.
       const auto copy_lora_b = [&](int64_t r0, int64_t depth, float* to) {
         for (int64_t s = 0; s < task.strips; ++s) {
           for (int64_t j = 0; j < kStrip<Isa>; ++j) {
@@ -151,7 +151,7 @@ void linear(const LinearArgs& args, const ParallelFor& parallel_for) {
       block.x = element_of(args.x, args.dtype, m0 * args.k);
       block.y = element_of(args.y, args.dtype, m0 * args.n);
       if (args.t) block.t = args.t + m0 * args.rank;
-      linear_gemm<Isa>(block, parallel_for);
+      with_words<Isa>(args.dtype, [&](auto words) { linear_gemm<Isa, decltype(words)>(block, parallel_for); });
     });
   }
   for_dtype(args.dtype, [&](auto* typed) {
@@ -194,9 +194,9 @@ void fill_natural(const QuantizedWeight& weight, const std::optional<typename Is
   }
 }
 
-template <class Isa>
+template <class Isa, class Words>
 void grad_input_gemm(const LinearGradInputArgs& args, const ParallelFor& parallel_for) {
-  const Panels<Isa> grad(args.grad, args.dtype, args.m, args.n, parallel_for);
+  const Panels<Isa, Words> grad(args.grad, args.dtype, args.m, args.n, parallel_for);
   // Whole cache lines of packed weight to a task: 128 columns, or 256.
   const Tasks tasks(grad.count, Isa::kRows, ceil_div(args.k, kStrip<Isa>), 128 / kStrip<Isa>, 256 / kStrip<Isa>,
                     parallel_for.threads);
@@ -246,7 +246,7 @@ void linear_grad_input(const LinearGradInputArgs& args, const ParallelFor& paral
     block.m = m;
     block.grad = element_of(args.grad, args.dtype, m0 * args.n);
     block.grad_x = element_of(args.grad_x, args.dtype, m0 * args.k);
-    grad_input_gemm<Isa>(block, parallel_for);
+    with_words<Isa>(args.dtype, [&](auto words) { grad_input_gemm<Isa, decltype(words)>(block, parallel_for); });
   });
 }
 

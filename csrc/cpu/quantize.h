@@ -25,7 +25,7 @@ void encode_block(const typename Isa::Encoder& encode, const T* values, int64_t 
 
 // The short last block divides by absmax, where full ones multiply by its reciprocal (the format says so).
 template <class T>
-void encode_short_block(const Format& format, const T* values, int64_t count, float absmax, uint8_t* packed) {
+static void encode_short_block(const Format& format, const T* values, int64_t count, float absmax, uint8_t* packed) {
   const auto code = [&](int64_t i) {
     if (i >= count) return format.zero_code;
     return encode_one(format, to_float(values[i]) / absmax);

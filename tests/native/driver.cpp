@@ -172,6 +172,16 @@ double codebook_error(const std::string& isa, const Format* format, Dtype dtype,
   return worst;
 }
 
+// Whether a product rounds the decoded weights to bf16 before it multiplies: the gemm of AVX512-BF16, to which more
+// than four rows of bf16 go, and fewer where the flat weight's chunks of 64 cross rows.
+bool rounds_weights(const std::string& isa, const Format* format, Dtype dtype, int64_t m, int64_t k) {
+  return isa == "avx512bf16" && dtype == Dtype::bf16 && (m > 4 || (format && k % 64));
+}
+// The same for the product with W itself.
+bool rounds_weights_backward(const std::string& isa, Dtype dtype) {
+  return isa == "avx512bf16" && dtype == Dtype::bf16;
+}
+
 std::string shape_text(int64_t m, int64_t n, int64_t k) {
   return std::to_string(m) + " x " + std::to_string(n) + " x " + std::to_string(k);
 }
@@ -192,9 +202,16 @@ struct Case {
   }
 };
 
-// y against exact sums of x (m x k) times `decoded` as W^T, plus LoRA and bias; names the first mismatch.
+// y against exact sums of x (m x k) times `decoded` as W^T, rounded to bf16 where asked, plus LoRA and bias; names the
+// first mismatch.
 void check_product(const std::string& text, const Values& y, const Case& c, const Values& x, const Weight& weight,
-                   const Buffer<float>& t, const Buffer<float>& lora_b, const Buffer<float>& bias, double weight_error) {
+                   const Buffer<float>& t, const Buffer<float>& lora_b, const Buffer<float>& bias, double weight_error,
+                   bool rounded = false) {
+  const auto multiplied = [&](int64_t i) {
+    Bf16 value;
+    from_float(weight.decoded[i], &value);
+    return rounded ? to_float(value) : weight.decoded[i];
+  };
   for (int64_t m = 0; m < c.m; ++m) {
     for (int64_t n = 0; n < c.n; ++n) {
       double exact = 0, magnitude = 0;
@@ -202,7 +219,7 @@ void check_product(const std::string& text, const Values& y, const Case& c, cons
         exact += a * b;
         magnitude += std::fabs(a * b);
       };
-      for (int64_t k = 0; k < c.k; ++k) add(x.at(m * c.k + k), weight.decoded[n * c.k + k]);
+      for (int64_t k = 0; k < c.k; ++k) add(x.at(m * c.k + k), multiplied(n * c.k + k));
       for (int64_t r = 0; r < c.rank; ++r) add(t[m * c.rank + r], lora_b[n * c.rank + r]);
       if (c.has_bias) add(bias[n], 1);
       const float actual = y.at(m * c.n + n);
@@ -221,6 +238,7 @@ void check_linear(const Kernels& kernels, const Case& c, Random& random) {
   for (int64_t i = 0; i < c.m * c.k; ++i) x.set(i, random.normal());
   for (int64_t i = 0; i < c.m * c.n; ++i) grad.set(i, random.normal());
   if (c.m > 2 && c.k > 1) x.set(c.k + c.k / 2, NAN);  // one bad row stays alone
+  if (c.m > 2 && c.n > 1) grad.set(2 * c.n - 1, NAN);
   Buffer<float> t(c.m * c.rank), lora_b(c.n * c.rank), bias(c.has_bias ? c.n : 0);
   for (auto* buffer : {&t, &lora_b, &bias})
     for (int64_t i = 0; i < buffer->size(); ++i) (*buffer)[i] = random.normal();
@@ -242,7 +260,8 @@ void check_linear(const Kernels& kernels, const Case& c, Random& random) {
   Values y(c.dtype, c.m * c.n), again(c.dtype, c.m * c.n);
   kernels.linear(arguments(y), serial());
   const std::string text = c.text(kernels.isa, "linear");
-  check_product(text, y, c, x, weight, t, lora_b, bias, codebook_error(kernels.isa, c.format, c.dtype, c.m, c.k));
+  check_product(text, y, c, x, weight, t, lora_b, bias, codebook_error(kernels.isa, c.format, c.dtype, c.m, c.k),
+                rounds_weights(kernels.isa, c.format, c.dtype, c.m, c.k));
   kernels.linear(arguments(again), on_threads(3));
   report(y == again, text + ": differs on three threads");
 
@@ -255,7 +274,8 @@ void check_linear(const Kernels& kernels, const Case& c, Random& random) {
   turned.decoded = Buffer<float>(c.n * c.k);
   for (int64_t n = 0; n < c.n; ++n)
     for (int64_t k = 0; k < c.k; ++k) turned.decoded[k * c.n + n] = weight.decoded[n * c.k + k];
-  check_product(c.text(kernels.isa, "linear_grad_input"), grad_x, transposed, grad, turned, t, lora_b, bias, 0);
+  check_product(c.text(kernels.isa, "linear_grad_input"), grad_x, transposed, grad, turned, t, lora_b, bias, 0,
+                rounds_weights_backward(kernels.isa, c.dtype));
   kernels.linear_grad_input({grad.data(), c.dtype, weight.view, c.m, c.n, c.k, grad_again.data()}, on_threads(2));
   report(grad_x == grad_again, c.text(kernels.isa, "linear_grad_input") + ": differs on two threads");
 

@@ -4,7 +4,7 @@
 namespace lowbit::cpu {
 
 const std::vector<const Kernels*>& available_kernels() {
-  static const std::vector<const Kernels*> kernels = {&kAvx512Kernels, &kScalarKernels};
+  static const std::vector<const Kernels*> kernels = {&kAvx512Bf16Kernels, &kAvx512Kernels, &kScalarKernels};
   return kernels;
 }
 

@@ -1,6 +1,6 @@
-// Stands in for the compiler's <immintrin.h> in `make avx512-test`, so that csrc/cpu/isa_avx512.h runs on any x86-64
-// CPU: the intrinsics as SIMDe defines them in portable C, and here the few that SIMDe 0.7.4 (Debian 12) lacks, as
-// Intel's intrinsics guide defines them.
+// Stands in for the compiler's <immintrin.h> in `make avx512-test`, so that csrc/cpu/isa_avx512.h and
+// isa_avx512bf16.h run on any x86-64 CPU: the intrinsics as SIMDe defines them in portable C, and here those that SIMDe
+// 0.7.4 (Debian 12) lacks or has otherwise, as Intel's intrinsics guide defines them.
 #pragma once
 
 // What SIMDe does not name itself it could not replace: nothing here may come from the compiler's own AVX headers.
@@ -39,8 +39,11 @@
 #undef _mm512_stream_si512
 #undef _mm512_madd_epi16
 #undef _mm512_fmadd_ps
+#undef _mm512_dpbf16_ps
+#undef _mm512_cvtne2ps_pbh
+#undef _mm512_dpbusd_epi32
 
-// isa_avx512.h then leaves the compiler at the instruction set that everything is compiled for.
+// They then leave the compiler at the instruction set that everything is compiled for.
 #define LOWBIT_PORTABLE_INTRINSICS
 
 using __mmask16 = uint16_t;
@@ -121,4 +124,43 @@ inline __m512 _mm512_mask_i32gather_ps(__m512 otherwise, __mmask16 mask, __m512i
 inline void _mm512_stream_si512(void* to, __m512i a) {
   portable::require(reinterpret_cast<uintptr_t>(to) % 64 == 0, "_mm512_stream_si512: the address is not aligned");
   std::memcpy(to, &a, sizeof(a));
+}
+
+// bf16: subnormal operands and results are zero, whatever the mode; each product joins the sum with one rounding of its
+// own, that of the odd elements first.
+namespace portable {
+
+inline float flush(float value) { return std::fabs(value) < 0x1p-126f ? std::copysign(0.0f, value) : value; }
+inline float from_bf16(uint16_t bits) { return flush(std::bit_cast<float>(uint32_t{bits} << 16)); }
+inline uint16_t to_bf16(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(flush(value));
+  if (std::isnan(value)) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+}  // namespace portable
+
+inline __m512 _mm512_dpbf16_ps(__m512 sums, __m512bh a, __m512bh b) {
+  const auto x = portable::elements<uint16_t>(a), y = portable::elements<uint16_t>(b);
+  auto to = portable::elements<float>(sums);
+  for (size_t i = 0; i < to.size(); ++i) {
+    for (const size_t word : {2 * i + 1, 2 * i}) {
+      const float xw = portable::from_bf16(x[word]), yw = portable::from_bf16(y[word]);
+      to[i] = portable::flush(std::fma(xw, yw, portable::flush(to[i])));
+    }
+  }
+  return std::bit_cast<__m512>(to);
+}
+inline __m512bh _mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
+  const auto upper = portable::elements<float>(high), lower = portable::elements<float>(low);
+  std::array<uint16_t, 32> to;
+  for (size_t i = 0; i < 16; ++i) to[i] = portable::to_bf16(lower[i]), to[i + 16] = portable::to_bf16(upper[i]);
+  return std::bit_cast<__m512bh>(to);
+}
+inline __m512i _mm512_dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {
+  const auto x = portable::elements<uint8_t>(a);
+  const auto y = portable::elements<int8_t>(b);
+  auto to = portable::elements<int32_t>(sums);
+  for (size_t i = 0; i < x.size(); ++i) to[i / 4] += x[i] * y[i];
+  return std::bit_cast<__m512i>(to);
 }
