@@ -256,8 +256,8 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor packed, Tensor absmax, s
   kernels.lora_down({source.data_ptr(), dtype, lora_a_values.data(), m, k, rank, static_cast<float*>(t.data_ptr())},
                     parallel_for());
   const FloatOperand scaled_t(x, t, "t", m * rank, static_cast<float>(scaling));
-  kernels.linear({source.data_ptr(), dtype, view(weight), bias_values.data(), scaled_t.data(), lora_b_values.data(), m, n,
-                  k, rank, y.data_ptr()},
+  kernels.linear({source.data_ptr(), dtype, view(weight), bias_values.data(), scaled_t.data(), lora_b_values.data(), m,
+                  n, k, rank, y.data_ptr()},
                  parallel_for());
   return {y, t};
 }

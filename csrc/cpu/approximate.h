@@ -34,7 +34,8 @@ struct Int8Activations {
       // NaN and inf make the chunk's scale, and so y, NaN. Activations below 3.7e-37, whose inverse scale would be
       // infinite, count as zero.
       const float inverse = 127 / largest;
-      const bool in_range = largest <= std::numeric_limits<float>::max() && inverse <= std::numeric_limits<float>::max();
+      const bool in_range =
+          largest <= std::numeric_limits<float>::max() && inverse <= std::numeric_limits<float>::max();
       scales[static_cast<size_t>(chunk)] = in_range ? largest / 127 : largest * 0.0f;
       encode_int8(values, kApproximateChunk, in_range ? inverse : 0.0f, codes);
       int8_t* to = reinterpret_cast<int8_t*>(storage_.data()) + chunk * kApproximateChunk;

@@ -94,7 +94,9 @@ class Panels {
     });
   }
   int64_t first_row(int64_t panel) const { return panel * rows / count; }
-  const float* tile(int64_t panel, int64_t index) const { return storage_.data() + (index * count + panel) * kTileSize; }
+  const float* tile(int64_t panel, int64_t index) const {
+    return storage_.data() + (index * count + panel) * kTileSize;
+  }
 
   const int64_t rows, depth, count, tiles;
 

@@ -79,7 +79,8 @@ void with_chunk_scales(const QuantizedWeight& weight, int64_t begin, const Body&
         return Isa::quarters(quarter(0), quarter(1), quarter(2), quarter(3));
       });
   };
-  if (weight.absmax) return by_blocks([absmax = weight.absmax](uint64_t block) { return Isa::broadcast(absmax[block]); });
+  if (weight.absmax)
+    return by_blocks([absmax = weight.absmax](uint64_t block) { return Isa::broadcast(absmax[block]); });
   by_blocks([codes = weight.scale_codes, group_scales = weight.group_scales,
              offset = Isa::broadcast(weight.offset)](uint64_t block) {
     return Isa::scale(kScaleMap.entries + codes[block], group_scales + block / kGroupSize, offset);
@@ -176,7 +177,8 @@ void add_chunk(const typename Isa::Decoder& decode, const uint8_t* packed, float
 // through the rows. k is a multiple of 64.
 template <class Isa, int M, class T>
 void gemv_grad_input(const LinearGradInputArgs& args, const ParallelFor& parallel_for) {
-  constexpr int64_t kMaxColumns = 1024, kAhead = 4;  // rows; a task's part of one is too short for the hardware's prefetcher
+  constexpr int64_t kMaxColumns = 1024,
+                    kAhead = 4;  // rows; a task's part of one is too short for the hardware's prefetcher
   const int64_t n_end = args.n, k = args.k;
   const int64_t columns = std::clamp<int64_t>(round_up(ceil_div(k, 4 * parallel_for.threads), 128), 128, kMaxColumns);
   const int shift = block_shift(args.weight);

@@ -127,8 +127,8 @@ struct Avx2 {
       const __m256i low01 = _mm256_unpacklo_epi32(r0, r1), high01 = _mm256_unpackhi_epi32(r0, r1);
       const __m256i low23 = _mm256_unpacklo_epi32(r2, r3), high23 = _mm256_unpackhi_epi32(r2, r3);
       // Byte b of four bytes of every row, in the order of the rows.
-      const __m256i by_byte = _mm256_broadcastsi128_si256(
-          _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+      const __m256i by_byte =
+          _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
       const auto four_bytes = [&](__m256i bytes, float* to) {
         bytes = _mm256_shuffle_epi8(bytes, by_byte);
         Vec even[4], odd[4];
@@ -232,7 +232,8 @@ struct Avx2 {
       const __m256i odd = _mm256_shuffle_epi8(codebook, odd_codes(bytes));
       for (int m = 0; m < M; ++m) {
         const __m256i* from = reinterpret_cast<const __m256i*>(x + m * x_stride);
-        const __m256i pairs = products(even, _mm256_loadu_si256(from)), more = products(odd, _mm256_loadu_si256(from + 1));
+        const __m256i pairs = products(even, _mm256_loadu_si256(from)),
+                      more = products(odd, _mm256_loadu_si256(from + 1));
         sums[m] = _mm256_cvtepi32_ps(_mm256_add_epi32(pairs, more));
       }
     }

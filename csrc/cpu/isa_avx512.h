@@ -81,7 +81,8 @@ struct Avx512 {
 
     void natural(const uint8_t* packed, float low, float high, Vec (&values)[4]) const {
       const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
-      const __m512i words = _mm512_cvtepu8_epi16(bytes);  // [0, even << 4 | odd] to [odd, even]: codes in bytes, in order
+      const __m512i words =
+          _mm512_cvtepu8_epi16(bytes);  // [0, even << 4 | odd] to [odd, even]: codes in bytes, in order
       const __m512i codes = _mm512_or_si512(_mm512_srli_epi16(words, 4), _mm512_slli_epi16(words, 8));
       const __m512 scale[2] = {broadcast(low), broadcast(high)};
       const auto quarter = [&](int i, __m128i bytes_of_codes) {
@@ -101,9 +102,7 @@ struct Avx512 {
     }
 
     void columns(const uint8_t* const (&rows)[kLanes], int64_t offset, Vec scale, float* out, int64_t stride) const {
-      const auto bytes = [&](int row) {
-        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + offset));
-      };
+      const auto bytes = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + offset)); };
       const auto four_rows = [&](int i) {  // 16 bytes of rows i, i + 4, i + 8 and i + 12
         __m512i joined = _mm512_castsi128_si512(bytes(i));
         joined = _mm512_inserti32x4(joined, bytes(i + 4), 1);
@@ -169,8 +168,8 @@ struct Avx512 {
           const int8_t* from = x + m * x_stride + 32 * half;
           return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
         };
-        sums[m] = _mm512_cvtepi32_ps(
-            _mm512_add_epi32(_mm512_madd_epi16(even, wide(0)), _mm512_madd_epi16(odd, wide(1))));
+        sums[m] =
+            _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_madd_epi16(even, wide(0)), _mm512_madd_epi16(odd, wide(1))));
       }
     }
 

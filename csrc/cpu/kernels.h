@@ -26,7 +26,7 @@ struct QuantizedWeight {
   const float* group_scales;   // scale of each group of 256 blocks,
   float offset;
   const Format* format;  // null: int8 codes
-  int64_t block_size;  // int8: the length of a row
+  int64_t block_size;    // int8: the length of a row
   int64_t numel;
 };
 

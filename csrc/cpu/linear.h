@@ -180,7 +180,8 @@ void fill_natural(const QuantizedWeight& weight, const std::optional<typename Is
       }
       continue;
     }
-    constexpr int64_t kAhead = 8;  // rows; a row has one or two lines of the tile, too few for the hardware's prefetcher
+    constexpr int64_t kAhead =
+        8;  // rows; a row has one or two lines of the tile, too few for the hardware's prefetcher
     for (int64_t column = 0; n + kAhead < depth && column < columns; column += 128)
       __builtin_prefetch(weight.packed + (begin + kAhead * k + column) / 2);
     for (int64_t column = 0; column < columns; column += 64) {

@@ -104,7 +104,9 @@ void encode_blocks(const EncodeArgs& args, int64_t begin, int64_t end) {
     const float inverse = scale >= kTinyAbsmax || scale <= -kTinyAbsmax ? 1.0f / scale : 0.0f;
     int64_t i = 0;
     for (; i + 32 <= count; i += 32) encode(values + i, inverse, packed + i / 2);
-    const auto code = [&](int64_t j) { return j < count ? encode_one(format, to_float(values[j]) * inverse) : format.zero_code; };
+    const auto code = [&](int64_t j) {
+      return j < count ? encode_one(format, to_float(values[j]) * inverse) : format.zero_code;
+    };
     for (; i < count; i += 2) packed[i / 2] = pack(code(i), code(i + 1));
   }
 }

@@ -127,8 +127,14 @@ struct Weight {
       if (i % 3 == 2) absmax[i] = float_of((bits_of(absmax[i]) & 0xffffe000) | 0x1000);
     }
     for (int64_t i = 0; i < group_scales.size(); ++i) group_scales[i] = 0.01f * std::fabs(random.normal());
-    view = {packed.data(), double_quant && format ? nullptr : absmax.data(), codes.data(), group_scales.data(), 0.013f,
-            format, format ? block_size : k, n * k};
+    view = {packed.data(),
+            double_quant && format ? nullptr : absmax.data(),
+            codes.data(),
+            group_scales.data(),
+            0.013f,
+            format,
+            format ? block_size : k,
+            n * k};
     for (int64_t i = 0; i < n * k; ++i) {
       if (!format) {
         decoded[i] = static_cast<float>(static_cast<int8_t>(packed[i])) * absmax[i / k] * kInt8Unit;
@@ -147,9 +153,7 @@ struct Weight {
   }
 };
 
-float roundoff(Dtype dtype) {
-  return dtype == Dtype::f32 ? 0x1p-24f : dtype == Dtype::f16 ? 0x1p-11f : 0x1p-8f;
-}
+float roundoff(Dtype dtype) { return dtype == Dtype::f32 ? 0x1p-24f : dtype == Dtype::f16 ? 0x1p-11f : 0x1p-8f; }
 float tiny_roundoff(Dtype dtype) {
   return dtype == Dtype::f32 ? 0x1p-149f : dtype == Dtype::f16 ? 0x1p-25f : 0x1p-134f;
 }
@@ -287,9 +291,8 @@ void check_linear(const Kernels& kernels, const Case& c, Random& random) {
     Case down = c;
     down.n = c.rank, down.rank = 0, down.has_bias = false, down.dtype = Dtype::f32;
     Values product(Dtype::f32, c.m * c.rank);
-    kernels.lora_down(
-        {x.data(), c.dtype, lora_a.decoded.data(), c.m, c.k, c.rank, static_cast<float*>(product.data())},
-        on_threads(2));
+    kernels.lora_down({x.data(), c.dtype, lora_a.decoded.data(), c.m, c.k, c.rank, static_cast<float*>(product.data())},
+                      on_threads(2));
     check_product(c.text(kernels.isa, "lora_down"), product, down, x, lora_a, t, lora_b, bias, 0);
   }
 
@@ -326,7 +329,8 @@ void check_dequantize(const Kernels& kernels, const Case& c, Random& random) {
 void check_quantize(const Kernels& kernels, int64_t numel, const Format& format, int64_t block_size, Dtype dtype,
                     float magnitude, Random& random) {
   const std::string text = std::string(kernels.isa) + " quantize of " + std::to_string(numel) + " block " +
-                           std::to_string(block_size) + " " + name_of(dtype) + " magnitude " + std::to_string(magnitude);
+                           std::to_string(block_size) + " " + name_of(dtype) + " magnitude " +
+                           std::to_string(magnitude);
   const int64_t blocks = ceil_div(numel, block_size), columns = std::max<int64_t>(1, numel / 3);
   Values weight(dtype, numel);
   Buffer<float> importance(columns);
@@ -355,9 +359,8 @@ void check_quantize(const Kernels& kernels, int64_t numel, const Format& format,
   for (const float* weights : {static_cast<const float*>(nullptr), static_cast<const float*>(importance.data())}) {
     kernels.search_scales({weight.data(), dtype, numel, &format, block_size, weights, columns, scales.data()},
                           on_threads(2));
-    kScalarKernels.search_scales({weight.data(), dtype, numel, &format, block_size, weights, columns,
-                                  expected_scales.data()},
-                                 serial());
+    kScalarKernels.search_scales(
+        {weight.data(), dtype, numel, &format, block_size, weights, columns, expected_scales.data()}, serial());
     report(scales == expected_scales, text + ", search_scales");
   }
   kernels.encode({weight.data(), dtype, numel, &format, block_size, scales.data(), packed.data()}, on_threads(2));
@@ -374,9 +377,8 @@ void check_quantize(const Kernels& kernels, int64_t numel, const Format& format,
   Buffer<uint8_t> codes(blocks), expected_codes(blocks);
   Buffer<float> groups(ceil_div(blocks, kGroupSize)), expected_groups(groups.size());
   kernels.quantize_scales({absmax.data(), 0.5f * magnitude, blocks, codes.data(), groups.data()}, on_threads(2));
-  kScalarKernels.quantize_scales({absmax.data(), 0.5f * magnitude, blocks, expected_codes.data(),
-                                  expected_groups.data()},
-                                 serial());
+  kScalarKernels.quantize_scales(
+      {absmax.data(), 0.5f * magnitude, blocks, expected_codes.data(), expected_groups.data()}, serial());
   report(codes == expected_codes && groups == expected_groups, text + ", quantize_scales");
 
   // int8: rows of a third.
@@ -389,8 +391,8 @@ void check_quantize(const Kernels& kernels, int64_t numel, const Format& format,
     for (int64_t i = 0; i < columns; ++i) largest = std::max(largest, std::fabs(weight.at(row * columns + i)));
     const float scale = 1.0f / largest * 127.0f;
     for (int64_t i = 0; i < columns; ++i)
-      expected_eight[row * columns + i] = static_cast<int8_t>(
-          std::isinf(scale) ? 0.0f : std::nearbyint(weight.at(row * columns + i) * scale));
+      expected_eight[row * columns + i] =
+          static_cast<int8_t>(std::isinf(scale) ? 0.0f : std::nearbyint(weight.at(row * columns + i) * scale));
   }
   report(eight == expected_eight, text + ", quantize_int8");
 }
@@ -425,7 +427,8 @@ void check_not_finite(const Kernels& kernels, const Format& format, Dtype dtype,
 int main(int argc, char** argv) {
   const bool quick = argc > 1 && std::strcmp(argv[1], "--quick") == 0;
   const Dtype dtypes[] = {Dtype::f32, Dtype::f16, Dtype::bf16};
-  const int64_t shapes[][2] = {{1, 1}, {3, 5}, {7, 64}, {33, 130}, {40, 192}, {17, 513}, {130, 320}, {34, 1088}, {0, 64}, {4, 0}};
+  const int64_t shapes[][2] = {{1, 1},    {3, 5},     {7, 64},    {33, 130}, {40, 192},
+                               {17, 513}, {130, 320}, {34, 1088}, {0, 64},   {4, 0}};
   const int64_t rows[] = {0, 1, 2, 3, 4, 5, 12, 13, 40, 130};
   for (const Kernels* kernels : available_kernels()) {
     const int before = passed + failed;
