@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import lowbit
 from lowbit import format as fmt
+from lowbit import reference
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -149,3 +150,15 @@ def test_bad_q():
     """Passing a plain tensor is a frequent slip."""
     with pytest.raises(TypeError, match="q: expected a lowbit.QuantizedTensor"):
         lowbit.dequantize(torch.ones(8))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_large_results(name):
+    """From 32 MB on kernels write past the caches: nothing may be lost there, nor at the ragged end."""
+    q = lowbit.quantize(make_weight((4097, 2053)))
+    expected = reference.dequantize(*q.parts(), "nf4", 64, [4097, 2053], torch.float32)
+    with kernels(name):
+        assert torch.equal(lowbit.dequantize(q), expected)
+        padded = torch.empty(expected.numel() + 1)  # one element past an aligned address
+        out = padded[1:].view(expected.shape)
+        assert torch.equal(lowbit.dequantize(q, out=out), expected)

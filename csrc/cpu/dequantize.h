@@ -88,17 +88,40 @@ void decode_elements(const QuantizedWeight& weight, const std::optional<typename
   }
 }
 
+// A result from this size on goes past the caches: most of it would not stay in them, and a store through them reads
+// memory before it writes it (a fifth slower on 4096 x 14336).
+constexpr int64_t kStreamBytes = 32 << 20;
+
+// Elements [begin, end) of the weight, begin being a multiple of 4096.
+template <class Isa, class T>
+void dequantize_range(const QuantizedWeight& weight, int64_t begin, int64_t end, bool stream, T* out) {
+  constexpr int64_t kPiece = 2048;
+  std::optional<typename Isa::Decoder> decode;
+  if (weight.format) decode.emplace(*weight.format);
+  if (stream) {
+    const Scratch storage(kPiece);
+    T* piece = reinterpret_cast<T*>(storage.data());
+    for (; begin + kPiece <= end; begin += kPiece) {
+      decode_elements<Isa>(weight, decode, begin, kPiece, piece);
+      Isa::stream(reinterpret_cast<const char*>(piece), kPiece * static_cast<int64_t>(sizeof(T)),
+                  reinterpret_cast<char*>(out + begin));
+    }
+    Isa::finish_streams();
+  }
+  decode_elements<Isa>(weight, decode, begin, end - begin, out + begin);
+}
+
 template <class Isa>
 void dequantize(const DequantizeArgs& args, const ParallelFor& parallel_for) {
   constexpr int64_t kUnit = 4096;
   const int64_t numel = args.weight.numel;
-  parallel_for(ceil_div(numel, kUnit), 8, [&](int64_t first, int64_t last) {
-    const int64_t begin = first * kUnit, end = std::min(last * kUnit, numel);
-    std::optional<typename Isa::Decoder> decode;
-    if (args.weight.format) decode.emplace(*args.weight.format);
-    for_dtype(args.dtype, [&](auto* typed) {
-      using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-      decode_elements<Isa>(args.weight, decode, begin, end - begin, static_cast<T*>(args.out) + begin);
+  for_dtype(args.dtype, [&](auto* typed) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+    T* out = static_cast<T*>(args.out);
+    const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0;
+    const bool stream = aligned && numel * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+    parallel_for(ceil_div(numel, kUnit), 8, [&](int64_t first, int64_t last) {
+      dequantize_range<Isa>(args.weight, first * kUnit, std::min(last * kUnit, numel), stream, out);
     });
   });
 }

@@ -55,6 +55,12 @@ struct Avx2 {
   static void store(Fp16* to, Vec v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
+  static void stream(const char* from, int64_t bytes, char* to) {
+    for (int64_t i = 0; i < bytes; i += 32)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
+                          _mm256_load_si256(reinterpret_cast<const __m256i*>(from + i)));
+  }
+  static void finish_streams() { _mm_sfence(); }
 
   // pshufb looks up 32 bytes at once but only in 16-byte tables: one table for each byte of the fp32 codebook, of which
   // the results unpack to whole floats, exact ones.

@@ -63,6 +63,11 @@ struct Avx512 {
   static void store(Fp16* to, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
+  static void stream(const char* from, int64_t bytes, char* to) {
+    for (int64_t i = 0; i < bytes; i += 64)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+  }
+  static void finish_streams() { _mm_sfence(); }
 
   // The whole fp32 codebook fits a register: one permutation looks up sixteen codes and reads no index bit but the
   // lowest four, so that codes need a shift and no mask.

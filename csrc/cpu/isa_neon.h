@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "../nf4.h"
 #include "half.h"
@@ -54,6 +55,9 @@ struct Neon {
   static void store(Fp16* to, Vec v) {
     vst1q_u16(&to->bits, vreinterpretq_u16_f16(vcombine_f16(vcvt_f16_f32(v.low), vcvt_f16_f32(v.high))));
   }
+  // NEON has no store that goes past the caches.
+  static void stream(const char* from, int64_t bytes, char* to) { std::memcpy(to, from, static_cast<size_t>(bytes)); }
+  static void finish_streams() {}
 
   // As in AVX2: a table look-up for each byte of the fp32 codebook, of which the results interleave to whole floats.
   struct Decoder {

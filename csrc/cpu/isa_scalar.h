@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "../nf4.h"
 #include "half.h"
@@ -50,6 +51,11 @@ struct Scalar {
   static void store(T* to, const Vec& v) {
     for (int i = 0; i < 8; ++i) from_float(v.lane[i], to + i);
   }
+
+  // Copies `bytes` (a multiple of 64), past the caches where the CPU can; both addresses are multiples of 64.
+  static void stream(const char* from, int64_t bytes, char* to) { std::memcpy(to, from, static_cast<size_t>(bytes)); }
+  // Makes what went past the caches visible to other threads.
+  static void finish_streams() {}
 
   // Codebook values of packed codes.
   struct Decoder {
