@@ -49,12 +49,16 @@ def weight_error(kernels: str, format: str, dtype: torch.dtype, rows: int, k: in
     takes subnormals for zero; no test of products has any.)
     """
     if rows > 4 or (format != "int8" and k % 64):
-        return weight_error_backward(kernels, dtype)
+        return _bf16_weights(kernels, dtype)
     return 0.0 if format == "int8" else codebook_error(kernels, format, dtype, rows, k)
 
 
-def weight_error_backward(kernels: str, dtype: torch.dtype) -> float:
-    """The same for the product that makes the gradient of the input."""
+def weight_error_backward(kernels: str, format: str, dtype: torch.dtype, rows: int, k: int) -> float:
+    """The same for the product that makes the gradient of the input: few rows times int8 go to ``gemm.h`` too."""
+    return _bf16_weights(kernels, dtype) if rows > 4 or format == "int8" or k % 64 else 0.0
+
+
+def _bf16_weights(kernels: str, dtype: torch.dtype) -> float:
     return UNIT_ROUNDOFF[dtype] if kernels == "native-avx512bf16" and dtype == torch.bfloat16 else 0.0
 
 

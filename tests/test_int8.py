@@ -194,7 +194,8 @@ def test_linear(name, rows, shape, dtype, rank, has_bias, magnitude):
     rounding = weight_error(name, "int8", dtype, rows, k)
     assert_within(y.detach(), exact.detach(), product_tolerance(sizes, exact, k + rank, dtype, rounding).detach())
     exact, sizes = grad.double() @ weight, grad.double().abs() @ weight.abs()
-    assert_within(grad_x, exact, product_tolerance(sizes, exact, n, dtype, weight_error_backward(name, dtype)))
+    rounding = weight_error_backward(name, "int8", dtype, rows, k)
+    assert_within(grad_x, exact, product_tolerance(sizes, exact, n, dtype, rounding))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

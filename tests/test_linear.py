@@ -64,7 +64,7 @@ def test_linear(name, rows, shape, dtype, format, block_size, double_quant, has_
     tolerance = product_tolerance(magnitudes, exact, shape[1], dtype, rounding)
     assert_within(y.detach(), exact.detach(), tolerance.detach())
     exact, magnitudes = grad.double() @ weight, grad.double().abs() @ weight.abs()
-    rounding = weight_error_backward(name, dtype)
+    rounding = weight_error_backward(name, format, dtype, rows, shape[1])
     assert_within(grad_x, exact, product_tolerance(magnitudes, exact, shape[0], dtype, rounding))
 
 
