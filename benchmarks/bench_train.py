@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from bench_matmul import AVX2_ONLY
+
 CONTENDERS = ("lowbit", "PEFT + bitsandbytes", "dense LoRA (PEFT)")
 MODELS = {
     "135m": {
@@ -34,7 +36,6 @@ MODELS = {
         "vocab_size": 512,
     },
 }
-AVX2_ONLY = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
 def build(contender: str, options: argparse.Namespace, dtype):

@@ -177,8 +177,8 @@ void add_chunk(const typename Isa::Decoder& decode, const uint8_t* packed, float
 // through the rows. k is a multiple of 64.
 template <class Isa, int M, class T>
 void gemv_grad_input(const LinearGradInputArgs& args, const ParallelFor& parallel_for) {
-  constexpr int64_t kMaxColumns = 1024,
-                    kAhead = 4;  // rows; a task's part of one is too short for the hardware's prefetcher
+  constexpr int64_t kMaxColumns = 1024;
+  constexpr int64_t kAhead = 4;  // rows; a task's part of one is too short for the hardware's prefetcher
   const int64_t n_end = args.n, k = args.k;
   const int64_t columns = std::clamp<int64_t>(round_up(ceil_div(k, 4 * parallel_for.threads), 128), 128, kMaxColumns);
   const int shift = block_shift(args.weight);

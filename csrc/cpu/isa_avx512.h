@@ -86,8 +86,8 @@ struct Avx512 {
 
     void natural(const uint8_t* packed, float low, float high, Vec (&values)[4]) const {
       const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
-      const __m512i words =
-          _mm512_cvtepu8_epi16(bytes);  // [0, even << 4 | odd] to [odd, even]: codes in bytes, in order
+      // [0, even << 4 | odd] to [odd, even]: codes in bytes, in order
+      const __m512i words = _mm512_cvtepu8_epi16(bytes);
       const __m512i codes = _mm512_or_si512(_mm512_srli_epi16(words, 4), _mm512_slli_epi16(words, 8));
       const __m512 scale[2] = {broadcast(low), broadcast(high)};
       const auto quarter = [&](int i, __m128i bytes_of_codes) {
