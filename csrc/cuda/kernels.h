@@ -102,4 +102,31 @@ struct DequantizeArgs {
 };
 int dequantize(const DequantizeArgs& args, Stream stream);
 
+// y[m, n] = x[m, k] W[n, k]^T + scaling t[m, rank] lora_b[n, rank]^T + bias[n]
+struct LinearArgs {
+  const void* x;
+  Dtype dtype;  // of x and y
+  QuantizedWeight weight;
+  const float* bias;  // or null
+  const float* t;     // or null, as lora_b
+  const float* lora_b;
+  float scaling;
+  int64_t m, n, k, rank;
+  void* y;
+  float* workspace;  // as many floats as the launcher's ..._workspace function says, of any content; null where 0
+};
+
+// grad_x[m, k] = grad[m, n] W[n, k] + scaling grad_t[m, rank] lora_a[rank, k], grad_t = grad lora_b
+struct LinearGradInputArgs {
+  const void* grad;
+  Dtype dtype;  // of grad and grad_x
+  QuantizedWeight weight;
+  const float* grad_t;  // or null, as lora_a
+  const float* lora_a;
+  float scaling;
+  int64_t m, n, k, rank;
+  void* grad_x;
+  float* workspace;
+};
+
 }  // namespace lowbit::cuda
