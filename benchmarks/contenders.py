@@ -51,7 +51,7 @@ class Operands:
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(n, k, generator=generator) * 0.02
         self.weight = weight.to(self.dtype).to(device)
-        self.q = lowbit.quantize(self.weight, format=format, block_size=block_size)
+        self.q = self.quantize()
         self.decoded = lowbit.dequantize(self.q, torch.float32)
         self.bounded = False
 
@@ -66,15 +66,12 @@ class Operands:
         return [tensor] + [tensor.clone() for _ in range(self.copies(tensor.nbytes) - 1 if rotate else 0)]
 
     def quantized(self, rotate: bool) -> list[lowbit.QuantizedTensor]:
-        q = self.q
+        # Quantized again rather than cloned: the system's pages under a copy may be smaller, and look-ups of them slower.
+        copies = self.copies(self.q.nbytes) if rotate else 1
+        return [self.q, *(self.quantize() for _ in range(copies - 1))]
 
-        def clone():
-            parts = [None if part is None else part.clone() for part in q.parts()]
-            return lowbit.QuantizedTensor(
-                *parts, shape=q.shape, dtype=q.dtype, format=q.format, block_size=q.block_size
-            )
-
-        return [q] + [clone() for _ in range(self.copies(q.nbytes) - 1 if rotate else 0)]
+    def quantize(self) -> lowbit.QuantizedTensor:
+        return lowbit.quantize(self.weight, format=self.format, block_size=self.block_size)
 
     def rows(self, m: int, width: int) -> torch.Tensor:
         return torch.randn(m, width, generator=torch.Generator().manual_seed(1)).to(self.dtype).to(self.device)

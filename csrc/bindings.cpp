@@ -263,14 +263,21 @@ std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor packed, Tensor absmax, s
 }
 
 Tensor linear_grad_input(Tensor grad, Tensor packed, Tensor absmax, std::optional<Tensor> group_scales,
-                         std::optional<Tensor> offset, std::string format, int64_t block_size, int64_t in_features) {
+                         std::optional<Tensor> offset, std::string format, int64_t block_size, int64_t in_features,
+                         std::optional<Tensor> grad_t, std::optional<Tensor> lora_a) {
   const int64_t m = rows_of(grad, "grad"), n = grad.size(grad.dim() - 1), k = in_features;
   STD_TORCH_CHECK(k >= 0, "in_features: expected at least 0, got ", k);
   const Dtype dtype = dtype_of(grad.scalar_type(), "grad");
   const Weight weight(grad, packed, absmax, group_scales, offset, format, block_size, product(n, k, "in_features"), n);
+  STD_TORCH_CHECK(grad_t.has_value() == lora_a.has_value(), "grad_t, lora_a: expected both (LoRA) or neither, got one");
+  STD_TORCH_CHECK(!grad_t || grad_t->dim() >= 1, "grad_t: expected at least 1 dimension, got a scalar");
+  const int64_t rank = grad_t ? grad_t->size(grad_t->dim() - 1) : 0;
+  const FloatOperand grad_t_values(grad, grad_t, "grad_t", product(m, rank, "grad_t"));
+  const FloatOperand lora_a_values(grad, lora_a, "lora_a", product(rank, k, "grad_t"));
   const Tensor source = as_contiguous(grad);
   Tensor grad_x = empty_with_last(grad, k, grad.scalar_type());
-  active_kernels().linear_grad_input({source.data_ptr(), dtype, view(weight), m, n, k, grad_x.data_ptr()},
+  active_kernels().linear_grad_input({source.data_ptr(), dtype, view(weight), grad_t_values.data(),
+                                      lora_a_values.data(), m, n, k, rank, grad_x.data_ptr()},
                                      parallel_for());
   return grad_x;
 }

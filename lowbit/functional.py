@@ -208,14 +208,9 @@ def _autocasts(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)  # which raises for "meta"
 
 
-#: Up to so many rows of x LoRA's first product is part of the call; from there on torch's is faster.
-_FEW_ROWS = 4
-
-
 def _lora_linear(device_type, x, q, lora_a, lora_b, scaling, bias, dropout_p, training, precision) -> torch.Tensor:
     drops = training and dropout_p > 0
-    few = device_type == "cpu" and 0 < x.numel() <= _FEW_ROWS * x.shape[-1]
-    if few and not drops and precision == "exact":
+    if not drops and precision == "exact":
         namespace = backends.namespace_for(device_type, backends.selected)
         weight = (*q.parts(), q.format, q.block_size, q.shape[0])
         y = ops.lora_linear(namespace, x, weight, bias, lora_a, lora_b, float(scaling))
@@ -235,25 +230,24 @@ def _linear(device_type, x, q, bias, t=None, lora_b=None, scaling=1.0, precision
 
 def _lora_down(x: torch.Tensor, lora_a: torch.Tensor) -> torch.Tensor:
     """t = x A^T in the wider of the two dtypes; on a CPU in fp32 (see ``ops.product_dtype``)."""
-    dtype = ops.product_dtype(x, lora_a)
-    if x.dtype == lora_a.dtype == dtype:
+    if x.dtype == lora_a.dtype == ops.product_dtype(x, lora_a):
         return F.linear(x, lora_a)
-    return _MixedLoraDown.apply(x, lora_a, dtype)
+    return _MixedLoraDown.apply(x, lora_a)
 
 
 class _MixedLoraDown(torch.autograd.Function):
     """x A^T computed in another dtype than x's or A's; unlike F.linear on casts, it saves x in x's own dtype."""
 
     @staticmethod
-    def forward(ctx, x, lora_a, dtype):
+    def forward(ctx, x, lora_a):
         ctx.save_for_backward(x, lora_a)
-        return F.linear(x.to(dtype), lora_a.to(dtype))
+        return ops.lora_down(x, lora_a)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, lora_a = ctx.saved_tensors
-        return *ops.lora_down_gradients(grad, x, lora_a, *ctx.needs_input_grad[:2]), None
+        return ops.lora_down_gradients(grad, x, lora_a, *ctx.needs_input_grad)
 
 
 def _check_quantized(q: QuantizedTensor) -> None:

@@ -33,7 +33,7 @@ SCHEMAS = (
     f"linear_approximate({_LINEAR_ARGUMENTS}) -> Tensor",
     f"lora_linear(Tensor x, {_WEIGHT}, int out_features, Tensor? bias, Tensor lora_a, Tensor lora_b, float scaling)"
     " -> (Tensor, Tensor)",
-    f"linear_grad_input(Tensor grad, {_WEIGHT}, int in_features) -> Tensor",
+    f"linear_grad_input(Tensor grad, {_WEIGHT}, int in_features, Tensor? grad_t=None, Tensor? lora_a=None) -> Tensor",
 )
 # Which instruction set the CPU kernels use; no tensors, so no backend but the extension has them.
 NATIVE_SCHEMAS = ("cpu_isa() -> str", "cpu_isas() -> str[]", "set_cpu_isa(str isa) -> ()")
@@ -80,7 +80,9 @@ def _fake_lora_linear(
     return x.new_empty(y), x.new_empty(t, dtype=torch.float32)
 
 
-def _fake_linear_grad_input(grad, packed, absmax, group_scales, offset, format, block_size, in_features):
+def _fake_linear_grad_input(
+    grad, packed, absmax, group_scales, offset, format, block_size, in_features, grad_t=None, lora_a=None
+):
     return grad.new_empty([*grad.shape[:-1], in_features])
 
 
@@ -200,11 +202,14 @@ def _autograd_linear(namespace: str):
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Autograd of ``lora_linear``: as :class:`_Linear`, and differentiable in lora_a; saves x in its own dtype."""
+    """Autograd of a linear layer and its LoRA together: as :class:`_Linear`, and differentiable in lora_a.
+
+    Saves x in its own dtype. Both ways to x, through W and through A, are one product in the backward.
+    """
 
     @staticmethod
     def forward(ctx, x, bias, lora_a, lora_b, namespace, weight, scaling):
-        y, t = _lora_linear_below_autograd(namespace, x, *weight, bias, lora_a, lora_b, scaling)
+        y, t = _lora_linear_below_autograd(namespace, x, weight, bias, lora_a, lora_b, scaling)
         ctx.save_for_backward(x, t, lora_a, lora_b)
         ctx.options = (x.shape[-1], None if bias is None else bias.dtype, scaling)
         ctx.namespace, ctx.weight = namespace, weight
@@ -215,13 +220,13 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx, grad):
         x, t, lora_a, lora_b = ctx.saved_tensors
         needs_x, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:4]
-        needs = (needs_x, needs_bias, needs_x or needs_a, needs_b)
-        grad_x, grad_bias, grad_t, grad_b = _linear_gradients(
-            ctx.namespace, needs, grad, ctx.weight, t, lora_b, *ctx.options
-        )
-        through_t, grad_a = lora_down_gradients(grad_t, x, lora_a, needs_x, needs_a)
+        needs = (False, needs_bias, needs_x or needs_a, needs_b)
+        _, grad_bias, grad_t, grad_b = _linear_gradients(ctx.namespace, needs, grad, ctx.weight, t, lora_b, *ctx.options)
+        grad_x = None
         if needs_x:
-            grad_x = grad_x + through_t
+            op = getattr(torch.ops, ctx.namespace).linear_grad_input.default
+            grad_x = op(grad, *ctx.weight[:-1], x.shape[-1], grad_t, lora_a)
+        _, grad_a = lora_down_gradients(grad_t, x, lora_a, False, needs_a)
         return grad_x, grad_bias, grad_a, grad_b, None, None, None
 
 
@@ -235,15 +240,29 @@ def lora_down_gradients(grad_t, x, lora_a, needs_x, needs_a):
     return grad_x, grad_a
 
 
-def _lora_linear_below_autograd(namespace, *args):
+#: Up to so many rows of x on a CPU LoRA's first product is part of the call; from there on torch's is faster.
+_FEW_ROWS = 4
+
+
+def _lora_linear_below_autograd(namespace, x, weight, bias, lora_a, lora_b, scaling):
+    """(y, t). On one row of a 64 x 64 layer a product of torch's for t would take as long as all the rest."""
     with torch._C._AutoDispatchBelowAutograd():
-        return _LORA_LINEAR[namespace](*args)
+        if x.device.type == "cpu" and 0 < x.numel() <= _FEW_ROWS * x.shape[-1]:
+            return _LORA_LINEAR[namespace](x, *weight, bias, lora_a, lora_b, scaling)
+        t = lora_down(x, lora_a)
+        return _LINEAR[namespace](x, *weight, bias, t, lora_b, scaling), t
+
+
+def lora_down(x: torch.Tensor, lora_a: torch.Tensor) -> torch.Tensor:
+    """t = x A^T in ``product_dtype``."""
+    dtype = product_dtype(x, lora_a)
+    return torch.nn.functional.linear(x.to(dtype), lora_a.to(dtype))
 
 
 def lora_linear(namespace, x, weight, bias, lora_a, lora_b, scaling) -> torch.Tensor | None:
-    """x W^T + scaling (x A^T) B^T in one call, for a few rows on a CPU; None where the call has to be made in two.
+    """x W^T + scaling (x A^T) B^T as one node of the graph; None where it has to be made of two: torch.compile and
+    torch.func look into what they trace.
 
-    On one row of a 64 x 64 layer a product of torch's for t, and its part of the graph, take as long as all the rest.
     ``weight`` is the op's arguments from packed to out_features. Autocast has to be off.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -252,7 +271,7 @@ def lora_linear(namespace, x, weight, bias, lora_a, lora_b, scaling) -> torch.Te
         x.requires_grad or lora_a.requires_grad or lora_b.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return _LoraLinear.apply(x, bias, lora_a, lora_b, namespace, weight, scaling)
-    return _lora_linear_below_autograd(namespace, x, *weight, bias, lora_a, lora_b, scaling)[0]
+    return _lora_linear_below_autograd(namespace, x, weight, bias, lora_a, lora_b, scaling)[0]
 
 
 def _inference_only(namespace: str, name: str, operand_positions: tuple[int, ...]):

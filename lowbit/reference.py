@@ -267,8 +267,13 @@ def linear_grad_input(
     format: str,
     block_size: int,
     in_features: int,
+    grad_t: torch.Tensor | None = None,
+    lora_a: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``grad W`` in fp32, rounded once to grad's dtype; grad [..., N] -> [..., K]."""
+    """``grad W + grad_t lora_a`` in fp32, rounded once to grad's dtype; grad [..., N], grad_t [..., rank] -> [..., K]."""
     shape = [grad.shape[-1], in_features]
     weight = dequantize(packed, absmax, group_scales, offset, format, block_size, shape, torch.float32)
-    return (grad.float() @ weight).to(grad.dtype)
+    grad_x = grad.float() @ weight
+    if grad_t is not None:
+        grad_x = grad_x + grad_t.float() @ lora_a.float()
+    return grad_x.to(grad.dtype)

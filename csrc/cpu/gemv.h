@@ -173,7 +173,14 @@ void add_chunk(const typename Isa::Decoder& decode, const uint8_t* packed, float
   }
 }
 
-// grad_x = grad W for up to four rows of grad: a task owns columns of W, whose sums stay in the L1 cache while it goes
+// sums += factor * values
+template <class Isa>
+void add_scaled(const float* values, float factor, int64_t count, float* sums) {
+  for (int64_t i = 0; i < count; i += Isa::kLanes)
+    Isa::store(sums + i, Isa::fma(Isa::broadcast(factor), Isa::load(values + i), Isa::load(sums + i)));
+}
+
+// grad_x = grad W (+ LoRA) for up to four rows of grad: a task owns columns of W, whose sums stay in the L1 cache while it goes
 // through the rows. k is a multiple of 64.
 template <class Isa, int M, class T>
 void gemv_grad_input(const LinearGradInputArgs& args, const ParallelFor& parallel_for) {
@@ -203,6 +210,9 @@ void gemv_grad_input(const LinearGradInputArgs& args, const ParallelFor& paralle
                             width);
         }
       }
+      for (int64_t m = 0; m < M; ++m)
+        for (int64_t r = 0; r < args.rank; ++r)
+          add_scaled<Isa>(args.lora_a + r * k + k0, args.grad_t[m * args.rank + r], width, sums + m * width);
       for (int64_t m = 0; m < M; ++m)
         store_row<Isa>(sums + m * width, width, static_cast<T*>(args.grad_x) + m * k + k0);
     }

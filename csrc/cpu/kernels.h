@@ -111,12 +111,14 @@ struct LoraDownArgs {
   float* t;
 };
 
-// grad_x[m, k] = grad[m, n] W[n, k]
+// grad_x[m, k] = grad[m, n] W[n, k] + grad_t[m, rank] lora_a[rank, k]
 struct LinearGradInputArgs {
   const void* grad;
   Dtype dtype;  // of grad and grad_x
   QuantizedWeight weight;
-  int64_t m, n, k;
+  const float* grad_t;  // or null, as lora_a
+  const float* lora_a;
+  int64_t m, n, k, rank;
   void* grad_x;
 };
 

@@ -1,4 +1,4 @@
-// linear: y = x W^T (+ LoRA + bias), and linear_grad_input: grad_x = grad W, on a quantized W.
+// linear: y = x W^T (+ LoRA + bias), and linear_grad_input: grad_x = grad W (+ LoRA), on a quantized W.
 // Few rows go through gemv.h; the rest through gemm.h, for which this file decodes the tiles of W.
 #pragma once
 
@@ -198,6 +198,7 @@ void fill_natural(const QuantizedWeight& weight, const std::optional<typename Is
 template <class Isa, class Words>
 void grad_input_gemm(const LinearGradInputArgs& args, const ParallelFor& parallel_for) {
   const Panels<Isa, Words> grad(args.grad, args.dtype, args.m, args.n, parallel_for);
+  const Panels<Isa, Fp32Words<Isa>> grad_t(args.grad_t, Dtype::f32, args.m, args.rank, parallel_for);
   // Whole cache lines of packed weight to a task: 128 columns, or 256.
   const Tasks tasks(grad.count, Isa::kRows, ceil_div(args.k, kStrip<Isa>), 128 / kStrip<Isa>, 256 / kStrip<Isa>,
                     parallel_for.threads);
@@ -215,7 +216,16 @@ void grad_input_gemm(const LinearGradInputArgs& args, const ParallelFor& paralle
       const auto decode_weight = [&](int64_t n0, int64_t depth, float* to) {
         fill_natural<Isa>(args.weight, decode, args.k, k0, k, n0, depth, to);
       };
+      // LoRA: `rank` more rows of the contraction, in fp32, into the same sums.
+      const auto copy_lora_a = [&](int64_t r0, int64_t depth, float* to) {
+        for (int64_t column = 0; column < k; column += kStrip<Isa>) {
+          for (int64_t r = 0; r < depth; ++r)
+            std::copy_n(args.lora_a + (r0 + r) * args.k + k0 + column, std::min(kStrip<Isa>, k - column),
+                        to + column * kDepth + r * kStrip<Isa>);
+        }
+      };
       accumulate<Isa>(grad, task, decode_weight, tile.data(), sums.data());
+      accumulate<Isa>(grad_t, task, copy_lora_a, tile.data(), sums.data());
       for_dtype(args.dtype, [&](auto* typed) {
         using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
         for (int64_t m = m0; m < m1; ++m)
@@ -247,6 +257,7 @@ void linear_grad_input(const LinearGradInputArgs& args, const ParallelFor& paral
     block.m = m;
     block.grad = element_of(args.grad, args.dtype, m0 * args.n);
     block.grad_x = element_of(args.grad_x, args.dtype, m0 * args.k);
+    if (args.grad_t) block.grad_t = args.grad_t + m0 * args.rank;
     with_words<Isa>(args.dtype, [&](auto words) { grad_input_gemm<Isa, decltype(words)>(block, parallel_for); });
   });
 }

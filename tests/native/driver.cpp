@@ -271,29 +271,37 @@ void check_linear(const Kernels& kernels, const Case& c, Random& random) {
 
   // The product of grad (m x n) with W itself, by the same check on the transposed weight.
   Values grad_x(c.dtype, c.m * c.k), grad_again(c.dtype, c.m * c.k);
-  kernels.linear_grad_input({grad.data(), c.dtype, weight.view, c.m, c.n, c.k, grad_x.data()}, serial());
+  Buffer<float> lora_a(c.k * c.rank), lora_a_rows(c.rank * c.k);  // as lora_b of the transposed weight; as it is
+  for (int64_t k = 0; k < c.k; ++k)
+    for (int64_t r = 0; r < c.rank; ++r) lora_a_rows[r * c.k + k] = lora_a[k * c.rank + r] = random.normal();
+  const auto grad_arguments = [&](Values& out) {
+    const float* grad_t = c.rank ? t.data() : nullptr;
+    const float* a = c.rank ? lora_a_rows.data() : nullptr;
+    return LinearGradInputArgs{grad.data(), c.dtype, weight.view, grad_t, a, c.m, c.n, c.k, c.rank, out.data()};
+  };
+  kernels.linear_grad_input(grad_arguments(grad_x), serial());
   Case transposed = c;
-  transposed.n = c.k, transposed.k = c.n, transposed.rank = 0, transposed.has_bias = false;
+  transposed.n = c.k, transposed.k = c.n, transposed.has_bias = false;
   Weight turned(0, 0, c.format, c.block_size, false, random);
   turned.decoded = Buffer<float>(c.n * c.k);
   for (int64_t n = 0; n < c.n; ++n)
     for (int64_t k = 0; k < c.k; ++k) turned.decoded[k * c.n + n] = weight.decoded[n * c.k + k];
-  check_product(c.text(kernels.isa, "linear_grad_input"), grad_x, transposed, grad, turned, t, lora_b, bias, 0,
+  check_product(c.text(kernels.isa, "linear_grad_input"), grad_x, transposed, grad, turned, t, lora_a, bias, 0,
                 rounds_weights_backward(kernels.isa, c.format, c.dtype, c.m, c.k));
-  kernels.linear_grad_input({grad.data(), c.dtype, weight.view, c.m, c.n, c.k, grad_again.data()}, on_threads(2));
+  kernels.linear_grad_input(grad_arguments(grad_again), on_threads(2));
   report(grad_x == grad_again, c.text(kernels.isa, "linear_grad_input") + ": differs on two threads");
 
   // LoRA's first product, of x with a dense A.
   if (c.rank) {
-    Weight lora_a(0, 0, c.format, c.block_size, false, random);
-    lora_a.decoded = Buffer<float>(c.rank * c.k);
-    for (int64_t i = 0; i < c.rank * c.k; ++i) lora_a.decoded[i] = random.normal();
+    Weight dense_a(0, 0, c.format, c.block_size, false, random);
+    dense_a.decoded = Buffer<float>(c.rank * c.k);
+    for (int64_t i = 0; i < c.rank * c.k; ++i) dense_a.decoded[i] = lora_a_rows[i];
     Case down = c;
     down.n = c.rank, down.rank = 0, down.has_bias = false, down.dtype = Dtype::f32;
     Values product(Dtype::f32, c.m * c.rank);
-    kernels.lora_down({x.data(), c.dtype, lora_a.decoded.data(), c.m, c.k, c.rank, static_cast<float*>(product.data())},
+    kernels.lora_down({x.data(), c.dtype, lora_a_rows.data(), c.m, c.k, c.rank, static_cast<float*>(product.data())},
                       on_threads(2));
-    check_product(c.text(kernels.isa, "lora_down"), product, down, x, lora_a, t, lora_b, bias, 0);
+    check_product(c.text(kernels.isa, "lora_down"), product, down, x, dense_a, t, lora_b, bias, 0);
   }
 
   // The approximate product: within 3% in norm, row by row; exact where there is nothing to round.
