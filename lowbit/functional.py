@@ -225,7 +225,7 @@ def _linear(device_type, x, q, bias, t=None, lora_b=None, scaling=1.0, precision
     arguments = (x, *q.parts(), q.format, q.block_size, q.shape[0], bias, t, lora_b, scaling)
     if precision == "exact":
         return ops.linear(namespace, *arguments)
-    return getattr(torch.ops, namespace).linear_approximate.default(*arguments)
+    return ops.linear_approximate(namespace, *arguments)
 
 
 def _lora_down(x: torch.Tensor, lora_a: torch.Tensor) -> torch.Tensor:

@@ -194,6 +194,15 @@ def linear(namespace: str, x: torch.Tensor, *args) -> torch.Tensor:
     return _linear_with_autograd(namespace, None, x, *args)
 
 
+def linear_approximate(namespace: str, *args) -> torch.Tensor:
+    """``torch.ops.<namespace>.linear_approximate(*args)`` where no gradient is wanted, the short way as in ``linear``."""
+    op = getattr(torch.ops, namespace).linear_approximate.default
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
 def _autograd_linear(namespace: str):
     def linear(keyset, x, *args):
         return _linear_with_autograd(namespace, keyset, x, *args)

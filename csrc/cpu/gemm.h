@@ -74,7 +74,7 @@ template <class Words>
 constexpr int64_t kDepthStride = kDepth / Words::kElements + 16;
 
 // A as [tile of depth][panel][kRows][kDepthStride]. Panels are as equal in height as they can be: one of a few rows
-// would cost as much as a full one.
+// would cost as much as a full one. Tiles likewise: a short one costs as much for its loads and stores of sums.
 template <class Isa, class Words>
 class Panels {
  public:
@@ -83,10 +83,11 @@ class Panels {
         depth(depth),
         count(ceil_div(rows, Isa::kRows)),
         tiles(ceil_div(depth, kDepth)),
+        tile_depth(tiles ? round_up(ceil_div(depth, tiles), 64) : 0),
         storage_(count * tiles * kTileSize) {
     parallel_for(count * tiles, ceil_div(16384, kTileSize), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t panel = i % count, k0 = i / count * kDepth, width = std::min(kDepth, depth - k0);
+        const int64_t panel = i % count, k0 = i / count * tile_depth, width = std::min(tile_depth, depth - k0);
         float* to = storage_.data() + i * kTileSize;
         for (int64_t row = first_row(panel); row < first_row(panel + 1); ++row, to += kDepthStride<Words>)
           Words::load_row(data, dtype, row * depth + k0, width, to);
@@ -98,7 +99,7 @@ class Panels {
     return storage_.data() + (index * count + panel) * kTileSize;
   }
 
-  const int64_t rows, depth, count, tiles;
+  const int64_t rows, depth, count, tiles, tile_depth;
 
  private:
   static constexpr int64_t kTileSize = Isa::kRows * kDepthStride<Words>;
@@ -198,8 +199,8 @@ template <class Isa, class Words, class Fill>
 void accumulate(const Panels<Isa, Words>& a, const Task& task, const Fill& fill, float* tile, float* sums) {
   const int64_t width = task.strips * kStrip<Isa>, first_row = a.first_row(task.panel_begin);
   for (int64_t t = 0; t < a.tiles; ++t) {
-    const int64_t depth = std::min(kDepth, a.depth - t * kDepth);
-    fill(t * kDepth, depth, tile);
+    const int64_t depth = std::min(a.tile_depth, a.depth - t * a.tile_depth);
+    fill(t * a.tile_depth, depth, tile);
     for (int64_t s = 0; s < task.strips; ++s) {
       float* strip = tile + s * kDepth * kStrip<Isa>;
       Words::join_rows(strip, depth);
