@@ -10,9 +10,11 @@ import torch
 
 #: A call slower than this is timed once: some contenders take half a minute where others take milliseconds.
 SLOW_SECONDS = 5.0
-#: A call faster than this is made once more, uncounted, before each timed one. Otherwise it would pay for the contender
-#: before it: waking its threads and taking back its memory was measured to add 0.4 ms to whoever came next.
-WARM_UP_SECONDS = 0.1
+#: A call faster than this is made a few times more, uncounted, before each timed one. Otherwise it would pay for the
+#: contender before it: waking its threads and taking back its memory was measured to add 0.4 ms to whoever came next.
+QUICK_SECONDS = 0.1
+#: So long, but once at least: a virtual CPU that has slept is slow for longer than one quick call.
+WARM_UP_SECONDS = 0.005
 
 
 @dataclass
@@ -64,6 +66,12 @@ class _CudaGraph:
         return start.elapsed_time(end)
 
 
+def _warm_up(timer: Callable[[], float]) -> None:
+    spent = 0.0
+    while spent < WARM_UP_SECONDS * 1e3:
+        spent += timer()
+
+
 def interleaved(
     contenders: dict[str, Callable[[], object]], rounds: int = 15, device: str = "cpu", once: Container[str] = ()
 ) -> dict[str, Sample | Exception]:
@@ -83,7 +91,7 @@ def interleaved(
             continue
         timers[name] = timer
         results[name] = Sample([])
-        if first < WARM_UP_SECONDS * 1e3:
+        if first < QUICK_SECONDS * 1e3:
             quick.add(name)
         if name in once or first > SLOW_SECONDS * 1e3:
             slow.add(name)
@@ -91,7 +99,7 @@ def interleaved(
     for _ in range(rounds):
         for name, timer in timers.items():
             if name in quick:
-                timer()
+                _warm_up(timer)
             if name not in slow:
                 results[name].times.append(timer())
     return results

@@ -62,7 +62,7 @@ void approximate_rows(const LinearArgs& args, const T* x, T* y, const float* t, 
   rows.y = y;
   parallel_for(args.n, ceil_div(16384, k), [&](int64_t begin, int64_t end) {
     const typename Isa::Int8Dot dot(*args.weight.format);
-    with_chunk_scales<Isa, kApproximateChunk>(args.weight, begin * k, [&](const auto& scale_of_chunk) {
+    with_chunk_scales<Isa, kApproximateChunk>(args.weight, true, [&](const auto& scale_of_chunk) {
       for (int64_t n = begin; n < end; ++n) {
         const uint8_t* packed = args.weight.packed + n * k / 2;
         const int8_t* x_chunk = activations.values();

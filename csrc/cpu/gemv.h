@@ -54,15 +54,15 @@ Scratch permute_to_lane_order(const T* x, int64_t k) {
 
 // Calls body(scale_of_chunk), where scale_of_chunk(element) decodes the scales of the kChunk elements of a 4-bit weight
 // from the flat index `element` on, by lanes of a Decoder: beside the products rather than before them, since
-// arithmetic for one scale in 64 weights fits into the gaps of theirs. Chunks follow one another from `begin` on, a
-// multiple of 64.
+// arithmetic for one scale in 64 weights fits into the gaps of theirs. Chunks begin at multiples of 64; `aligned`: at
+// multiples of kChunk.
 template <class Isa, int64_t kChunk, class Body>
-void with_chunk_scales(const QuantizedWeight& weight, int64_t begin, const Body& body) {
+void with_chunk_scales(const QuantizedWeight& weight, bool aligned, const Body& body) {
   const uint64_t shift = static_cast<uint64_t>(block_shift(weight));
   const auto block_of = [shift](int64_t element) { return static_cast<uint64_t>(element) >> shift; };
   const uint64_t last_block = block_of(weight.numel - 1);
   const auto by_blocks = [&](const auto& scale_of_block) {
-    if (weight.block_size >= kChunk && begin % kChunk == 0)
+    if (weight.block_size >= kChunk && aligned)
       return body([&](int64_t element) { return scale_of_block(block_of(element)); });
     // Blocks of half a chunk, or chunks of 128 that begin in the middle of one, where larger blocks may end halfway.
     if (weight.block_size * 2 >= kChunk)
@@ -87,18 +87,18 @@ void with_chunk_scales(const QuantizedWeight& weight, int64_t begin, const Body&
   });
 }
 
-// totals[M] += x[M, depth] . W[begin : begin + depth] (of the flat W), by lanes; fetches what lies `ahead` bytes on.
-// begin and depth are multiples of 64.
-template <class Isa, class Decoder, int M>
-void gemv_row(const QuantizedWeight& weight, const Decoder& decode, const float* x, int64_t begin, int64_t depth,
-              int64_t ahead, typename Isa::Vec (&totals)[M]) {
+// totals[R][M] += x[M, depth] . W[R rows, depth] by lanes, where the rows (of the flat W) begin at `begin` and every
+// `stride` elements after; fetches what lies `ahead` bytes on. begin, stride and depth are multiples of 64.
+template <class Isa, class Decoder, int M, int R>
+void gemv_rows(const QuantizedWeight& weight, const Decoder& decode, const float* x, int64_t begin, int64_t stride,
+               int64_t depth, int64_t ahead, typename Isa::Vec (*totals)[M]) {
   using Vec = typename Isa::Vec;
   constexpr int64_t kChunk = Decoder::kChunk;
   const uint8_t* packed = weight.packed + begin / 2;
-  Vec total[M];
+  Vec total[R][M];
 #pragma GCC unroll 4
-  for (int m = 0; m < M; ++m) total[m] = totals[m];
-  const auto accumulate = [&](const uint8_t* codes, const Vec& scale, const float* x_chunk) {
+  for (int i = 0; i < R * M; ++i) total[i / M][i % M] = totals[i / M][i % M];
+  const auto accumulate = [&](const uint8_t* codes, const Vec& scale, const float* x_chunk, Vec(&sums)[M]) {
     Vec values[8];
     decode(codes, values);
 #pragma GCC unroll 4
@@ -111,23 +111,31 @@ void gemv_row(const QuantizedWeight& weight, const Decoder& decode, const float*
         odd = Isa::fma(values[v + 1], Isa::load(xm + (v + 1) * Isa::kLanes), odd);
       }
       // One product with the scale for the sums of eight vectors.
-      total[m] = Isa::fma(Isa::add(even, odd), scale, total[m]);
+      sums[m] = Isa::fma(Isa::add(even, odd), scale, sums[m]);
     }
   };
-  with_chunk_scales<Isa, kChunk>(weight, begin, [&](const auto& scale_of_chunk) {
+  const bool aligned = begin % kChunk == 0 && stride % kChunk == 0;
+  with_chunk_scales<Isa, kChunk>(weight, aligned, [&](const auto& scale_of_chunk) {
     int64_t element = begin;
     for (; element + kChunk <= begin + depth; element += kChunk, packed += kChunk / 2, x += kChunk * M) {
-      __builtin_prefetch(packed + ahead);
-      accumulate(packed, scale_of_chunk(element), x);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        const uint8_t* codes = packed + r * (stride / 2);
+        __builtin_prefetch(codes + ahead);
+        accumulate(codes, scale_of_chunk(element + r * stride), x, total[r]);
+      }
     }
     if (element < begin + depth) {  // half a chunk of 128
-      uint8_t tail[kChunk / 2] = {};
-      std::memcpy(tail, packed, kChunk / 4);
-      accumulate(tail, scale_of_chunk(element), x);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        uint8_t tail[kChunk / 2] = {};
+        std::memcpy(tail, packed + r * (stride / 2), kChunk / 4);
+        accumulate(tail, scale_of_chunk(element + r * stride), x, total[r]);
+      }
     }
   });
 #pragma GCC unroll 4
-  for (int m = 0; m < M; ++m) totals[m] = total[m];
+  for (int i = 0; i < R * M; ++i) totals[i / M][i % M] = total[i / M][i % M];
 }
 
 template <class Isa, class Decoder, int M, class T>
@@ -135,6 +143,8 @@ void gemv(const LinearArgs& args, const ParallelFor& parallel_for) {
   // As much of x as stays in the L1 cache, M x kDepth floats, meets kRowBlock rows of W before the next piece does.
   // The rows after those are fetched meanwhile: the hardware's prefetcher stops at each page (a quarter slower).
   constexpr int64_t kDepth = kGemvDepth / M / 128 * 128, kRowBlock = 4;
+  // Rows of W in one loop: with two, for one row of x, it is left half as often (3%); for more, registers are too few.
+  constexpr int kTogether = M == 1 ? 2 : 1;
   const int64_t n_end = args.n, k = args.k;
   const Scratch x = permute_to_lane_order<Decoder, M>(static_cast<const T*>(args.x), k);
   parallel_for(ceil_div(n_end, kRowBlock), ceil_div(16384, k * kRowBlock), [&](int64_t begin, int64_t end) {
@@ -144,10 +154,13 @@ void gemv(const LinearArgs& args, const ParallelFor& parallel_for) {
       typename Isa::Vec totals[kRowBlock][M];
       for (auto& row : totals)
         for (auto& total : row) total = Isa::zero();
-      for (int64_t k0 = 0; k0 < k; k0 += kDepth)
-        for (int64_t i = 0; i < rows; ++i)
-          gemv_row<Isa, Decoder, M>(args.weight, decode, x.data() + k0 * M, (n0 + i) * k + k0, std::min(kDepth, k - k0),
-                                    kRowBlock * k / 2, totals[i]);
+      for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
+        for (int64_t i = 0; i < rows; i += kTogether) {
+          const int64_t stride = i + kTogether <= rows ? k : 0;  // a row left alone goes with itself
+          gemv_rows<Isa, Decoder, M, kTogether>(args.weight, decode, x.data() + k0 * M, (n0 + i) * k + k0, stride,
+                                                std::min(kDepth, k - k0), kRowBlock * k / 2, totals + i);
+        }
+      }
       for (int64_t i = 0; i < rows; ++i) {
         float sums[M];
         for (int m = 0; m < M; ++m) sums[m] = Isa::sum(totals[i][m]);
@@ -180,8 +193,8 @@ void add_scaled(const float* values, float factor, int64_t count, float* sums) {
     Isa::store(sums + i, Isa::fma(Isa::broadcast(factor), Isa::load(values + i), Isa::load(sums + i)));
 }
 
-// grad_x = grad W (+ LoRA) for up to four rows of grad: a task owns columns of W, whose sums stay in the L1 cache while it goes
-// through the rows. k is a multiple of 64.
+// grad_x = grad W (+ LoRA) for up to four rows of grad: a task owns columns of W, whose sums stay in the L1 cache while
+// it goes through the rows. k is a multiple of 64.
 template <class Isa, int M, class T>
 void gemv_grad_input(const LinearGradInputArgs& args, const ParallelFor& parallel_for) {
   constexpr int64_t kMaxColumns = 1024;
