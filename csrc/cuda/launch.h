@@ -12,6 +12,25 @@ namespace lowbit::cuda {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Of the current device.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+inline int processor_count() { return std::max(device_attribute(cudaDevAttrMultiProcessorCount), 1); }
+
+// The compute capability, times 10, of the code that the current device runs: the last compiled for that is not newer.
+inline int code_capability() {
+  const int device = 100 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
+                     10 * device_attribute(cudaDevAttrComputeCapabilityMinor);
+  int chosen = 0;
+  for (const int compiled : {__CUDA_ARCH_LIST__})
+    if (compiled <= device) chosen = std::max(chosen, compiled);
+  return chosen / 10;
+}
+
 // Blocks of a kernel whose blocks share out `units` of work, `per_block` at a time: as many as there is work for, and
 // no more than `per_processor` on each multiprocessor of the current device.
 inline unsigned grid_for(int64_t units, int64_t per_block, int64_t per_processor) {
