@@ -1,6 +1,8 @@
 """The CUDA matrix-vector kernels, executed by the emulator: products within the bound of tests/cases.py."""
 
 import dataclasses
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -17,7 +19,18 @@ from cases import (
     product_tolerance,
     weight_error_cuda,
 )
-from conftest_cuda import DTYPE_CODES, FORMAT_CODES, call, emulator, launchers, multiprocessors, unaligned, written
+from conftest_cuda import (
+    CSRC,
+    DTYPE_CODES,
+    FORMAT_CODES,
+    ROOT,
+    call,
+    emulator,
+    launchers,
+    multiprocessors,
+    unaligned,
+    written,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -98,6 +111,16 @@ class Case:
             exact, magnitude = exact + self.bias.double(), magnitude + self.bias.double().abs()
         tolerance = product_tolerance(magnitude, exact, roundings * (self.k + self.rank), self.dtype) + 1.01 * rounding
         assert_within(self.run(), exact, tolerance)
+
+
+def test_routing():
+    """csrc/cuda/shape.h: a wrong path would be right, and slow."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler found")
+    command = [compiler, "-std=c++17", "-fsyntax-only", f"-I{CSRC}", ROOT / "tests" / "cuda" / "shape.cpp"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def kernels_run() -> str:

@@ -8,6 +8,7 @@
 #include "elements.cuh"
 #include "kernels.h"
 #include "launch.h"
+#include "shape.h"
 
 namespace lowbit::cuda {
 namespace {
@@ -357,13 +358,10 @@ Shape shape_of(const LinearArgs& args) {
   shape.panel_steps =
       static_cast<int>(std::min<int64_t>(kPanelElements, kPanelBlocks * args.weight.block_size)) / kGemvDepth;
   const int64_t tiles = ceil_div(args.n, kGemvRows), groups = ceil_div(args.m, shape.rows);
-  // With fewer blocks than multiprocessors, some of those would idle. A block needs a panel of columns: less would go
-  // by while it fills its table.
   const int64_t panels = ceil_div(args.k, int64_t{shape.panel_steps} * kGemvDepth);
-  const int64_t wanted = std::clamp<int64_t>(processor_count() / (tiles * groups), 1, panels);
-  shape.panels_per_block = static_cast<int>(ceil_div(panels, wanted));
-  shape.grid = dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(ceil_div(panels, shape.panels_per_block)),
-                    static_cast<unsigned>(groups));
+  const int64_t shares = gemv_column_shares(tiles * groups, panels, processor_count());
+  shape.panels_per_block = static_cast<int>(ceil_div(panels, shares));
+  shape.grid = dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(shares), static_cast<unsigned>(groups));
   return shape;
 }
 

@@ -21,6 +21,9 @@ using Stream = CUstream_st*;  // cudaStream_t
 // generation run the code of earlier ones; for newer ones there is PTX of the last.
 const char* architectures();
 
+// The compute capability, times 10, of the code that the current device runs: the last compiled for that is not newer.
+int code_capability();
+
 // What an error code means.
 const char* error_message(int code);
 

@@ -21,16 +21,6 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 }
 inline int processor_count() { return std::max(device_attribute(cudaDevAttrMultiProcessorCount), 1); }
 
-// The compute capability, times 10, of the code that the current device runs: the last compiled for that is not newer.
-inline int code_capability() {
-  const int device = 100 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
-                     10 * device_attribute(cudaDevAttrComputeCapabilityMinor);
-  int chosen = 0;
-  for (const int compiled : {__CUDA_ARCH_LIST__})
-    if (compiled <= device) chosen = std::max(chosen, compiled);
-  return chosen / 10;
-}
-
 // Blocks of a kernel whose blocks share out `units` of work, `per_block` at a time: as many as there is work for, and
 // no more than `per_processor` on each multiprocessor of the current device.
 inline unsigned grid_for(int64_t units, int64_t per_block, int64_t per_processor) {
