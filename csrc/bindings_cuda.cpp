@@ -276,8 +276,9 @@ Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> grou
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = n;
 
+  // LinearPath::gemm has no kernel yet: it goes the way of dequantize.
   const auto path = lowbit::cuda::linear_path(m, dtype, !weight.format, lowbit::cuda::code_capability());
-  if (path == lowbit::cuda::LinearPath::gemv || m == 0 || n == 0 || k == 0) {
+  if (path == lowbit::cuda::LinearPath::gemv || n == 0) {
     Tensor y = torch::stable::new_empty(x, IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), type);
     lowbit::cuda::LinearArgs args{float_data(source, dtype, "x"),
                                   dtype,

@@ -204,7 +204,8 @@ def test_linear_shapes():
     nothing = (torch.zeros(0, dtype=torch.uint8), torch.zeros(0), None, None, "nf4", 64)
     assert stub().linear(torch.zeros(3, 64), *nothing, 0, None, None, None, 1.0).shape == (3, 0)
     bias = torch.arange(4.0)
-    assert torch.equal(run("linear", torch.zeros(30, 0), *nothing, 4, bias, None, None, 1.0), bias.expand(30, 4))
+    assert torch.equal(run("linear", torch.zeros(3, 0), *nothing, 4, bias, None, None, 1.0), bias.expand(3, 4))
+    assert torch.equal(stub().linear(torch.zeros(30, 0), *nothing, 4, bias, None, None, 1.0), bias.expand(30, 4))
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ struct PanelScales {
 };
 
 // What a lane reads where it has no x.
-__device__ const uint4 zeros[4] = {};
+[[maybe_unused]] __device__ const uint4 zeros[4] = {};  // unused before sm_80
 
 // W as A, x as B of mma.m16n8k16. The order of the contraction is free: mma i takes bytes 2i and 2i + 1 of each lane's
 // 16, and the lane's x is as consecutive. A step spans kParts blocks (4, 2 or 1 of 32, 64 or more), each in lanes of
