@@ -108,13 +108,6 @@ Tensor empty_with_last(const Tensor& x, int64_t last, ScalarType type) {
   return on_huge_pages(Tensor(empty), numel * (type == ScalarType::Float ? 4 : 2));
 }
 
-int64_t rows_of(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() >= 1, name, ": expected at least 1 dimension, got a scalar");
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
-  return rows;
-}
-
 std::tuple<Tensor, Tensor> quantize_int8(const Tensor& weight, int64_t block_size) {
   const Dtype dtype = dtype_of(weight.scalar_type(), "weight");
   const int64_t numel = weight.numel(), rows = row_count(weight.sizes());

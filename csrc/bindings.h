@@ -108,6 +108,14 @@ inline void check_row_length(int64_t block_size, int64_t rows, int64_t numel) {
                   " (the length of a row) for int8, got ", block_size);
 }
 
+// Rows of an activation [..., length of a row].
+inline int64_t rows_of(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() >= 1, name, ": expected at least 1 dimension, got a scalar");
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  return rows;
+}
+
 // Rows of an int8 weight of this shape; a weight of one dimension, or none, is one row.
 inline int64_t row_count(const IntHeaderOnlyArrayRef& shape) {
   int64_t rows = 1;

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -15,6 +16,7 @@
 
 #include "bindings.h"
 #include "cuda/kernels.h"
+#include "cuda/shape.h"
 
 // tests/cuda/stub_bindings.cpp compiles this file for CPU tensors and a namespace of its own.
 #if !defined(LOWBIT_CUDA_NAMESPACE)
@@ -208,6 +210,112 @@ void dequantize_out(Tensor packed, Tensor absmax, std::optional<Tensor> group_sc
   launch(lowbit::cuda::dequantize, {view(weight), float_data(out, dtype, "out"), dtype}, "dequantize_out");
 }
 
+// A small operand (bias, t, lora_b), contiguous and of the dtype that its reader wants.
+class Operand {
+ public:
+  Operand(const Tensor& like, const std::optional<Tensor>& tensor, const char* name, int64_t numel) : name_(name) {
+    if (!tensor) return;
+    check_size(*tensor, name, numel, like);
+    dtype_of(tensor->scalar_type(), name);
+    tensor_ = as_contiguous(*tensor);
+  }
+
+  // null where there is none
+  const float* fp32() {
+    if (!tensor_) return nullptr;
+    tensor_ = as(ScalarType::Float);
+    return aligned(pointer<float>(*tensor_), name_);
+  }
+
+  Tensor as(ScalarType type) const {
+    return tensor_->scalar_type() == type ? *tensor_ : torch::stable::to(*tensor_, type);
+  }
+
+  explicit operator bool() const { return tensor_.has_value(); }
+
+ private:
+  const char* name_;
+  std::optional<Tensor> tensor_;
+};
+
+Tensor reshaped(const Tensor& tensor, const std::vector<int64_t>& sizes) {
+  return torch::stable::view(tensor, IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
+}
+
+// x w^T + addend, one product of torch's. The addend is a bias [n], or [m, n]: torch makes an addmm of either.
+Tensor product_plus(const Tensor& x, const Tensor& w, const std::optional<Tensor>& addend) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(w),
+                                    torch::stable::detail::from(addend)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// scaling * t, in fp32 and rounded to `type`. (The stable ABI passes no Scalar to torch's mul.)
+Tensor scaled(const Tensor& t, double scaling, ScalarType type) {
+  const int64_t one = 1;
+  const Tensor zero = torch::stable::new_zeros(t, IntHeaderOnlyArrayRef(&one, 1));
+  const Tensor product = torch::stable::subtract(zero, t, -scaling);
+  return type == ScalarType::Float ? product : torch::stable::to(product, type);
+}
+
+Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> group_scales, std::optional<Tensor> offset,
+              std::string format, int64_t block_size, int64_t out_features, std::optional<Tensor> bias,
+              std::optional<Tensor> t, std::optional<Tensor> lora_b, double scaling) {
+  const int64_t m = rows_of(x, "x"), n = out_features, k = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(n >= 0, "out_features: expected at least 0, got ", n);
+  const ScalarType type = x.scalar_type();
+  const Dtype dtype = dtype_of(type, "x");
+  STD_TORCH_CHECK(t.has_value() == lora_b.has_value(), "t, lora_b: expected both (LoRA) or neither, got one");
+  STD_TORCH_CHECK(!t || t->dim() >= 1, "t: expected at least 1 dimension, got a scalar");
+  const int64_t rank = t ? t->size(t->dim() - 1) : 0;
+  const Launch launch(x);
+  const Weight weight(x, packed, absmax, group_scales, offset, format, block_size, product(n, k, "out_features"), n);
+  Operand bias_operand(x, bias, "bias", n), t_operand(x, t, "t", product(m, rank, "t"));
+  Operand lora_b_operand(x, lora_b, "lora_b", product(n, rank, "lora_b"));
+  const Tensor source = as_contiguous(x);
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = n;
+
+  // LinearPath::gemm has no kernel yet: it goes the way of dequantize.
+  const auto path = lowbit::cuda::linear_path(m, dtype, !weight.format, lowbit::cuda::code_capability());
+  if (path == lowbit::cuda::LinearPath::gemv || n == 0) {
+    Tensor y = torch::stable::new_empty(x, IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), type);
+    lowbit::cuda::LinearArgs args{float_data(source, dtype, "x"),
+                                  dtype,
+                                  view(weight),
+                                  bias_operand.fp32(),
+                                  t_operand.fp32(),
+                                  lora_b_operand.fp32(),
+                                  static_cast<float>(scaling),
+                                  m,
+                                  n,
+                                  k,
+                                  rank,
+                                  y.data_ptr(),
+                                  nullptr};
+    const int64_t floats = lowbit::cuda::linear_gemv_workspace(args);
+    std::optional<Tensor> workspace;
+    if (floats) {
+      workspace = empty(x, floats, ScalarType::Float);
+      args.workspace = mutable_pointer<float>(*workspace);
+    }
+    launch(lowbit::cuda::linear_gemv, args, "linear");
+    return y;
+  }
+
+  // LoRA's product first: torch's product of x adds it in its own fp32 sums, or at least reads it once.
+  std::optional<Tensor> addend;
+  if (bias_operand) addend = bias_operand.as(type);
+  if (t_operand && rank > 0) {
+    const Tensor t_rows = reshaped(t_operand.as(ScalarType::Float), {m, rank});
+    addend = product_plus(scaled(t_rows, scaling, type), reshaped(lora_b_operand.as(type), {n, rank}), addend);
+  }
+  const std::vector<int64_t> weight_sizes{n, k};
+  Tensor decoded = torch::stable::new_empty(x, IntHeaderOnlyArrayRef(weight_sizes.data(), 2), type);
+  launch(lowbit::cuda::dequantize, {view(weight), float_data(decoded, dtype, "decoded weight"), dtype}, "linear");
+  return reshaped(product_plus(reshaped(source, {m, k}), decoded, addend), sizes);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(LOWBIT_CUDA_NAMESPACE, LOWBIT_CUDA_KEY, library) {
@@ -217,4 +325,5 @@ STABLE_TORCH_LIBRARY_IMPL(LOWBIT_CUDA_NAMESPACE, LOWBIT_CUDA_KEY, library) {
   library.impl("quantize_scales", TORCH_BOX(&quantize_scales));
   library.impl("dequantize", TORCH_BOX(&dequantize));
   library.impl("dequantize_out", TORCH_BOX(&dequantize_out));
+  library.impl("linear", TORCH_BOX(&linear));
 }

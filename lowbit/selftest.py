@@ -20,13 +20,30 @@ def run() -> list[tuple[str, str | None]]:
         results += [(f"native {isa}: {name}", problem) for name, problem in _compare("lowbit")]
     if isa_names():
         torch.ops.lowbit.set_cpu_isa("auto")
+    if backends.native.missing_cuda_reason() is None and torch.cuda.is_available():
+        results += [(f"CUDA: {name}", problem) for name, problem in _compare("lowbit", "cuda")]
     results += [(f"reference: {name}", problem) for name, problem in _compare("lowbit_reference")]
     return results
 
 
-def _compare(namespace: str) -> list[tuple[str, str | None]]:
-    """Each op of ``namespace`` against dense fp64 arithmetic and the reference's bytes."""
-    tested, oracle = getattr(torch.ops, namespace), torch.ops.lowbit_reference
+class _OnDevice:
+    """The ops of a namespace, run on a device: arguments are copied there and results back."""
+
+    def __init__(self, namespace: str, device: str):
+        self.ops, self.device = getattr(torch.ops, namespace), device
+
+    def __getattr__(self, name: str):
+        def run(*args):
+            moved = [a.to(self.device) if isinstance(a, torch.Tensor) else a for a in args]
+            result = getattr(self.ops, name)(*moved)
+            return result.cpu() if isinstance(result, torch.Tensor) else tuple(part.cpu() for part in result)
+
+        return run
+
+
+def _compare(namespace: str, device: str = "cpu") -> list[tuple[str, str | None]]:
+    """Each op of ``namespace`` on ``device`` against dense fp64 arithmetic and the reference's bytes."""
+    tested, oracle = _OnDevice(namespace, device), torch.ops.lowbit_reference
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(96, 200, generator=generator)
     x = torch.randn(5, 200, generator=generator)
@@ -63,6 +80,10 @@ def _compare(namespace: str) -> list[tuple[str, str | None]]:
         half = x.bfloat16()
         y = tested.linear(half, *parts, 96, None, None, None, 1.0)
         results.append((f"{format} linear in bf16", _difference(y, half.double() @ decoded.double().T, 2**-7)))
+        # As many rows as no kernel for a few takes.
+        many = half.repeat(60, 1)
+        y = tested.linear(many, *parts, 96, None, None, None, 1.0)
+        results.append((f"{format} linear of 300 rows", _difference(y, many.double() @ decoded.double().T, 2**-6)))
 
     packed, absmax = tested.quantize(weight, "int8", 200)
     same = all(map(torch.equal, (packed, absmax), oracle.quantize(weight, "int8", 200)))

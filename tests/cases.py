@@ -32,13 +32,17 @@ UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat1
 TINY_ROUNDOFF = {torch.float32: 2.0**-150, torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
 
 
+def codebook_rounding(format: str, dtype: torch.dtype) -> float:
+    """Largest relative error of the codebook when it is rounded to ``dtype``."""
+    codebook = fmt.codebook(format).double()
+    return float(((codebook.to(dtype).double() - codebook).abs() / codebook.abs().clamp(min=1e-9)).max())
+
+
 def codebook_error(kernels: str, format: str, dtype: torch.dtype, rows: int, k: int) -> float:
     """Largest relative error of the codebook: the AVX2 gemv rounds it to bf16 for bf16 activations."""
     if kernels != "native-avx2" or dtype != torch.bfloat16 or not 1 <= rows <= 4 or k % 64:
         return 0.0
-    codebook = fmt.codebook(format).double()
-    rounded = codebook.bfloat16().double()
-    return float(((rounded - codebook).abs() / codebook.abs().clamp(min=1e-9)).max())
+    return codebook_rounding(format, torch.bfloat16)
 
 
 def weight_error(kernels: str, format: str, dtype: torch.dtype, rows: int, k: int) -> float:
@@ -60,6 +64,14 @@ def weight_error_backward(kernels: str, format: str, dtype: torch.dtype, rows: i
 
 def _bf16_weights(kernels: str, dtype: torch.dtype) -> float:
     return UNIT_ROUNDOFF[dtype] if kernels == "native-avx512bf16" and dtype == torch.bfloat16 else 0.0
+
+
+def weight_error_cuda(format: str, dtype: torch.dtype) -> float:
+    """The same for the CUDA kernels: tensor cores multiply the codebook in x's 16 bits, and scale the sum in fp32.
+
+    Products of two such numbers are exact in fp32.
+    """
+    return 0.0 if format == "int8" or dtype == torch.float32 else codebook_rounding(format, dtype)
 
 
 def product_tolerance(

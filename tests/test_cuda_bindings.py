@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.cpp_extension
-from cases import DTYPES, FORMATS, make_weight
+from cases import (
+    DTYPES,
+    FORMATS,
+    UNIT_ROUNDOFF,
+    assert_within,
+    make_weight,
+    product_tolerance,
+    weight_error_cuda,
+)
 from conftest_cuda import CSRC, ROOT, emulator, launchers, require_nvcc
 
 from lowbit import ops
@@ -23,15 +31,15 @@ guarded: list[int] = []
 alive = []  # memory that the emulator knows must not be given to another tensor
 
 
-def know_allocation(address: int, size: int) -> None:
-    """What an op allocates: the emulator lets kernels write it, and nobody read it before."""
+def know_allocation(address: int, size: int, filled: bool) -> None:
+    """What an op allocates: the emulator lets kernels write it, and nobody read it before, unless torch filled it."""
     if size:
         memory = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
-        launchers().know(emulator("address_space").Uninitialized(memory))
+        launchers().know(memory if filled else emulator("address_space").Uninitialized(memory))
 
 
 CALLBACKS = (
-    ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(know_allocation),
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool)(know_allocation),
     ctypes.CFUNCTYPE(None, ctypes.c_int)(guarded.append),
 )
 
@@ -122,6 +130,105 @@ def test_int8(shape):
     assert_same((codes, absmax), REFERENCE.quantize(weight, "int8", shape[-1]))
     arguments = (codes, absmax, None, None, "int8", shape[-1], list(shape), torch.float16)
     assert_same([run("dequantize", *arguments)], [REFERENCE.dequantize(*arguments)])
+
+
+def operands(rows, n, k, rank, dtype, lora_dtype, leading=()):
+    generator = torch.Generator().manual_seed(rows)
+    made = [torch.randn(shape, generator=generator) for shape in ((*leading, rows, k), (n,), (rows, rank), (n, rank))]
+    return [tensor.to(dtype if i < 2 else lora_dtype) for i, tensor in enumerate(made)]
+
+
+def check_linear(rows, n, k, dtype, format="nf4", lora_dtype=torch.float32, bias=True, rank=8, double_quant=True):
+    """``linear`` against fp64 arithmetic; returns the kernel that ran last."""
+    block_size = k if format == "int8" else 64
+    packed, absmax = REFERENCE.quantize(make_weight((n, k)), format, block_size)
+    weight = [packed, absmax, None, None, format, block_size]
+    if double_quant and format != "int8":
+        offset = absmax.mean()
+        weight[1:4] = *REFERENCE.quantize_scales(absmax, offset), offset
+    x, bias_values, t, lora_b = operands(rows, n, k, rank, dtype, lora_dtype)
+    y = run("linear", x, *weight, n, bias_values if bias else None, t if rank else None, lora_b if rank else None, 0.7)
+    assert y.dtype == dtype and y.shape == (rows, n)
+
+    w, x, t, lora_b = (a.double() for a in (REFERENCE.dequantize(*weight, [n, k], torch.float32), x, t, lora_b))
+    exact, magnitude = x @ w.T + 0.7 * t @ lora_b.T, x.abs() @ w.abs().T + 0.7 * t.abs() @ lora_b.abs().T
+    if bias:
+        exact, magnitude = exact + bias_values.double(), magnitude + bias_values.double().abs()
+    kernel = launchers().launches[-1].kernel
+    # Decoded for torch's product, weights are rounded to x's dtype, LoRA's two factors too, and so is its product,
+    # with the bias in it: three roundings at most to any term (and one to bias).
+    rounding = 3.1 * UNIT_ROUNDOFF[dtype] if "dequantize" in kernel else weight_error_cuda(format, dtype)
+    assert_within(y, exact, product_tolerance(magnitude, exact, k + rank, dtype, rounding))
+    return kernel
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear(dtype, lora_dtype, bias):
+    """Few rows go to the gemv kernels, many to torch's product of the decoded weight; LoRA comes in its own dtype."""
+    assert "gemv" in check_linear(3, 24, 128, dtype, lora_dtype=lora_dtype, bias=bias)
+    assert "dequantize" in check_linear(260, 24, 128, dtype, lora_dtype=lora_dtype, bias=bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_linear_without_lora(double_quant, dtype):
+    """Every optional argument left out, on both sides of each threshold."""
+    for rows in (1, 8, 9, 16, 17):
+        kernel = check_linear(rows, 16, 64, dtype, bias=False, rank=0, double_quant=double_quant)
+        assert ("gemv" in kernel) == (rows <= (16 if dtype == torch.float32 else 8))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 20])
+def test_linear_int8(rows):
+    """Codes of one byte, a scale per row."""
+    assert ("gemv_int8" if rows < 17 else "dequantize_int8") in check_linear(rows, 20, 96, torch.float16, "int8")
+
+
+def test_linear_workspace():
+    """Sums that several blocks share need memory, and it comes from torch."""
+    assert "gemv_sum" in check_linear(2, 16, 3 * 4096, torch.bfloat16)
+
+
+def test_linear_shapes():
+    """Leading dimensions are kept; no rows, no outputs and no columns are no launch of an empty grid."""
+    weight = make_weight((16, 64))
+    parts = (*REFERENCE.quantize(weight, "nf4", 64), None, None, "nf4", 64)
+    for rows in (5, 20):
+        x, bias, _, _ = operands(rows, 16, 64, 0, torch.float32, torch.float32, leading=(2, 3))
+        y = run("linear", x, *parts, 16, bias, None, None, 1.0)
+        assert y.shape == (2, 3, rows, 16)
+        torch.testing.assert_close(y, REFERENCE.linear(x, *parts, 16, bias, None, None, 1.0))
+    assert stub().linear(torch.zeros(0, 64), *parts, 16, None, None, None, 1.0).shape == (0, 16)
+    nothing = (torch.zeros(0, dtype=torch.uint8), torch.zeros(0), None, None, "nf4", 64)
+    assert stub().linear(torch.zeros(3, 64), *nothing, 0, None, None, None, 1.0).shape == (3, 0)
+    bias = torch.arange(4.0)
+    assert torch.equal(run("linear", torch.zeros(3, 0), *nothing, 4, bias, None, None, 1.0), bias.expand(3, 4))
+    assert torch.equal(stub().linear(torch.zeros(30, 0), *nothing, 4, bias, None, None, 1.0), bias.expand(30, 4))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(3, 64, dtype=torch.float64)}, "x: expected dtype float32, float16 or bfloat16, got float64"),
+        ({0: torch.zeros(())}, "x: expected at least 1 dimension"),
+        ({0: torch.zeros(3, 128)}, "packed: expected 1024 elements, got 512"),
+        ({7: -1}, "out_features: expected at least 0, got -1"),
+        ({8: torch.zeros(15)}, "bias: expected 16 elements, got 15"),
+        ({9: None}, "t, lora_b: expected both"),
+        ({9: torch.zeros(2, 4)}, "t: expected 12 elements, got 8"),
+        ({10: torch.zeros(16, 3)}, "lora_b: expected 64 elements, got 48"),
+    ],
+)
+def test_wrong_linear_calls_raise(change, message):
+    """A wrong call must not reach a kernel, which would leave its buffers."""
+    parts = [torch.zeros(512, dtype=torch.uint8), torch.zeros(16), None, None, "nf4", 64]
+    arguments = [torch.zeros(3, 64), *parts, 16, torch.zeros(16), torch.zeros(3, 4), torch.zeros(16, 4), 1.0]
+    for index, value in change.items():
+        arguments[index] = value
+    with pytest.raises(RuntimeError, match=message):
+        stub().linear(*arguments)
 
 
 def test_empty_weights():

@@ -51,3 +51,50 @@ def test_quantize_budget(source, name):
         assert len(loop) <= 36 * 2 * bytes_stored, f"{kernel.name}: {len(loop) / 2 / bytes_stored:.1f} per weight"
         # absmax is stored by one lane of each block.
         assert count(loop, "STG") - count(loop, "STG.128") <= 8
+
+
+#: Of a packed 4-bit byte, what one 16-byte load brings.
+WEIGHTS_PER_LOAD = 32
+#: (kernel, template arguments, instructions per weight). Several rows of x cost more: by FMAs for each, or by a second
+#: mma and more of x for 5 to 8 rows where a step spans two blocks.
+GEMV_BUDGETS = (
+    ("gemv_mma_kernel", "Li1ELi1E", 2.3),  # blocks of 128 and more, 1 to 8 rows of x
+    ("gemv_mma_kernel", "Li2ELi1E", 2.3),  # blocks of 64, 1 to 4 rows
+    ("gemv_mma_kernel", "Li2ELi2E", 2.55),  # 5 to 8 rows
+    ("gemv_mma_kernel", "Li4ELi1E", 2.35),  # blocks of 32, 1 or 2 rows
+    ("gemv_fma_kernel", "IfLi1E", 3.2),
+    ("gemv_fma_kernel", "IfLi2E", 5.2),
+)
+
+
+@pytest.mark.parametrize(("name", "arguments", "budget"), GEMV_BUDGETS)
+def test_gemv_budget(name, arguments, budget):
+    """DRAM leaves 4.6 issue slots per weight on an H100 and 2.3 on a B200; bitsandbytes 0.50.2 takes 8.7.
+
+    One look-up in shared memory for two weights, of 32 bits or two times that in fp32, and what scales take on top:
+    4 words of at most 64 bits in 64 weights.
+    """
+    found = [kernel for kernel in kernels_of("gemv.cu", name) if arguments in kernel.name]
+    assert {kernel.arch for kernel in found} == set(ARCHS)
+    for kernel in found:
+        loop = kernel.smallest_loop("LDG.NA.128", "LDS")
+        weights = count(loop, "LDG.NA.128") * WEIGHTS_PER_LOAD
+        assert len(loop) <= budget * weights, f"{kernel.name} for {kernel.arch}: {len(loop) / weights:.2f} per weight"
+        assert count(loop, "LDG.NA") == count(loop, "LDG.NA.128"), kernel.name  # the rest are of x, also 16 bytes wide
+        assert count(loop, "LDG") == count(loop, "LDG.128"), kernel.name
+        words = count(loop, "LDS") + count(loop, "LDS.64")
+        assert words <= (0.5 if "mma" in name else 1.0) * weights + 8 * weights / 64, kernel.name
+        assert not count(loop, "SHFL") and not count(loop, "BAR"), kernel.name
+        assert bool(count(loop, "HMMA")) == ("mma" in name), kernel.name
+        assert kernel.registers <= 64, kernel.name
+
+
+def test_gemv_int8_budget():
+    """Codes in 16-byte loads only; two instructions to convert a weight and an FMA for each row of x."""
+    for kernel in kernels_of("gemv_int8.cu", "gemv_int8_kernel"):
+        loop = kernel.smallest_loop("LDG.NA.128")
+        weights = count(loop, "LDG.NA.128") * BYTES_PER_ACCESS
+        rows = 1 if "Li1E" in kernel.name else 4
+        assert count(loop, "LDG") == count(loop, "LDG.128"), kernel.name
+        assert len(loop) <= (3 + 1.5 * rows) * weights, f"{kernel.name}: {len(loop) / weights:.2f} per weight"
+        assert not count(loop, "SHFL"), kernel.name

@@ -66,6 +66,20 @@ def test_16_byte_accesses(arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+def test_cached_loads_and_sums(arch):
+    """Loads of what other warps read too, and sums over groups of lanes."""
+    x = torch.arange(256, dtype=torch.int32)
+    out16, out32, index = torch.zeros(128, dtype=torch.int32), torch.zeros_like(x), torch.zeros(32, dtype=torch.int32)
+    sums4, sums16 = torch.zeros(32), torch.zeros(32)
+    run(arch, "probe_cached", x, out16, out32, index, sums4, sums16)
+    assert torch.equal(out16, x[:128]) and torch.equal(out32, x)
+    lanes = torch.arange(32)
+    assert torch.equal(index, lanes.int())
+    assert torch.equal(sums4, lanes.float().view(-1, 4).sum(1).repeat_interleave(4))
+    assert torch.equal(sums16, lanes.float().view(-1, 16).sum(1).repeat_interleave(16))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 def test_conversions_round_to_nearest_even(arch):
     """Both ways of narrowing, with and without the instruction for pairs, have to round as torch does."""
     special = [0.0, -0.0, 1.0, 65504.0, 65520.0, 65519.99, 1e-8, 6e-8, 3.3e38, 3.4e38, float("inf"), -float("inf")]

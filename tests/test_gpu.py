@@ -1,10 +1,24 @@
-"""The CUDA kernels on a GPU: bytes and decoded weights equal to the CPU reference's. `pytest -m gpu` runs them."""
+"""The CUDA kernels on a GPU: bytes and decoded weights equal to the CPU reference's, products within the bound of cases.py.
+
+`pytest -m gpu` runs them.
+"""
 
 import pytest
 import torch
-from cases import BLOCK_SIZES, DTYPES, FORMATS, kernels, make_weight
+from cases import (
+    BLOCK_SIZES,
+    DTYPES,
+    FORMATS,
+    UNIT_ROUNDOFF,
+    assert_within,
+    kernels,
+    make_weight,
+    product_tolerance,
+    weight_error_cuda,
+)
 
 import lowbit
+from lowbit import selftest
 from lowbit.backends import native
 
 NO_GPU = native.missing_cuda_reason() or (None if torch.cuda.is_available() else "torch sees no GPU")
@@ -87,3 +101,47 @@ def test_memory_that_is_not_aligned():
     packed = torch.cat([q.packed.new_zeros(1), q.packed])[1:]
     arguments = (q.absmax, q.group_scales, q.offset, "nf4", 64, [5000], torch.float32)
     assert torch.equal(torch.ops.lowbit.dequantize(packed, *arguments), q.dequantize())
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096), (1024, 14336), (33, 192), (17, 513), (16, 96), (7, 64)])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 9, 16, 33, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"format": "fp4", "block_size": 128, "double_quant": False}, {"format": "int8"}])
+def test_linear(options, dtype, rows, shape):
+    """Every path, with LoRA and bias. Tensor cores may cut off what does not fit: twice the error of a rounding."""
+    n, k = shape
+    q = lowbit.quantize(make_weight(shape).cuda(), **options)
+    weight = q.dequantize(torch.float32).double()
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    sizes = ((rows, k), (n,), (rows, 8), (n, 8))
+    x, bias, t, lora_b = (torch.randn(size, generator=generator, device="cuda") for size in sizes)
+    x = x.to(dtype)
+    parts = (q.packed, q.absmax, q.group_scales, q.offset, q.format, k if q.format == "int8" else q.block_size)
+    y = torch.ops.lowbit.linear(x, *parts, n, bias, t, lora_b, 0.5)
+    assert torch.equal(y, torch.ops.lowbit.linear(x, *parts, n, bias, t, lora_b, 0.5))
+    exact = x.double() @ weight.T + 0.5 * t.double() @ lora_b.double().T + bias.double()
+    magnitude = x.double().abs() @ weight.abs().T + 0.5 * t.double().abs() @ lora_b.double().abs().T
+    rounding = max(weight_error_cuda(q.format, dtype), 3.1 * UNIT_ROUNDOFF[dtype] if rows > 8 else 0.0)
+    tolerance = product_tolerance(magnitude + bias.double().abs(), exact, 2 * (k + 8), dtype, rounding)
+    assert_within(y.cpu(), exact.cpu(), tolerance.cpu())
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+def test_linear_in_a_graph(rows):
+    """Workspaces come from torch's allocator, which a CUDA graph can hold."""
+    q = lowbit.quantize(make_weight((64, 16384), torch.bfloat16).cuda())
+    x = torch.randn(rows, 16384, device="cuda", dtype=torch.bfloat16)
+    expected = lowbit.linear(x, q)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = lowbit.linear(x, q)
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
+def test_self_test():
+    """What `python -m lowbit` checks on a GPU."""
+    results = [problem for name, problem in selftest.run() if name.startswith("CUDA")]
+    assert results and all(problem is None for problem in results)

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../nf4.h"
+#include "elements.cuh"
 #include "layout.h"
 #include "ptx.cuh"
 
@@ -56,6 +57,30 @@ struct PairTable {
   static __device__ __forceinline__ float2 decode(uint32_t word, int b, uint32_t lane_base) {
     static_assert(sizeof(pairs[0]) == 128);
     return ptx::load_shared_8(lane_base + ptx::byte(word, b) * 128);
+  }
+};
+
+// The same in 16 bits, for the tensor cores: 32 KB, a copy for each lane, which has a bank to itself.
+template <class T>
+struct NarrowPairTable {
+  uint32_t pairs[256][kWarpSize];
+
+  // By all threads of the block; a barrier has to follow. Neighbouring threads begin at different banks.
+  __device__ __forceinline__ void fill(const Format& format) {
+    constexpr int kPieces = kWarpSize / 4;
+    for (int byte = static_cast<int>(threadIdx.x); byte < 256; byte += static_cast<int>(blockDim.x)) {
+      const uint32_t pair = narrow_pair<T>(format.codebook[byte >> 4], format.codebook[byte & 15]);
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i)
+        reinterpret_cast<uint4*>(pairs[byte])[(i + byte) % kPieces] = {pair, pair, pair, pair};
+    }
+  }
+
+  __device__ __forceinline__ uint32_t lane_base(int lane) const { return ptx::shared_address(&pairs[0][lane]); }
+
+  // Byte `b` of `word`: the even element in the low half. PRMT, LEA, LDS.
+  static __device__ __forceinline__ uint32_t decode(uint32_t word, int b, uint32_t lane_base) {
+    return ptx::load_shared_4(lane_base + ptx::byte(word, b) * sizeof(pairs[0]));
   }
 };
 

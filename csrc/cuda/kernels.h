@@ -21,6 +21,9 @@ using Stream = CUstream_st*;  // cudaStream_t
 // generation run the code of earlier ones; for newer ones there is PTX of the last.
 const char* architectures();
 
+// The compute capability, times 10, of the code that the current device runs: the last compiled for that is not newer.
+int code_capability();
+
 // What an error code means.
 const char* error_message(int code);
 
@@ -115,6 +118,16 @@ struct LinearArgs {
   void* y;
   float* workspace;  // as many floats as the launcher's ..._workspace function says, of any content; null where 0
 };
+
+// For a few rows of x: each group of them reads W once, 8 rows where x has 16 bits and the GPU tensor cores for it (2
+// for blocks of 32), 2 elsewhere. Any shape, alignment and weight is right, and fast where in_features is a multiple of
+// 32 and of the block size, packed and x are aligned to 16 bytes, and for int8 in_features is a multiple of 16.
+int linear_gemv(const LinearArgs& args, Stream stream);
+int64_t linear_gemv_workspace(const LinearArgs& args);  // on the current device; args.workspace may be anything
+
+// What linear_gemv consists of: 4-bit weights and int8 ones as above, and whatever does not fit those.
+int linear_gemv_int8(const LinearArgs& args, Stream stream);
+int linear_any(const LinearArgs& args, Stream stream);
 
 // grad_x[m, k] = grad[m, n] W[n, k] + scaling grad_t[m, rank] lora_a[rank, k], grad_t = grad lora_b
 struct LinearGradInputArgs {

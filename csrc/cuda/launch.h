@@ -12,6 +12,15 @@ namespace lowbit::cuda {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Of the current device.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+inline int processor_count() { return std::max(device_attribute(cudaDevAttrMultiProcessorCount), 1); }
+
 // Blocks of a kernel whose blocks share out `units` of work, `per_block` at a time: as many as there is work for, and
 // no more than `per_processor` on each multiprocessor of the current device.
 inline unsigned grid_for(int64_t units, int64_t per_block, int64_t per_processor) {

@@ -33,4 +33,12 @@ LOWBIT_HOST_DEVICE constexpr Position mma_c(int lane, int i) { return {lane / 4 
 // ldmatrix.x4 that fills an A fragment from a row-major tile: lane `lane` gives the address of these 16 bytes.
 LOWBIT_HOST_DEVICE constexpr Position ldmatrix_a(int lane) { return {lane % 16, lane / 16 * 8}; }
 
+// gemv: a warp takes 16 rows by 128 columns of W at a time. Each lane loads 16 bytes of row lane / 4 and 16 of the row
+// 8 below, so that a quad reads 64 consecutive bytes; this is where weight i of its 64 stands.
+constexpr int kGemvRows = 16, kGemvDepth = 128;
+constexpr int kGemvLaneDepth = 2 * kAccessBytes;
+LOWBIT_HOST_DEVICE constexpr Position gemv_weight(int lane, int i) {
+  return {lane / 4 + i / kGemvLaneDepth * 8, lane % 4 * kGemvLaneDepth + i % kGemvLaneDepth};
+}
+
 }  // namespace lowbit::cuda

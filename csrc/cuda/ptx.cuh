@@ -18,6 +18,22 @@ __device__ __forceinline__ uint4 load_global_16(const void* from) {
   return v;
 }
 
+// Of data that other warps read too, through L1.
+__device__ __forceinline__ uint4 load_global_16_cached(const void* from) {
+  uint4 v;
+  asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+  return v;
+}
+
+// 32 bytes of it. (One function: of two loads from `condition ? here : there` nvcc selects each address on its own.)
+__device__ __forceinline__ void load_global_32(uint4 (&v)[2], const void* from) {
+  asm volatile(
+      "ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%8];\n\t"
+      "ld.global.nc.v4.u32 {%4, %5, %6, %7}, [%8 + 16];"
+      : "=r"(v[0].x), "=r"(v[0].y), "=r"(v[0].z), "=r"(v[0].w), "=r"(v[1].x), "=r"(v[1].y), "=r"(v[1].z), "=r"(v[1].w)
+      : "l"(from));
+}
+
 __device__ __forceinline__ void store_global_16(void* to, uint4 v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
@@ -88,6 +104,13 @@ __device__ __forceinline__ void mma<Fp16>(float (&c)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// threadIdx.x, read where it stands: nothing that is computed from it is kept in registers until then.
+__device__ __forceinline__ int read_thread_index() {
+  int v;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
+  return v;
+}
+
 // --- lanes of a warp; all 32 take part
 
 __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int mask) {
@@ -100,6 +123,14 @@ __device__ __forceinline__ uint32_t shuffle(uint32_t value, int lane) {
   uint32_t v;
   asm volatile("shfl.sync.idx.b32 %0, %1, %2, 31, 0xffffffff;" : "=r"(v) : "r"(value), "r"(lane));
   return v;
+}
+
+// The sum over aligned groups of kLanes lanes, in each of them.
+template <int kLanes>
+__device__ __forceinline__ float sum_lanes(float value) {
+#pragma unroll
+  for (int mask = 1; mask < kLanes; mask *= 2) value += __uint_as_float(shuffle_xor(__float_as_uint(value), mask));
+  return value;
 }
 
 // --- bytes

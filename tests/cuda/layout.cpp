@@ -26,5 +26,6 @@ static_assert(is_bijective(4, 16, 8, mma_c));
 static_assert(is_bijective(8, 16, 16, [](int lane, int i) {
   return Position{ldmatrix_a(lane).row, ldmatrix_a(lane).column + i};
 }));
+static_assert(is_bijective(64, kGemvRows, kGemvDepth, gemv_weight));
 // Accesses of a tile of 8 pieces per lane.
 static_assert(is_bijective(8, 1, 8 * kWarpSize, [](int lane, int i) { return Position{0, piece_of(lane, i)}; }));

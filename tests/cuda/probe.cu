@@ -13,6 +13,18 @@ __global__ void probe_global(const uint4* x, uint4* out) {
   ptx::store_global_16(out + threadIdx.x, ptx::load_global_16(x + threadIdx.x));
 }
 
+// The same by way of L1, 16 and 32 bytes per lane; each lane's number; sums over groups of lanes.
+__global__ void probe_cached(const uint4* x, uint4* out16, uint4* out32, int* index, float* sums4, float* sums16) {
+  uint4 pair[2];
+  ptx::load_global_32(pair, x + 2 * threadIdx.x);
+  out16[threadIdx.x] = ptx::load_global_16_cached(x + threadIdx.x);
+  out32[2 * threadIdx.x] = pair[0];
+  out32[2 * threadIdx.x + 1] = pair[1];
+  index[threadIdx.x] = ptx::read_thread_index();
+  sums4[threadIdx.x] = ptx::sum_lanes<4>(static_cast<float>(threadIdx.x));
+  sums16[threadIdx.x] = ptx::sum_lanes<16>(static_cast<float>(threadIdx.x));
+}
+
 // Two floats per lane, rounded and packed, then the first half widened.
 __global__ void probe_conversions(const float2* x, uint32_t* bf16, uint32_t* f16, float* widened, uint16_t* single) {
   const float2 pair = x[threadIdx.x];

@@ -1,0 +1,421 @@
+// linear for a few rows of x and a 4-bit weight: reading W once is what it costs.
+//
+// A block of threads takes 16 rows of W; its warps share out their columns, 128 at a time (layout.h). What a warp does
+// with its 16 x 128 weights is either mma, where x has 16 bits, or FMAs in fp32. Scales are decoded for a panel of
+// columns at once, into shared memory. At the end the block adds up its warps' sums, of which LoRA's product is one
+// more. Where N is too small to fill the GPU, the columns are shared out over blocks too, and a second kernel adds up.
+#include "decode.cuh"
+#include "elements.cuh"
+#include "kernels.h"
+#include "launch.h"
+#include "shape.h"
+
+namespace lowbit::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kUnroll = 2;                 // steps of a warp in its loop
+constexpr int kPanelBlocks = 64;           // most scales of a row that are decoded at once
+constexpr int kPanelElements = 4096;       // most columns of a panel; 4 steps of each warp
+constexpr int64_t kMostColumns = 1 << 26;  // offsets within 8 rows have 32 bits
+constexpr int kRowThreads = kThreads / kGemvRows;
+
+template <class T>
+struct Arguments {
+  const uint8_t* packed;
+  const float* absmax;
+  const uint8_t* scale_codes;
+  const float* group_scales;
+  const float* offset;
+  const T* x;
+  const float *bias, *t, *lora_b;
+  T* y;
+  float* partial;  // [gridDim.y, m, n], or null where one block takes all columns
+  int64_t m, n, k, rank;
+  float scaling;
+  int block_shift;       // log2 of the block size
+  int panel_steps;       // steps of 128 columns in a panel, a multiple of kUnroll * kWarps
+  int panels_per_block;  // of threads
+  Format format;
+};
+
+// Decoded scales of a panel. Rows are 2 banks apart: no two of the 8 that a warp reads at once meet.
+struct PanelScales {
+  float of[kGemvRows][kPanelBlocks + 2];
+};
+
+// What a lane reads where it has no x.
+[[maybe_unused]] __device__ const uint4 zeros[4] = {};  // unused before sm_80
+
+// W as A, x as B of mma.m16n8k16. The order of the contraction is free: mma i takes bytes 2i and 2i + 1 of each lane's
+// 16, and the lane's x is as consecutive. A step spans kParts blocks (4, 2 or 1 of 32, 64 or more), each in lanes of
+// its own. So that each sum has one scale, each part of a row of x has a column of B of its own, zero for the other
+// lanes: with kTiles = 1 beside the other parts, with kTiles = kParts in another B.
+template <class T, int kParts, int kTiles>
+struct TensorCores {
+  static constexpr int kColumnParts = kParts / kTiles;
+  static constexpr int kRows = 8 / kColumnParts;      // of x
+  static constexpr int kAhead = kTiles == 1 ? 2 : 1;  // steps whose weights are on their way: as registers allow
+  using Table = NarrowPairTable<T>;
+
+  float sums[4] = {};
+  const T* x;          // the lane's next column, in the row of x of its column of B
+  bool has_x[kTiles];  // the lane's k are of its column's part
+  uint32_t depth;
+  int lane;
+  uint32_t table;
+
+  __device__ __forceinline__ TensorCores(const T* first_x, int rows, uint32_t k, int lane, const Table& pairs)
+      : x(first_x + min(lane / 4 / kColumnParts, rows - 1) * k), depth(k), lane(lane), table(pairs.lane_base(lane)) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+      has_x[tile] = lane % 4 * kParts / 4 == tile * kColumnParts + lane / 4 % kColumnParts;
+  }
+
+  // k: the lane's first column of this step, `columns` after its next; step: counted from the panel's first.
+  __device__ __forceinline__ void add(const uint4 (&weights)[2], const PanelScales& scales, uint32_t k, int columns,
+                                      int step, int block_shift) {
+    const uint32_t upper[4] = {weights[0].x, weights[0].y, weights[0].z, weights[0].w};
+    const uint32_t lower[4] = {weights[1].x, weights[1].y, weights[1].z, weights[1].w};
+    float c[kTiles][4] = {};
+    const void* from[kTiles];
+    uint4 b[kTiles][2];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+      from[tile] = has_x[tile] && k < depth ? static_cast<const void*>(x + columns) : zeros;
+#pragma unroll
+    for (int word = 0; word < 4; ++word) {
+      if (word % 2 == 0) {
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile)
+          ptx::load_global_32(b[tile], static_cast<const uint4*>(from[tile]) + word);
+      }
+#pragma unroll
+      for (int byte = 0; byte < 4; byte += 2) {
+        const uint32_t a[4] = {Table::decode(upper[word], byte, table), Table::decode(lower[word], byte, table),
+                               Table::decode(upper[word], byte + 1, table),
+                               Table::decode(lower[word], byte + 1, table)};
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const uint4 pairs = b[tile][word % 2];
+          const uint32_t b_words[2] = {byte ? pairs.z : pairs.x, byte ? pairs.w : pairs.y};
+          ptx::mma<T>(c[tile], a, b_words);
+        }
+      }
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int part = tile * kColumnParts + (lane % 4 * 2 + i % 2) % kColumnParts;
+        const int block = kParts == 1 ? step * kGemvDepth >> block_shift : step * kParts + part;
+        sums[i] += c[tile][i] * scales.of[lane / 4 + i / 2 * 8][block];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void advance(int columns) { x += columns; }
+
+  // Calls write(row of W, row of x, sum) for the 16 x kRows sums of the warp.
+  template <class Write>
+  __device__ __forceinline__ void finish(const Write& write) const {
+    const int lane = ptx::read_thread_index() % kWarpSize;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = lane / 4 + half * 8, column = lane % 4 * 2;
+      const float left = sums[2 * half], right = sums[2 * half + 1];
+      if constexpr (kColumnParts == 1) {
+        write(row, column, left);
+        write(row, column + 1, right);
+      } else {
+        const float sum = ptx::sum_lanes<kColumnParts / 2>(left + right);
+        if (kColumnParts == 2 || lane % 2 == 0) write(row, column / kColumnParts, sum);
+      }
+    }
+  }
+};
+
+// fp32 arithmetic: each lane multiplies its own weights.
+template <class T, int kRowCount>
+struct Fmas {
+  static constexpr int kRows = kRowCount;
+  static constexpr int kAhead = 2;
+  using Table = PairTable;
+
+  float sums[2][kRows] = {};  // of the lane's two rows of W
+  const T* x;                 // the lane's next column, in the first row of x
+  uint32_t last_row, depth;
+  int lane;
+  uint32_t table;
+
+  __device__ __forceinline__ Fmas(const T* x, int rows, uint32_t k, int lane, const Table& pairs)
+      : x(x), last_row(rows - 1), depth(k), lane(lane), table(pairs.lane_base(lane)) {}
+
+  __device__ __forceinline__ void add(const uint4 (&weights)[2], const PanelScales& scales, uint32_t k, int columns,
+                                      int step, int block_shift) {
+    constexpr int kCount = kPerAccess<T>;
+    if (k >= depth) return;
+    const uint32_t words[2][4] = {{weights[0].x, weights[0].y, weights[0].z, weights[0].w},
+                                  {weights[1].x, weights[1].y, weights[1].z, weights[1].w}};
+    float products[2][kRows] = {};
+#pragma unroll
+    for (int first = 0; first < kGemvLaneDepth; first += kCount) {
+      float pairs[2][kCount];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int i = 0; i < kCount; i += 2) {
+          const float2 pair = Table::decode(words[half][(first + i) / 8], (first + i) / 2 % 4, table);
+          pairs[half][i] = pair.x;
+          pairs[half][i + 1] = pair.y;
+        }
+      }
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        float values[kCount];
+        const uint32_t to_row = kRows == 1 ? 0 : min(static_cast<uint32_t>(row), last_row) * depth;
+        widen<T>(ptx::load_global_16_cached(x + to_row + columns + first), values);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int i = 0; i < kCount; ++i) products[half][row] = fmaf(pairs[half][i], values[i], products[half][row]);
+        }
+      }
+    }
+    const int block = (step * kGemvDepth + lane % 4 * kGemvLaneDepth) >> block_shift;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float scale = scales.of[lane / 4 + half * 8][block];
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) sums[half][row] += products[half][row] * scale;
+    }
+  }
+
+  __device__ __forceinline__ void advance(int columns) { x += columns; }
+
+  template <class Write>
+  __device__ __forceinline__ void finish(const Write& write) const {
+    const int lane = ptx::read_thread_index() % kWarpSize;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        const float sum = ptx::sum_lanes<4>(sums[half][row]);
+        if (lane % 4 == 0) write(lane / 4 + half * 8, row, sum);
+      }
+    }
+  }
+};
+
+// Blocks: x: 16 rows of W, y: a share of the columns, z: a group of kRows rows of x.
+template <class Product, class T>
+__device__ __forceinline__ void gemv(const Arguments<T>& args) {
+  constexpr int kRows = Product::kRows, kAhead = Product::kAhead;
+  __shared__ typename Product::Table table;
+  __shared__ PanelScales scales;
+  __shared__ float sums[kWarps + 1][kRows][kGemvRows];  // the last for LoRA
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize;
+  const int warp = static_cast<int>(ptx::shuffle(threadIdx.x / kWarpSize, 0));  // known to be the same in all lanes
+  const uint32_t k = static_cast<uint32_t>(args.k);
+  // The last 16 rows may have been begun by the block before.
+  const int64_t first_n = min(int64_t{blockIdx.x} * kGemvRows, args.n - kGemvRows);
+  const int64_t first_m = int64_t{blockIdx.z} * kRows;
+  const int rows = static_cast<int>(min(args.m - first_m, int64_t{kRows}));
+
+  // Steps are numbered along a row of W; a warp takes every eighth.
+  constexpr uint32_t kWarpStride = kWarps * kGemvDepth;
+  const int first_step = static_cast<int>(blockIdx.y) * args.panels_per_block * args.panel_steps;
+  const int end_step =
+      min(static_cast<int>((k + kGemvDepth - 1) / kGemvDepth), first_step + args.panels_per_block * args.panel_steps);
+  const uint32_t end_k = min(k, end_step * kGemvDepth);
+  uint32_t lane_k = (first_step + warp) * kGemvDepth + lane % 4 * kGemvLaneDepth;
+  const uint8_t* packed = args.packed + first_n * (k / 2) + (lane / 4 * k + lane_k) / 2;
+  uint4 weights[kAhead][2] = {};
+  // The step that is `steps` of the warp's further on. Past the end there is no x to multiply with.
+  const auto load = [&](uint32_t steps, uint4(&to)[2]) {
+    if (lane_k + steps * kWarpStride >= end_k) return;
+    to[0] = ptx::load_global_16(packed + steps * (kWarpStride / 2));
+    to[1] = ptx::load_global_16(packed + kGemvRows / 4 * k + steps * (kWarpStride / 2));
+  };
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) load(i, weights[i]);
+  table.fill(args.format);
+
+  // scaling t lora_b^T, by 16 threads for each row of lora_b.
+  const int64_t lora_row = (first_n + thread / kRowThreads) * args.rank;
+#pragma unroll 1  // registers hold the weights that are on their way
+  for (int m = 0; m < rows; ++m) {
+    float product = 0.0f;
+    for (int64_t r = blockIdx.y == 0 ? thread % kRowThreads : args.rank; r < args.rank; r += kRowThreads)
+      product += args.t[(first_m + m) * args.rank + r] * args.lora_b[lora_row + r];
+    product = ptx::sum_lanes<kRowThreads>(product);
+    if (thread % kRowThreads == 0) sums[kWarps][m][thread / kRowThreads] = args.scaling * product;
+  }
+
+  // Scales of a panel, by 16 threads for each row.
+  const int blocks_per_row = static_cast<int>(k >> args.block_shift);
+  const auto decode_scales = [&](int panel, const auto& scale_of) {
+    const int thread = ptx::read_thread_index();
+    const int row = thread / kRowThreads;
+    const int first_block = panel * kGemvDepth >> args.block_shift;
+    const int64_t row_block = (first_n + row) * blocks_per_row + first_block;
+#pragma unroll 1  // what unrolling precomputes would take registers from the loop below
+    for (int block = thread % kRowThreads; block < args.panel_steps * kGemvDepth >> args.block_shift;
+         block += kRowThreads)
+      // A block past the end is multiplied with zeros.
+      scales.of[row][block] = first_block + block < blocks_per_row ? scale_of(row_block + block) : 0.0f;
+  };
+
+  Product product(args.x + first_m * k + lane_k, rows, k, lane, table);
+  for (int panel = first_step; panel < end_step; panel += args.panel_steps) {
+    __syncthreads();  // the table is there; the last panel's scales have been read
+    if (args.absmax) {
+      decode_scales(panel, BlockScales<false>{args.absmax, nullptr, nullptr, nullptr});
+    } else {
+      decode_scales(panel, BlockScales<true>{nullptr, args.scale_codes, args.group_scales, args.offset});
+    }
+    __syncthreads();
+    // All warps take as many steps.
+    const int steps = min(args.panel_steps, end_step - panel);
+    for (int step = 0; step < steps; step += kUnroll * kWarps) {
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        if (i > 0 && step + i * kWarps >= steps) break;
+        product.add(weights[i % kAhead], scales, lane_k + i * kWarpStride, i * kWarpStride, step + i * kWarps + warp,
+                    args.block_shift);
+        load(i + kAhead, weights[i % kAhead]);
+      }
+      lane_k += kUnroll * kWarpStride;
+      packed += kUnroll * kWarpStride / 2;
+      product.advance(kUnroll * kWarpStride);
+    }
+  }
+
+  product.finish([&](int row, int m, float sum) { sums[warp][m][row] = sum; });
+  __syncthreads();
+  for (int i = ptx::read_thread_index(); i < kRows * kGemvRows; i += kThreads) {
+    const int m = i / kGemvRows;
+    const int64_t n = first_n + i % kGemvRows;
+    if (m >= rows || n < int64_t{blockIdx.x} * kGemvRows) continue;
+    float sum = 0.0f;
+#pragma unroll
+    for (int part = 0; part <= kWarps; ++part) sum += sums[part][m][i % kGemvRows];
+    const int64_t at = (first_m + m) * args.n + n;
+    if (args.partial) {
+      args.partial[int64_t{blockIdx.y} * args.m * args.n + at] = sum;
+    } else {
+      narrow(args.bias ? sum + args.bias[n] : sum, args.y + at);
+    }
+  }
+}
+
+template <class T, int kParts, int kTiles>
+__global__ void __launch_bounds__(kThreads, 4)  // 64 registers
+    gemv_mma_kernel(const __grid_constant__ Arguments<T> args) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  gemv<TensorCores<T, kParts, kTiles>>(args);
+#endif
+}
+
+template <class T, int kRows>
+__global__ void __launch_bounds__(kThreads, 4) gemv_fma_kernel(const __grid_constant__ Arguments<T> args) {
+  gemv<Fmas<T, kRows>>(args);
+}
+
+// y = the sum of `parts` partial products, in their order, and bias.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    gemv_sum_kernel(const float* partial, int parts, int64_t outputs, int64_t n, const float* bias, T* y) {
+  const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (at >= outputs) return;
+  float sum = 0.0f;
+  for (int part = 0; part < parts; ++part) sum += partial[part * outputs + at];
+  narrow(bias ? sum + bias[at % n] : sum, y + at);
+}
+
+bool is_fast(const LinearArgs& args) {
+  return args.weight.format && args.n >= kGemvRows && args.k > 0 && args.k <= kMostColumns &&
+         args.k % kGemvLaneDepth == 0 && args.k % args.weight.block_size == 0 &&
+         is_aligned(args.weight.packed, kAccessBytes) && is_aligned(args.x, kAccessBytes);
+}
+
+// How the work is shared out.
+struct Shape {
+  int parts;  // blocks that a step spans, where it goes through the tensor cores; 0: FMAs
+  int rows;   // of x per block of threads
+  int panel_steps, panels_per_block;
+  dim3 grid;
+};
+Shape shape_of(const LinearArgs& args) {
+  Shape shape{};
+  if (args.dtype != Dtype::f32 && code_capability() >= 80) {
+    shape.parts = static_cast<int>(std::clamp<int64_t>(kGemvDepth / args.weight.block_size, 1, 4));
+    shape.rows = shape.parts == 2 && args.m > 4 ? 8 : 8 / shape.parts;
+  } else {
+    shape.rows = args.m > 1 ? 2 : 1;
+  }
+  shape.panel_steps =
+      static_cast<int>(std::min<int64_t>(kPanelElements, kPanelBlocks * args.weight.block_size)) / kGemvDepth;
+  const int64_t tiles = ceil_div(args.n, kGemvRows), groups = ceil_div(args.m, shape.rows);
+  const int64_t panels = ceil_div(args.k, int64_t{shape.panel_steps} * kGemvDepth);
+  const int64_t shares = gemv_column_shares(tiles * groups, panels, processor_count());
+  shape.panels_per_block = static_cast<int>(ceil_div(panels, shares));
+  shape.grid = dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(shares), static_cast<unsigned>(groups));
+  return shape;
+}
+
+template <class T>
+int launch(const LinearArgs& args, Stream stream) {
+  const QuantizedWeight& weight = args.weight;
+  const Shape shape = shape_of(args);
+  const Arguments<T> arguments{weight.packed,
+                               weight.absmax,
+                               weight.scale_codes,
+                               weight.group_scales,
+                               weight.offset,
+                               static_cast<const T*>(args.x),
+                               args.bias,
+                               args.t,
+                               args.lora_b,
+                               static_cast<T*>(args.y),
+                               shape.grid.y > 1 ? args.workspace : nullptr,
+                               args.m,
+                               args.n,
+                               args.k,
+                               args.t ? args.rank : 0,
+                               args.scaling,
+                               log2_of(weight.block_size),
+                               shape.panel_steps,
+                               shape.panels_per_block,
+                               *weight.format};
+  void (*kernel)(Arguments<T>) = shape.rows == 1 ? gemv_fma_kernel<T, 1> : gemv_fma_kernel<T, 2>;
+  if constexpr (sizeof(T) == 2) {
+    if (shape.parts == 1) kernel = gemv_mma_kernel<T, 1, 1>;
+    if (shape.parts == 2) kernel = shape.rows == 4 ? gemv_mma_kernel<T, 2, 1> : gemv_mma_kernel<T, 2, 2>;
+    if (shape.parts == 4) kernel = gemv_mma_kernel<T, 4, 1>;
+  }
+  kernel<<<shape.grid, kThreads, 0, stream>>>(arguments);
+  if (!arguments.partial) return cudaGetLastError();
+  const int64_t outputs = args.m * args.n;
+  gemv_sum_kernel<<<static_cast<unsigned>(ceil_div(outputs, kThreads)), kThreads, 0, stream>>>(
+      args.workspace, static_cast<int>(shape.grid.y), outputs, args.n, args.bias, arguments.y);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+int64_t linear_gemv_workspace(const LinearArgs& args) {
+  if (args.m == 0 || args.n == 0 || !is_fast(args)) return 0;
+  const unsigned parts = shape_of(args).grid.y;
+  return parts > 1 ? parts * args.m * args.n : 0;
+}
+
+int linear_gemv(const LinearArgs& args, Stream stream) {
+  if (args.m == 0 || args.n == 0) return cudaSuccess;
+  if (!args.weight.format) return linear_gemv_int8(args, stream);
+  if (!is_fast(args)) return linear_any(args, stream);
+  return for_dtype(args.dtype, [&](auto element) { return launch<decltype(element)>(args, stream); });
+}
+
+}  // namespace lowbit::cuda
