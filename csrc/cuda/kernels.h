@@ -128,5 +128,8 @@ struct LinearGradInputArgs {
   void* grad_x;
   float* workspace;
 };
+// Floats of workspace, which needs 16-byte alignment; the answer holds for these sizes and pointers, on this device.
+int64_t linear_grad_input_workspace(const LinearGradInputArgs& args);
+int linear_grad_input(const LinearGradInputArgs& args, Stream stream);
 
 }  // namespace lowbit::cuda
