@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -208,6 +209,43 @@ void dequantize_out(Tensor packed, Tensor absmax, std::optional<Tensor> group_sc
   launch(lowbit::cuda::dequantize, {view(weight), float_data(out, dtype, "out"), dtype}, "dequantize_out");
 }
 
+// out[m, n] = a[m, k] b[k, n] by cuBLAS. (mm.out: autocast, which may be on, changes the dtypes of the other mm.)
+void multiply_dense(const Tensor& a, const Tensor& b, const Tensor& out) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // the result is ours to release
+}
+
+Tensor linear_grad_input(Tensor grad, Tensor packed, Tensor absmax, std::optional<Tensor> group_scales,
+                         std::optional<Tensor> offset, std::string format, int64_t block_size, int64_t in_features) {
+  STD_TORCH_CHECK(grad.dim() >= 1, "grad: expected at least 1 dimension, got a scalar");
+  STD_TORCH_CHECK(in_features >= 0, "in_features: expected at least 0, got ", in_features);
+  std::vector<int64_t> sizes(grad.sizes().begin(), grad.sizes().end());
+  const int64_t m = row_count(grad.sizes()), n = sizes.back(), k = in_features;
+  sizes.back() = k;
+  const Dtype dtype = dtype_of(grad.scalar_type(), "grad");
+  const Weight weight(grad, packed, absmax, group_scales, offset, format, block_size, product(n, k, "in_features"), n);
+  const Launch launch(grad);
+  const Tensor source = as_contiguous(grad);
+  Tensor grad_x = torch::stable::new_empty(grad, IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), grad.scalar_type());
+  lowbit::cuda::LinearGradInputArgs args{
+      float_data(source, dtype, "grad"),   dtype,  view(weight), nullptr, nullptr, 1.0f, m, n, k, 0,
+      float_data(grad_x, dtype, "grad_x"), nullptr};
+  if (lowbit::cuda::linear_grad_input_decodes_first(args)) {
+    const int64_t dense_sizes[] = {n, k}, source_sizes[] = {m, n}, grad_x_sizes[] = {m, k};
+    const Tensor dense = torch::stable::new_empty(grad, IntHeaderOnlyArrayRef(dense_sizes, 2), grad.scalar_type());
+    launch(lowbit::cuda::dequantize, {args.weight, float_data(dense, dtype, "dense"), dtype}, "linear_grad_input");
+    multiply_dense(torch::stable::view(source, IntHeaderOnlyArrayRef(source_sizes, 2)), dense,
+                   torch::stable::view(grad_x, IntHeaderOnlyArrayRef(grad_x_sizes, 2)));
+    return grad_x;
+  }
+  const Tensor workspace = empty(grad, lowbit::cuda::linear_grad_input_workspace(args), ScalarType::Float);
+  args.workspace = mutable_pointer<float>(workspace);
+  launch(lowbit::cuda::linear_grad_input, args, "linear_grad_input");
+  return grad_x;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(LOWBIT_CUDA_NAMESPACE, LOWBIT_CUDA_KEY, library) {
@@ -217,4 +255,5 @@ STABLE_TORCH_LIBRARY_IMPL(LOWBIT_CUDA_NAMESPACE, LOWBIT_CUDA_KEY, library) {
   library.impl("quantize_scales", TORCH_BOX(&quantize_scales));
   library.impl("dequantize", TORCH_BOX(&dequantize));
   library.impl("dequantize_out", TORCH_BOX(&dequantize_out));
+  library.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
 }

@@ -392,6 +392,21 @@ int64_t linear_grad_input_workspace(const LinearGradInputArgs& args) {
   return plan_of(args).splits * args.m * args.k;
 }
 
+bool linear_grad_input_decodes_first(const LinearGradInputArgs& args) {
+  if (args.m == 0 || args.n == 0 || args.k == 0) return false;
+  // Cycles of a multiprocessor per weight. An H100 moves 14 bytes in one. To decode to 16 bits and read that again
+  // moves 4.5 bytes: 0.32; to fp32 8.5 bytes, 0.61, and its product of m rows takes m / 128 more. The kernels take
+  //   mma      0.05 (shared memory) per 32 rows: 6 tiles,
+  //   fma      5.3 instructions of 128 in a cycle, 0.041, per 2 rows: 8 tiles in 16 bits, 24 in fp32,
+  //   element  about 40 instructions, 0.31, per 8 rows: 1 tile.
+  // Other GPUs move fewer bytes in a cycle, so that decoding first costs more; only a B200 moves 29: 3 tiles of mma.
+  const Plan plan = plan_of(args);
+  int64_t tiles = 1;
+  if (plan.path == Path::mma) tiles = Processor().architecture / 100 == 10 ? 3 : 6;
+  if (plan.path == Path::fma) tiles = args.dtype == Dtype::f32 ? 24 : 8;
+  return args.m > tiles * (plan.path == Path::mma ? 32 : plan.rows);
+}
+
 int linear_grad_input(const LinearGradInputArgs& args, Stream stream) {
   if (args.m == 0 || args.k == 0) return cudaSuccess;
   return for_dtype(args.dtype, [&](auto element) { return launch<decltype(element)>(args, stream); });

@@ -131,5 +131,7 @@ struct LinearGradInputArgs {
 // Floats of workspace, which needs 16-byte alignment; the answer holds for these sizes and pointers, on this device.
 int64_t linear_grad_input_workspace(const LinearGradInputArgs& args);
 int linear_grad_input(const LinearGradInputArgs& args, Stream stream);
+// Whether it should be faster to decode the weight into 16 or 32 bits and to call cuBLAS: from many rows on.
+bool linear_grad_input_decodes_first(const LinearGradInputArgs& args);
 
 }  // namespace lowbit::cuda

@@ -4,6 +4,8 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <vector>
+
 namespace {
 
 // Told of the memory of every tensor that an op makes, and of every device guard.
@@ -14,6 +16,9 @@ torch::stable::Tensor recorded_empty(const torch::stable::Tensor& like, torch::h
                                      torch::headeronly::ScalarType type) {
   auto tensor = torch::stable::new_empty(like, size, type);
   on_allocation(tensor.data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
+  // Also a workspace stays: its memory must not become another tensor's, since the emulator knows it as this one's.
+  static std::vector<torch::stable::Tensor> kept;
+  kept.push_back(tensor);
   return tensor;
 }
 
