@@ -334,10 +334,9 @@ def plot(path: str, rows: list[dict], layer: str) -> None:
     for line, operation in zip(grid, operations, strict=True):
         for axes, gpu in zip(line, gpus, strict=True):
             shown = [r for r in rows if (r["gpu"], r["operation"], r["layer"]) == (gpu, operation, layer)]
-            for library, marker in (("lowbit", "o-"), (BITSANDBYTES, "s--")):
+            for library, style in (("lowbit", "C0o-"), (BITSANDBYTES, "C1s--")):
                 points = [(r["m"], r[library]["microseconds"]) for r in shown if library in r]
-                if points:
-                    axes.plot(*zip(*points, strict=True), marker, label=library, markersize=4)
+                axes.plot([m for m, _ in points], [time for _, time in points], style, label=library, markersize=4)
             axes.set_title(f"{operation}\n{gpu}, predicted", fontsize=9)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")

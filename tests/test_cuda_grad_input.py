@@ -102,7 +102,7 @@ def check(m, n, k, rank, dtype, format, block_size, double_quant, scaling=0.5, m
     return launches
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     m=st.sampled_from((1, 3, 8, 9, 16, 17, 33)),
     n=st.sampled_from((8, 64, 120, 128, 136, 272)),
@@ -131,7 +131,7 @@ def test_more_tiles_than_stages(m, block_size, double_quant):
     assert names(launches) == [MMA, FINISH] and launches[0].grid == (2, 1, 1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     m=st.sampled_from((0, 1, 2, 3, 8, 9)),
     n=st.sampled_from((0, 1, 5, 63, 64, 130, 200)),

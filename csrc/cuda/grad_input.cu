@@ -27,7 +27,7 @@ template <int kRows>
 struct MmaTile {
   static constexpr int kColumnWarps = 2, kRowWarps = 4;
   static constexpr int kThreads = kColumnWarps * kRowWarps * kWarpSize;
-  static constexpr int kColumns = 2 * kPackedRowBytes, kColumnsShift = 7;
+  [[maybe_unused]] static constexpr int kColumns = 2 * kPackedRowBytes, kColumnsShift = 7;
   static constexpr int kSteps = 2;  // of 16 rows of W, by each warp
   static constexpr int kDepth = kRowWarps * kSteps * 16;
   static constexpr int kStages = 3;
@@ -49,7 +49,9 @@ struct MmaTile {
 
 // Where the four sums of columns 4 quad, ... of a row are. A quad of lanes holds four rows: without the exclusive or
 // they would meet in a bank.
-__device__ __forceinline__ int sum_at(int row, int quad) { return row * 32 + (quad ^ (row / 2 % 2 + row / 4 % 2 * 4)); }
+[[maybe_unused]] __device__ __forceinline__ int sum_at(int row, int quad) {
+  return row * 32 + (quad ^ (row / 2 % 2 + row / 4 % 2 * 4));
+}
 
 // Rows of W consist of whole blocks. unit_shift: log2 of how many columns of a tile, 32 to 128, have one scale.
 template <class T, int kRows, bool kDoubleQuant>
@@ -396,10 +398,11 @@ bool linear_grad_input_decodes_first(const LinearGradInputArgs& args) {
   if (args.m == 0 || args.n == 0 || args.k == 0) return false;
   // Cycles of a multiprocessor per weight. An H100 moves 14 bytes in one. To decode to 16 bits and read that again
   // moves 4.5 bytes: 0.32; to fp32 8.5 bytes, 0.61, and its product of m rows takes m / 128 more. The kernels take
-  //   mma      0.05 (shared memory) per 32 rows: 6 tiles,
+  //   mma      0.058 (shared memory) per 32 rows: 5.5 tiles; 6, since cuBLAS does not reach all of that speed,
   //   fma      5.3 instructions of 128 in a cycle, 0.041, per 2 rows: 8 tiles in 16 bits, 24 in fp32,
   //   element  about 40 instructions, 0.31, per 8 rows: 1 tile.
-  // Other GPUs move fewer bytes in a cycle, so that decoding first costs more; only a B200 moves 29: 3 tiles of mma.
+  // Other GPUs move fewer bytes in a cycle, so that decoding first costs more, but for the B200 (29 bytes: 3 tiles of
+  // mma) and the H200, which nothing tells from an H100 (20 bytes: would be 4).
   const Plan plan = plan_of(args);
   int64_t tiles = 1;
   if (plan.path == Path::mma) tiles = Processor().architecture / 100 == 10 ? 3 : 6;
