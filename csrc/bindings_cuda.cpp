@@ -316,6 +316,67 @@ Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> grou
   return reshaped(product_plus(reshaped(source, {m, k}), decoded, addend), sizes);
 }
 
+// out[m, n] = a[m, k] b[k, n] (+ addend [m, n], which may be out) by cuBLAS: an addmm where there is an addend. (An op
+// that is given its result: autocast, which may be on in a backward, changes the dtypes of the others.)
+void multiply_dense(const Tensor& a, Tensor b, const std::optional<Tensor>& addend, const Tensor& out) {
+  std::array<StableIValue, 4> stack{torch::stable::detail::from(a),
+                                    torch::stable::detail::from(torch::stable::transpose(b, 0, 1)),
+                                    torch::stable::detail::from(addend), torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // the result is ours to release
+}
+
+Tensor linear_grad_input(Tensor grad, Tensor packed, Tensor absmax, std::optional<Tensor> group_scales,
+                         std::optional<Tensor> offset, std::string format, int64_t block_size, int64_t in_features,
+                         std::optional<Tensor> grad_t, std::optional<Tensor> lora_a) {
+  STD_TORCH_CHECK(grad.dim() >= 1, "grad: expected at least 1 dimension, got a scalar");
+  STD_TORCH_CHECK(in_features >= 0, "in_features: expected at least 0, got ", in_features);
+  std::vector<int64_t> sizes(grad.sizes().begin(), grad.sizes().end());
+  const int64_t m = row_count(grad.sizes()), n = sizes.back(), k = in_features;
+  sizes.back() = k;
+  const Dtype dtype = dtype_of(grad.scalar_type(), "grad");
+  const Weight weight(grad, packed, absmax, group_scales, offset, format, block_size, product(n, k, "in_features"), n);
+  STD_TORCH_CHECK(grad_t.has_value() == lora_a.has_value(), "grad_t, lora_a: expected both (LoRA) or neither, got one");
+  STD_TORCH_CHECK(!grad_t || grad_t->dim() >= 1, "grad_t: expected at least 1 dimension, got a scalar");
+  const int64_t rank = grad_t ? grad_t->size(grad_t->dim() - 1) : 0;
+  const Launch launch(grad);
+  Operand grad_t_operand(grad, grad_t, "grad_t", product(m, rank, "grad_t"));
+  Operand lora_a_operand(grad, lora_a, "lora_a", product(rank, k, "lora_a"));
+  const Tensor source = as_contiguous(grad);
+  Tensor grad_x = torch::stable::new_empty(grad, IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), grad.scalar_type());
+  lowbit::cuda::LinearGradInputArgs args{float_data(source, dtype, "grad"),
+                                         dtype,
+                                         view(weight),
+                                         grad_t_operand.fp32(),
+                                         lora_a_operand.fp32(),
+                                         1.0f,
+                                         m,
+                                         n,
+                                         k,
+                                         rank,
+                                         float_data(grad_x, dtype, "grad_x"),
+                                         nullptr};
+  if (lowbit::cuda::linear_grad_input_decodes_first(args)) {
+    const ScalarType type = grad.scalar_type();
+    const int64_t dense_sizes[] = {n, k};
+    const Tensor dense = torch::stable::new_empty(grad, IntHeaderOnlyArrayRef(dense_sizes, 2), type);
+    launch(lowbit::cuda::dequantize, {args.weight, float_data(dense, dtype, "dense"), dtype}, "linear_grad_input");
+    const Tensor sums = reshaped(grad_x, {m, k});
+    std::optional<Tensor> addend;
+    if (rank > 0) {
+      multiply_dense(reshaped(grad_t_operand.as(type), {m, rank}), reshaped(lora_a_operand.as(type), {rank, k}), {},
+                     sums);
+      addend = sums;
+    }
+    multiply_dense(reshaped(source, {m, n}), dense, addend, sums);
+    return grad_x;
+  }
+  const Tensor workspace = empty(grad, lowbit::cuda::linear_grad_input_workspace(args), ScalarType::Float);
+  args.workspace = mutable_pointer<float>(workspace);
+  launch(lowbit::cuda::linear_grad_input, args, "linear_grad_input");
+  return grad_x;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(LOWBIT_CUDA_NAMESPACE, LOWBIT_CUDA_KEY, library) {
@@ -326,4 +387,5 @@ STABLE_TORCH_LIBRARY_IMPL(LOWBIT_CUDA_NAMESPACE, LOWBIT_CUDA_KEY, library) {
   library.impl("dequantize", TORCH_BOX(&dequantize));
   library.impl("dequantize_out", TORCH_BOX(&dequantize_out));
   library.impl("linear", TORCH_BOX(&linear));
+  library.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
 }

@@ -89,6 +89,20 @@ def product_tolerance(
     return accumulated + UNIT_ROUNDOFF[dtype] * (exact.abs() + accumulated) + TINY_ROUNDOFF[dtype]
 
 
+def tensor_core_tolerance(
+    magnitude: torch.Tensor, exact: torch.Tensor, terms: int, dtype: torch.dtype, operand: torch.Tensor
+) -> torch.Tensor:
+    """:func:`product_tolerance` of a CUDA kernel that rounds each weight once to ``dtype`` for the tensor cores.
+
+    That is a relative error of 2^-8 in bf16 and 2^-11 in fp16, and near zero an absolute one of TINY_ROUNDOFF, which
+    the other operand multiplies (``operand``: the sums of its absolute values that go into each element). Tensor cores
+    cut off what does not fit where fp32 arithmetic rounds, which doubles the error of each sum: twice the terms. (Fasi
+    et al., "Numerical behavior of NVIDIA tensor cores", 2021.)
+    """
+    tolerance = product_tolerance(magnitude, exact, 2 * terms, dtype, UNIT_ROUNDOFF[dtype])
+    return tolerance + 1.01 * TINY_ROUNDOFF[dtype] * operand
+
+
 def assert_within(actual: torch.Tensor, exact: torch.Tensor, tolerance: torch.Tensor) -> None:
     """Every |actual - exact| <= tolerance; the message names the worst element."""
     error = (actual.double() - exact).abs()

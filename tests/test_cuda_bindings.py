@@ -5,6 +5,7 @@ to show is not proved here: the device guard, the look-up of torch's stream, and
 """
 
 import ctypes
+import dataclasses
 import functools
 import shutil
 
@@ -19,6 +20,7 @@ from cases import (
     assert_within,
     make_weight,
     product_tolerance,
+    tensor_core_tolerance,
     weight_error_cuda,
 )
 from conftest_cuda import CSRC, ROOT, emulator, launchers, require_nvcc
@@ -208,6 +210,99 @@ def test_linear_shapes():
     assert torch.equal(stub().linear(torch.zeros(30, 0), *nothing, 4, bias, None, None, 1.0), bias.expand(30, 4))
 
 
+def assert_grad_input_is_right(out, grad, parts, k, grad_t=None, lora_a=None):
+    """linear_grad_input's output by whatever way it took."""
+    assert out.dtype == grad.dtype and out.shape == (*grad.shape[:-1], k)
+    weight = REFERENCE.dequantize(*parts, [grad.shape[-1], k], torch.float32).double()
+    exact, magnitude = grad.double() @ weight, grad.double().abs() @ weight.abs()
+    operand = grad.double().abs().sum(-1, keepdim=True)
+    terms, lora_rounding = grad.shape[-1], 0.0
+    if grad_t is not None:
+        lora = grad_t.double().abs() @ lora_a.double().abs()
+        exact, magnitude = exact + grad_t.double() @ lora_a.double(), magnitude + lora
+        terms += grad_t.shape[-1]
+        # For torch's products both factors of LoRA are rounded to grad's dtype, and so is their product.
+        lora_rounding = 3.1 * UNIT_ROUNDOFF[grad.dtype] * lora
+    assert_within(out, exact, tensor_core_tolerance(magnitude, exact, terms, grad.dtype, operand) + lora_rounding)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", (*FORMATS, "int8"))
+def test_linear_grad_input(format, dtype):
+    """Few rows go to the kernels, many to dequantize and a dense product; rows may have leading dimensions."""
+    n, k = 40, 96
+    block_size = k if format == "int8" else 32
+    packed, absmax = REFERENCE.quantize(make_weight((n, k)), format, block_size)
+    parts = (packed, absmax, None, None, format, block_size)
+    if format != "int8":
+        offset = absmax.mean()
+        parts = (packed, *REFERENCE.quantize_scales(absmax, offset), offset, format, block_size)
+    rows = torch.randn(250, n, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for grad, kernels in (
+        (rows[0].clone(), 2),
+        (rows[:6].clone().view(2, 3, n), 2),
+        (rows[:0].clone(), 0),
+        (rows.clone(), 1),
+        (rows.clone().view(5, 50, n), 1),
+    ):
+        launchers().launches.clear()
+        op = functools.partial(run, "linear_grad_input") if kernels else stub().linear_grad_input
+        out = op(grad, *parts, k)
+        assert len(launchers().launches) == kernels
+        assert_grad_input_is_right(out, grad, parts, k)
+    assert "dequantize" in launchers().launches[-1].kernel
+
+
+@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_grad_input_with_lora(dtype, lora_dtype):
+    """The gradient through A is part of the product, whichever way that goes; LoRA comes in its own dtype."""
+    n, k, rank = 40, 96, 5
+    packed, absmax = REFERENCE.quantize(make_weight((n, k)), "nf4", 32)
+    parts = (packed, absmax, None, None, "nf4", 32)
+    generator = torch.Generator().manual_seed(0)
+    lora_a = torch.randn(rank, k, generator=generator).to(lora_dtype)
+    for rows, name in ((3, "grad_input"), (250, "dequantize")):
+        grad = torch.randn(rows, n, generator=generator).to(dtype)
+        grad_t = torch.randn(rows, rank, generator=generator).to(lora_dtype)
+        out = run("linear_grad_input", grad, *parts, k, grad_t, lora_a)
+        assert name in launchers().launches[-1].kernel
+        assert_grad_input_is_right(out, grad, parts, k, grad_t, lora_a)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "most"),
+    [
+        (torch.bfloat16, (9, 0), 192),
+        (torch.bfloat16, (10, 0), 96),
+        (torch.bfloat16, (7, 5), 16),
+        (torch.float32, (9, 0), 48),
+    ],
+)
+def test_rows_from_which_the_weight_is_decoded(dtype, capability, most):
+    """The threshold follows from the arithmetic in grad_input.cu; one tile more takes the other way."""
+    device = launchers().device
+    launchers().device = dataclasses.replace(device, compute_capability=capability)
+    parts = (*REFERENCE.quantize(make_weight((8, 64)), "nf4", 64), None, None, "nf4", 64)
+    try:
+        for rows, name in ((most, "grad_input_finish"), (most + 1, "dequantize")):
+            out = run("linear_grad_input", torch.ones(rows, 8, dtype=dtype), *parts, 64)
+            assert name in launchers().launches[-1].kernel
+            assert_grad_input_is_right(out, torch.ones(rows, 8, dtype=dtype), parts, 64)
+    finally:
+        launchers().device = device
+
+
+def test_linear_grad_input_under_autocast():
+    """Autocast would multiply an fp32 grad in bf16."""
+    parts = (*REFERENCE.quantize(make_weight((8, 64)), "nf4", 64), None, None, "nf4", 64)
+    grad = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = run("linear_grad_input", grad, *parts, 64)
+    assert "dequantize" in launchers().launches[-1].kernel
+    assert_grad_input_is_right(out, grad, parts, 64)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -229,6 +324,33 @@ def test_wrong_linear_calls_raise(change, message):
         arguments[index] = value
     with pytest.raises(RuntimeError, match=message):
         stub().linear(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.ones(())}, "grad: expected at least 1 dimension, got a scalar"),
+        ({0: torch.ones(3, 40, dtype=torch.float64)}, "grad: expected dtype float32, float16 or bfloat16, got float64"),
+        ({0: torch.ones(3, 41)}, "packed: expected 1025 elements, got 1000"),
+        ({1: torch.zeros(9, dtype=torch.uint8)}, "packed: expected 1000 elements, got 9"),
+        ({2: torch.zeros(31)}, "absmax: expected 32 elements, got 31"),
+        ({3: torch.zeros(1)}, "group_scales, offset: expected both"),
+        ({6: 48}, "block_size: expected a power of two"),
+        ({8: torch.zeros(3, 2)}, "grad_t, lora_a: expected both"),
+        ({8: torch.zeros(3, 2), 9: torch.zeros(2, 49)}, "lora_a: expected 100 elements, got 98"),
+        ({8: torch.zeros(4, 2), 9: torch.zeros(2, 50)}, "grad_t: expected 6 elements, got 8"),
+        ({7: -1}, "in_features: expected at least 0, got -1"),
+        ({7: 2**62}, "in_features: expected sizes whose product fits 63 bits"),
+    ],
+)
+def test_wrong_calls_of_linear_grad_input_raise(change, message):
+    """A wrong call must not reach a kernel, which would leave its buffers."""
+    arguments = [torch.ones(3, 40), torch.zeros(1000, dtype=torch.uint8), torch.zeros(32), None, None, "nf4", 64, 50]
+    arguments += [None, None]
+    for index, value in change.items():
+        arguments[index] = value
+    with pytest.raises(RuntimeError, match=message):
+        stub().linear_grad_input(*arguments)
 
 
 def test_empty_weights():

@@ -98,3 +98,37 @@ def test_gemv_int8_budget():
         assert count(loop, "LDG") == count(loop, "LDG.128"), kernel.name
         assert len(loop) <= (3 + 1.5 * rows) * weights, f"{kernel.name}: {len(loop) / weights:.2f} per weight"
         assert not count(loop, "SHFL"), kernel.name
+
+
+@pytest.mark.parametrize("rows", [8, 16, 32])
+def test_grad_input_tensor_core_budget(rows):
+    """Decoding on the way to the tensor cores: at most 5.2 instructions per weight, of which 3 look it up and scale it.
+
+    (With scales in fp32 4.95.) At DRAM speed an H100 has 4.6 issue slots per weight, and 0.036 cycles of shared memory;
+    a weight takes about 0.05 of those, most for its look-up. So the loop runs at 0.7 of DRAM speed there.
+    """
+    for kernel in kernels_of("grad_input.cu", "grad_input_mma_kernel"):
+        if f"ELi{rows}E" not in kernel.name:
+            continue
+        loop = kernel.smallest_loop("HMMA.16816", "LDGSTS")
+        weights = 8 * count(loop, "HMMA.16816") // (rows // 8)  # a lane holds 8 of the 256 of each A
+        limit = 5.2 if "Lb1E" in kernel.name else 4.95
+        assert len(loop) <= limit * weights, f"{kernel.name} for {kernel.arch}: {len(loop) / weights:.2f} per weight"
+        grad_copies = max(1, rows // 16)
+        # W through 16-byte copies, 32 weights each; decoded ones never go back to shared memory, only scales do.
+        assert count(loop, "LDGSTS") == count(loop, "LDGSTS.128") == weights // 32 + grad_copies
+        assert count(loop, "STS") <= 2 and not any(count(loop, f"STS.{width}") for width in (64, 128))
+        assert count(loop, "LDG") <= 6 and not count(loop, "LDG.128")  # scales: code, group, map, of two rows at most
+        assert count(loop, "LDS.64") <= weights / 2 + 6 and count(loop, "SHFL") == 0
+        assert count(loop, "BAR") <= 1
+        assert kernel.registers <= 128, kernel.name
+
+
+def test_grad_input_fma_budget():
+    """Without tensor cores two rows at a time: at most 5.5 instructions per weight, of which 2 are FMAs."""
+    for kernel in kernels_of("grad_input.cu", "grad_input_fma_kernel"):
+        loop = kernel.smallest_loop("LDG.128", "FFMA")
+        weights = 2 * BYTES_PER_ACCESS * count(loop, "LDG.128")
+        assert len(loop) <= 5.5 * weights, f"{kernel.name} for {kernel.arch}: {len(loop) / weights:.2f} per weight"
+        assert count(loop, "FFMA") == 2 * weights
+        assert kernel.registers <= 128, kernel.name

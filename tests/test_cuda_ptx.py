@@ -119,3 +119,11 @@ def test_bytes_shuffles_and_shared_memory(arch):
     assert np.array_equal(following, np.roll(x, -1))
     assert np.array_equal(shared4, x)
     assert np.array_equal(shared8, np.concatenate([x, ~x]))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_indices(arch):
+    """The special registers, read by name."""
+    threads, blocks = np.full((3, 32), -1, np.int32), np.full((3, 32), 7, np.uint32)
+    probe(arch).launch("probe_indices", grid=3, block=32, args=(threads, blocks))
+    assert (threads == np.arange(32)).all() and (blocks == np.arange(3)[:, None]).all()

@@ -129,7 +129,7 @@ int64_t linear_gemv_workspace(const LinearArgs& args);  // on the current device
 int linear_gemv_int8(const LinearArgs& args, Stream stream);
 int linear_any(const LinearArgs& args, Stream stream);
 
-// grad_x[m, k] = grad[m, n] W[n, k] + scaling grad_t[m, rank] lora_a[rank, k], grad_t = grad lora_b
+// grad_x[m, k] = grad[m, n] W[n, k] + scaling grad_t[m, rank] lora_a[rank, k]
 struct LinearGradInputArgs {
   const void* grad;
   Dtype dtype;  // of grad and grad_x
@@ -141,5 +141,10 @@ struct LinearGradInputArgs {
   void* grad_x;
   float* workspace;
 };
+// Floats of workspace, which needs 16-byte alignment; the answer holds for these sizes and pointers, on this device.
+int64_t linear_grad_input_workspace(const LinearGradInputArgs& args);
+int linear_grad_input(const LinearGradInputArgs& args, Stream stream);
+// Whether it should be faster to decode the weight into 16 or 32 bits and to call cuBLAS: from many rows on.
+bool linear_grad_input_decodes_first(const LinearGradInputArgs& args);
 
 }  // namespace lowbit::cuda

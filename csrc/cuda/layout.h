@@ -41,4 +41,22 @@ LOWBIT_HOST_DEVICE constexpr Position gemv_weight(int lane, int i) {
   return {lane / 4 + i / kGemvLaneDepth * 8, lane % 4 * kGemvLaneDepth + i % kGemvLaneDepth};
 }
 
+// --- tiles staged in shared memory, in pieces of 16 bytes.
+
+// A tile of 16-bit activations whose rows are whole lines of 128 bytes: where in its row a piece goes, so that eight
+// rows' pieces of one column meet in no bank (ldmatrix).
+LOWBIT_HOST_DEVICE constexpr int swizzled_piece(int row, int piece) { return piece ^ row % 8; }
+
+// A tile of packed weights with 64 bytes (128 columns) in each row. A quad reads one word of each of four rows 2t + c:
+// pairs of rows lie in different quarters of a line of 128 bytes, so that it meets in no bank.
+constexpr int kPackedRowBytes = 64;
+LOWBIT_HOST_DEVICE constexpr int packed_offset(int row, int byte) {
+  return (row / 8 * 4 + row % 2 * 2 + byte / 32) * 128 + row / 2 % 4 * 32 + byte % 32;
+}
+// The inverse: row, and first byte (as column), of piece number `piece` of the tile's memory.
+LOWBIT_HOST_DEVICE constexpr Position packed_piece(int piece) {
+  const int line = piece / 8;
+  return {line / 4 * 8 + piece / 2 % 4 * 2 + line / 2 % 2, line % 2 * 32 + piece % 2 * kAccessBytes};
+}
+
 }  // namespace lowbit::cuda

@@ -193,4 +193,18 @@ __device__ __forceinline__ uint32_t narrow_bf16x2(float low, float high) {
 
 #endif
 
+// --- special registers
+
+// threadIdx.x and blockIdx.x, read where this stands.
+__device__ __forceinline__ int thread_index() {
+  int v;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
+  return v;
+}
+__device__ __forceinline__ unsigned block_index() {
+  unsigned v;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(v));
+  return v;
+}
+
 }  // namespace lowbit::cuda::ptx

@@ -29,3 +29,18 @@ static_assert(is_bijective(8, 16, 16, [](int lane, int i) {
 static_assert(is_bijective(64, kGemvRows, kGemvDepth, gemv_weight));
 // Accesses of a tile of 8 pieces per lane.
 static_assert(is_bijective(8, 1, 8 * kWarpSize, [](int lane, int i) { return Position{0, piece_of(lane, i)}; }));
+// Tiles in shared memory: each piece in one place, and the two maps of the packed tile each other's inverse.
+static_assert(is_bijective(4, 8, 16, [](int lane, int i) {
+  const int row = lane / 4, piece = lane % 4 * 4 + i;
+  return Position{row, swizzled_piece(row, piece)};
+}));
+static_assert(is_bijective(4, 32, 4, [](int lane, int i) {
+  const Position piece = packed_piece(lane * 4 + i);
+  return Position{piece.row, piece.column / kAccessBytes};
+}));
+constexpr bool is_inverse() {
+  for (int piece = 0; piece < 512; ++piece)
+    if (packed_offset(packed_piece(piece).row, packed_piece(piece).column) != piece * kAccessBytes) return false;
+  return true;
+}
+static_assert(is_inverse());

@@ -54,6 +54,12 @@ __global__ void probe_words(const uint32_t* x, uint32_t* bytes, int* signed_byte
   shared8[lane] = ptx::load_shared_8(ptx::shared_address(words + 2 * lane));
 }
 
+// Where each thread stands.
+__global__ void probe_indices(int* threads, unsigned* blocks) {
+  threads[blockIdx.x * kWarpSize + threadIdx.x] = ptx::thread_index();
+  blocks[blockIdx.x * kWarpSize + threadIdx.x] = ptx::block_index();
+}
+
 }  // extern "C"
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800

@@ -1,0 +1,77 @@
+"""The machine code of CUDA kernels: instructions and loops, as cuobjdump prints them.
+
+The disassembler is the one in Triton's package (the CUDA toolkit of a slim image has none).
+"""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass
+class Kernel:
+    """One compiled kernel; ``instructions`` are (address, text without the predicate)."""
+
+    name: str
+    arch: str
+    registers: int
+    stack: int
+    local: int
+    instructions: list[tuple[int, str]]
+
+    def loops(self) -> list[list[str]]:
+        """The bodies of all loops: from the target of each backward branch to the branch."""
+        index = {address: i for i, (address, _) in enumerate(self.instructions)}
+        bodies = []
+        for end, (address, text) in enumerate(self.instructions):
+            branch = re.match(r"BRA\S*\s.*?(0x[0-9a-f]+)", text)
+            if branch and int(branch[1], 16) < address:
+                start = index[int(branch[1], 16)]
+                bodies.append([text for _, text in self.instructions[start : end + 1]])
+        return bodies
+
+    def smallest_loop(self, *opcodes: str) -> list[str]:
+        """The shortest loop that has each of these opcodes (with any suffix between their dots)."""
+        fitting = [body for body in self.loops() if all(count(body, opcode) for opcode in opcodes)]
+        assert fitting, f"{self.name} for {self.arch}: no loop with {', '.join(opcodes)}"
+        return min(fitting, key=len)
+
+
+def count(body: list[str], opcode: str) -> int:
+    """How many instructions are ``opcode``: "LDG.128" counts LDG.E.NA.128.CONSTANT, "LDG" every global load."""
+    parts = opcode.split(".")
+    opcodes = Counter(tuple(text.split()[0].split(".")) for text in body)
+    return sum(n for have, n in opcodes.items() if have[0] == parts[0] and set(parts) <= set(have))
+
+
+def cuobjdump() -> str:
+    """The disassembler's path; FileNotFoundError says how to get one."""
+    spec = importlib.util.find_spec("triton")
+    carried = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if spec else None
+    found = str(carried) if carried and carried.exists() else shutil.which("cuobjdump")
+    if found is None:
+        raise FileNotFoundError("cuobjdump not found: `pip install triton` brings it")
+    return found
+
+
+def disassemble(binary: Path, arch: str) -> list[Kernel]:
+    """The kernels that a cubin, or a library, has for an architecture such as "sm_90"."""
+
+    def dump(option: str) -> str:
+        command = [cuobjdump(), option, "-arch", arch, str(binary)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    resources = {
+        name: tuple(map(int, numbers))
+        for name, *numbers in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", dump("-res-usage"))
+    }
+    found = []
+    for part in dump("-sass").split("Function : ")[1:]:
+        name = part.split()[0]
+        lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(.*?);", part)
+        found.append(Kernel(name, arch, *resources[name], [(int(address, 16), text) for address, text in lines]))
+    return found

@@ -1,0 +1,137 @@
+// linear_grad_input without tensor cores: fp32 grad, GPUs before sm_80, and what is not aligned.
+#pragma once
+
+#include "grad_input.cuh"
+#include "layout.h"
+
+namespace lowbit::cuda {
+
+// Rows of W whose start has 16-byte alignment. A lane takes 32 columns of a row at a time, a warp 1024; the warps of a
+// block share out the rows of W.
+struct FmaTile {
+  static constexpr int kRows = 2;  // of grad_x: 64 sums a lane
+  static constexpr int kLaneColumns = 2 * kAccessBytes;
+  static constexpr int kColumns = kWarpSize * kLaneColumns;
+  static constexpr int kWarps = 8;
+  static constexpr int kThreads = kWarps * kWarpSize;
+};
+
+template <class T, bool kDoubleQuant>
+__global__ void __launch_bounds__(FmaTile::kThreads, 2)
+    grad_input_fma_kernel(const __grid_constant__ GradInputProduct product, const __grid_constant__ Format format) {
+  constexpr int kRows = FmaTile::kRows, kLaneColumns = FmaTile::kLaneColumns, kWarps = FmaTile::kWarps;
+  constexpr int kStride = kWarpSize + 1;  // of the sums of a lane: no two lanes meet in a bank, whoever reads
+  __shared__ PairTable table;
+  __shared__ float sums_of_warps[kRows][kLaneColumns * kStride];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const auto tile = product.tile_of(blockIdx.x, kRows, FmaTile::kColumns);
+  const DeferredScales<kDoubleQuant> scale_of(product);
+  const int64_t rows = min(int64_t{kRows}, product.m - tile.row);
+  const bool has_columns = tile.column + lane * kLaneColumns < product.k;
+  const int depth = has_columns ? static_cast<int>(tile.end_row - tile.first_row) : 0;
+  const T* grad_from = static_cast<const T*>(product.grad) + tile.row * product.n + tile.first_row + warp;
+  int64_t element = (tile.first_row + warp) * product.k + tile.column + lane * kLaneColumns;
+
+  table.fill(format);
+  __syncthreads();
+  const uint32_t lane_base = table.lane_base(lane);
+  float sums[kRows][kLaneColumns] = {};
+  for (int row = warp; row < depth; row += kWarps) {
+    const uint4 bytes = ptx::load_global_16(product.packed + element / 2);
+    // The lane's columns lie in one block: both begin at multiples of 32.
+    const float scale = scale_of(static_cast<uint64_t>(element) >> product.block_shift);
+    float scaled_grad[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      scaled_grad[r] = r < rows ? __fmul_rn(widen(grad_from[r * product.n]), scale) : 0.0f;
+    grad_from += kWarps;
+    element += kWarps * product.k;
+    const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+#pragma unroll
+    for (int b = 0; b < kAccessBytes; ++b) {
+      const float2 pair = PairTable::decode(words[b / 4], b % 4, lane_base);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        sums[r][2 * b] = fmaf(scaled_grad[r], pair.x, sums[r][2 * b]);
+        sums[r][2 * b + 1] = fmaf(scaled_grad[r], pair.y, sums[r][2 * b + 1]);
+      }
+    }
+  }
+
+  // In the order of the warps, so that the sum is always the same.
+  for (int adding = 0; adding < kWarps; ++adding) {
+    if (warp == adding) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+#pragma unroll
+        for (int i = 0; i < kLaneColumns; ++i) {
+          float& sum = sums_of_warps[r][i * kStride + lane];
+          sum = adding ? sum + sums[r][i] : sums[r][i];
+        }
+    }
+    __syncthreads();
+  }
+  for (int r = 0; r < rows; ++r)
+    for (int column = threadIdx.x; column < min(int64_t{FmaTile::kColumns}, product.k - tile.column);
+         column += FmaTile::kThreads)
+      tile.out[r * product.k + column] = sums_of_warps[r][column % kLaneColumns * kStride + column / kLaneColumns];
+}
+
+// Anything: a thread takes one column, element by element.
+struct ElementTile {
+  static constexpr int kRows = 8;
+  static constexpr int kColumns = 256;
+  static constexpr int kThreads = kColumns;
+};
+
+template <bool kDoubleQuant>
+struct FourBitWeight {
+  const GradInputProduct& product;
+  const Format& format;
+  DeferredScales<kDoubleQuant> scale_of;
+
+  __device__ FourBitWeight(const GradInputProduct& product, const Format& format)
+      : product(product), format(format), scale_of(product) {}
+
+  __device__ float operator()(int64_t row, int64_t column) const {
+    const int64_t element = row * product.k + column;
+    const float scale = scale_of(static_cast<uint64_t>(element) >> product.block_shift);
+    return __fmul_rn(format.codebook[unpack(product.packed, element)], scale);
+  }
+};
+
+struct Int8Weight {
+  const GradInputProduct& product;
+
+  __device__ Int8Weight(const GradInputProduct& product, const Format&) : product(product) {}
+
+  __device__ float operator()(int64_t row, int64_t column) const {
+    const auto code = static_cast<int8_t>(product.packed[row * product.k + column]);
+    return __fmul_rn(__fmul_rn(static_cast<float>(code), product.absmax[row]), kInt8Unit);
+  }
+};
+
+template <class T, class Weight>
+__global__ void __launch_bounds__(ElementTile::kThreads)
+    grad_input_element_kernel(const __grid_constant__ GradInputProduct product, const __grid_constant__ Format format) {
+  constexpr int kRows = ElementTile::kRows;
+  const auto tile = product.tile_of(blockIdx.x, kRows, ElementTile::kColumns);
+  const T* grad = static_cast<const T*>(product.grad) + tile.row * product.n;
+  const int64_t rows = min(int64_t{kRows}, product.m - tile.row);
+  const int64_t column = tile.column + threadIdx.x;
+  const Weight weight_of(product, format);
+  if (column >= product.k) return;
+
+  float sums[kRows] = {};
+  for (int64_t row = tile.first_row; row < tile.end_row; ++row) {
+    const float weight = weight_of(row, column);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      if (r < rows) sums[r] = fmaf(widen(grad[r * product.n + row]), weight, sums[r]);
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+    if (r < rows) tile.out[r * product.k + threadIdx.x] = sums[r];
+}
+
+}  // namespace lowbit::cuda

@@ -1,0 +1,217 @@
+"""The CUDA kernels of linear_grad_input, executed by the emulator, against fp64 arithmetic on the decoded weight."""
+
+import ctypes
+import dataclasses
+
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    assert_within,
+    block_sizes,
+    dtypes,
+    formats,
+    make_weight,
+    product_tolerance,
+    tensor_core_tolerance,
+)
+from conftest_cuda import DTYPE_CODES, FORMAT_CODES, emulator, launchers, multiprocessors, unaligned, written
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowbit import reference
+
+RANKS = (0, 1, 8, 17, 64)
+HALF = (torch.float16, torch.bfloat16)
+MMA, FMA, ELEMENT, FINISH = (f"grad_input_{name}_kernel" for name in ("mma", "fma", "element", "finish"))
+
+
+def quantized(shape, format, block_size, double_quant, magnitude=0.02):
+    """packed, absmax, group_scales, offset, format, block_size as the reference's functions take them.
+
+    Blocks differ in magnitude, so that one's scale for another's is far outside of every tolerance.
+    """
+    weight = make_weight(shape, torch.float32, magnitude)
+    weight *= 2.0 ** (torch.arange(weight.numel()) // 32 * 5 % 7).view(shape)
+    packed, absmax = reference.quantize(weight, format, shape[1] if format == "int8" else block_size)
+    if format == "int8" or not double_quant:
+        return packed, absmax, None, None, format, max(shape[1], 1) if format == "int8" else block_size
+    offset = absmax.mean() if absmax.numel() else torch.zeros(())
+    return packed, *reference.quantize_scales(absmax, offset), offset, format, block_size
+
+
+def operands(m, n, k, rank, dtype):
+    """grad, grad_t, lora_a."""
+    generator = torch.Generator().manual_seed(m + n + k)
+    made = [torch.randn(size, generator=generator) for size in ((m, n), (m, rank), (rank, k))]
+    return (made[0].to(dtype), made[1], made[2]) if rank else (made[0].to(dtype), None, None)
+
+
+def grad_input(grad, parts, k, grad_t=None, lora_a=None, scaling=1.0, aligned=True):
+    """What the kernels make, and the launches that made it."""
+    packed, absmax, group_scales, offset, format, block_size = parts
+    (m, n), rank = grad.shape, 0 if lora_a is None else lora_a.shape[0]
+    out = written(m * k, grad.dtype, aligned)
+    source = grad.contiguous() if aligned else unaligned(grad)
+    packed = packed if aligned else unaligned(packed)
+    scales = (absmax, None, None, None) if group_scales is None else (None, absmax, group_scales, offset.reshape(1))
+    sizes = (grad_t, lora_a, scaling, m, n, k, rank)
+    arguments = (source, DTYPE_CODES[grad.dtype], packed, *scales, FORMAT_CODES[format], block_size, *sizes, out)
+    library = launchers()
+    library.launches.clear()
+    floats = library.call("lowbit_linear_grad_input", *arguments, None, None, restype=ctypes.c_int64)
+    assert not library.launches
+    # Reading what no kernel wrote is an error, and so is leaving it.
+    workspace = emulator("address_space").Uninitialized(torch.zeros(max(floats, 1)))
+    assert library.call("lowbit_linear_grad_input", *arguments, workspace, None, restype=ctypes.c_int64) == 0
+    launches = list(library.launches)
+    for launch in launches:
+        assert not launch.result.warnings, (launch.kernel, launch.result.warnings)
+    return out.view(m, k), launches
+
+
+def names(launches):
+    """The kernels that ran, without their template arguments."""
+    found = [name for launch in launches for name in (MMA, FMA, ELEMENT, FINISH) if name in launch.kernel]
+    assert len(found) == len(launches)
+    return found
+
+
+def assert_right(out, kernels, grad, parts, grad_t=None, lora_a=None, scaling=1.0):
+    """Within the bound that cases.py derives for the kernels that ran."""
+    shape = [grad.shape[1], out.shape[1]]
+    weight = reference.dequantize(*parts, shape, torch.float32).double()
+    exact, magnitude, terms = grad.double() @ weight, grad.double().abs() @ weight.abs(), grad.shape[1]
+    if lora_a is not None:
+        exact = exact + scaling * grad_t.double() @ lora_a.double()
+        magnitude = magnitude + abs(scaling) * grad_t.double().abs() @ lora_a.double().abs()
+        terms += lora_a.shape[0]
+    if MMA in kernels:
+        tolerance = tensor_core_tolerance(magnitude, exact, terms, grad.dtype, grad.double().abs().sum(1, keepdim=True))
+    else:
+        tolerance = product_tolerance(magnitude, exact, terms, grad.dtype)
+    assert_within(out, exact, tolerance)
+
+
+def check(m, n, k, rank, dtype, format, block_size, double_quant, scaling=0.5, magnitude=0.02, aligned=True):
+    """One product; returns its launches."""
+    parts = quantized((n, k), format, block_size, double_quant, magnitude)
+    grad, grad_t, lora_a = operands(m, n, k, rank, dtype)
+    out, launches = grad_input(grad, parts, k, grad_t, lora_a, scaling, aligned)
+    assert_right(out, names(launches), grad, parts, grad_t, lora_a, scaling)
+    return launches
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    m=st.sampled_from((1, 3, 8, 9, 16, 17, 33)),
+    n=st.sampled_from((8, 64, 120, 128, 136, 272)),
+    k=st.sampled_from((64, 128, 192, 320)),
+    rank=st.sampled_from(RANKS),
+    dtype=st.sampled_from(HALF),
+    format=formats,
+    block_size=st.sampled_from((32, 64, 128)),
+    double_quant=st.booleans(),
+    magnitude=st.sampled_from((1e-6, 0.02, 30.0)),
+    processors=st.sampled_from((1, 2, 7)),
+)
+def test_tensor_core_products(m, n, k, rank, dtype, format, block_size, double_quant, magnitude, processors):
+    """A wrong lane, scale, stage or split would add up other weights than the layer's."""
+    with multiprocessors(processors):
+        ran = names(check(m, n, k, rank, dtype, format, block_size, double_quant, scaling=0.7, magnitude=magnitude))
+    assert ran == [MMA if k % block_size == 0 else FMA, FINISH]
+
+
+@pytest.mark.parametrize(("m", "block_size"), [(8, 64), (16, 32), (32, 128)])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_more_tiles_than_stages(m, block_size, double_quant):
+    """One block of threads goes through several tiles of the contraction: each stage is used again."""
+    with multiprocessors(1):
+        launches = check(m, 520, 256, 0, torch.bfloat16, "nf4", block_size, double_quant)
+    assert names(launches) == [MMA, FINISH] and launches[0].grid == (2, 1, 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    m=st.sampled_from((0, 1, 2, 3, 8, 9)),
+    n=st.sampled_from((0, 1, 5, 63, 64, 130, 200)),
+    k=st.sampled_from((0, 1, 5, 31, 32, 96, 130, 513, 1056)),
+    rank=st.sampled_from(RANKS),
+    dtype=dtypes,
+    format=st.sampled_from(("nf4", "fp4", "int8")),
+    block_size=block_sizes,
+    double_quant=st.booleans(),
+    processors=st.sampled_from((1, 3)),
+    aligned=st.booleans(),
+)
+def test_any_product(m, n, k, rank, dtype, format, block_size, double_quant, processors, aligned):
+    """Sizes and addresses that 16-byte accesses cannot serve, rows that start inside a byte, blocks that cross rows."""
+    with multiprocessors(processors):
+        ran = names(check(m, n, k, rank, dtype, format, block_size, double_quant, aligned=aligned))
+    if m and k:
+        wide = format != "int8" and k % 32 == 0 and aligned
+        mma = wide and dtype != torch.float32 and n % 8 == 0 and k % block_size == 0
+        assert ran == ([MMA if mma else FMA if wide else ELEMENT] if n else []) + [FINISH]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpus_before_sm_80(dtype):
+    """They have no such instructions: the launcher must choose another kernel."""
+    device = launchers().device
+    launchers().device = dataclasses.replace(device, compute_capability=(7, 5))
+    try:
+        assert names(check(5, 64, 128, 8, dtype, "nf4", 64, True)) == [FMA, FINISH]
+    finally:
+        launchers().device = device
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_sum_does_not_depend_on_the_run(dtype):
+    """Partial sums are added in one order: two runs of one training step have to agree in every bit."""
+    parts = quantized((400, 128), "nf4", 64, True)
+    grad, grad_t, lora_a = operands(4, 400, 128, 8, dtype)
+    first, launches = grad_input(grad, parts, 128, grad_t, lora_a)
+    splits = launches[0].grid[0]
+    assert splits > 1
+    assert torch.equal(grad_input(grad, parts, 128, grad_t, lora_a)[0], first)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_sums_of_truncating_tensor_cores(dtype):
+    """Hardware cuts off what the emulator rounds; the bound has to hold all the same."""
+    options = launchers().options
+    launchers().options = options | {"mma_mode": "trunc"}
+    try:
+        check(16, 400, 128, 0, dtype, "nf4", 64, False)
+    finally:
+        launchers().options = options
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_values_spread_as_in_the_reference(dtype, bad):
+    """Training that went wrong has to be seen, in just the elements where the reference shows it."""
+    k = 256
+    packed, absmax, _, _, format, block_size = quantized((136, k), "nf4", 64, False)
+    grad = operands(5, 136, k, 0, dtype)[0]
+    grad[1, 100] = bad
+    absmax[4 * 135 + 1] = bad  # columns 64 to 127 of the last row
+    parts = (packed, absmax, None, None, format, block_size)
+    for count in (1, 4):
+        with multiprocessors(count):
+            out, _ = grad_input(grad, parts, k)
+        expected = reference.linear_grad_input(grad, *parts, k)
+        finite = expected.isfinite()
+        assert not finite.all() and finite.any()
+        assert torch.equal(out.isfinite(), finite)
+        assert torch.equal(out[~finite].nan_to_num(), expected[~finite].nan_to_num())
+
+
+@pytest.mark.parametrize("m", [8, 16, 32])
+def test_no_bank_conflicts(m):
+    """Shared memory limits the kernel: accesses must not meet in a bank, but for the stores of a tile's scales."""
+    launch = check(m, 256, 256, 0, torch.bfloat16, "nf4", 64, True)[0]
+    accesses = launch.result.shared_accesses
+    assert {access.ins.parts[0] for access in accesses} == {"ldmatrix", "ld", "st", "cp"}
+    for access in accesses:
+        assert access.wavefronts == access.ideal or access.ins.text.startswith("st.shared.f32"), access.ins.text
