@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU: bytes and decoded weights equal to the CPU reference's, products within the bound of cases.py.
+"""The CUDA kernels on a GPU: bytes and decoded weights equal to the CPU reference's, products within their bound.
 
 `pytest -m gpu` runs them.
 """
@@ -106,7 +106,9 @@ def test_memory_that_is_not_aligned():
 @pytest.mark.parametrize("shape", [(4096, 4096), (1024, 14336), (33, 192), (17, 513), (16, 96), (7, 64)])
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 9, 16, 33, 300])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"format": "fp4", "block_size": 128, "double_quant": False}, {"format": "int8"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"format": "fp4", "block_size": 128, "double_quant": False}, {"format": "int8"}]
+)
 def test_linear(options, dtype, rows, shape):
     """Every path, with LoRA and bias. Tensor cores may cut off what does not fit: twice the error of a rounding."""
     n, k = shape
