@@ -37,13 +37,17 @@ struct BlockScales {
 struct PairTable {
   static constexpr int kCopies = 16;
 
-  float2 pairs[256][kCopies];
+  alignas(16) float2 pairs[256][kCopies];
 
-  // By all threads of the block; a barrier has to follow.
+  // By all threads of the block; a barrier has to follow. Two copies at a time, those of neighbouring lanes in other
+  // banks.
   __device__ __forceinline__ void fill(const Format& format) {
-    for (int i = static_cast<int>(threadIdx.x); i < 256 * kCopies; i += static_cast<int>(blockDim.x)) {
-      const int byte = i / kCopies;
-      pairs[byte][i % kCopies] = {format.codebook[byte >> 4], format.codebook[byte & 15]};
+#pragma unroll 1  // it runs once or twice; unrolled it would take more registers than the loop of a kernel
+    for (int byte = static_cast<int>(threadIdx.x); byte < 256; byte += static_cast<int>(blockDim.x)) {
+      const float even = format.codebook[byte >> 4], odd = format.codebook[byte & 15];
+      float4* copies = reinterpret_cast<float4*>(pairs[byte]);
+#pragma unroll
+      for (int i = 0; i < kCopies / 2; ++i) copies[(i + byte) % (kCopies / 2)] = {even, odd, even, odd};
     }
   }
 

@@ -27,7 +27,7 @@ template <int kRows>
 struct MmaTile {
   static constexpr int kColumnWarps = 2, kRowWarps = 4;
   static constexpr int kThreads = kColumnWarps * kRowWarps * kWarpSize;
-  [[maybe_unused]] static constexpr int kColumns = 2 * kPackedRowBytes, kColumnsShift = 7;
+  static constexpr int kColumns = 2 * kPackedRowBytes, kColumnsShift = 7;
   static constexpr int kSteps = 2;  // of 16 rows of W, by each warp
   static constexpr int kDepth = kRowWarps * kSteps * 16;
   static constexpr int kStages = 3;
@@ -36,7 +36,7 @@ struct MmaTile {
   static constexpr int kGradPieces = kRows * kGradRowPieces;
   // Scales of a tile: for each row of W one per unit of columns. With 32 rows four units, which are blocks of 32, would
   // take more than 128 registers.
-  static constexpr int kUnits = kRows < 32 ? 4 : 2;
+  static constexpr int kUnits = kColumns / (kRows < 32 ? 32 : 64);
   static constexpr int kUnitStride = kDepth + 8;  // two units' scales of a quad's rows are in different banks
 
   struct Shared {
