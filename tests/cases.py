@@ -62,6 +62,28 @@ def _bf16_weights(kernels: str, dtype: torch.dtype) -> float:
     return UNIT_ROUNDOFF[dtype] if kernels == "native-avx512bf16" and dtype == torch.bfloat16 else 0.0
 
 
+def tensor_core_tolerance(
+    magnitude: torch.Tensor,
+    lora_magnitude: torch.Tensor,
+    exact: torch.Tensor,
+    terms: int,
+    format: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Bound on |computed - exact| where CUDA kernels multiply on tensor cores; ``magnitude`` includes LoRA's.
+
+    The codebook is rounded to ``dtype``; its products with x are exact in fp32, and so scales are applied to sums that
+    err by their additions alone. Tensor cores cut sums off instead of rounding them, which is 2 u for each; source:
+    Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021.
+    LoRA's factors are sums of two bf16 (v = high + low + error, |low| <= 2^-8 |v|, |error| <= 2^-16 |v|), and low times
+    low is left out: 3 * 2^-16 of its magnitude, to first order; 4 * 2^-16 covers the second.
+    Each of its terms is three.
+    """
+    codebook = fmt.codebook(format).double()
+    rounding = float(((codebook.to(dtype).double() - codebook).abs() / codebook.abs().clamp(min=1e-9)).max())
+    return product_tolerance(magnitude, exact, 2 * terms, dtype, rounding) + 4 * 2.0**-16 * lora_magnitude
+
+
 def product_tolerance(
     magnitude: torch.Tensor, exact: torch.Tensor, terms: int, dtype: torch.dtype, weight_error: float = 0.0
 ) -> torch.Tensor:

@@ -7,10 +7,18 @@
 #include <cstdint>
 
 #include "../dtype.h"
+#include "../nf4.h"
 
 namespace lowbit::cuda {
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+LOWBIT_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
 
 // Blocks of a kernel whose blocks share out `units` of work, `per_block` at a time: as many as there is work for, and
 // no more than `per_processor` on each multiprocessor of the current device.
