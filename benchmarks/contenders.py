@@ -66,7 +66,7 @@ class Operands:
         return [tensor] + [tensor.clone() for _ in range(self.copies(tensor.nbytes) - 1 if rotate else 0)]
 
     def quantized(self, rotate: bool) -> list[lowbit.QuantizedTensor]:
-        # Quantized again rather than cloned: the system's pages under a copy may be smaller, and look-ups of them slower.
+        # Quantized again rather than cloned: the system's pages under a copy may be smaller, and slower to look up.
         copies = self.copies(self.q.nbytes) if rotate else 1
         return [self.q, *(self.quantize() for _ in range(copies - 1))]
 

@@ -276,9 +276,8 @@ Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> grou
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = n;
 
-  // LinearPath::gemm has no kernel yet: it goes the way of dequantize.
   const auto path = lowbit::cuda::linear_path(m, dtype, !weight.format, lowbit::cuda::code_capability());
-  if (path == lowbit::cuda::LinearPath::gemv || n == 0) {
+  if (path != lowbit::cuda::LinearPath::dequantize || n == 0) {
     Tensor y = torch::stable::new_empty(x, IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), type);
     lowbit::cuda::LinearArgs args{float_data(source, dtype, "x"),
                                   dtype,
@@ -293,14 +292,19 @@ Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> grou
                                   rank,
                                   y.data_ptr(),
                                   nullptr};
-    const int64_t floats = lowbit::cuda::linear_gemv_workspace(args);
-    std::optional<Tensor> workspace;
-    if (floats) {
-      workspace = empty(x, floats, ScalarType::Float);
-      args.workspace = mutable_pointer<float>(*workspace);
+    // What does not fit gemm goes the way of dequantize.
+    const bool by_gemm = path == lowbit::cuda::LinearPath::gemm && n > 0;
+    if (!by_gemm || lowbit::cuda::linear_gemm_fits(args)) {
+      const int64_t floats =
+          by_gemm ? lowbit::cuda::linear_gemm_workspace(args) : lowbit::cuda::linear_gemv_workspace(args);
+      std::optional<Tensor> workspace;
+      if (floats) {
+        workspace = empty(x, floats, ScalarType::Float);
+        args.workspace = mutable_pointer<float>(*workspace);
+      }
+      launch(by_gemm ? lowbit::cuda::linear_gemm : lowbit::cuda::linear_gemv, args, "linear");
+      return y;
     }
-    launch(lowbit::cuda::linear_gemv, args, "linear");
-    return y;
   }
 
   // LoRA's product first: torch's product of x adds it in its own fp32 sums, or at least reads it once.

@@ -195,7 +195,7 @@ def linear(namespace: str, x: torch.Tensor, *args) -> torch.Tensor:
 
 
 def linear_approximate(namespace: str, *args) -> torch.Tensor:
-    """``torch.ops.<namespace>.linear_approximate(*args)`` where no gradient is wanted, the short way as in ``linear``."""
+    """``torch.ops.<namespace>.linear_approximate(*args)`` where no gradient is wanted; the short way, as ``linear``."""
     op = getattr(torch.ops, namespace).linear_approximate.default
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return op(*args)
@@ -230,7 +230,9 @@ class _LoraLinear(torch.autograd.Function):
         x, t, lora_a, lora_b = ctx.saved_tensors
         needs_x, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:4]
         needs = (False, needs_bias, needs_x or needs_a, needs_b)
-        _, grad_bias, grad_t, grad_b = _linear_gradients(ctx.namespace, needs, grad, ctx.weight, t, lora_b, *ctx.options)
+        _, grad_bias, grad_t, grad_b = _linear_gradients(
+            ctx.namespace, needs, grad, ctx.weight, t, lora_b, *ctx.options
+        )
         grad_x = None
         if needs_x:
             op = getattr(torch.ops, ctx.namespace).linear_grad_input.default

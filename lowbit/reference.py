@@ -270,7 +270,7 @@ def linear_grad_input(
     grad_t: torch.Tensor | None = None,
     lora_a: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``grad W + grad_t lora_a`` in fp32, rounded once to grad's dtype; grad [..., N], grad_t [..., rank] -> [..., K]."""
+    """``grad W + grad_t lora_a`` in fp32, rounded once to grad's dtype; [..., N] (and [..., rank]) -> [..., K]."""
     shape = [grad.shape[-1], in_features]
     weight = dequantize(packed, absmax, group_scales, offset, format, block_size, shape, torch.float32)
     grad_x = grad.float() @ weight

@@ -74,6 +74,29 @@ def weight_error_cuda(format: str, dtype: torch.dtype) -> float:
     return 0.0 if format == "int8" or dtype == torch.float32 else codebook_rounding(format, dtype)
 
 
+def gemm_tolerance(
+    magnitude: torch.Tensor,
+    lora_magnitude: torch.Tensor,
+    exact: torch.Tensor,
+    terms: int,
+    format: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Bound on |computed - exact| where CUDA kernels multiply on tensor cores; ``magnitude`` includes LoRA's.
+
+    The codebook is rounded to ``dtype``; its products with x are exact in fp32, and so scales are applied to sums that
+    err by their additions alone. Tensor cores cut sums off instead of rounding them, which is 2 u for each; source:
+    Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021.
+    LoRA's factors are sums of two bf16 (v = high + low + error, |low| <= 2^-8 |v|, |error| <= 2^-16 |v|), and low times
+    low is left out: 3 * 2^-16 of its magnitude, to first order; 4 * 2^-16 covers the second.
+    Each of its terms is three.
+    """
+    return (
+        product_tolerance(magnitude, exact, 2 * terms, dtype, codebook_rounding(format, dtype))
+        + 4 * 2.0**-16 * lora_magnitude
+    )
+
+
 def product_tolerance(
     magnitude: torch.Tensor, exact: torch.Tensor, terms: int, dtype: torch.dtype, weight_error: float = 0.0
 ) -> torch.Tensor:

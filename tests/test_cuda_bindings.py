@@ -168,8 +168,10 @@ def check_linear(rows, n, k, dtype, format="nf4", lora_dtype=torch.float32, bias
 @pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear(dtype, lora_dtype, bias):
-    """Few rows go to the gemv kernels, many to torch's product of the decoded weight; LoRA comes in its own dtype."""
+    """Few rows go to gemv, more to gemm, many to torch's product of the decoded weight; LoRA comes in its own dtype."""
     assert "gemv" in check_linear(3, 24, 128, dtype, lora_dtype=lora_dtype, bias=bias)
+    if dtype != torch.float32:
+        assert "gemm" in check_linear(20, 24, 128, dtype, lora_dtype=lora_dtype, bias=bias)
     assert "dequantize" in check_linear(260, 24, 128, dtype, lora_dtype=lora_dtype, bias=bias)
 
 
@@ -177,9 +179,17 @@ def test_linear(dtype, lora_dtype, bias):
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_linear_without_lora(double_quant, dtype):
     """Every optional argument left out, on both sides of each threshold."""
-    for rows in (1, 8, 9, 16, 17):
-        kernel = check_linear(rows, 16, 64, dtype, bias=False, rank=0, double_quant=double_quant)
-        assert ("gemv" in kernel) == (rows <= (16 if dtype == torch.float32 else 8))
+    ways = ("gemv", 16, "dequantize", 17) if dtype == torch.float32 else ("gemv", 8, "gemm", 256, "dequantize", 257)
+    for name, most in zip(ways[::2], ways[1::2], strict=True):
+        assert name in check_linear(most, 16, 64, dtype, bias=False, rank=0, double_quant=double_quant)
+        if name != "dequantize":
+            assert name not in check_linear(most + 1, 16, 64, dtype, bias=False, rank=0, double_quant=double_quant)
+
+
+def test_linear_whose_shape_gemm_does_not_take():
+    """A ragged in_features goes to torch's product instead, not to a kernel that would misread it."""
+    assert "dequantize" in check_linear(12, 16, 70, torch.bfloat16)
+    assert "gemm" in check_linear(12, 16, 96, torch.bfloat16)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 20])

@@ -252,26 +252,6 @@ __global__ void __launch_bounds__(kFinishThreads)
 
 // --- launching
 
-struct Processor {
-  int count = 1, architecture = 0;  // multiprocessors; as in __CUDA_ARCH__
-
-  Processor() {
-    int device = 0, major = 0, minor = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    architecture = major * 100 + minor * 10;
-  }
-};
-
-// Whether the GPU runs code that was compiled for sm_80 or later, where the tensor core's kernel has a body.
-bool has_mma(const Processor& processor) {
-  for (const int compiled : {__CUDA_ARCH_LIST__})
-    if (compiled >= 800 && compiled <= processor.architecture) return true;
-  return false;
-}
-
 enum class Path { mma, fma, element };
 
 struct Plan {
@@ -287,7 +267,6 @@ struct Plan {
 Plan plan_of(const LinearGradInputArgs& args) {
   constexpr int kBlocksPerProcessor = 2;
   constexpr int64_t kMost = 1 << 30;
-  const Processor processor;
   const QuantizedWeight& weight = args.weight;
   // 16-byte accesses of W, whose rows the kernels count in 32 bits; for the tensor cores also of grad, whole blocks in
   // each row, and blocks counted in 32 bits.
@@ -295,7 +274,7 @@ Plan plan_of(const LinearGradInputArgs& args) {
       weight.format && args.k % (2 * kAccessBytes) == 0 && is_aligned(weight.packed, kAccessBytes) && args.n < kMost;
   const bool fits_mma = fits_fma && args.dtype != Dtype::f32 && is_aligned(args.grad, kAccessBytes) &&
                         args.n % (kAccessBytes / 2) == 0 && args.k % weight.block_size == 0 &&
-                        weight.numel / weight.block_size < kMost && has_mma(processor);
+                        weight.numel / weight.block_size < kMost && code_capability() >= 80;
   Plan plan{};
   int64_t depth = 64;  // rows of W that a block of threads should have at least, in multiples of which it is split
   if (fits_mma) {
@@ -314,7 +293,7 @@ Plan plan_of(const LinearGradInputArgs& args) {
   plan.column_tiles = ceil_div(args.k, plan.columns);
   if (args.n == 0) return plan;
   const int64_t parts = ceil_div(args.n, depth);
-  const int64_t wanted = processor.count * kBlocksPerProcessor / (plan.row_tiles * plan.column_tiles);
+  const int64_t wanted = processor_count() * kBlocksPerProcessor / (plan.row_tiles * plan.column_tiles);
   plan.split_rows = ceil_div(parts, std::clamp<int64_t>(wanted, 1, parts)) * depth;
   plan.splits = ceil_div(args.n, plan.split_rows);
   return plan;
@@ -405,7 +384,7 @@ bool linear_grad_input_decodes_first(const LinearGradInputArgs& args) {
   // mma) and the H200, which nothing tells from an H100 (20 bytes: would be 4).
   const Plan plan = plan_of(args);
   int64_t tiles = 1;
-  if (plan.path == Path::mma) tiles = Processor().architecture / 100 == 10 ? 3 : 6;
+  if (plan.path == Path::mma) tiles = device_attribute(cudaDevAttrComputeCapabilityMajor) == 10 ? 3 : 6;
   if (plan.path == Path::fma) tiles = args.dtype == Dtype::f32 ? 24 : 8;
   return args.m > tiles * (plan.path == Path::mma ? 32 : plan.rows);
 }

@@ -129,6 +129,13 @@ int64_t linear_gemv_workspace(const LinearArgs& args);  // on the current device
 int linear_gemv_int8(const LinearArgs& args, Stream stream);
 int linear_any(const LinearArgs& args, Stream stream);
 
+// linear on tensor cores, made for 9 to about 256 rows; any m, n and rank. Serves what linear_gemm_fits says: 4-bit
+// weights, x in 16 bits, k a multiple of 32, k and rank below 2^23, x and packed 16-byte aligned;
+// cudaErrorNotSupported otherwise, and before sm_80. The workspace is for the current device.
+bool linear_gemm_fits(const LinearArgs& args);
+int64_t linear_gemm_workspace(const LinearArgs& args);
+int linear_gemm(const LinearArgs& args, Stream stream);
+
 // grad_x[m, k] = grad[m, n] W[n, k] + scaling grad_t[m, rank] lora_a[rank, k]
 struct LinearGradInputArgs {
   const void* grad;

@@ -7,10 +7,11 @@
 #include <cstdint>
 
 #include "../dtype.h"
+#include "../nf4.h"
 
 namespace lowbit::cuda {
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+LOWBIT_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Of the current device.
 inline int device_attribute(cudaDeviceAttr attribute) {
@@ -24,10 +25,7 @@ inline int processor_count() { return std::max(device_attribute(cudaDevAttrMulti
 // Blocks of a kernel whose blocks share out `units` of work, `per_block` at a time: as many as there is work for, and
 // no more than `per_processor` on each multiprocessor of the current device.
 inline unsigned grid_for(int64_t units, int64_t per_block, int64_t per_processor) {
-  int device = 0, processors = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  return static_cast<unsigned>(std::clamp<int64_t>(ceil_div(units, per_block), 1, processors * per_processor));
+  return static_cast<unsigned>(std::clamp<int64_t>(ceil_div(units, per_block), 1, processor_count() * per_processor));
 }
 
 inline int log2_of(int64_t power_of_two) { return __builtin_ctzll(static_cast<unsigned long long>(power_of_two)); }

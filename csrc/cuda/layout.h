@@ -59,4 +59,39 @@ LOWBIT_HOST_DEVICE constexpr Position packed_piece(int piece) {
   return {line / 4 * 8 + piece / 2 % 4 * 2 + line / 2 % 2, line % 2 * 32 + piece % 2 * kAccessBytes};
 }
 
+// The gemm's tiles: 8 KB of x and 8 KB of packed weights per step, whatever the number of rows.
+//
+// Each of 8 warps takes 32 rows of W and 64 columns of the contraction per step (64 weights per lane): warps_k of them
+// stand side by side along k, so that a tile of few rows of x still reads long pieces of the rows of W.
+template <int kRows>
+struct GemmTile {
+  static constexpr int kWarpN = 32, kWarpK = 64;
+  static constexpr int kM = kRows, kN = 4 * kRows, kK = 4096 / kRows;
+  static constexpr int kWarpsN = kN / kWarpN, kWarpsK = kK / kWarpK;
+  static constexpr int kXPieces = kK / 8, kWPieces = kK / 32;  // 16-byte pieces of a row
+
+  // Which row and piece of it is at each of the 512 places of a staged tile, eight to a line of 128 bytes. Eight lanes
+  // that read at once are on one line: of x, four pieces of two rows; of W, the same piece of eight rows.
+  static LOWBIT_HOST_DEVICE constexpr Position x_at(int place) {
+    const int line = place / 8;
+    return {line % kM / 2 * 2 + place / 4 % 2, line / kM * 8 + line % 2 * 4 + place % 4};
+  }
+  static LOWBIT_HOST_DEVICE constexpr int x_place(int row, int piece) {
+    return (piece / 8 * kM + row / 2 * 2 + piece / 4 % 2) * 8 + row % 2 * 4 + piece % 4;
+  }
+  static LOWBIT_HOST_DEVICE constexpr Position w_at(int place) {
+    return {place / (8 * kWPieces) * 8 + place % 8, place / 8 % kWPieces};
+  }
+  static LOWBIT_HOST_DEVICE constexpr int w_place(int row, int piece) {
+    return (row / 8 * kWPieces + piece) * 8 + row % 8;
+  }
+};
+
+// The order of the gemm's contraction: which of a warp's 64 columns stands at column `column` of A (row `column` of B)
+// in mma number `step` of 4. In the fragments' columns lane % 4 * 2 + {0, 1, 8, 9}, that is two consecutive bytes of a
+// row of packed W, and over two steps 16 consecutive bytes of a row of x.
+LOWBIT_HOST_DEVICE constexpr int gemm_k(int step, int column) {
+  return step / 2 * 32 + column % 8 / 2 * 8 + step % 2 * 4 + column / 8 * 2 + column % 2;
+}
+
 }  // namespace lowbit::cuda

@@ -57,6 +57,12 @@ __device__ __forceinline__ float2 load_shared_8(uint32_t address) {
   return v;
 }
 
+__device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  return v;
+}
+
 // --- asynchronous copies from global to shared memory (sm_80)
 
 // 16 aligned bytes past L1, of which the first `valid` are read and the rest are zeros.
@@ -133,12 +139,26 @@ __device__ __forceinline__ float sum_lanes(float value) {
   return value;
 }
 
+// What lane `lane` of the lane's quad (4 neighbours) has.
+__device__ __forceinline__ uint32_t shuffle_quad(uint32_t value, int lane) {
+  uint32_t v;
+  asm volatile("shfl.sync.idx.b32 %0, %1, %2, 0x1c1f, 0xffffffff;" : "=r"(v) : "r"(value), "r"(lane));
+  return v;
+}
+
 // --- bytes
 
 // Byte `b` of `word`, the lowest being number 0.
 __device__ __forceinline__ uint32_t byte(uint32_t word, int b) {
   uint32_t v;
   asm("prmt.b32 %0, %1, 0, %2;" : "=r"(v) : "r"(word), "r"(0x4440 | b));
+  return v;
+}
+
+// Byte `b` of `word` above the lowest byte of `low`, whose highest is 0.
+__device__ __forceinline__ uint32_t byte_above(uint32_t word, int b, uint32_t low) {
+  uint32_t v;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(word), "r"(low), "r"(0x7704 | b << 4));
   return v;
 }
 

@@ -90,4 +90,42 @@ int64_t lowbit_linear_grad_input(const void* grad, int dtype, const uint8_t* pac
                    : cuda::linear_grad_input_workspace(args);
 }
 
+// A product's arguments as C++ has them, from plain ones.
+static cuda::LinearArgs linear_args(const void* x, int dtype, const uint8_t* packed, const float* absmax,
+                                    const uint8_t* scale_codes, const float* group_scales, const float* offset,
+                                    int format, int64_t block_size, const float* bias, const float* t,
+                                    const float* lora_b, float scaling, int64_t m, int64_t n, int64_t k, int64_t rank,
+                                    void* y, float* workspace) {
+  return {x,
+          static_cast<Dtype>(dtype),
+          {packed, absmax, scale_codes, group_scales, offset, format_of(format), block_size, n * k},
+          bias,
+          t,
+          lora_b,
+          scaling,
+          m,
+          n,
+          k,
+          rank,
+          y,
+          workspace};
+}
+
+int lowbit_linear_gemm(const void* x, int dtype, const uint8_t* packed, const float* absmax, const uint8_t* scale_codes,
+                       const float* group_scales, const float* offset, int format, int64_t block_size,
+                       const float* bias, const float* t, const float* lora_b, float scaling, int64_t m, int64_t n,
+                       int64_t k, int64_t rank, void* y, float* workspace, void* stream) {
+  return cuda::linear_gemm(linear_args(x, dtype, packed, absmax, scale_codes, group_scales, offset, format, block_size,
+                                       bias, t, lora_b, scaling, m, n, k, rank, y, workspace),
+                           static_cast<cuda::Stream>(stream));
+}
+
+// How many floats linear_gemm needs; -1 where it does not serve.
+int64_t lowbit_linear_gemm_workspace(const void* x, int dtype, const uint8_t* packed, int format, int64_t block_size,
+                                     int64_t m, int64_t n, int64_t k) {
+  const cuda::LinearArgs args = linear_args(x, dtype, packed, nullptr, nullptr, nullptr, nullptr, format, block_size,
+                                            nullptr, nullptr, nullptr, 0, m, n, k, 0, nullptr, nullptr);
+  return cuda::linear_gemm_fits(args) ? cuda::linear_gemm_workspace(args) : -1;
+}
+
 }  // extern "C"

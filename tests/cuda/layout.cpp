@@ -44,3 +44,31 @@ constexpr bool is_inverse() {
   return true;
 }
 static_assert(is_inverse());
+
+// The gemm's staged tiles: 512 pieces of 16 bytes each, and the way back.
+template <int kRows>
+constexpr bool has_bijective_places() {
+  using Tile = GemmTile<kRows>;
+  for (int place = 0; place < 512; ++place) {
+    if (Tile::x_place(Tile::x_at(place).row, Tile::x_at(place).column) != place) return false;
+    if (Tile::w_place(Tile::w_at(place).row, Tile::w_at(place).column) != place) return false;
+  }
+  return is_bijective(16, Tile::kM, Tile::kXPieces, [](int lane, int i) { return Tile::x_at(lane * 16 + i); }) &&
+         is_bijective(16, Tile::kN, Tile::kWPieces, [](int lane, int i) { return Tile::w_at(lane * 16 + i); });
+}
+static_assert(has_bijective_places<16>());
+static_assert(has_bijective_places<32>());
+static_assert(has_bijective_places<64>());
+
+// The gemm's order of the contraction: each of 64 columns once, and so that a lane's two elements of a register are one
+// byte of W (an even column and the next), and its four of B in two steps 16 consecutive bytes of x.
+static_assert(is_bijective(2, 1, 64, [](int lane, int i) {
+  return Position{0, gemm_k((lane * 2 + i) / 16, (lane * 2 + i) % 16)};
+}));
+static_assert([] {
+  for (int lane = 0; lane < kWarpSize; ++lane)
+    for (int step = 0; step < 4; ++step)
+      for (int i = 0; i < 4; ++i)
+        if (gemm_k(step, mma_b(lane, i).row) != step / 2 * 32 + lane % 4 * 8 + step % 2 * 4 + i) return false;
+  return true;
+}());

@@ -36,22 +36,27 @@ __global__ void probe_conversions(const float2* x, uint32_t* bf16, uint32_t* f16
 
 // Bytes of a word, what the neighbour and the next lane have, and shared memory by address.
 __global__ void probe_words(const uint32_t* x, uint32_t* bytes, int* signed_bytes, uint32_t* neighbours, uint32_t* next,
-                            uint32_t* shared4, float2* shared8) {
-  __shared__ uint32_t words[2 * kWarpSize];
+                            uint32_t* shared4, float2* shared8, uint32_t* above, uint32_t* in_quad, uint4* shared16) {
+  __shared__ alignas(16) uint32_t words[4 * kWarpSize];
   const int lane = threadIdx.x;
   const uint32_t word = x[lane];
 #pragma unroll
   for (int b = 0; b < 4; ++b) {
     bytes[4 * lane + b] = ptx::byte(word, b);
     signed_bytes[4 * lane + b] = ptx::signed_byte(word, b);
+    above[4 * lane + b] = ptx::byte_above(word, b, 0xabcd00 + lane);
+    in_quad[4 * lane + b] = ptx::shuffle_quad(word, b);
   }
   neighbours[lane] = ptx::shuffle_xor(word, 1);
   next[lane] = ptx::shuffle(word, lane + 1);
   words[lane] = word;
   words[lane + kWarpSize] = ~word;
+  words[lane + 2 * kWarpSize] = word + 1;
+  words[lane + 3 * kWarpSize] = word + 2;
   __syncthreads();
   shared4[lane] = ptx::load_shared_4(ptx::shared_address(words + lane));
   shared8[lane] = ptx::load_shared_8(ptx::shared_address(words + 2 * lane));
+  shared16[lane] = ptx::load_shared_16(ptx::shared_address(words + 4 * lane));
 }
 
 // Where each thread stands.
