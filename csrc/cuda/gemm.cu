@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int kTilesA = Tile::kWarpN / 16, kTilesB = Tile::kM / 8;      // of mma, in what a warp multiplies
   constexpr int kScales = Tile::kWarpK / kScaleK, kSteps = kScaleK / 16;  // scales per row and tile, mma steps of each
   static_assert(Tile::kWarpsN * Tile::kWarpsK == kWarps && Tile::kM * Tile::kXPieces == 2 * kThreads);
-  extern __shared__ __align__(256) uint4 memory[];  // lines begin where an address ends in a byte of zeros
+  extern __shared__ uint4 memory[];  // at 0 or 0x400: lines begin where an address ends in a byte of zeros
   Shared<kRows>& shared = *reinterpret_cast<Shared<kRows>*>(memory);
   constexpr int kLineBytes = sizeof(shared.lines[0]), kStageX = 64 * kLineBytes, kStageW = sizeof(shared.w[0]);
 
