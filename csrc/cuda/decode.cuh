@@ -46,7 +46,7 @@ struct PairTable {
     for (int byte = static_cast<int>(threadIdx.x); byte < 256; byte += static_cast<int>(blockDim.x)) {
       const float even = format.codebook[byte >> 4], odd = format.codebook[byte & 15];
       float4* copies = reinterpret_cast<float4*>(pairs[byte]);
-#pragma unroll
+#pragma unroll 2  // so that weights which are on their way keep their registers
       for (int i = 0; i < kCopies / 2; ++i) copies[(i + byte) % (kCopies / 2)] = {even, odd, even, odd};
     }
   }
