@@ -1,5 +1,6 @@
 """Who competes in bench_matmul: per operation the calls to time, and what each reads, writes and computes."""
 
+import functools
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -39,6 +40,26 @@ class Case:
 
     def add(self, name: str, call: Callable[[], object], bytes: float) -> None:
         self.calls[name], self.bytes[name] = call, bytes
+
+
+#: A contender that uses memory as fast as it goes, in turn with the others: what a machine that is shared with others
+#: leaves of its bandwidth changes while it is measured.
+READ, COPY = "memory read", "memory copy"
+_LARGE_NUMEL = 2**26  # 256 MiB
+
+
+@functools.cache
+def _large(device: str, quick: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    source = torch.ones(2**16 if quick else _LARGE_NUMEL, device=device)
+    return source, torch.empty_like(source)
+
+
+def add_memory(case: Case, o: "Operands", way: str) -> None:
+    source, target = _large(o.device, o.cache_bytes < 2**20)
+    if way == READ:
+        case.add(READ, lambda: source.sum(), source.nbytes)
+    else:
+        case.add(COPY, lambda: target.copy_(source), 2 * source.nbytes)
 
 
 class Operands:
@@ -136,6 +157,8 @@ def linear_case(o: Operands, m: int, with_reference: bool) -> Case:
         case.add("torchao", lambda: product(x), o.q.nbytes + io)
     except Exception as error:
         case.missing["torchao"] = f"{type(error).__name__}: {error}"
+    if rotate:
+        add_memory(case, o, READ)
     return case
 
 
@@ -163,6 +186,8 @@ def backward_case(o: Operands, m: int) -> Case:
     name = {"float32": "dense fp32", "bfloat16": "dense bf16", "float16": "dense fp16"}[o.dtype_name]
     weights = o.clones(o.weight, rotate)
     case.add(name, Rotating([lambda w=w: grad @ w for w in weights]), o.weight.nbytes + io)
+    if rotate:
+        add_memory(case, o, READ)
     return case
 
 
@@ -179,6 +204,8 @@ def int8_case(o: Operands, m: int) -> Case:
     weights = o.clones(o.weight.bfloat16(), rotate)
     xb = x.bfloat16()
     case.add("dense bf16", Rotating([lambda w=w: F.linear(xb, w) for w in weights]), weights[0].nbytes + io)
+    if rotate:
+        add_memory(case, o, READ)
     return case
 
 
@@ -192,6 +219,7 @@ def quantize_case(o: Operands, scale: str) -> Case:
     case.error["lowbit"] = float((decoded - weight).abs().max() / weight.abs().max())
     case.limit["lowbit"] = 0.19
     add_bitsandbytes_quantize(case, o)
+    add_memory(case, o, READ)
     return case
 
 
@@ -217,6 +245,7 @@ def dequantize_case(o: Operands) -> Case:
     case.error["lowbit"] = o.error(lowbit.dequantize(o.q, o.dtype), expected.double())
     case.limit["lowbit"] = 0.0
     add_bitsandbytes(case, o, lambda bnb, p, s: bnb.functional.dequantize_4bit(p, s), out.nbytes)  # its CPU has no out
+    add_memory(case, o, COPY)
     return case
 
 

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from contenders import Case
+from contenders import COPY, READ, Case
 from machine import Machine
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +18,10 @@ def rows_of(case: Case, results: dict[str, Sample | Exception], machine: Machine
     dense = [s.median for name, s in results.items() if name == DENSE[case.dtype] and isinstance(s, Sample)]
     all_dense = [s.median for name, s in results.items() if name.startswith("dense") and isinstance(s, Sample)]
     theirs = results.get("bitsandbytes")
+    bandwidth = machine.read_bandwidth
+    for memory in (READ, COPY):
+        if isinstance(results.get(memory), Sample):
+            bandwidth = case.bytes[memory] / results[memory].median / 1e6
     rows = []
     for name in [*results, *case.missing]:
         row = {"operation": case.operation, "dtype": case.dtype, "n": case.n, "k": case.k, "m": case.m, "name": name}
@@ -32,7 +36,6 @@ def rows_of(case: Case, results: dict[str, Sample | Exception], machine: Machine
         row |= {f"p{p}_ms": sample.percentile(p / 100) / case.calls_per_sample for p in (20, 80)}
         if case.bytes.get(name):
             row["gb_per_s"] = case.bytes[name] / median / 1e6
-            bandwidth = machine.copy_bandwidth if case.operation.startswith("dequantize") else machine.read_bandwidth
             row["bandwidth_share"] = row["gb_per_s"] / bandwidth
             row["intensity"] = case.flops / case.bytes[name]
         if case.flops and case.calls_per_sample == 1:
