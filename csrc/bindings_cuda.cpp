@@ -333,10 +333,9 @@ void multiply_dense(const Tensor& a, Tensor b, const std::optional<Tensor>& adde
 Tensor linear_grad_input(Tensor grad, Tensor packed, Tensor absmax, std::optional<Tensor> group_scales,
                          std::optional<Tensor> offset, std::string format, int64_t block_size, int64_t in_features,
                          std::optional<Tensor> grad_t, std::optional<Tensor> lora_a) {
-  STD_TORCH_CHECK(grad.dim() >= 1, "grad: expected at least 1 dimension, got a scalar");
-  STD_TORCH_CHECK(in_features >= 0, "in_features: expected at least 0, got ", in_features);
+  const int64_t m = rows_of(grad, "grad"), n = grad.size(grad.dim() - 1), k = in_features;
+  STD_TORCH_CHECK(k >= 0, "in_features: expected at least 0, got ", k);
   std::vector<int64_t> sizes(grad.sizes().begin(), grad.sizes().end());
-  const int64_t m = row_count(grad.sizes()), n = sizes.back(), k = in_features;
   sizes.back() = k;
   const Dtype dtype = dtype_of(grad.scalar_type(), "grad");
   const Weight weight(grad, packed, absmax, group_scales, offset, format, block_size, product(n, k, "in_features"), n);

@@ -46,24 +46,34 @@ int lowbit_dequantize(const uint8_t* packed, const float* absmax, const uint8_t*
                           static_cast<cuda::Stream>(stream));
 }
 
+// A product's arguments as C++ has them, from plain ones.
+static cuda::LinearArgs linear_args(const void* x, int dtype, const uint8_t* packed, const float* absmax,
+                                    const uint8_t* scale_codes, const float* group_scales, const float* offset,
+                                    int format, int64_t block_size, const float* bias, const float* t,
+                                    const float* lora_b, float scaling, int64_t m, int64_t n, int64_t k, int64_t rank,
+                                    void* y, float* workspace) {
+  return {x,
+          static_cast<Dtype>(dtype),
+          {packed, absmax, scale_codes, group_scales, offset, format_of(format), block_size, n * k},
+          bias,
+          t,
+          lora_b,
+          scaling,
+          m,
+          n,
+          k,
+          rank,
+          y,
+          workspace};
+}
+
 // *workspace_size: how many floats of workspace the launcher wants; with y null nothing is launched.
 int lowbit_linear_gemv(const void* x, int dtype, const uint8_t* packed, const float* absmax, const uint8_t* scale_codes,
                        const float* group_scales, const float* offset, int format, int64_t block_size,
                        const float* bias, const float* t, const float* lora_b, float scaling, int64_t m, int64_t n,
                        int64_t k, int64_t rank, void* y, float* workspace, int64_t* workspace_size, void* stream) {
-  const cuda::LinearArgs args{x,
-                              static_cast<Dtype>(dtype),
-                              {packed, absmax, scale_codes, group_scales, offset, format_of(format), block_size, n * k},
-                              bias,
-                              t,
-                              lora_b,
-                              scaling,
-                              m,
-                              n,
-                              k,
-                              rank,
-                              y,
-                              workspace};
+  const cuda::LinearArgs args = linear_args(x, dtype, packed, absmax, scale_codes, group_scales, offset, format,
+                                            block_size, bias, t, lora_b, scaling, m, n, k, rank, y, workspace);
   *workspace_size = cuda::linear_gemv_workspace(args);
   return y ? cuda::linear_gemv(args, static_cast<cuda::Stream>(stream)) : 0;
 }
@@ -88,27 +98,6 @@ int64_t lowbit_linear_grad_input(const void* grad, int dtype, const uint8_t* pac
       workspace};
   return workspace ? cuda::linear_grad_input(args, static_cast<cuda::Stream>(stream))
                    : cuda::linear_grad_input_workspace(args);
-}
-
-// A product's arguments as C++ has them, from plain ones.
-static cuda::LinearArgs linear_args(const void* x, int dtype, const uint8_t* packed, const float* absmax,
-                                    const uint8_t* scale_codes, const float* group_scales, const float* offset,
-                                    int format, int64_t block_size, const float* bias, const float* t,
-                                    const float* lora_b, float scaling, int64_t m, int64_t n, int64_t k, int64_t rank,
-                                    void* y, float* workspace) {
-  return {x,
-          static_cast<Dtype>(dtype),
-          {packed, absmax, scale_codes, group_scales, offset, format_of(format), block_size, n * k},
-          bias,
-          t,
-          lora_b,
-          scaling,
-          m,
-          n,
-          k,
-          rank,
-          y,
-          workspace};
 }
 
 int lowbit_linear_gemm(const void* x, int dtype, const uint8_t* packed, const float* absmax, const uint8_t* scale_codes,
