@@ -14,7 +14,7 @@ import torch
 
 from . import format as fmt
 from . import reference
-from .backends import NAMESPACES
+from .backends import NAMESPACES, triton
 
 # A weight in a schema: absmax is fp32 scales, or uint8 codes when group_scales and offset are given (4 bits only). For
 # int8 block_size is the length of a row.
@@ -341,5 +341,6 @@ def _register(namespace: str) -> torch.library.Library:
 LIBRARIES = {namespace: _register(namespace) for namespace in NAMESPACES.values()}
 for _schema in NATIVE_SCHEMAS:
     LIBRARIES["lowbit"].define(_schema)
+triton.register(LIBRARIES[NAMESPACES["triton"]])
 _LINEAR = {namespace: getattr(torch.ops, namespace).linear.default for namespace in NAMESPACES.values()}
 _LORA_LINEAR = {namespace: getattr(torch.ops, namespace).lora_linear.default for namespace in NAMESPACES.values()}

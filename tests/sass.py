@@ -11,7 +11,7 @@ from conftest_cuda import ROOT, nvcc
 sys.path.append(str(ROOT / "benchmarks"))  # where predict_gpu.py counts with the same code
 from machine_code import Kernel, count, cuobjdump, disassemble  # noqa: E402
 
-__all__ = ["ARCHS", "Kernel", "count", "kernels"]
+__all__ = ["ARCHS", "Kernel", "count", "disassemble", "kernels"]
 
 ARCHS = ("sm_80", "sm_90", "sm_120")
 

@@ -9,13 +9,13 @@ import contextlib
 import contextvars
 from collections.abc import Iterator
 
-from . import native
+from . import native, triton
 
 _SELECTED: contextvars.ContextVar[str | None] = contextvars.ContextVar("lowbit_backend", default=None)
 
 #: torch.library namespace of each backend.
-NAMESPACES = {"native": "lowbit", "reference": "lowbit_reference"}
-_NAMES = ("native", "triton", "reference")
+NAMESPACES = {"native": "lowbit", "triton": "lowbit_triton", "reference": "lowbit_reference"}
+_NAMES = tuple(NAMESPACES)
 
 
 def __getattr__(name: str) -> str | None:
@@ -30,7 +30,7 @@ def available() -> dict[str, str | None]:
     """Per backend None if it can run here, else the reason why not."""
     return {
         "native": native.missing_reason(),
-        "triton": "the Triton backend is not part of this version",
+        "triton": triton.missing_reason(),
         "reference": None,
     }
 

@@ -1,0 +1,134 @@
+"""What every kernel decodes: 4-bit codes to the codebook's values, and double-quantized scales.
+
+A byte holds the codes of two neighbours, the first in its high nibble. Looking sixteen values up in memory would cost
+more than everything else, so the table is in the instructions. On NVIDIA that is ``prmt``, which takes any 4 of 8
+bytes: for each byte of a value two of them (codes 0-7, codes 8-15) and a choice by the code's highest bit, for four
+codes at once. Elsewhere (PORTABLE: AMD, Intel, Triton's interpreter) it is a tree of selections by the four bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ... import format as fmt
+from .rounding import round_to
+
+_BITS = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4}
+
+
+def _value_bytes(format: str, dtype: torch.dtype) -> list[bytes]:
+    """Per code the bytes of its value in ``dtype``, lowest first."""
+    size = _BITS[dtype]
+    raw = fmt.codebook(format).to(dtype).view(torch.int16 if size == 2 else torch.int32)
+    return [(int(bits) & (2 ** (8 * size) - 1)).to_bytes(size, "little") for bits in raw]
+
+
+def _lookup_asm(format: str, dtype: torch.dtype) -> str:
+    """PTX from one register of 4 packed bytes to the values of their high nibbles and of their low ones.
+
+    The outputs are those of 4 elements each: 2 registers of 16-bit pairs or 4 of fp32, high nibbles' first.
+    """
+    values, size = _value_bytes(format, dtype), _BITS[dtype]
+    source = f"${2 * size}"
+    lines = ["{", ".reg .b32 codes, index, upper, a, b, p0, p1, p2, p3, shifted;", f"shl.b32 shifted, {source}, 4;"]
+    for half in (0, 1):  # bytes 2 half and 2 half + 1: nibbles low, high, low, high
+        lines.append(f"shr.u32 codes, {source}, {16 * half};")
+        lines.append("and.b32 index, codes, 0x7777;")
+        # Bytes of ones where a code is 8 or more: prmt repeats the sign of bytes chosen with 8 added.
+        lines.append(f"prmt.b32 upper, {source}, shifted, {0xBFAE if half else 0x9D8C:#x};")
+        for byte in range(size):
+            table = [
+                int.from_bytes(bytes(values[code][byte] for code in range(c, c + 4)), "little") for c in (0, 4, 8, 12)
+            ]
+            lines.append(f"prmt.b32 a, {table[0]:#010x}, {table[1]:#010x}, index;")
+            lines.append(f"prmt.b32 b, {table[2]:#010x}, {table[3]:#010x}, index;")
+            lines.append(f"lop3.b32 p{byte}, upper, b, a, 0xca;")  # upper ? b : a
+        if size == 2:
+            lines.append(f"prmt.b32 ${half}, p0, p1, 0x7351;")
+            lines.append(f"prmt.b32 ${2 + half}, p0, p1, 0x6240;")
+        else:
+            for pair in (0, 1):  # codes low 2 pair, high 2 pair + 1 of this half
+                lines.append(f"prmt.b32 a, p0, p1, {0x7362 if pair else 0x5140:#x};")  # bytes 0, 1 of low, then of high
+                lines.append(f"prmt.b32 b, p2, p3, {0x7362 if pair else 0x5140:#x};")
+                lines.append(f"prmt.b32 ${2 * half + pair}, a, b, 0x7632;")
+                lines.append(f"prmt.b32 ${4 + 2 * half + pair}, a, b, 0x5410;")
+    return "\n".join([*lines, "}"])
+
+
+#: By format and Triton's name of the dtype: what a jitted function may look up while it is compiled.
+_ASM = tl.constexpr(
+    {
+        (format, name): _lookup_asm(format, dtype)
+        for format in fmt.CODEBOOKS
+        for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16))
+    }
+)
+_CODEBOOKS = tl.constexpr(fmt.CODEBOOKS)
+
+
+@triton.constexpr_function
+def _asm(format, dtype):
+    return _ASM.value[format, str(dtype)]
+
+
+@triton.constexpr_function
+def _both(dtype):
+    return (dtype, dtype)
+
+
+@triton.constexpr_function
+def _constraints(dtype):
+    outputs = 8 if dtype == tl.float32 else 4
+    return ",".join(["=r"] * outputs + ["r"])
+
+
+@triton.constexpr_function
+def _value(format, code):
+    return _CODEBOOKS.value[format][code]
+
+
+@triton.jit
+def _either(bit, FORMAT: tl.constexpr, CODE: tl.constexpr):
+    return tl.where(bit, _value(FORMAT, CODE + 1), _value(FORMAT, CODE))
+
+
+@triton.jit
+def _select(code, FORMAT: tl.constexpr):
+    """fp32 values of codes in 0...15."""
+    bit0, bit1 = (code & 1) != 0, (code & 2) != 0
+    bit2, bit3 = (code & 4) != 0, (code & 8) != 0
+    low = tl.where(
+        bit2,
+        tl.where(bit1, _either(bit0, FORMAT, 6), _either(bit0, FORMAT, 4)),
+        tl.where(bit1, _either(bit0, FORMAT, 2), _either(bit0, FORMAT, 0)),
+    )
+    high = tl.where(
+        bit2,
+        tl.where(bit1, _either(bit0, FORMAT, 14), _either(bit0, FORMAT, 12)),
+        tl.where(bit1, _either(bit0, FORMAT, 10), _either(bit0, FORMAT, 8)),
+    )
+    return tl.where(bit3, high, low)
+
+
+@triton.jit
+def decode_codes(packed, FORMAT: tl.constexpr, DTYPE: tl.constexpr, PORTABLE: tl.constexpr):
+    """The codebook's values, rounded to DTYPE, for the high and for the low nibbles of uint8 ``packed``."""
+    if PORTABLE:
+        return round_to(_select(packed >> 4, FORMAT), DTYPE), round_to(_select(packed & 15, FORMAT), DTYPE)
+    return tl.inline_asm_elementwise(
+        _asm(FORMAT, DTYPE), _constraints(DTYPE), [packed], dtype=_both(DTYPE), is_pure=True, pack=4
+    )
+
+
+@triton.jit
+def decode_scales(absmax, group_scales, offset, scale_map, block, mask, DOUBLE_QUANT: tl.constexpr):
+    """fp32 scales of the blocks numbered ``block`` (zero where not ``mask``).
+
+    Double-quantized: the map's entry for the block's code times its group's scale, plus the offset, each rounded.
+    (``launch`` keeps the two from being one FMA.) ``scale_map`` is fp32 [256], ``offset`` one number on the device.
+    """
+    stored = tl.load(absmax + block, mask=mask, other=0)
+    if not DOUBLE_QUANT:
+        return stored
+    group_scale = tl.load(group_scales + block // 256, mask=mask, other=0.0)
+    return tl.load(scale_map + stored.to(tl.int32)) * group_scale + tl.load(offset)

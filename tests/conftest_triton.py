@@ -1,0 +1,131 @@
+"""What the tests of the Triton kernels share.
+
+Two ways to run one without a GPU. Under ``TRITON_INTERPRET=1``, a process of its own, Triton's interpreter runs the
+kernels on CPU tensors (``interpreted``). Otherwise ``launches`` collects what a call would launch; ``compiled`` makes
+machine code of such a launch for any GPU, with what the launch would specialize on, and ``emulate`` runs its sm_80
+PTX on the emulator, on the call's own tensors.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowbit.backends import triton as backend
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+#: Marks a test that Triton's interpreter runs, and one that it cannot.
+interpreted = pytest.mark.skipif(not backend.INTERPRETED, reason="runs under TRITON_INTERPRET=1; `make test` does both")
+compiled_only = pytest.mark.skipif(backend.INTERPRETED, reason="compiles: not under TRITON_INTERPRET=1")
+
+#: The GPUs that kernels are compiled for in the tests.
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
+
+
+def gpu_target(name: str):
+    """Triton's description of "sm_90" or "gfx942"."""
+    from triton.backends.compiler import GPUTarget
+
+    if name.startswith("sm_"):
+        return GPUTarget("cuda", int(name[3:]), 32)
+    return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
+
+
+@dataclasses.dataclass
+class Launch:
+    """What a function of lowbit.backends.triton passed to ``launch``."""
+
+    kernel: object
+    grid: tuple[int, ...]
+    arguments: tuple
+    options: dict
+
+    def __post_init__(self):
+        names = [parameter.name for parameter in self.kernel.params]
+        self.compiler_options = {name: value for name, value in self.options.items() if name not in names}
+        self.values = dict(zip(names, self.arguments, strict=False))
+        self.values.update({name: value for name, value in self.options.items() if name in names})
+
+
+@contextlib.contextmanager
+def launches(monkeypatch):
+    """A list of the launches made meanwhile; none is run."""
+    collected = []
+
+    def collect(kernel, grid, *arguments, **options):
+        if 0 not in grid:
+            collected.append(Launch(kernel, (*grid, 1, 1)[:3], arguments, options))
+
+    with monkeypatch.context() as patch:
+        for module in set(backend.MODULES.values()):
+            patch.setattr(importlib.import_module(f"lowbit.backends.triton.{module}"), "launch", collect)
+        yield collected
+
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+def compiled(launch: Launch, target: str):
+    """The compiled kernel of a launch for ``target``, specialized as Triton would at run time."""
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(launch.kernel.params):
+        value = launch.values.get(parameter.name, parameter.default)
+        name = parameter.name
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"enable_fp_fusion": False, **launch.compiler_options}
+    return triton.compile(source, target=gpu_target(target), options=options), signature
+
+
+def emulate(launch: Launch, **options):
+    """Run a launch's sm_80 PTX on the emulator, on the launch's own (CPU) tensors; returns what the emulator counted."""
+    emulator = pytest.importorskip("emulator")
+    kernel, signature = compiled(launch, "sm_80")
+    arguments = [launch.values[name] for name, kind in signature.items() if kind != "constexpr"]
+    result = emulator.load(kernel.asm["ptx"]).launch(
+        kernel.metadata.name,
+        grid=launch.grid,
+        block=32 * kernel.metadata.num_warps,
+        args=arguments,
+        shared=kernel.metadata.shared,
+        pad_args=True,
+        device=emulator.Device.for_arch("sm_80"),
+        **options,
+    )
+    assert not result.warnings, result.warnings
+    return result
+
+
+def machine_code(kernel, target: str, folder: Path):
+    """The one ``machine_code.Kernel`` of a kernel compiled for an NVIDIA target: instructions, loops, registers."""
+    from sass import disassemble
+
+    cubin = folder / f"{kernel.metadata.name}.{target}.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    (found,) = disassemble(cubin, target)
+    return found
