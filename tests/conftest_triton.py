@@ -103,7 +103,7 @@ def compiled(launch: Launch, target: str):
 
 
 def emulate(launch: Launch, **options):
-    """Run a launch's sm_80 PTX on the emulator, on the launch's own (CPU) tensors; returns what the emulator counted."""
+    """Run a launch's sm_80 PTX on the emulator, on the launch's own (CPU) tensors; returns what it counted."""
     emulator = pytest.importorskip("emulator")
     kernel, signature = compiled(launch, "sm_80")
     arguments = [launch.values[name] for name, kind in signature.items() if kind != "constexpr"]
