@@ -13,7 +13,7 @@ import math
 import torch
 
 from . import format as fmt
-from . import reference
+from . import grouped_ops, reference
 from .backends import NAMESPACES, triton
 
 # A weight in a schema: absmax is fp32 scales, or uint8 codes when group_scales and offset are given (4 bits only). For
@@ -323,11 +323,14 @@ def _noting_the_change(namespace: str):
 
 def _register(namespace: str) -> torch.library.Library:
     library = torch.library.Library(namespace, "DEF")
-    for schema in SCHEMAS:
+    fakes = _FAKES | grouped_ops.FAKES
+    for schema in SCHEMAS + grouped_ops.SCHEMAS:
         name = schema.partition("(")[0]
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{namespace}::{name}", _FAKES[name], lib=library)
+        torch.library.register_fake(f"{namespace}::{name}", fakes[name], lib=library)
+    for name, kernel in grouped_ops.autograd_kernels(namespace).items():
+        library.impl(name, kernel, "Autograd", with_keyset=True)
     library.impl("linear", _autograd_linear(namespace), "Autograd", with_keyset=True)
     for name in ("linear_approximate", "lora_linear"):  # x, bias, and LoRA's two
         library.impl(name, _inference_only(namespace, name, (0, 8, 9, 10)), "Autograd", with_keyset=True)
@@ -341,6 +344,8 @@ def _register(namespace: str) -> torch.library.Library:
 LIBRARIES = {namespace: _register(namespace) for namespace in NAMESPACES.values()}
 for _schema in NATIVE_SCHEMAS:
     LIBRARIES["lowbit"].define(_schema)
+for _name, _kernel in grouped_ops.by_expert("lowbit").items():
+    LIBRARIES["lowbit"].impl(_name, _kernel, "CUDA")
 triton.register(LIBRARIES[NAMESPACES["triton"]])
 _LINEAR = {namespace: getattr(torch.ops, namespace).linear.default for namespace in NAMESPACES.values()}
 _LORA_LINEAR = {namespace: getattr(torch.ops, namespace).lora_linear.default for namespace in NAMESPACES.values()}

@@ -188,6 +188,18 @@ def linear(
     """``x W^T + scaling * t lora_b^T + bias`` in fp32, rounded once to x's dtype; x [..., K] -> [..., N]."""
     shape = [out_features, x.shape[-1]]
     weight = dequantize(packed, absmax, group_scales, offset, format, block_size, shape, torch.float32)
+    return dense_linear(x, weight, bias, t, lora_b, scaling)
+
+
+def dense_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    t: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """``linear`` for a decoded weight, fp32 [N, K]."""
     y = x.float() @ weight.T
     if t is not None:
         y = y + scaling * (t.float() @ lora_b.float().T)
@@ -273,7 +285,88 @@ def linear_grad_input(
     """``grad W + grad_t lora_a`` in fp32, rounded once to grad's dtype; [..., N] (and [..., rank]) -> [..., K]."""
     shape = [grad.shape[-1], in_features]
     weight = dequantize(packed, absmax, group_scales, offset, format, block_size, shape, torch.float32)
+    return dense_grad_input(grad, weight, grad_t, lora_a)
+
+
+def dense_grad_input(
+    grad: torch.Tensor, weight: torch.Tensor, grad_t: torch.Tensor | None, lora_a: torch.Tensor | None
+) -> torch.Tensor:
+    """``linear_grad_input`` for a decoded weight, fp32 [N, K]."""
     grad_x = grad.float() @ weight
     if grad_t is not None:
         grad_x = grad_x + grad_t.float() @ lora_a.float()
     return grad_x.to(grad.dtype)
+
+
+def expert_rows(expert_ends: torch.Tensor) -> list[slice]:
+    """The rows of each expert: they begin where the one's before end."""
+    ends = expert_ends.tolist()
+    return [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def grouped_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    group_scales: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    format: str,
+    block_size: int,
+    expert_ends: torch.Tensor,
+    out_features: int,
+    bias: torch.Tensor | None,
+    t: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """``linear`` of each expert's rows of x [T, K] with its matrix of the stack [E, N, K]; -> [T, N].
+
+    expert_ends int32 [E]: where the rows of each expert end, the last one at T. bias [E, N], t [T, r], lora_b
+    [E, N, r].
+    """
+    shape = [expert_ends.numel(), out_features, x.shape[-1]]
+    weight = dequantize(packed, absmax, group_scales, offset, format, block_size, shape, torch.float32)
+    y = x.new_zeros([x.shape[0], out_features])
+    for expert, at in enumerate(expert_rows(expert_ends)):
+        of_expert = (None if bias is None else bias[expert], *((None, None) if t is None else (t[at], lora_b[expert])))
+        y[at] = dense_linear(x[at], weight[expert], *of_expert, scaling)
+    return y
+
+
+def grouped_linear_grad_input(
+    grad: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    group_scales: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    format: str,
+    block_size: int,
+    expert_ends: torch.Tensor,
+    in_features: int,
+    grad_t: torch.Tensor | None = None,
+    lora_a: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``linear_grad_input`` by expert: grad [T, N] (and grad_t [T, r], lora_a [E, r, K]) -> [T, K]."""
+    shape = [expert_ends.numel(), grad.shape[-1], in_features]
+    weight = dequantize(packed, absmax, group_scales, offset, format, block_size, shape, torch.float32)
+    grad_x = grad.new_zeros([grad.shape[0], in_features])
+    for expert, at in enumerate(expert_rows(expert_ends)):
+        lora = (None, None) if grad_t is None else (grad_t[at], lora_a[expert])
+        grad_x[at] = dense_grad_input(grad[at], weight[expert], *lora)
+    return grad_x
+
+
+def grouped_matmul(x: torch.Tensor, matrices: torch.Tensor, expert_ends: torch.Tensor) -> torch.Tensor:
+    """``x M^T`` of each expert's rows of x [T, K] with its matrix of [E, P, K]; -> fp32 [T, P]."""
+    y = x.new_zeros([x.shape[0], matrices.shape[1]], dtype=torch.float32)
+    for expert, at in enumerate(expert_rows(expert_ends)):
+        y[at] = x[at].float() @ matrices[expert].float().T
+    return y
+
+
+def grouped_outer(a: torch.Tensor, b: torch.Tensor, expert_ends: torch.Tensor) -> torch.Tensor:
+    """``a^T b`` of each expert's rows of a [T, P] and b [T, Q]; -> fp32 [E, P, Q]."""
+    y = a.new_zeros([expert_ends.numel(), a.shape[1], b.shape[1]], dtype=torch.float32)
+    for expert, at in enumerate(expert_rows(expert_ends)):
+        y[expert] = a[at].float().T @ b[at].float()
+    return y
