@@ -29,8 +29,7 @@ PORTABLE = INTERPRETED or torch.version.cuda is None
 DEVICE_TYPES = ("cuda", "xpu", "meta", *(("cpu",) if INTERPRETED else ()))
 
 
-def missing_reason() -> str | None:
-    """None if the Triton kernels can be used here, else why not and what to install."""
+def _missing_reason() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; `pip install triton` (torch for CUDA and ROCm brings it along)"
     version = importlib.metadata.version("triton")
@@ -38,6 +37,14 @@ def missing_reason() -> str | None:
         oldest = ".".join(map(str, OLDEST_TRITON))
         return f"Triton {version} is too old: expected {oldest} or newer; `pip install -U triton`"
     return None
+
+
+_MISSING_REASON = _missing_reason()
+
+
+def missing_reason() -> str | None:
+    """None if the Triton kernels can be used here, else why not and what to install."""
+    return _MISSING_REASON
 
 
 def register(library) -> None:
