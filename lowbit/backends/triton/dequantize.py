@@ -1,25 +1,18 @@
 """dequantize: packed codes to values of any of the three dtypes."""
 
-import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
 
-from ... import format as fmt
 from . import PORTABLE
+from .constants import scale_map
 from .decode import decode_codes, decode_scales
 from .launch import launch
 from .rounding import round_to
 
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-@functools.cache
-def scale_map(device: torch.device) -> torch.Tensor:
-    """fp32 [256] on ``device``."""
-    return fmt.SCALE_MAP.to(device)
 
 
 @triton.jit
