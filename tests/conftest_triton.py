@@ -153,7 +153,7 @@ def machine_code(kernel, target: str, folder: Path):
 
 
 def spilled_registers(kernel, target: str, folder: Path) -> int:
-    """Registers of AMD's, bytes on the stack of NVIDIA's, that a compiled kernel keeps in memory for want of registers."""
+    """What a compiled kernel keeps in memory for want of registers: AMD's in registers, NVIDIA's in bytes."""
     if target.startswith("gfx"):
         return sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])))
     from sass import resources

@@ -78,3 +78,11 @@ for dtype, format, double_quant in itertools.product(DTYPES, FORMATS, (True, Fal
         detail=f"{format} {'double-quantized ' * double_quant}{name_of(dtype)}",
         every_run=(dtype, format, double_quant) == (torch.bfloat16, "nf4", True),
     )
+for dtype in DTYPES:
+    add(
+        "dequantize_out",
+        *weight((4096, 4096), "int8"),
+        tensor(4096, 4096, dtype=dtype),
+        detail=f"int8 {name_of(dtype)}",
+        every_run=dtype == torch.bfloat16,
+    )
