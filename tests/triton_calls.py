@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from cases import DTYPES, FORMATS
+from cases import BLOCK_SIZES, DTYPES, FORMATS
 
 from lowbit import format as fmt
 
@@ -68,6 +68,23 @@ def weight(shape: tuple[int, ...], format: str, block_size: int = 64, double_qua
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
+
+for dtype, format in itertools.product(DTYPES, FORMATS):
+    model_weight, detail = tensor(4096, 4096, dtype=dtype), f"{format} {name_of(dtype)}"
+    often = (dtype, format) == (torch.bfloat16, "nf4")
+    add("quantize", model_weight, format, 64, detail=detail, every_run=often)
+    add("search_scales", model_weight, None, format, 64, detail=detail)
+    add("search_scales", model_weight, tensor(4096), format, 64, detail=f"{detail} weighted", every_run=often)
+    add("encode", model_weight, tensor(4096 * 64), format, 64, detail=detail, every_run=often)
+for block_size in BLOCK_SIZES:
+    add("quantize", tensor(33, 131, dtype=torch.float16), "nf4", block_size, detail=f"ragged blocks of {block_size}")
+    add("encode", tensor(33, 131), tensor(136), "nf4", block_size, detail=f"ragged blocks of {block_size}")
+add("search_scales", tensor(131, 1), tensor(1), "nf4", 32, detail="one column")
+for dtype in DTYPES:
+    add("quantize", tensor(4096, 4096, dtype=dtype), "int8", 4096, detail=f"int8 {name_of(dtype)}")
+add("quantize", tensor(33, 131), "int8", 131, detail="int8 ragged")
+add("quantize_scales", tensor(4096 * 64), tensor(), every_run=True)
+add("quantize_scales", tensor(131), tensor(), detail="ragged")
 
 for dtype, format, double_quant in itertools.product(DTYPES, FORMATS, (True, False)):
     add(
