@@ -19,7 +19,14 @@ import torch
 OLDEST_TRITON = (3, 6)
 
 #: Which module of this package implements an op. Where torch has no Triton kernel to call, the reference serves.
-MODULES = {"dequantize": "dequantize"}
+MODULES = {
+    "quantize": "quantize",
+    "quantize_scales": "quantize",
+    "search_scales": "search",
+    "encode": "search",
+    "dequantize": "dequantize",
+    "dequantize_out": "dequantize",
+}
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
