@@ -91,13 +91,13 @@ def _autocast(x, body) -> torch.Tensor:
 
 
 def _linear(x, q, expert_ends, bias, t=None, lora_b=None, scaling=1.0) -> torch.Tensor:
-    ops = getattr(torch.ops, backends.namespace_for(x.device.type, backends.selected))
+    ops = getattr(torch.ops, backends.namespace_for_experts(x.device.type, backends.selected))
     weight = (*q.parts(), q.format, q.block_size)
     return ops.grouped_linear.default(x, *weight, expert_ends, q.shape[1], bias, t, lora_b, scaling)
 
 
 def _lora_linear(x, q, expert_ends, lora_a, lora_b, scaling, bias, dropout_p) -> torch.Tensor:
-    namespace = backends.namespace_for(x.device.type, backends.selected)
+    namespace = backends.namespace_for_experts(x.device.type, backends.selected)
     if dropout_p:
         t = getattr(torch.ops, namespace).grouped_matmul.default(F.dropout(x, dropout_p, True), lora_a, expert_ends)
         return _linear(x, q, expert_ends, bias, t, lora_b, scaling)

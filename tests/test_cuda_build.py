@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from conftest_cuda import ROOT
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lowbit
 from lowbit import backends
@@ -61,3 +62,32 @@ def test_a_wrong_build_option_is_named(name, value, message):
     arguments = [sys.executable, "-c", f"import sys; sys.argv = ['setup.py', '--name']; {code}"]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "format", "capability", "expected"),
+    [
+        (64, torch.bfloat16, "nf4", (9, 0), "lowbit"),
+        (65, torch.bfloat16, "nf4", (9, 0), "lowbit_triton"),
+        (512, torch.float16, "fp4", (10, 0), "lowbit_triton"),
+        (513, torch.bfloat16, "nf4", (9, 0), "lowbit"),
+        (128, torch.float32, "nf4", (9, 0), "lowbit"),
+        (128, torch.bfloat16, "int8", (9, 0), "lowbit"),
+        (128, torch.bfloat16, "nf4", (8, 0), "lowbit"),
+        (128, torch.bfloat16, "nf4", (12, 0), "lowbit"),
+    ],
+)
+def test_cuda_or_triton(monkeypatch, rows, dtype, format, capability, expected):
+    """Training batches on Hopper lose 40% without wgmma; everything else would lose by Triton."""
+    monkeypatch.setattr(native, "DEVICE_TYPES", ("cpu", "meta", "cuda"))
+    monkeypatch.setattr(backends.triton, "_MISSING_REASON", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        x = torch.empty(rows, 1, 64, dtype=dtype, device="cuda")
+    assert backends.namespace_for_product(x, format, None) == expected
+    for chosen, namespace in backends.NAMESPACES.items():
+        assert backends.namespace_for_product(x, format, chosen) == namespace
+    assert backends.namespace_for_experts("cuda", None) == "lowbit_triton"
+    monkeypatch.setattr(backends.triton, "_MISSING_REASON", "not installed")
+    assert backends.namespace_for_product(x, format, None) == "lowbit"
+    assert backends.namespace_for_experts("cuda", None) == "lowbit"

@@ -3,14 +3,17 @@
 ``ops.py`` instantiates every op once per backend, as a torch.library namespace; this module says which namespace a
 call goes to. A call inside :func:`use_backend` gets the chosen backend or an error, never a silent fallback; outside
 of it, the fastest backend that serves the tensor's device. On a CPU that is native; on NVIDIA's GPUs native, and for
-some shapes Triton (:func:`triton_is_faster`); Triton alone where no CUDA kernels were built, and on AMD's and Intel's.
+some shapes Triton (``choice.py``); Triton alone where no CUDA kernels were built, and on AMD's and Intel's.
 """
 
 import contextlib
 import contextvars
 from collections.abc import Iterator
 
+import torch
+
 from . import native, triton
+from .choice import triton_is_faster
 
 _SELECTED: contextvars.ContextVar[str | None] = contextvars.ContextVar("lowbit_backend", default=None)
 
@@ -94,3 +97,26 @@ def namespace_for(device_type: str, selected: str | None) -> str:
             f"{', '.join(native.DEVICE_TYPES)}); use_backend('reference') serves every device"
         )
     return NAMESPACES[selected]
+
+
+def namespace_for_product(x: torch.Tensor, q_format: str, selected: str | None) -> str:
+    """:func:`namespace_for`, of ``linear`` on x [..., in_features] and a weight in ``q_format``."""
+    if selected is None and x.device.type == "cuda" and _has_both():
+        rows = x.numel() // max(x.shape[-1], 1)
+        if triton_is_faster(rows, x.dtype, q_format, torch.cuda.get_device_capability(x.device)):
+            return NAMESPACES["triton"]
+    return namespace_for(x.device.type, selected)
+
+
+def namespace_for_experts(device_type: str, selected: str | None) -> str:
+    """:func:`namespace_for`, of the products of a mixture of experts.
+
+    Triton's are one launch for all experts; CUDA's one for each, after the host has waited for where their rows end.
+    """
+    if selected is None and device_type == "cuda" and _has_both():
+        return NAMESPACES["triton"]
+    return namespace_for(device_type, selected)
+
+
+def _has_both() -> bool:
+    return "cuda" in native.DEVICE_TYPES and triton.missing_reason() is None
