@@ -1,4 +1,4 @@
-"""LOWBIT_TRITON_AUTOTUNE=1: the fastest of a list of configurations, measured at a shape's first use and kept on disk."""
+"""LOWBIT_TRITON_AUTOTUNE=1: the fastest of some configurations, measured at a shape's first use and kept on disk."""
 
 import dataclasses
 import functools
@@ -51,7 +51,7 @@ def _keep(key: str, config) -> None:
 
 
 def best(operation: str, problem, gpu, candidates: list, run: Callable):
-    """The one of ``candidates`` (dataclasses) that ``run(candidate)`` is fastest for; ``problem``, ``gpu`` name the case.
+    """The one of ``candidates`` (dataclasses) with which ``run(candidate)`` is fastest for ``problem`` on ``gpu``.
 
     What does not compile or fit on this GPU is passed over; an error if that is all of them.
     """

@@ -214,10 +214,7 @@ def linear_int8_kernel(
             weight = tl.load(w_rows + at, mask=inside, other=0)
             values = tl.load(x_rows + at, mask=inside, other=0.0)
         weight = weight.to(tl.float32).to(DTYPE)
-        if WEIGHT_FIRST:
-            acc = _dot(weight, values, acc)
-        else:
-            acc = _dot(values, weight, acc)
+        acc = _dot(weight, values, acc) if WEIGHT_FIRST else _dot(values, weight, acc)
     if WEIGHT_FIRST:
         acc = acc.T
     scale = tl.load(absmax + columns, mask=columns < n, other=0.0) * _INT8_UNIT
@@ -239,6 +236,13 @@ def sum_splits_kernel(workspace, bias, y, n, numel, SPLITS: tl.constexpr, TILE: 
     if bias is not None:
         total += tl.load(bias + at % n, mask=mask, other=0.0).to(tl.float32)
     tl.store(y + at, round_to(total, y.dtype.element_ty), mask=mask)
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """(major, minor) of an NVIDIA GPU, an A100's where there is none; None on other GPUs."""
+    if device.type == "xpu" or torch.version.hip:
+        return None
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 
 def _fused(config, x, packed, absmax, group_scales, offset, format, block_size, bias, t, lora_b, scaling, y):
@@ -312,7 +316,7 @@ def linear(
         t, lora_b = t.reshape(m, t.shape[-1]).contiguous(), lora_b.contiguous()
     if bias is not None:
         bias = bias.contiguous()
-    gpu = shapes.gpu_of(x.device)
+    gpu = shapes.gpu_of(x.device, capability(x.device))
     problem = shapes.Problem(shapes.rows_of(m), n, k, x.dtype, format, block_size)
     if m == 0 or n == 0:
         return x.new_empty([*leading, n])

@@ -13,32 +13,28 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """``kind``: "cuda", "hip" or "xpu". ``capability``: 10 major + minor on NVIDIA, else 0."""
+    """``capability``: 10 major + minor on NVIDIA, else 0. ``lanes``: threads of a warp."""
 
-    kind: str
     capability: int
     processors: int
-    shared_bytes: int
-
-
-#: What a kernel is planned for where there is no GPU: Triton's interpreter, the tests.
-A100 = Gpu("cuda", 80, 108, 163 * 1024)
+    lanes: int = 32
 
 
 @functools.cache
-def gpu_of(device: torch.device) -> Gpu:
-    if device.type == "xpu":
-        properties = torch.xpu.get_device_properties(device)
-        return Gpu("xpu", 0, properties.gpu_subslice_count, 64 * 1024)
-    if device.type != "cuda":
-        return A100
-    properties = torch.cuda.get_device_properties(device)
-    processors = properties.multi_processor_count
-    if torch.version.hip:
-        return Gpu("hip", 0, processors, 64 * 1024)
-    capability = 10 * properties.major + properties.minor
-    shared = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
-    return Gpu("cuda", capability, processors, shared)
+def gpu_of(device: torch.device, capability: tuple[int, int] | None) -> Gpu:
+    """``capability``: None unless NVIDIA's. Where there is no GPU (tests, a graph being made), of an A100's size."""
+    processors, lanes = 108, 32
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        processors, lanes = properties.multi_processor_count, getattr(properties, "warp_size", 32)
+    return Gpu(10 * capability[0] + capability[1] if capability else 0, processors, lanes)
+
+
+def shared_bytes_of(gpu: Gpu) -> int:
+    """What a program may have of shared memory. Source: CUDA programming guide, table of compute capabilities."""
+    if gpu.capability == 0:
+        return 64 * 1024
+    return {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(gpu.capability, 99) * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +95,7 @@ MOST_ROWS = 512
 def decodes_first(problem: Problem, gpu: Gpu) -> bool:
     """Whether W is decoded into memory before the product, torch's own."""
     p = problem
-    if p.k == 0 or (gpu.kind == "cuda" and gpu.capability < 80):  # no m16n8k16, no bf16
+    if p.k == 0 or 0 < gpu.capability < 80:  # no m16n8k16, no bf16
         return True
     if p.format != "int8" and p.k % p.block_size:  # blocks cross rows
         return True
@@ -112,51 +108,48 @@ def _tiles(problem: Problem, gpu: Gpu) -> list[Config]:
     fits_block = p.block_size if p.format != "int8" else 64
     wide, narrow = min(fits_block, 128), min(fits_block, 64)
     if p.dtype == torch.float32:
-        return [Config(16, 32, min(fits_block, 32), 4, 3)]
-    if gpu.kind != "cuda":
-        # MFMA, WMMA and DPAS take 16 rows at least; LDS has room for two stages.
-        found = [Config(16, 64, narrow, 4, 2), Config(32, 64, narrow, 4, 2)]
-        if p.m > 32:
-            found = [Config(64, 64, narrow, 4, 2), Config(128, 128, narrow, 8, 2)]
-        return found
+        # As many FMAs as rows of the tile; 128 threads with 16 or 8 weights each.
+        if p.m == 1:
+            return [Config(1, 64, narrow, 4, 3)]
+        return [Config(4, 64, 32, 4, 3) if p.m <= 4 else Config(16, 32, 32, 4, 3)]
+    if not gpu.capability:
+        # MFMA, WMMA and DPAS take 16 rows at least; LDS has room for two stages. A warp of 32 lanes spills where sums
+        # of a block and of all take more than 64 registers.
+        if p.m <= 32:
+            return [Config(rows, 64, narrow, 4, 2) for rows in (16, 32) if rows == 16 or p.m > 16]
+        return [Config(64, 64, narrow, 8, 2)] + [Config(128, 128, narrow, 8, 2)] * (gpu.lanes == 64 and p.m > 64)
     if p.m <= 32:
-        # 2 warps of 32 rows of W each read x from shared memory half as often as 4 of 16 do; each thread decodes the
-        # scale of one row. More than 16 rows of x in a tile: half the decoding.
-        rows = 8 if p.m <= 8 else 16
-        found = [Config(rows, 64, wide, 2, 4, True)]
-        if p.m > 16:
-            found.append(Config(32, 64, wide, 2, 4, True))
-        return found
+        # 2 warps of 32 rows of W each read x from shared memory half as often as 4 of 16 do, and each thread decodes
+        # the scale of one row. More than 16 rows of x in a tile: half the decoding.
+        found = [Config(8 if p.m <= 8 else 16, 64, wide, 2, 4, True)]
+        return found + [Config(32, 64, narrow, 2, 4, True)] * (p.m > 16)
     found = [Config(32, 64, narrow, 2, 4, True), Config(64, 64, narrow, 4, 4)]
-    if gpu.capability == 90:  # wgmma: 64 rows for each 4 warps
-        found.append(Config(64, 128, narrow, 4, 3))
     if p.m > 64:
         # Sums of a block and those of all take 64 registers each for 8 warps, which is what there is.
         found.append(Config(128, 128, narrow, 8, 3))
     return found
 
 
-def shared_bytes(config: Config, problem: Problem, gpu: Gpu) -> int:
-    """An upper bound on a program's shared memory: x and codes in every stage, wgmma's W in one."""
+def shared_bytes(config: Config, problem: Problem) -> int:
+    """An upper bound on a program's shared memory: x and codes in every stage, and W decoded in one."""
     size = problem.dtype.itemsize
-    code_bytes = 1 if problem.format == "int8" else 0.5
-    stage = config.bm * config.bk * size + int(config.bn * config.bk * code_bytes)
-    by_wgmma = gpu.capability >= 90 or gpu.kind != "cuda"
-    return config.stages * stage + (config.bn * config.bk * size if by_wgmma or size == 4 else 0) + 4096
+    code_bits = 8 if problem.format == "int8" else 4
+    stage = config.bm * config.bk * size + config.bn * config.bk * code_bits // 8
+    return config.stages * stage + config.bn * config.bk * size + 4096
 
 
 def instructions(config: Config, problem: Problem, gpu: Gpu) -> float:
-    """About how many a program's warps issue, in all, for a step of bk columns."""
-    weights = config.bn * config.bk / 32  # of a lane
-    wgmma = gpu.capability == 90 and config.bm >= 64 and not config.weight_first
-    if wgmma:
-        return 3.4 * weights + config.bm * config.bn / 32 + 70 * config.warps
-    # Warps that share rows of W decode them again.
-    again = max(1, config.bm // 64) if config.bm < 128 else 2
-    decode = 3.6 if problem.format != "int8" else 2.0
-    mma = config.bm / 8 * config.bn / 16 * config.bk / 16
+    """About how many a program's warps issue, in all, for a step of bk columns of 16-bit x."""
+    weights = config.bn * config.bk / 32  # of a lane, if one warp decoded them all
+    decoding = 2.0 if problem.format == "int8" else 3.6
     scaling = config.bm * config.bn / 32
-    return decode * again * weights + 2 * mma + scaling + 60 * config.warps
+    if gpu.capability == 90 and config.bm >= 64:  # wgmma
+        return decoding * weights + scaling + 110 * config.warps
+    mma = config.bm / 8 * config.bn / 16 * config.bk / 16
+    if config.weight_first:
+        return decoding * weights + 2 * mma + scaling + 60 * config.warps
+    # Two warps that share rows of W decode them both; operands of x move to where mma.sync wants them.
+    return 2 * decoding * weights + 4 * mma + scaling + 60 * config.warps
 
 
 def predicted_cycles(config: Config, problem: Problem, gpu: Gpu) -> float:
@@ -167,7 +160,7 @@ def predicted_cycles(config: Config, problem: Problem, gpu: Gpu) -> float:
     threads = 32 * config.warps
     # Registers: about 128 for each thread of a small tile, all of 255 of a large one, of 65536.
     registers = 255 if config.bm >= 64 else 144
-    resident = max(1, min(65536 // (threads * registers), gpu.shared_bytes // shared_bytes(config, p, gpu)))
+    resident = max(1, min(65536 // (threads * registers), shared_bytes_of(gpu) // shared_bytes(config, p)))
     waves = -(-programs // (gpu.processors * resident))
     together = min(resident, -(-programs // gpu.processors))
     issue = together * instructions(config, p, gpu) / 4
@@ -191,7 +184,7 @@ def linear_configs(problem: Problem, gpu: Gpu) -> list[Config]:
             if splits > 1 and problem.k // tile.bk < 4 * splits:
                 break
             config = dataclasses.replace(tile, splits=splits)
-            if shared_bytes(config, problem, gpu) <= gpu.shared_bytes:
+            if shared_bytes(config, problem) <= shared_bytes_of(gpu):
                 found.append(config)
     return sorted(found, key=lambda config: predicted_cycles(config, problem, gpu))[:8]
 
