@@ -49,7 +49,7 @@ def dequantize_kernel(
     piece = tl.arange(0, TILE // 16) * 16
     byte = piece[:, None] + tl.arange(0, 16)[None, :]
     codes = tl.load(packed + first + byte, mask=byte < bytes_left, other=0)
-    high, low = decode_codes(codes, FORMAT, tl.float32, PORTABLE)
+    high, low = decode_codes(codes, FORMAT, tl.float32, PORTABLE, MOVABLE=False)
     block = (first + piece) // (BLOCK_SIZE // 2)
     scale = decode_scales(absmax, group_scales, offset, scale_map, block, piece < bytes_left, DOUBLE_QUANT)
     values = tl.join(high * scale[:, None], low * scale[:, None])
