@@ -26,6 +26,8 @@ MODULES = {
     "encode": "search",
     "dequantize": "dequantize",
     "dequantize_out": "dequantize",
+    "linear": "linear",
+    "lora_linear": "linear",
 }
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"

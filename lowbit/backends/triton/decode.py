@@ -28,28 +28,34 @@ def _value_bytes(format: str, dtype: torch.dtype) -> list[bytes]:
     return [(int(bits) & (2 ** (8 * size) - 1)).to_bytes(size, "little") for bits in raw]
 
 
-def _table(values: list[bytes], byte: int) -> list[str]:
-    """One byte of all values, as the operands of two ``prmt``: codes 0-7, then 8-15."""
-    words = [int.from_bytes(bytes(value[byte] for value in values[c : c + 4]), "little") for c in (0, 4, 8, 12)]
-    return [f"{words[0]:#010x}, {words[1]:#010x}", f"{words[2]:#010x}, {words[3]:#010x}"]
+def _table(values: list[bytes], byte: int) -> list[int]:
+    """One byte of all values, in the four words that two ``prmt`` choose from: codes 0-7, then 8-15."""
+    return [int.from_bytes(bytes(value[byte] for value in values[c : c + 4]), "little") for c in (0, 4, 8, 12)]
 
 
 def _permute_asm(format: str, dtype: torch.dtype) -> str:
     """PTX from one register of 4 packed bytes to the 16-bit values of their high nibbles and of their low ones.
 
-    The outputs are those of 4 elements each: 2 registers of pairs, high nibbles' first.
+    The outputs are those of 4 elements each: 2 registers of pairs, high nibbles' first. ``prmt`` takes one word of a
+    table as an immediate. ptxas would copy the other from a uniform register each time, one move per code: a zero that
+    it cannot see through (no lane is below itself) makes it keep them in registers.
     """
     values = _value_bytes(format, dtype)
-    lines = ["{", ".reg .b32 codes, index, upper, a, b, p0, p1, shifted;", "shl.b32 shifted, $4, 4;"]
+    tables = [_table(values, byte) for byte in (0, 1)]
+    lines = ["{", ".reg .b32 codes, index, upper, a, b, p0, p1, shifted, zero, t00, t01, t10, t11;"]
+    lines += ["mov.u32 zero, %lanemask_lt;", "mov.u32 a, %lanemask_eq;", "and.b32 zero, zero, a;"]
+    for byte in (0, 1):
+        lines.append(f"xor.b32 t{byte}0, zero, {tables[byte][0]:#010x};")
+        lines.append(f"xor.b32 t{byte}1, zero, {tables[byte][2]:#010x};")
+    lines.append("shl.b32 shifted, $4, 4;")
     for half in (0, 1):  # bytes 2 half and 2 half + 1: nibbles low, high, low, high
         lines.append(f"shr.u32 codes, $4, {16 * half};")
         lines.append("and.b32 index, codes, 0x7777;")
         # Bytes of ones where a code is 8 or more: prmt repeats the sign of bytes chosen with 8 added.
         lines.append(f"prmt.b32 upper, $4, shifted, {0xBFAE if half else 0x9D8C:#x};")
         for byte in (0, 1):
-            lower_codes, upper_codes = _table(values, byte)
-            lines.append(f"prmt.b32 a, {lower_codes}, index;")
-            lines.append(f"prmt.b32 b, {upper_codes}, index;")
+            lines.append(f"prmt.b32 a, t{byte}0, {tables[byte][1]:#010x}, index;")
+            lines.append(f"prmt.b32 b, t{byte}1, {tables[byte][3]:#010x}, index;")
             lines.append(f"lop3.b32 p{byte}, upper, b, a, 0xca;")  # upper ? b : a
         lines.append(f"prmt.b32 ${half}, p0, p1, 0x7351;")
         lines.append(f"prmt.b32 ${2 + half}, p0, p1, 0x6240;")
@@ -66,8 +72,9 @@ def _shuffle_asm(format: str) -> str:
     lines += ["mov.u32 lane, %laneid;", "and.b32 index, lane, 7;", "and.b32 lane, lane, 8;"]
     lines.append("setp.ne.u32 upper, lane, 0;")
     for byte in range(4):
-        lower_codes, upper_codes = _table(values, byte)
-        lines += [f"prmt.b32 a, {lower_codes}, index;", f"prmt.b32 b, {upper_codes}, index;"]
+        words = _table(values, byte)
+        lines.append(f"prmt.b32 a, {words[0]:#010x}, {words[1]:#010x}, index;")
+        lines.append(f"prmt.b32 b, {words[2]:#010x}, {words[3]:#010x}, index;")
         lines.append(f"selp.b32 p{byte}, b, a, upper;")
     lines += ["prmt.b32 a, p0, p1, 0x4040;", "prmt.b32 b, p2, p3, 0x4040;", "prmt.b32 table, a, b, 0x5410;"]
     for nibble in range(8):  # even ones are low
@@ -147,15 +154,30 @@ def decode_codes(
 
 
 @triton.jit
-def decode_scales(absmax, group_scales, offset, scale_map, block, mask, DOUBLE_QUANT: tl.constexpr):
-    """fp32 scales of the blocks numbered ``block`` (zero where not ``mask``).
+def load_scales(absmax, group_scales, block, mask, DOUBLE_QUANT: tl.constexpr):
+    """What is stored of the scales of the blocks numbered ``block`` (zero where not ``mask``), for scales_of."""
+    stored = tl.load(absmax + block, mask=mask, other=0)
+    group_scale = stored
+    if DOUBLE_QUANT:
+        group_scale = tl.load(group_scales + block // 256, mask=mask, other=0.0)
+    return stored, group_scale
+
+
+@triton.jit
+def scales_of(stored, group_scale, offset, scale_map, DOUBLE_QUANT: tl.constexpr):
+    """The fp32 scales of what load_scales returned.
 
     Double-quantized: the map's entry for the block's code times its group's scale, plus the offset, each rounded.
     (``launch`` keeps the two from being one FMA.) ``scale_map`` is fp32 [256], ``offset`` one number on the device.
     """
-    stored = tl.load(absmax + block, mask=mask, other=0)
     if DOUBLE_QUANT:
-        group_scale = tl.load(group_scales + block // 256, mask=mask, other=0.0)
         return tl.load(scale_map + stored.to(tl.int32)) * group_scale + tl.load(offset)
     else:
         return stored
+
+
+@triton.jit
+def decode_scales(absmax, group_scales, offset, scale_map, block, mask, DOUBLE_QUANT: tl.constexpr):
+    """The fp32 scales of the blocks numbered ``block``; something where not ``mask``."""
+    stored, group_scale = load_scales(absmax, group_scales, block, mask, DOUBLE_QUANT)
+    return scales_of(stored, group_scale, offset, scale_map, DOUBLE_QUANT)

@@ -1,0 +1,358 @@
+"""linear in Triton: against fp64 arithmetic on the decoded weight, by Triton's interpreter and by the emulator."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from cases import (
+    BLOCK_SIZES,
+    FORMATS,
+    UNIT_ROUNDOFF,
+    assert_within,
+    dtypes,
+    formats,
+    gemm_tolerance,
+    make_weight,
+    product_tolerance,
+    tensor_core_tolerance,
+)
+from conftest_triton import compiled_only, emulate, interpreted, launches
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lowbit
+from lowbit.backends.triton import shapes
+
+ROWS = (1, 2, 5, 16, 17, 33)
+RANKS = (0, 1, 8, 17, 64)
+A100, H100, MI300 = shapes.Gpu(80, 108), shapes.Gpu(90, 132), shapes.Gpu(0, 304, 64)
+
+
+def normal(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@dataclasses.dataclass
+class Case:
+    """A product with all its operands; ``exact()`` and ``tolerance()`` in fp64."""
+
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype = torch.bfloat16
+    format: str = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+    rank: int = 8
+    lora_dtype: torch.dtype = torch.float32
+    has_bias: bool = True
+    scaling: float = 0.7
+
+    def __post_init__(self):
+        options = {} if self.format == "int8" else {"block_size": self.block_size, "double_quant": self.double_quant}
+        weight = make_weight((self.n, self.k), torch.float32, seed=self.n)
+        self.q = lowbit.quantize(weight, format=self.format, **options)
+        self.x = normal(self.m, self.k, dtype=self.dtype)
+        self.t = normal(self.m, self.rank, dtype=self.lora_dtype, seed=1) if self.rank else None
+        self.lora_b = normal(self.n, self.rank, dtype=self.lora_dtype, seed=2) if self.rank else None
+        self.bias = normal(self.n, seed=3) if self.has_bias else None
+
+    def arguments(self) -> tuple:
+        q = self.q
+        return self.x, *q.parts(), q.format, q.block_size, self.n, self.bias, self.t, self.lora_b, self.scaling
+
+    def products(self):
+        """(exact, its magnitude, LoRA's part of that, bias's)"""
+        dense, x = self.q.dequantize(torch.float32).double(), self.x.double()
+        exact, magnitude = x @ dense.T, x.abs() @ dense.abs().T
+        lora = bias = torch.zeros(())
+        if self.rank:
+            t, lora_b = self.t.double(), self.lora_b.double()
+            exact = exact + self.scaling * t @ lora_b.T
+            lora = self.scaling * t.abs() @ lora_b.abs().T
+        if self.has_bias:
+            exact, bias = exact + self.bias.double(), self.bias.double().abs()
+        return exact, magnitude + lora + bias, lora, bias
+
+    def check(self, y):
+        exact, magnitude, lora, _ = self.products()
+        terms = self.k + 3 * self.rank
+        if self.dtype == torch.float32:
+            tolerance = product_tolerance(magnitude, exact, terms, self.dtype)
+        elif self.format == "int8":  # codes are exact in 16 bits
+            tolerance = product_tolerance(magnitude, exact, 2 * terms, self.dtype) + 4 * 2.0**-16 * lora
+        else:
+            tolerance = gemm_tolerance(magnitude, lora, exact, terms, self.format, self.dtype)
+        assert y.dtype == self.dtype and y.shape == exact.shape
+        assert_within(y, exact, tolerance)
+
+    def check_decoded(self, y):
+        """Where W is rounded to 16 bits, and so are scaling * t, lora_b, the bias, and the sum of LoRA and bias."""
+        exact, magnitude, lora, bias = self.products()
+        terms = self.k + self.rank
+        if self.dtype == torch.float32:
+            return assert_within(y, exact, product_tolerance(magnitude, exact, terms, self.dtype))
+        tolerance = tensor_core_tolerance(magnitude, exact, terms, self.dtype, self.x.double().abs().sum(1)[:, None])
+        return assert_within(y, exact, tolerance + 1.01 * UNIT_ROUNDOFF[self.dtype] * (3 * lora + 2 * bias))
+
+
+def triton_linear(case: Case) -> torch.Tensor:
+    return torch.ops.lowbit_triton.linear.default(*case.arguments())
+
+
+@interpreted
+@settings(max_examples=20, deadline=None)
+@given(
+    m=st.sampled_from(ROWS),
+    n=st.one_of(st.integers(1, 80), st.sampled_from((64, 65))),
+    blocks=st.integers(1, 9),
+    dtype=dtypes,
+    format=formats,
+    block_size=st.sampled_from((32, 64, 128, 256)),
+    double_quant=st.booleans(),
+    rank=st.sampled_from(RANKS),
+    lora_dtype=dtypes,
+    has_bias=st.booleans(),
+)
+def test_is_the_product(m, n, blocks, dtype, format, block_size, double_quant, rank, lora_dtype, has_bias):
+    """Every layer's output; all ragged tiles, with k in one part and (from 8 steps on) in several."""
+    if dtype == torch.float32:
+        m = min(m, shapes.MOST_FMA_ROWS)
+    case = Case(m, n, blocks * block_size, dtype, format, block_size, double_quant, rank, lora_dtype, has_bias)
+    case.check(triton_linear(case))
+
+
+@interpreted
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_every_block_size(block_size):
+    """One that the loop steps over wrongly would scale by the neighbour's."""
+    case = Case(3, 33, max(block_size, 128), block_size=block_size)
+    case.check(triton_linear(case))
+
+
+@interpreted
+def test_many_rows():
+    """Tiles of training, both ragged."""
+    case = Case(130, 131, 64, rank=17)
+    case.check(triton_linear(case))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(5, 33, 77), (17, 65, 192), (2, 3, 1), (1, 64, 512)])
+def test_int8(shape, dtype):
+    """Codes of any row length, also where rows begin at odd addresses."""
+    case = Case(*shape, dtype, "int8", rank=8)
+    (case.check_decoded if dtype == torch.float32 and shape[0] > shapes.MOST_FMA_ROWS else case.check)(
+        triton_linear(case)
+    )
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(3, 7, 65), (33, 5, 513), (600, 8, 64), (5, 1, 1)])
+@pytest.mark.parametrize("rank", [0, 8])
+def test_decodes_what_the_kernel_does_not_take(shape, dtype, rank):
+    """Blocks that cross rows, and more rows than decoding on the way is worth."""
+    if shape == (600, 8, 64) and dtype == torch.bfloat16:
+        assert shapes.decodes_first(shapes.Problem(1024, 8, 64, dtype, "nf4", 64), A100)
+    case = Case(*shape, dtype, rank=rank)
+    case.check_decoded(triton_linear(case))
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(0, 8, 64), (3, 0, 64), (3, 4, 0)])
+def test_empty(shape):
+    """A batch without tokens is normal; k = 0 leaves LoRA and bias."""
+    m, n, k = shape
+    empty = torch.empty(0)
+    weight = (torch.empty(n * k // 2, dtype=torch.uint8), torch.zeros(n * k // 64), None, None, "nf4", 64)
+    x, bias, t, lora_b = empty.new_zeros(m, k), normal(n), normal(m, 2), normal(n, 2)
+    y = torch.ops.lowbit_triton.linear.default(x, *weight, n, bias, t, lora_b, 0.5)
+    torch.testing.assert_close(y, bias + 0.5 * t @ lora_b.T if n and m else x.new_empty(m, n))
+
+
+@interpreted
+def test_any_layout_of_x():
+    """A transposed or sliced activation, in three dimensions, gives what its copy gives."""
+    case = Case(6, 40, 128, rank=4)
+    x = case.x.reshape(2, 3, 128)
+    wanted = torch.ops.lowbit_triton.linear.default(x, *case.arguments()[1:])
+    wide = torch.empty(2, 3, 256, dtype=x.dtype)[:, :, ::2].copy_(x)
+    swapped = x.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    for view in (wide, swapped):
+        assert not view.is_contiguous()
+        assert torch.equal(torch.ops.lowbit_triton.linear.default(view, *case.arguments()[1:]), wanted)
+    assert wanted.shape == (2, 3, 40)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_lora_linear(dtype):
+    """y and t as the two calls make them that it stands for."""
+    case, lora_a = Case(3, 33, 128, dtype, rank=8), normal(8, 128, seed=5)
+    y, t = torch.ops.lowbit_triton.lora_linear.default(*case.arguments()[:9], lora_a, case.lora_b, case.scaling)
+    torch.testing.assert_close(t, case.x.float() @ lora_a.T)
+    case.t = t
+    assert torch.equal(y, triton_linear(case))
+
+
+@interpreted
+def test_infinite_lora_stays_infinite():
+    """Split into two bf16, an infinity must not become NaN, nor a finite output."""
+    case = Case(2, 8, 64, rank=1, has_bias=False)
+    case.t[0], case.lora_b[:] = float("inf"), 1.0
+    assert torch.equal(triton_linear(case)[0], torch.full((8,), float("inf"), dtype=torch.bfloat16))
+
+
+#: (a tile, a case that it has to get right, ragged) per family.
+EMULATED = {
+    "8 rows": (shapes.Config(8, 64, 64, 2, 4, True), Case(5, 70, 256, rank=17)),
+    "8 rows, parts of k": (shapes.Config(8, 64, 64, 2, 4, True, splits=3), Case(3, 70, 448, torch.float16)),
+    "blocks of 128": (shapes.Config(16, 64, 128, 2, 4, True), Case(11, 65, 384, block_size=128, format="fp4")),
+    "blocks of 32": (shapes.Config(16, 64, 32, 2, 4, True), Case(9, 33, 96, block_size=32, double_quant=False)),
+    "32 rows": (shapes.Config(32, 64, 64, 2, 4, True, splits=2), Case(34, 65, 192, torch.float16, rank=0)),
+    "64 rows": (shapes.Config(64, 64, 64, 4, 4), Case(65, 65, 192)),
+    "128 rows": (shapes.Config(128, 128, 64, 8, 3, splits=2), Case(130, 33, 192, rank=1)),
+    "fp32, 1 row": (shapes.Config(1, 64, 64, 4, 3), Case(1, 65, 128, torch.float32)),
+    "fp32, 4 rows": (shapes.Config(4, 64, 32, 4, 3, splits=2), Case(3, 65, 256, torch.float32, has_bias=False)),
+    "fp32, 16 rows": (shapes.Config(16, 32, 32, 4, 3), Case(9, 33, 64, torch.float32, rank=0)),
+    "int8": (shapes.Config(16, 64, 64, 2, 4, True, splits=2), Case(5, 65, 272, format="int8")),
+    "int8, odd rows": (shapes.Config(16, 64, 64, 2, 4, True), Case(5, 65, 77, torch.float16, "int8")),
+    "int8, 128 rows": (shapes.Config(128, 128, 64, 8, 3), Case(130, 33, 128, format="int8")),
+}
+
+
+@compiled_only
+@pytest.mark.parametrize("name", EMULATED)
+def test_on_the_emulator(monkeypatch, name):
+    """What NVIDIA GPUs run: the assembly, the copies into shared memory, the layouts of tensor cores' operands."""
+    config, case = EMULATED[name]
+    monkeypatch.setattr(shapes, "linear_config", lambda problem, gpu: config)
+    from lowbit.backends.triton import linear
+
+    with launches(monkeypatch, "sm_80") as made:
+        y = linear.linear(*case.arguments())
+    y.fill_(float("nan"))
+    assert len(made) == (2 if config.splits > 1 else 1)
+    for launch in made:
+        emulate(launch, detect_global_waw=True)
+    case.check(y)
+
+
+@pytest.mark.parametrize("gpu", [A100, H100, shapes.Gpu(89, 128), shapes.Gpu(100, 148), MI300, shapes.Gpu(0, 96)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("format", [*FORMATS, "int8"])
+def test_configurations_fit(gpu, dtype, format):
+    """A configuration that needs more shared memory than there is fails at the launch; one of no steps hangs nothing
+    but computes nothing either.
+    """
+    for block_size in BLOCK_SIZES if format != "int8" else (0,):
+        for m in (1, 2, 8, 16, 32, 64, 256, 1024):
+            problem = shapes.Problem(m, 4096, 4096, dtype, format, block_size)
+            found = shapes.linear_configs(problem, gpu)
+            assert 1 <= len(found) <= 8 and len(set(found)) == len(found)
+            assert found[0] == shapes.linear_config(problem, gpu)
+            for config in found:
+                assert shapes.shared_bytes(config, problem) <= shapes.shared_bytes_of(gpu)
+                assert 4096 % config.bk == 0 and (not block_size or block_size % config.bk == 0)
+                assert config.splits == 1 or 4096 // config.bk >= 4 * config.splits
+
+
+def test_small_grids_are_split():
+    """One tile of a 4096 x 4096 layer per multiprocessor would leave half of an A100 idle."""
+    for gpu in (A100, H100):
+        config = shapes.linear_config(shapes.Problem(1, 1024, 8192, torch.bfloat16, "nf4", 64), gpu)
+        assert 16 * config.splits >= gpu.processors
+    assert shapes.linear_config(shapes.Problem(512, 28672, 8192, torch.bfloat16, "nf4", 64), H100).splits == 1
+
+
+def test_few_graphs_for_many_batch_sizes():
+    """torch.compile makes a graph for each value of rows_of that it meets."""
+    assert [shapes.rows_of(m) for m in (0, 1, 2, 3, 8, 9, 300, 513, 10**6)] == [1, 1, 2, 4, 8, 16, 512, 1024, 1024]
+
+
+@pytest.mark.parametrize(
+    ("problem", "gpu", "expected"),
+    [
+        ((512, 64, 64, torch.bfloat16, "nf4", 64), A100, False),
+        ((1024, 64, 64, torch.bfloat16, "nf4", 64), A100, True),
+        ((1, 64, 96, torch.bfloat16, "nf4", 64), A100, True),
+        ((1, 64, 96, torch.bfloat16, "int8", 96), A100, False),
+        ((1, 64, 0, torch.bfloat16, "nf4", 64), A100, True),
+        ((16, 64, 64, torch.float32, "nf4", 64), A100, False),
+        ((32, 64, 64, torch.float32, "nf4", 64), A100, True),
+        ((1, 64, 64, torch.bfloat16, "nf4", 64), shapes.Gpu(75, 40), True),  # no bf16
+        ((1, 64, 64, torch.bfloat16, "nf4", 64), MI300, False),
+    ],
+)
+def test_what_decodes_first(problem, gpu, expected):
+    """The kernel assumes what it is called for; a wrong choice is wrong numbers or a compiler's error."""
+    assert shapes.decodes_first(shapes.Problem(*problem), gpu) == expected
+
+
+@pytest.fixture
+def autotune(monkeypatch, tmp_path):
+    """The module with an empty cache in a folder of its own, and measuring replaced."""
+    from lowbit.backends.triton import autotune
+
+    monkeypatch.setattr(autotune, "cache_path", lambda: tmp_path / "cache" / "found.json")
+    autotune._found.cache_clear()
+    yield autotune
+    autotune._found.cache_clear()
+
+
+PROBLEM = shapes.Problem(8, 64, 256, torch.bfloat16, "nf4", 64)
+CANDIDATES = [shapes.Config(8, 64, 64, 2, stages, True) for stages in (2, 3, 4)]
+
+
+def test_autotune_keeps_the_fastest(autotune, monkeypatch):
+    """Measured once per shape and machine: the next process reads what was found."""
+    measured = []
+    monkeypatch.setattr(autotune, "measure", lambda run: run())
+    run = lambda config: measured.append(config) or abs(config.stages - 3)  # noqa: E731
+    assert autotune.best("linear", PROBLEM, A100, CANDIDATES, run) == CANDIDATES[1]
+    assert measured == CANDIDATES
+    autotune._found.cache_clear()
+    assert autotune.best("linear", PROBLEM, A100, CANDIDATES, run) == CANDIDATES[1]
+    assert autotune.best("linear", PROBLEM, H100, CANDIDATES[:1], run) == CANDIDATES[0]
+    assert len(measured) == 4
+    assert [path.name for path in autotune.cache_path().parent.iterdir()] == ["found.json"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}'])
+def test_autotune_searches_again_after_a_broken_file(autotune, monkeypatch, content):
+    """A half-written or foreign file must cost a search, not the training run."""
+    autotune.cache_path().parent.mkdir()
+    autotune.cache_path().write_text(content)
+    monkeypatch.setattr(autotune, "measure", lambda run: run())
+    with pytest.warns(UserWarning, match="found.json: cannot be read"):
+        assert autotune.best("linear", PROBLEM, A100, CANDIDATES, lambda config: config.stages) == CANDIDATES[0]
+    assert len(json.loads(autotune.cache_path().read_text())) == 1
+
+
+def test_autotune_passes_over_what_does_not_run(autotune, monkeypatch):
+    """A configuration that a GPU has too little shared memory for is no reason to stop."""
+    from triton.runtime.errors import OutOfResources
+
+    def run(config):
+        if config.stages < 4:
+            raise OutOfResources(2, 1, "shared memory")
+        return 1.0
+
+    monkeypatch.setattr(autotune, "measure", lambda run: run())
+    assert autotune.best("linear", PROBLEM, A100, CANDIDATES, run) == CANDIDATES[2]
+    with pytest.raises(RuntimeError, match="none of 2 configurations"):
+        autotune.best("linear", PROBLEM, H100, CANDIDATES[:2], run)
+
+
+@compiled_only
+def test_nothing_is_measured_unless_asked(autotune, monkeypatch):
+    """Without the variable the first call must not take seconds, nor numbers depend on a measurement."""
+    from lowbit.backends.triton import linear
+
+    monkeypatch.setattr(autotune, "measure", lambda run: pytest.fail("measured"))
+    with launches(monkeypatch, "sm_80") as made:
+        linear.linear(*Case(3, 8, 64).arguments())
+    assert len(made) == 1
