@@ -117,7 +117,9 @@ def emulate(launch: Launch, **options):
         device=emulator.Device.for_arch("sm_80"),
         **options,
     )
-    assert not result.warnings, result.warnings
+    # LLVM builds a word of bytes in steps, the first of them with an undefined register for bytes still to come.
+    warnings = [warning for warning in result.warnings if not ("never written" in warning and ": prmt.b32" in warning)]
+    assert not warnings, warnings
     return result
 
 

@@ -18,7 +18,7 @@ import torch
 OLDEST_TRITON = (3, 6)
 
 #: Which module of this package implements an op. Where torch has no Triton kernel to call, the reference serves.
-MODULES = {"dequantize": "dequantize"}
+MODULES = {"dequantize": "dequantize", "linear_grad_input": "linear_grad_input"}
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 

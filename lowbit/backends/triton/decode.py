@@ -128,7 +128,8 @@ def decode_scales(absmax, group_scales, offset, scale_map, block, mask, DOUBLE_Q
     (``launch`` keeps the two from being one FMA.) ``scale_map`` is fp32 [256], ``offset`` one number on the device.
     """
     stored = tl.load(absmax + block, mask=mask, other=0)
-    if not DOUBLE_QUANT:
+    if DOUBLE_QUANT:
+        group_scale = tl.load(group_scales + block // 256, mask=mask, other=0.0)
+        return tl.load(scale_map + stored.to(tl.int32)) * group_scale + tl.load(offset)
+    else:
         return stored
-    group_scale = tl.load(group_scales + block // 256, mask=mask, other=0.0)
-    return tl.load(scale_map + stored.to(tl.int32)) * group_scale + tl.load(offset)
