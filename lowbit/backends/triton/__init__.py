@@ -18,7 +18,14 @@ import torch
 OLDEST_TRITON = (3, 6)
 
 #: Which module of this package implements an op. Where torch has no Triton kernel to call, the reference serves.
-MODULES = {"dequantize": "dequantize", "linear_grad_input": "linear_grad_input"}
+MODULES = {
+    "dequantize": "dequantize",
+    "linear_grad_input": "linear_grad_input",
+    "grouped_linear": "grouped",
+    "grouped_linear_grad_input": "grouped",
+    "grouped_matmul": "grouped_products",
+    "grouped_outer": "grouped_products",
+}
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 

@@ -9,14 +9,11 @@ import triton.language as tl
 from ... import reference
 from . import PORTABLE
 from .dequantize import _DTYPES, dequantize, scale_map
+from .grid import tile_position
 from .launch import launch
 from .rounding import round_to
 from .shapes_backward import grad_input_shape, processors
 from .tiles_backward import add_lora, columns_per_byte, contract_rows, in_columns
-
-#: Tiles of rows of grad that are numbered one after the other for the same columns of W: their programs run at the
-#: same time and find W in the L2 cache.
-_ROW_TILES = tl.constexpr(8)
 
 
 @triton.jit
@@ -54,14 +51,9 @@ def grad_input_kernel(
     WARPS: tl.constexpr,
 ):
     """One tile of ``out`` [splits, rows, in_features]: the sum over the rows of W in one split, LoRA in the first."""
-    row_tiles = tl.cdiv(rows, TILE_M)
-    column_tiles = tl.cdiv(row_bytes, BYTES)
-    tile, split = tl.program_id(0), tl.program_id(1)
-    band = tile // (_ROW_TILES * column_tiles) * _ROW_TILES
-    in_band = tl.minimum(row_tiles - band, _ROW_TILES)
-    within = tile % (_ROW_TILES * column_tiles)
-    column_tile = within // in_band
-    m = (band + within % in_band).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
+    split = tl.program_id(1)
+    row_tile, column_tile = tile_position(tl.program_id(0), tl.cdiv(rows, TILE_M), tl.cdiv(row_bytes, BYTES))
+    m = row_tile.to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
     valid = tl.where(m < rows, m, 0)  # what is read there is not written
     first = split * split_rows
     high_sum, low_sum = contract_rows(
@@ -91,26 +83,25 @@ def grad_input_kernel(
         WARPS,
     )
     if LORA:
-        if split == 0:
-            high_sum, low_sum = add_lora(
-                high_sum,
-                low_sum,
-                valid,
-                grad_t,
-                grad_t_row,
-                grad_t_column,
-                lora_a,
-                lora_a_row,
-                lora_a_column,
-                rank,
-                in_features,
-                column_tile,
-                FORMAT,
-                DTYPE,
-                BYTES,
-                WARPS,
-                16,
-            )
+        high_sum, low_sum = add_lora(
+            high_sum,
+            low_sum,
+            valid,
+            grad_t,
+            grad_t_row,
+            grad_t_column,
+            lora_a,
+            lora_a_row,
+            lora_a_column,
+            tl.where(split == 0, rank, 0),
+            in_features,
+            column_tile,
+            FORMAT,
+            DTYPE,
+            BYTES,
+            WARPS,
+            16,
+        )
     tile_sum = in_columns(high_sum, low_sum, FORMAT, TILE_M, BYTES, WARPS)
     COLUMNS: tl.constexpr = BYTES * columns_per_byte(FORMAT)
     k = column_tile * COLUMNS + tl.arange(0, COLUMNS)

@@ -153,19 +153,15 @@ def contract_rows(
     low_sum = tl.zeros((BYTES, TILE_M), tl.float32)
     BLOCKS: tl.constexpr = _blocks_in(BYTES * columns_per_byte(FORMAT), BLOCK_SIZE, FORMAT)
     column_byte = column_tile * BYTES + tl.arange(0, BYTES)
-    if FORMAT == "int8":
-        block = tl.arange(0, 1)
-    else:
-        block = column_tile * BYTES * 2 // BLOCK_SIZE + tl.arange(0, BLOCKS)
+    first_block = 0 if FORMAT == "int8" else column_tile * BYTES * 2 // BLOCK_SIZE
+    block = first_block + tl.arange(0, BLOCKS)
     for start in range(first, end, TILE_N):
         n = start + tl.arange(0, TILE_N)
         n64 = n.to(tl.int64)
         # Masked rows and columns weigh 0, whatever they hold.
         mask = (n[:, None] < out_features) & (column_byte[None, :] < row_bytes)
         codes = tl.load(packed + n64[:, None] * row_bytes + column_byte[None, :], mask=mask, other=0)
-        operand = tl.load(
-            grad + rows[:, None] * grad_stride + n[None, :], mask=n[None, :] < out_features, other=0.0
-        )
+        operand = tl.load(grad + rows[:, None] * grad_stride + n[None, :], mask=n[None, :] < out_features, other=0.0)
         scale = decode_scales(
             absmax,
             group_scales,
@@ -203,30 +199,28 @@ def contract_rows(
 
 
 @triton.jit
-def _add_product(a_high, a_low, b, total, DTYPE: tl.constexpr):
-    """total + a^T b^T of 16-bit factors in two parts each: what is left out is 3 * 2^-16 of it."""
+def add_product(a, b, total, DTYPE: tl.constexpr):
+    """total + a^T b^T of fp32 factors; next to 16-bit DTYPEs from bf16 parts, which leave out 3 * 2^-16 of it.
+
+    (fp16's range would not hold the low parts of small numbers.)
+    """
     if DTYPE == tl.float32:
-        return transposed_dot(a_high, b, total)
+        return transposed_dot(a, b, total)
     else:
-        b_high = round_to(b, tl.bfloat16)
-        b_low = round_to(rest_of(b, b_high), tl.bfloat16)
+        a_high, b_high = round_to(a, tl.bfloat16), round_to(b, tl.bfloat16)
+        a_low, b_low = round_to(rest_of(a, a_high), tl.bfloat16), round_to(rest_of(b, b_high), tl.bfloat16)
         total = transposed_dot(a_low, b_high, total)
         total = transposed_dot(a_high, b_low, total)
         return transposed_dot(a_high, b_high, total)
 
 
 @triton.jit
-def _add_lora_part(
-    total, lora_a, column, in_features, stride, rank, r, b, DTYPE: tl.constexpr, TILE_R: tl.constexpr, BYTES: tl.constexpr, WARPS: tl.constexpr
+def _load_lora_a(
+    lora_a, column, in_features, stride, rank, r, TILE_R: tl.constexpr, BYTES: tl.constexpr, WARPS: tl.constexpr
 ):
     mask = (r[:, None] < rank) & (column[None, :] < in_features)
     a = tl.load(lora_a + column[None, :].to(tl.int64) * stride, mask=mask, other=0.0).to(tl.float32)
-    a = _to_lanes(a, TILE_R, BYTES, WARPS)
-    if DTYPE == tl.float32:
-        return _add_product(a, a, b, total, DTYPE)
-    else:
-        a_high = round_to(a, tl.bfloat16)
-        return _add_product(a_high, round_to(rest_of(a, a_high), tl.bfloat16), b, total, DTYPE)
+    return _to_lanes(a, TILE_R, BYTES, WARPS)
 
 
 @triton.jit
@@ -249,7 +243,7 @@ def add_lora(
     WARPS: tl.constexpr,
     TILE_R: tl.constexpr,
 ):
-    """The same accumulators with lora_a^T grad_t^T added. bf16 parts, for fp16's range would not hold small ones."""
+    """The same accumulators with lora_a^T grad_t^T added."""
     PER_BYTE: tl.constexpr = columns_per_byte(FORMAT)
     column = (column_tile * BYTES + tl.arange(0, BYTES)) * PER_BYTE
     for start in range(0, rank, TILE_R):
@@ -260,13 +254,11 @@ def add_lora(
             other=0.0,
         ).to(tl.float32)
         a = lora_a + r[:, None].to(tl.int64) * lora_a_row
-        high_sum = _add_lora_part(
-            high_sum, a, column, in_features, lora_a_column, rank, r, b, DTYPE, TILE_R, BYTES, WARPS
-        )
+        even = _load_lora_a(a, column, in_features, lora_a_column, rank, r, TILE_R, BYTES, WARPS)
+        high_sum = add_product(even, b, high_sum, DTYPE)
         if PER_BYTE == 2:
-            low_sum = _add_lora_part(
-                low_sum, a, column + 1, in_features, lora_a_column, rank, r, b, DTYPE, TILE_R, BYTES, WARPS
-            )
+            odd = _load_lora_a(a, column + 1, in_features, lora_a_column, rank, r, TILE_R, BYTES, WARPS)
+            low_sum = add_product(odd, b, low_sum, DTYPE)
     return high_sum, low_sum
 
 
