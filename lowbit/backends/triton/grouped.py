@@ -15,7 +15,7 @@ from .grid import expert_of_tile, row_tile_count, tile_position
 from .grouped_products import grouped_matmul
 from .launch import launch
 from .rounding import round_to
-from .shapes_backward import grad_input_tile
+from .shapes_backward import capability, grad_input_tile
 from .tiles_backward import add_lora, columns_per_byte, contract_rows, in_columns
 from .tiles_forward import add_lora_forward, contract_columns
 
@@ -223,16 +223,16 @@ def _linear_tile(rows_per_expert: int, block_size: int, format: str, dtype: torc
     """TILE_M, TILE_N, TILE_K, warps and stages of grouped_linear for so many rows of x to an expert.
 
     Warps divide the rows of W, of which each lane decodes its own. A tile of K lies in one block. Sums of one block
-    and of all are both held: 64 rows of x by 128 of W take 2 * 64 registers of each of 128 threads.
+    and of all are both held: 64 rows of x by 128 of W take 2 * 32 registers of each of 256 threads.
     """
     tile_k = 64 if format == "int8" else min(block_size, 64)
     if dtype == torch.float32:
         return dict(TILE_M=16, TILE_N=64, TILE_K=min(tile_k, 32), num_warps=4, num_stages=2)
     if rows_per_expert <= 16:
         return dict(TILE_M=16, TILE_N=64, TILE_K=tile_k, num_warps=4, num_stages=4)
-    if rows_per_expert <= 64:
-        return dict(TILE_M=32 if rows_per_expert <= 32 else 64, TILE_N=64, TILE_K=tile_k, num_warps=4, num_stages=3)
-    return dict(TILE_M=128, TILE_N=128, TILE_K=tile_k, num_warps=8, num_stages=3)
+    if rows_per_expert <= 32:
+        return dict(TILE_M=32, TILE_N=64, TILE_K=tile_k, num_warps=4, num_stages=2)
+    return dict(TILE_M=64, TILE_N=128, TILE_K=tile_k, num_warps=8, num_stages=3)
 
 
 def _expert_of_row(expert_ends: torch.Tensor, rows: int) -> torch.Tensor:
@@ -324,7 +324,7 @@ def grouped_linear_grad_input(
         return out.to(grad.dtype)
     grad = _rows_contiguous(grad)
     row_bytes = in_features if format == "int8" else in_features // 2
-    tile = grad_input_tile(triton.cdiv(tokens, experts), row_bytes, grad.dtype)
+    tile = grad_input_tile(triton.cdiv(tokens, experts), row_bytes, grad.dtype, capability(grad.device))
     row_tiles = row_tile_count(tokens, experts, tile.tile_m)
     launch(
         grouped_grad_input_kernel,

@@ -12,7 +12,7 @@ from .dequantize import _DTYPES, dequantize, scale_map
 from .grid import tile_position
 from .launch import launch
 from .rounding import round_to
-from .shapes_backward import grad_input_shape, processors
+from .shapes_backward import capability, grad_input_shape, processors
 from .tiles_backward import add_lora, columns_per_byte, contract_rows, in_columns
 
 
@@ -136,7 +136,9 @@ def linear_grad_input(
         grad = grad.contiguous()
     grad_t = None if grad_t is None else grad_t.reshape(rows, grad_t.shape[-1])
     row_bytes = in_features if format == "int8" else in_features // 2
-    shape = grad_input_shape(rows, out_features, row_bytes, grad.dtype, processors(grad.device))
+    shape = grad_input_shape(
+        rows, out_features, row_bytes, grad.dtype, processors(grad.device), capability(grad.device)
+    )
     partial = out
     if shape.splits > 1:
         partial = grad.new_empty([shape.splits, rows, in_features], dtype=torch.float32)

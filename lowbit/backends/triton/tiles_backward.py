@@ -246,7 +246,7 @@ def add_lora(
     """The same accumulators with lora_a^T grad_t^T added."""
     PER_BYTE: tl.constexpr = columns_per_byte(FORMAT)
     column = (column_tile * BYTES + tl.arange(0, BYTES)) * PER_BYTE
-    for start in range(0, rank, TILE_R):
+    for start in tl.range(0, rank, TILE_R, num_stages=1):
         r = start + tl.arange(0, TILE_R)
         b = tl.load(
             grad_t + rows[:, None] * grad_t_row + r[None, :].to(tl.int64) * grad_t_column,

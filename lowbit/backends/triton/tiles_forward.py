@@ -47,25 +47,30 @@ def contract_columns(
     BYTES: tl.constexpr = TILE_K // columns_per_byte(FORMAT)
     total = tl.zeros((TILE_N, TILE_M), tl.float32)
     first_block = matrix_block + n * row_blocks
-    for start in range(0, in_features, TILE_K):
-        k = start + tl.arange(0, TILE_K)
-        byte = start // columns_per_byte(FORMAT) + tl.arange(0, BYTES)
-        at = packed + n[:, None] * row_bytes + byte[None, :]
-        if FORMAT == "int8":
-            codes = tl.load(at, mask=byte[None, :] < row_bytes, other=0)
+    for pair in range(0, in_features, 2 * TILE_K):
+        # Two steps, because Triton gives all warps other rows of W only where it sees a second product: with one it
+        # lets two warps decode the same weights.
+        for step in tl.static_range(2):
+            start = pair + step * TILE_K
+            k = start + tl.arange(0, TILE_K)
+            byte = start // columns_per_byte(FORMAT) + tl.arange(0, BYTES)
+            codes = tl.load(packed + n[:, None] * row_bytes + byte[None, :], mask=byte[None, :] < row_bytes, other=0)
             operand = tl.load(x + rows[:, None] * x_stride + k[None, :], mask=k[None, :] < in_features, other=0.0)
-        else:  # whole blocks: TILE_K divides them
-            codes = tl.load(at)
-            operand = tl.load(x + rows[:, None] * x_stride + k[None, :])
-        weight = _decoded(codes, FORMAT, DTYPE, PORTABLE, TILE_N, TILE_K)
-        if FORMAT == "int8":
-            total = transposed_dot(tl.trans(weight), operand, total)
-        else:
-            scale = decode_scales(
-                absmax, group_scales, offset, scale_map, first_block + start // BLOCK_SIZE, n >= 0, DOUBLE_QUANT
-            )
-            part = transposed_dot(tl.trans(weight), operand, tl.zeros((TILE_N, TILE_M), tl.float32))
-            total += part * scale[:, None]
+            weight = _decoded(codes, FORMAT, DTYPE, PORTABLE, TILE_N, TILE_K)
+            if FORMAT == "int8":
+                total = transposed_dot(tl.trans(weight), operand, total)
+            else:
+                scale = decode_scales(
+                    absmax,
+                    group_scales,
+                    offset,
+                    scale_map,
+                    first_block + start // BLOCK_SIZE,
+                    (n >= 0) & (start < in_features),
+                    DOUBLE_QUANT,
+                )
+                part = transposed_dot(tl.trans(weight), operand, tl.zeros((TILE_N, TILE_M), tl.float32))
+                total = tl.fma(part, tl.broadcast_to(scale[:, None], (TILE_N, TILE_M)), total)
     if FORMAT == "int8":
         total *= (tl.load(absmax + first_block) * (1 / 127))[:, None]
     return total
@@ -88,7 +93,7 @@ def add_lora_forward(
     TILE_R: tl.constexpr,
 ):
     """total + scaling * lora_b t^T."""
-    for start in range(0, rank, TILE_R):
+    for start in tl.range(0, rank, TILE_R, num_stages=1):
         r = start + tl.arange(0, TILE_R).to(tl.int64)
         b = tl.load(t + rows[:, None] * t_row + r[None, :] * t_column, mask=r[None, :] < rank, other=0.0)
         a = tl.load(lora_b + n[None, :] * lora_b_row + r[:, None] * lora_b_column, mask=r[:, None] < rank, other=0.0)
