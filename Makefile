@@ -30,8 +30,10 @@ demo: .venv-demo/package.stamp .venv-demo/data.stamp
 	.venv-demo/bin/python examples/train_qlora_text_classifier.py $(DEMO_ARGS)
 
 # `pytest`, not `python -m pytest`: the latter would import the source folder instead of what was installed.
+# Once more in Triton's interpreter, which a process has either on or off, for the tests that want it (5: there are none).
 test: .venv-test/package.stamp .venv-test/data.stamp
 	.venv-test/bin/pytest $(TEST_ARGS)
+	TRITON_INTERPRET=1 .venv-test/bin/pytest -m interpreted $(TEST_ARGS) || [ $$? = 5 ]
 
 # The kernels without torch: what can run here, then the same with every access and every arithmetic step watched.
 DRIVER_SOURCES := tests/native/driver.cpp $(wildcard csrc/cpu/*.cpp)

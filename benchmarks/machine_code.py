@@ -58,20 +58,24 @@ def cuobjdump() -> str:
     return found
 
 
+def _dump(option: str, binary: Path, arch: str) -> str:
+    command = [cuobjdump(), option, "-arch", arch, str(binary)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def resources(binary: Path, arch: str) -> dict[str, tuple[int, int, int]]:
+    """Per kernel of a cubin or a library: registers, bytes of stack, bytes of local memory."""
+    usage = _dump("-res-usage", binary, arch)
+    lines = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
+    return {name: tuple(map(int, numbers)) for name, *numbers in lines}
+
+
 def disassemble(binary: Path, arch: str) -> list[Kernel]:
     """The kernels that a cubin, or a library, has for an architecture such as "sm_90"."""
-
-    def dump(option: str) -> str:
-        command = [cuobjdump(), option, "-arch", arch, str(binary)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    resources = {
-        name: tuple(map(int, numbers))
-        for name, *numbers in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", dump("-res-usage"))
-    }
+    used = resources(binary, arch)
     found = []
-    for part in dump("-sass").split("Function : ")[1:]:
+    for part in _dump("-sass", binary, arch).split("Function : ")[1:]:
         name = part.split()[0]
         lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(.*?);", part)
-        found.append(Kernel(name, arch, *resources[name], [(int(address, 16), text) for address, text in lines]))
+        found.append(Kernel(name, arch, *used[name], [(int(address, 16), text) for address, text in lines]))
     return found

@@ -16,6 +16,7 @@
 
 #include "bindings.h"
 #include "cpu/kernels.h"
+#include "cpu/support.h"
 #if defined(LOWBIT_CUDA)
 #include "cuda/kernels.h"
 #endif
@@ -63,6 +64,7 @@ class FloatOperand {
   FloatOperand(const FloatOperand&) = delete;
 
   const float* data() const { return data_; }  // null where there is no operand
+  const float* at(int64_t i) const { return data_ ? data_ + i : nullptr; }
 
  private:
   template <class T>
@@ -275,6 +277,98 @@ Tensor linear_grad_input(Tensor grad, Tensor packed, Tensor absmax, std::optiona
   return grad_x;
 }
 
+// The rows of each expert's tokens: where the one's before end, and where its own do.
+std::vector<int64_t> expert_begins(const Tensor& expert_ends, int64_t rows, const Tensor& like) {
+  check(expert_ends, "expert_ends", ScalarType::Int, expert_ends.numel(), like);
+  const Tensor ends = as_contiguous(expert_ends);
+  std::vector<int64_t> begins{0};
+  for (int64_t e = 0; e < ends.numel(); ++e) {
+    begins.push_back(pointer<int32_t>(ends)[e]);
+    STD_TORCH_CHECK(begins[e] <= begins[e + 1], "expert_ends: expected numbers that do not decrease, got ", begins[e],
+                    " and then ", begins[e + 1]);
+  }
+  STD_TORCH_CHECK(begins.back() == rows, "expert_ends: expected the last to be ", rows, ", the rows, got ",
+                  begins.back());
+  return begins;
+}
+
+// linear by expert: one product after the other, each shared among all threads.
+Tensor grouped_linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> group_scales,
+                      std::optional<Tensor> offset, std::string format, int64_t block_size, Tensor expert_ends,
+                      int64_t out_features, std::optional<Tensor> bias, std::optional<Tensor> t,
+                      std::optional<Tensor> lora_b, double scaling) {
+  STD_TORCH_CHECK(x.dim() == 2, "x: expected 2 dimensions, got ", x.dim());
+  const int64_t n = out_features, k = x.size(1), experts = expert_ends.numel();
+  STD_TORCH_CHECK(n >= 0, "out_features: expected at least 0, got ", n);
+  const std::vector<int64_t> begins = expert_begins(expert_ends, x.size(0), x);
+  const Dtype dtype = dtype_of(x.scalar_type(), "x");
+  const int64_t matrix_rows = product(experts, n, "out_features");
+  const Weight weight(x, packed, absmax, group_scales, offset, format, block_size,
+                      product(matrix_rows, k, "out_features"), matrix_rows);
+  STD_TORCH_CHECK(t.has_value() == lora_b.has_value(), "t, lora_b: expected both (LoRA) or neither, got one");
+  STD_TORCH_CHECK(!t || t->dim() == 2, "t: expected 2 dimensions, got ", t ? t->dim() : 0);
+  const int64_t rank = t ? t->size(1) : 0;
+  const FloatOperand bias_values(x, bias, "bias", matrix_rows);
+  const FloatOperand t_values(x, t, "t", product(x.size(0), rank, "t"), static_cast<float>(scaling));
+  const FloatOperand lora_b_values(x, lora_b, "lora_b", product(matrix_rows, rank, "t"));
+  const Tensor source = as_contiguous(x);
+  Tensor y = empty_with_last(x, n, x.scalar_type());
+  for (int64_t e = 0; e < experts; ++e) {
+    const int64_t row = begins[e], m = begins[e + 1] - row;
+    active_kernels().linear({.x = lowbit::cpu::element_of(source.data_ptr(), dtype, row * k),
+                             .dtype = dtype,
+                             .weight = view(weight),
+                             .bias = bias_values.at(e * n),
+                             .t = t_values.at(row * rank),
+                             .lora_b = lora_b_values.at(e * n * rank),
+                             .m = m,
+                             .n = n,
+                             .k = k,
+                             .rank = rank,
+                             .y = lowbit::cpu::element_of(y.data_ptr(), dtype, row * n),
+                             .first_row = e * n},
+                            parallel_for());
+  }
+  return y;
+}
+
+Tensor grouped_linear_grad_input(Tensor grad, Tensor packed, Tensor absmax, std::optional<Tensor> group_scales,
+                                 std::optional<Tensor> offset, std::string format, int64_t block_size,
+                                 Tensor expert_ends, int64_t in_features, std::optional<Tensor> grad_t,
+                                 std::optional<Tensor> lora_a) {
+  STD_TORCH_CHECK(grad.dim() == 2, "grad: expected 2 dimensions, got ", grad.dim());
+  const int64_t n = grad.size(1), k = in_features, experts = expert_ends.numel();
+  STD_TORCH_CHECK(k >= 0, "in_features: expected at least 0, got ", k);
+  const std::vector<int64_t> begins = expert_begins(expert_ends, grad.size(0), grad);
+  const Dtype dtype = dtype_of(grad.scalar_type(), "grad");
+  const int64_t matrix_rows = product(experts, n, "grad");
+  const Weight weight(grad, packed, absmax, group_scales, offset, format, block_size,
+                      product(matrix_rows, k, "in_features"), matrix_rows);
+  STD_TORCH_CHECK(grad_t.has_value() == lora_a.has_value(), "grad_t, lora_a: expected both (LoRA) or neither, got one");
+  STD_TORCH_CHECK(!grad_t || grad_t->dim() == 2, "grad_t: expected 2 dimensions, got ", grad_t ? grad_t->dim() : 0);
+  const int64_t rank = grad_t ? grad_t->size(1) : 0;
+  const FloatOperand grad_t_values(grad, grad_t, "grad_t", product(grad.size(0), rank, "grad_t"));
+  const FloatOperand lora_a_values(grad, lora_a, "lora_a", product(product(experts, rank, "grad_t"), k, "grad_t"));
+  const Tensor source = as_contiguous(grad);
+  Tensor grad_x = empty_with_last(grad, k, grad.scalar_type());
+  for (int64_t e = 0; e < experts; ++e) {
+    const int64_t row = begins[e], m = begins[e + 1] - row;
+    active_kernels().linear_grad_input({.grad = lowbit::cpu::element_of(source.data_ptr(), dtype, row * n),
+                                        .dtype = dtype,
+                                        .weight = view(weight),
+                                        .grad_t = grad_t_values.at(row * rank),
+                                        .lora_a = lora_a_values.at(e * rank * k),
+                                        .m = m,
+                                        .n = n,
+                                        .k = k,
+                                        .rank = rank,
+                                        .grad_x = lowbit::cpu::element_of(grad_x.data_ptr(), dtype, row * k),
+                                        .first_row = e * n},
+                                       parallel_for());
+  }
+  return grad_x;
+}
+
 std::string cpu_isa() { return active_kernels().isa; }
 
 std::vector<std::string> cpu_isas() {
@@ -301,6 +395,8 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit, CPU, library) {
   library.impl("linear_approximate", TORCH_BOX(&linear<&Kernels::linear_approximate>));
   library.impl("lora_linear", TORCH_BOX(&lora_linear));
   library.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
+  library.impl("grouped_linear", TORCH_BOX(&grouped_linear));
+  library.impl("grouped_linear_grad_input", TORCH_BOX(&grouped_linear_grad_input));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowbit, CompositeExplicitAutograd, library) {

@@ -72,13 +72,13 @@ FAKES = {
 }
 
 
-def expert_part(packed, absmax, group_scales, offset, format, block_size, expert: int, numel: int):
-    """The parts of one matrix of ``numel`` elements out of a stack, as views; scales decoded (double quantization's
+def expert_part(packed, absmax, group_scales, offset, format, block_size, expert: int, rows: int, columns: int):
+    """The parts of one matrix [rows, columns] out of a stack, as views; scales decoded (double quantization's
     groups would cross from one expert to the next). None where it does not begin with a block of its own.
     """
+    numel = rows * columns
     first = expert * numel
     if format == "int8":
-        rows = numel // block_size if block_size else 0
         return packed[first : first + numel], absmax[expert * rows : (expert + 1) * rows], None, None
     if numel % block_size:
         return None
@@ -103,7 +103,7 @@ def by_expert(namespace: str) -> dict:
             if at.start == at.stop:
                 continue
             weight = (packed, absmax, group_scales, offset, format, block_size)
-            parts = expert_part(*weight, expert, rows * columns)
+            parts = expert_part(*weight, expert, rows, columns)
             if parts is None:
                 # Its blocks begin or end in a neighbour's: rare enough to decode the whole stack.
                 dense = ops.dequantize.default(*weight, [expert_ends.numel(), rows, columns], torch.float32)[expert]

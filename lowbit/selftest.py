@@ -12,6 +12,14 @@ def isa_names() -> list[str]:
     return torch.ops.lowbit.cpu_isas()
 
 
+def triton_devices() -> list[str]:
+    """Where the Triton kernels can run: the GPUs there are, and in Triton's interpreter the CPU."""
+    if backends.triton.missing_reason() is not None:
+        return []
+    has = {"cuda": torch.cuda.is_available(), "xpu": torch.xpu.is_available(), "cpu": True}
+    return [device for device in backends.triton.DEVICE_TYPES if has.get(device)]
+
+
 def run() -> list[tuple[str, str | None]]:
     """Pairs (what was tested, None or what went wrong)."""
     results = []
@@ -22,6 +30,8 @@ def run() -> list[tuple[str, str | None]]:
         torch.ops.lowbit.set_cpu_isa("auto")
     if backends.native.missing_cuda_reason() is None and torch.cuda.is_available():
         results += [(f"CUDA: {name}", problem) for name, problem in _compare("lowbit", "cuda")]
+    for device in triton_devices():
+        results += [(f"Triton on {device}: {name}", problem) for name, problem in _compare("lowbit_triton", device)]
     results += [(f"reference: {name}", problem) for name, problem in _compare("lowbit_reference")]
     return results
 

@@ -9,6 +9,7 @@ PTX on the emulator, on the call's own tensors.
 import contextlib
 import dataclasses
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,20 @@ from lowbit.backends import triton as backend
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-#: Marks a test that Triton's interpreter runs, and one that it cannot.
-interpreted = pytest.mark.skipif(not backend.INTERPRETED, reason="runs under TRITON_INTERPRET=1; `make test` does both")
+#: Marks a test that Triton's interpreter runs (conftest.py skips it elsewhere), and one that it cannot.
+interpreted = pytest.mark.interpreted
 compiled_only = pytest.mark.skipif(backend.INTERPRETED, reason="compiles: not under TRITON_INTERPRET=1")
 
-#: The GPUs that kernels are compiled for in the tests.
-TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
+#: The GPUs that kernels are compiled for in the tests, and the bytes of shared memory that a block may have there.
+SHARED_MEMORY = {
+    "sm_80": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+    "gfx1100": 64 * 1024,
+}
+TARGETS = tuple(SHARED_MEMORY)
 
 
 def gpu_target(name: str):
@@ -51,9 +60,16 @@ class Launch:
         self.values.update({name: value for name, value in self.options.items() if name in names})
 
 
+def _capability(target: str) -> tuple[int, int] | None:
+    return divmod(int(target[3:]), 10) if target.startswith("sm_") else None
+
+
 @contextlib.contextmanager
-def launches(monkeypatch):
-    """A list of the launches made meanwhile; none is run."""
+def launches(monkeypatch, target: str | None = None):
+    """A list of the launches made meanwhile; none is run. With a target those that its GPU would get.
+
+    That is: with inline assembly or without, and configurations for what a module's ``capability`` then says.
+    """
     collected = []
 
     def collect(kernel, grid, *arguments, **options):
@@ -61,8 +77,13 @@ def launches(monkeypatch):
             collected.append(Launch(kernel, (*grid, 1, 1)[:3], arguments, options))
 
     with monkeypatch.context() as patch:
-        for module in set(backend.MODULES.values()):
-            patch.setattr(importlib.import_module(f"lowbit.backends.triton.{module}"), "launch", collect)
+        for name in set(backend.MODULES.values()):
+            module = importlib.import_module(f"lowbit.backends.triton.{name}")
+            patch.setattr(module, "launch", collect)
+            if target is not None:
+                patch.setattr(module, "PORTABLE", not target.startswith("sm_"), raising=False)
+                if hasattr(module, "capability"):
+                    patch.setattr(module, "capability", lambda device: _capability(target))
         yield collected
 
 
@@ -139,3 +160,14 @@ def machine_code(kernel, target: str, folder: Path):
     cubin.write_bytes(kernel.asm["cubin"])
     (found,) = disassemble(cubin, target)
     return found
+
+
+def spilled_registers(kernel, target: str, folder: Path) -> int:
+    """What a compiled kernel keeps in memory for want of registers: AMD's in registers, NVIDIA's in bytes."""
+    if target.startswith("gfx"):
+        return sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])))
+    from sass import resources
+
+    cubin = folder / f"{kernel.metadata.name}.{target}.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    return sum(sum(numbers[1:]) for numbers in resources(cubin, target).values())

@@ -9,9 +9,9 @@ import pytest
 from conftest_cuda import ROOT, nvcc
 
 sys.path.append(str(ROOT / "benchmarks"))  # where predict_gpu.py counts with the same code
-from machine_code import Kernel, count, cuobjdump, disassemble  # noqa: E402
+from machine_code import Kernel, count, cuobjdump, disassemble, resources  # noqa: E402
 
-__all__ = ["ARCHS", "Kernel", "count", "disassemble", "kernels"]
+__all__ = ["ARCHS", "Kernel", "count", "disassemble", "kernels", "resources"]
 
 ARCHS = ("sm_80", "sm_90", "sm_120")
 

@@ -39,7 +39,10 @@ def test_a_build_without_cuda_says_what_to_install(monkeypatch, selected):
     """On a GPU the reference would be so slow that a user must choose it, not get it in silence."""
     monkeypatch.setattr(native, "CUDA_CAPABILITIES", ())
     monkeypatch.setattr(native, "DEVICE_TYPES", ("cpu", "meta"))
-    with pytest.raises(RuntimeError, match="CUDA tensor.*CUDA toolkit.*LOWBIT_CUDA=1 pip install.*reference"):
+    monkeypatch.setattr(backends.triton, "_MISSING_REASON", "Triton is not installed; `pip install triton`")
+    with pytest.raises(
+        RuntimeError, match="CUDA tensor.*CUDA toolkit.*LOWBIT_CUDA=1 pip install.*pip install triton.*reference"
+    ):
         backends.namespace_for("cuda", selected)
     assert backends.namespace_for("cuda", "reference") == "lowbit_reference"
     lowbit.quantize(torch.ones(64))  # the CPU is served as before

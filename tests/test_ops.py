@@ -11,14 +11,19 @@ from torch.utils.checkpoint import checkpoint
 import lowbit
 from lowbit.backends import NAMESPACES
 from lowbit.backends import native as native_backend
+from lowbit.backends import triton as triton_backend
 
 needs_native = pytest.mark.skipif(native_backend.missing_reason() is not None, reason="no compiled extension")
-OPS = [getattr(torch.ops, namespace) for namespace in NAMESPACES.values()]
+# Triton's ops have their kernels on CPU tensors only in its interpreter.
+OPS = [
+    pytest.param(getattr(torch.ops, namespace), marks=[pytest.mark.interpreted] * (name == "triton"))
+    for name, namespace in NAMESPACES.items()
+]
 Q = lowbit.quantize(make_weight((33, 130)))
 PARTS = (*Q.parts(), "nf4", 64)
 
 
-@pytest.mark.parametrize("ops", OPS, ids=lambda ops: ops.__name__)
+@pytest.mark.parametrize("ops", OPS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(ops, dtype):
     """A wrong schema, fake kernel or autograd registration breaks torch.compile and export."""
@@ -46,6 +51,15 @@ def test_opcheck(ops, dtype):
         (ops.dequantize_out, (*eight.parts(), "int8", 130, torch.empty(33, 130, dtype=dtype))),
         (ops.linear, (x, *eight.parts(), "int8", 130, 33, bias, t, lora_b, 0.5)),
         (ops.linear_grad_input, (torch.randn(5, 33).to(dtype), *eight.parts(), "int8", 130, 130)),
+    )
+    stack, ends = lowbit.quantize(make_weight((3, 33, 130))), torch.tensor([2, 2, 5], dtype=torch.int32)
+    rows, matrices, down = torch.randn(5, 130).to(dtype).requires_grad_(), torch.randn(3, 33, 4), torch.randn(5, 4)
+    weight = (*stack.parts(), "nf4", 64, ends)
+    calls += (
+        (ops.grouped_linear, (rows, *weight, 33, torch.randn(3, 33), down, matrices.requires_grad_(), 0.5)),
+        (ops.grouped_linear_grad_input, (torch.randn(5, 33).to(dtype), *weight, 130, down, torch.randn(3, 4, 130))),
+        (ops.grouped_matmul, (rows, torch.randn(3, 4, 130, requires_grad=True), ends)),
+        (ops.grouped_outer, (down, rows.detach(), ends)),
     )
     for op, arguments in calls:
         results = torch.library.opcheck(op.default, arguments)
@@ -174,12 +188,47 @@ def test_use_backend_is_a_guard_and_local_to_the_task():
     assert not compiled(x)
 
 
-def test_unknown_and_missing_backends():
+def test_unknown_and_missing_backends(monkeypatch):
     """An explicit choice never falls back silently."""
     with pytest.raises(ValueError, match="name: expected one of native, triton, reference, got 'cuda'"):
         lowbit.use_backend("cuda").__enter__()
-    with pytest.raises(RuntimeError, match="'triton' is not available"):
+    monkeypatch.setattr(triton_backend, "_MISSING_REASON", "Triton is not installed")
+    with pytest.raises(RuntimeError, match="'triton' is not available: Triton is not installed"):
         lowbit.use_backend("triton").__enter__()
+
+
+@pytest.mark.skipif(triton_backend.INTERPRETED, reason="Triton's interpreter serves CPU tensors")
+def test_triton_does_not_serve_a_cpu(monkeypatch):
+    """Chosen by name, it must not be replaced by what is there."""
+    monkeypatch.setattr(triton_backend, "_MISSING_REASON", None)
+    with lowbit.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' has no kernels for device 'cpu'"):
+        lowbit.linear(torch.ones(2, 130), Q)
+
+
+@pytest.mark.parametrize(
+    ("found", "version", "message"),
+    [
+        (None, "", "Triton is not installed; `pip install triton`"),
+        (object(), "3.1.0", "Triton 3.1.0 is too old: expected 3.6 or newer; `pip install -U triton`"),
+        (object(), "3.6.0+git1", None),
+    ],
+)
+def test_missing_or_old_triton_is_one_message(monkeypatch, found, version, message):
+    """A user without Triton meets a sentence that says what to do, not an import error from inside of a kernel."""
+    monkeypatch.setattr(triton_backend.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(triton_backend.importlib.metadata, "version", lambda name: version)
+    reason = triton_backend._missing_reason()
+    assert reason is None if message is None else reason.startswith(message)
+
+
+def test_triton_serves_a_gpu_that_nothing_was_compiled_for(monkeypatch):
+    """AMD's and Intel's GPUs, and NVIDIA's where nvcc was not found, would otherwise get an error or the reference."""
+    monkeypatch.setattr(native_backend, "CUDA_CAPABILITIES", ())
+    monkeypatch.setattr(native_backend, "DEVICE_TYPES", ("cpu", "meta"))
+    monkeypatch.setattr(triton_backend, "_MISSING_REASON", None)
+    for device_type in ("cuda", "xpu"):
+        assert lowbit.backends.namespace_for(device_type, None) == "lowbit_triton"
+        assert lowbit.backends.namespace_for(device_type, "reference") == "lowbit_reference"
 
 
 @needs_native

@@ -64,7 +64,8 @@ void approximate_rows(const LinearArgs& args, const T* x, T* y, const float* t, 
     const typename Isa::Int8Dot dot(*args.weight.format);
     with_chunk_scales<Isa, kApproximateChunk>(args.weight, true, [&](const auto& scale_of_chunk) {
       for (int64_t n = begin; n < end; ++n) {
-        const uint8_t* packed = args.weight.packed + n * k / 2;
+        const int64_t row = (args.first_row + n) * k;
+        const uint8_t* packed = args.weight.packed + row / 2;
         const int8_t* x_chunk = activations.values();
         const float* x_scales = activations.scales.data();
         Vec total[M];
@@ -73,7 +74,7 @@ void approximate_rows(const LinearArgs& args, const T* x, T* y, const float* t, 
           __builtin_prefetch(packed + kApproximateAhead);
           Vec products[M];
           dot(packed, x_chunk, k, products);
-          const Vec scale = scale_of_chunk(n * k + c * kApproximateChunk);
+          const Vec scale = scale_of_chunk(row + c * kApproximateChunk);
 #pragma GCC unroll 4
           for (int m = 0; m < M; ++m)
             total[m] = Isa::fma(products[m], Isa::mul(scale, Isa::broadcast(x_scales[m * chunks + c])), total[m]);

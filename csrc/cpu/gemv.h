@@ -157,8 +157,9 @@ void gemv(const LinearArgs& args, const ParallelFor& parallel_for) {
       for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
         for (int64_t i = 0; i < rows; i += kTogether) {
           const int64_t stride = i + kTogether <= rows ? k : 0;  // a row left alone goes with itself
-          gemv_rows<Isa, Decoder, M, kTogether>(args.weight, decode, x.data() + k0 * M, (n0 + i) * k + k0, stride,
-                                                std::min(kDepth, k - k0), kRowBlock * k / 2, totals + i);
+          gemv_rows<Isa, Decoder, M, kTogether>(args.weight, decode, x.data() + k0 * M,
+                                                (args.first_row + n0 + i) * k + k0, stride, std::min(kDepth, k - k0),
+                                                kRowBlock * k / 2, totals + i);
         }
       }
       for (int64_t i = 0; i < rows; ++i) {
@@ -212,7 +213,7 @@ void gemv_grad_input(const LinearGradInputArgs& args, const ParallelFor& paralle
       const int64_t width = std::min(columns, k - k0);
       std::fill_n(sums, M * width, 0.0f);
       for (int64_t n = 0; n < n_end; ++n) {
-        const int64_t row = n * k + k0;
+        const int64_t row = (args.first_row + n) * k + k0;
         for (int64_t column = 0; n + kAhead < n_end && column < width; column += 128)
           __builtin_prefetch(args.weight.packed + (row + kAhead * k + column) / 2);
         for (int64_t column = 0; column < width; column += 64) {
@@ -240,7 +241,7 @@ void gemv_int8(const LinearArgs& args, const ParallelFor& parallel_for) {
   const int64_t k = args.k, whole = k / Isa::kLanes * Isa::kLanes;
   parallel_for(args.n, ceil_div(16384, k), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      const int8_t* codes = reinterpret_cast<const int8_t*>(args.weight.packed) + n * k;
+      const int8_t* codes = reinterpret_cast<const int8_t*>(args.weight.packed) + (args.first_row + n) * k;
       Vec total[M];
       for (auto& sum : total) sum = Isa::zero();
       for (int64_t i = 0; i < whole; i += Isa::kLanes) {
@@ -251,7 +252,7 @@ void gemv_int8(const LinearArgs& args, const ParallelFor& parallel_for) {
       for (int m = 0; m < M; ++m) {
         sums[m] = Isa::sum(total[m]);
         for (int64_t i = whole; i < k; ++i) sums[m] += static_cast<float>(codes[i]) * to_float(x[m * k + i]);
-        sums[m] *= args.weight.absmax[n] * kInt8Unit;
+        sums[m] *= args.weight.absmax[args.first_row + n] * kInt8Unit;
       }
       store_outputs<M, T>(args, n, sums);
     }

@@ -100,6 +100,7 @@ struct LinearArgs {
   const float* lora_b;
   int64_t m, n, k, rank;
   void* y;
+  int64_t first_row = 0;  // of W in the weight, which may be a stack of matrices
 };
 
 // t[m, rank] = x[m, k] lora_a[rank, k]^T
@@ -120,6 +121,7 @@ struct LinearGradInputArgs {
   const float* lora_a;
   int64_t m, n, k, rank;
   void* grad_x;
+  int64_t first_row = 0;  // as above
 };
 
 struct Kernels {

@@ -19,22 +19,26 @@ namespace lowbit::cpu {
 template <class Isa>
 class TransposedTiles {
  public:
-  TransposedTiles(const QuantizedWeight& weight, int64_t n, int64_t k, int64_t max_strips)
-      : weight_(weight), n_(n), k_(k), whole_chunks_(weight.format && k % 64 == 0) {
-    if (weight.format) decode_.emplace(*weight.format);
+  TransposedTiles(const LinearArgs& args, int64_t max_strips)
+      : weight_(args.weight),
+        n_(args.n),
+        k_(args.k),
+        rows_before_(args.first_row),
+        whole_chunks_(args.weight.format && args.k % 64 == 0) {
+    if (weight_.format) decode_.emplace(*weight_.format);
     if (whole_chunks_) {
-      shift_ = block_shift(weight);
-      scales_stride_ = (k >> shift_) + 2;
+      shift_ = block_shift(weight_);
+      scales_stride_ = (k_ >> shift_) + 2;
       scales_.resize(static_cast<size_t>(max_strips * kStrip<Isa> * scales_stride_));
     }
   }
 
   // The strips from `first_row` on are next: decodes their scales.
   void start(int64_t first_row, int64_t strips) {
-    first_row_ = first_row;
+    first_row_ = rows_before_ + first_row;
     rows_ = std::min(strips * kStrip<Isa>, n_ - first_row);
     for (int64_t i = 0; whole_chunks_ && i < rows_; ++i) {
-      const int64_t begin = (first_row + i) * k_, first_block = begin >> shift_;
+      const int64_t begin = (first_row_ + i) * k_, first_block = begin >> shift_;
       decode_scales<Isa>(weight_, first_block, ((begin + k_ - 1) >> shift_) - first_block + 1,
                          scales_.data() + i * scales_stride_);
     }
@@ -81,7 +85,7 @@ class TransposedTiles {
   }
 
   const QuantizedWeight& weight_;
-  const int64_t n_, k_;
+  const int64_t n_, k_, rows_before_;
   const bool whole_chunks_;
   std::optional<typename Isa::Decoder> decode_;
   int shift_ = 0;
@@ -95,7 +99,7 @@ void linear_gemm(const LinearArgs& args, const ParallelFor& parallel_for) {
   const Panels<Isa, Fp32Words<Isa>> t(args.t, Dtype::f32, args.m, args.rank, parallel_for);
   const Tasks tasks(x.count, Isa::kRows, ceil_div(args.n, kStrip<Isa>), 1, 4, parallel_for.threads);
   parallel_for(tasks.count, 1, [&](int64_t begin, int64_t end) {
-    TransposedTiles<Isa> weight(args.weight, args.n, args.k, tasks.strips_per_task());
+    TransposedTiles<Isa> weight(args, tasks.strips_per_task());
     const Scratch tile(tasks.strips_per_task() * kDepth * kStrip<Isa>);
     const Scratch sums(tasks.panels_per_task() * Isa::kRows * tasks.strips_per_task() * kStrip<Isa>);
     for (int64_t i = begin; i < end; ++i) {
@@ -214,7 +218,7 @@ void grad_input_gemm(const LinearGradInputArgs& args, const ParallelFor& paralle
       const int64_t k = std::min(width, args.k - k0);
       std::fill_n(sums.data(), (m1 - m0) * width, 0.0f);
       const auto decode_weight = [&](int64_t n0, int64_t depth, float* to) {
-        fill_natural<Isa>(args.weight, decode, args.k, k0, k, n0, depth, to);
+        fill_natural<Isa>(args.weight, decode, args.k, k0, k, args.first_row + n0, depth, to);
       };
       // LoRA: `rank` more rows of the contraction, in fp32, into the same sums.
       const auto copy_lora_a = [&](int64_t r0, int64_t depth, float* to) {

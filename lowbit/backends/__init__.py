@@ -1,8 +1,9 @@
-"""Which code runs an operation: ``native`` (C++), ``triton`` or ``reference`` (plain torch).
+"""Which code runs an operation: ``native`` (C++, CUDA), ``triton`` or ``reference`` (plain torch).
 
 ``ops.py`` instantiates every op once per backend, as a torch.library namespace; this module says which namespace a
 call goes to. A call inside :func:`use_backend` gets the chosen backend or an error, never a silent fallback; outside
-of it, the fastest backend that serves the tensor's device.
+of it, the fastest backend that serves the tensor's device. On a CPU that is native; on NVIDIA's GPUs native, and for
+some shapes Triton (:func:`triton_is_faster`); Triton alone where no CUDA kernels were built, and on AMD's and Intel's.
 """
 
 import contextlib
@@ -57,22 +58,36 @@ def use_backend(name: str) -> Iterator[None]:
         _SELECTED.reset(token)
 
 
+def _automatic(device_type: str) -> str:
+    if device_type in native.DEVICE_TYPES:
+        return "native"
+    if device_type in ("cuda", "xpu") and triton.missing_reason() is None:
+        return "triton"
+    # Only on a GPU the reference would stand in for kernels that its user expects.
+    expects_native = device_type == "cuda" and native.missing_reason() is None
+    return "native" if expects_native else "reference"
+
+
 def namespace_for(device_type: str, selected: str | None) -> str:
     """The op namespace for tensors on ``device_type``, given the :func:`use_backend` choice (None: automatic).
 
     Raises:
-        RuntimeError: the chosen backend does not serve that device; or none is chosen, and what serves a GPU was not
-            built. (Without any compiled extension, which a warning said, the reference serves every device.)
+        RuntimeError: the chosen backend does not serve that device; or none is chosen, and there is nothing for a GPU:
+            neither CUDA kernels nor Triton. (Without any compiled extension, which a warning said, the reference
+            serves every device.)
     """
     if selected is None:
-        # Only here the reference would stand in for kernels that a user of a GPU expects.
-        expects_native = device_type == "cuda" and native.missing_reason() is None
-        selected = "native" if expects_native or device_type in native.DEVICE_TYPES else "reference"
+        selected = _automatic(device_type)
+    if selected == "triton" and device_type not in triton.DEVICE_TYPES:
+        raise RuntimeError(
+            f"backend 'triton' has no kernels for device {device_type!r} (it serves: {', '.join(triton.DEVICE_TYPES)}; "
+            "and cpu, interpreted, where TRITON_INTERPRET=1 was set before lowbit was imported)"
+        )
     if selected == "native" and device_type not in native.DEVICE_TYPES:
         if device_type == "cuda":
             raise RuntimeError(
-                f"no kernels for a CUDA tensor: {native.missing_cuda_reason()}; use_backend('reference') serves it, "
-                "slowly"
+                f"no kernels for a CUDA tensor: {native.missing_cuda_reason()}. {triton.missing_reason()}. "
+                "use_backend('reference') serves it, slowly"
             )
         raise RuntimeError(
             f"backend 'native' has no kernels for device {device_type!r} in this build (it serves: "

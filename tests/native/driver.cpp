@@ -236,6 +236,41 @@ void check_product(const std::string& text, const Values& y, const Case& c, cons
   report(true, text);
 }
 
+// Rows of the weight from the middle on as a matrix of their own, as one of a stack is: the columns of y that they
+// make, and the part of grad_x that the rest of grad makes.
+void check_later_rows(const Kernels& kernels, const Case& c, const Weight& weight, LinearArgs args, const Values& y,
+                      const Values& grad) {
+  const int64_t first = c.n / 2, n = c.n - first;
+  Values part(c.dtype, c.m * n);
+  args.first_row = first;
+  args.n = n;
+  args.y = part.data();
+  if (args.bias) args.bias += first;
+  if (args.lora_b) args.lora_b += first * c.rank;
+  kernels.linear(args, serial());
+  bool same = true;
+  for (int64_t i = 0; i < c.m * n; ++i) {
+    const float whole = y.at(i / n * c.n + first + i % n), later = part.at(i);
+    same &= whole == later || (std::isnan(whole) && std::isnan(later));
+  }
+  report(same, c.text(kernels.isa, "linear") + ": differs for the later rows alone");
+
+  Values later_grad(c.dtype, c.m * n), grad_x(c.dtype, c.m * c.k);
+  for (int64_t i = 0; i < c.m * n; ++i) later_grad.set(i, grad.at(i / n * c.n + first + i % n));
+  kernels.linear_grad_input(
+      {later_grad.data(), c.dtype, weight.view, nullptr, nullptr, c.m, n, c.k, 0, grad_x.data(), first}, serial());
+  Case turned_case = c;
+  turned_case.n = c.k, turned_case.k = n, turned_case.rank = 0, turned_case.has_bias = false;
+  Random unused(0);
+  Weight turned(0, 0, c.format, c.block_size, false, unused);
+  turned.decoded = Buffer<float>(n * c.k);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t k = 0; k < c.k; ++k) turned.decoded[k * n + i] = weight.decoded[(first + i) * c.k + k];
+  const Buffer<float> none(0);
+  check_product(c.text(kernels.isa, "linear_grad_input") + ", the later rows alone", grad_x, turned_case, later_grad,
+                turned, none, none, none, 0, rounds_weights_backward(kernels.isa, c.format, c.dtype, c.m, c.k));
+}
+
 void check_linear(const Kernels& kernels, const Case& c, Random& random) {
   const Weight weight(c.n, c.k, c.format, c.block_size, c.double_quant, random);
   Values x(c.dtype, c.m * c.k), grad(c.dtype, c.m * c.n);
@@ -290,6 +325,7 @@ void check_linear(const Kernels& kernels, const Case& c, Random& random) {
                 rounds_weights_backward(kernels.isa, c.format, c.dtype, c.m, c.k));
   kernels.linear_grad_input(grad_arguments(grad_again), on_threads(2));
   report(grad_x == grad_again, c.text(kernels.isa, "linear_grad_input") + ": differs on two threads");
+  check_later_rows(kernels, c, weight, arguments(y), y, grad);
 
   // LoRA's first product, of x with a dense A.
   if (c.rank) {

@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import sys
 
 import torch
 
@@ -19,7 +20,12 @@ OLDEST_TRITON = (3, 6)
 
 #: Which module of this package implements an op. Where torch has no Triton kernel to call, the reference serves.
 MODULES = {
+    "quantize": "quantize",
+    "quantize_scales": "quantize",
+    "search_scales": "search",
+    "encode": "search",
     "dequantize": "dequantize",
+    "dequantize_out": "dequantize",
     "linear_grad_input": "linear_grad_input",
     "grouped_linear": "grouped",
     "grouped_linear_grad_input": "grouped",
@@ -29,6 +35,17 @@ MODULES = {
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
+#: Ops of a forward or backward pass, whose launches torch.compile gets to see. (Not those of dequantize: the compiler
+#: must leave its assembly in place, which torch takes for a sign that a kernel may write to any argument.)
+_SHOWN = (
+    "linear",
+    "linear_grad_input",
+    "grouped_linear",
+    "grouped_linear_grad_input",
+    "grouped_matmul",
+    "grouped_outer",
+)
+
 #: Whether kernels do without NVIDIA's inline assembly.
 PORTABLE = INTERPRETED or torch.version.cuda is None
 
@@ -36,8 +53,7 @@ PORTABLE = INTERPRETED or torch.version.cuda is None
 DEVICE_TYPES = ("cuda", "xpu", "meta", *(("cpu",) if INTERPRETED else ()))
 
 
-def missing_reason() -> str | None:
-    """None if the Triton kernels can be used here, else why not and what to install."""
+def _missing_reason() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; `pip install triton` (torch for CUDA and ROCm brings it along)"
     version = importlib.metadata.version("triton")
@@ -47,19 +63,57 @@ def missing_reason() -> str | None:
     return None
 
 
+_MISSING_REASON = _missing_reason()
+
+
+def missing_reason() -> str | None:
+    """None if the Triton kernels can be used here, else why not and what to install."""
+    return _MISSING_REASON
+
+
 def register(library) -> None:
     """Make this package's functions the kernels of the ops of ``library``, the namespace ``lowbit_triton``."""
     if missing_reason() is not None:
         return
+    library.define("scale_map(Device device) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl("scale_map", _imported_when_called("copy_of_scale_map", "constants"), "CompositeExplicitAutograd")
+    fake = lambda device: torch.empty(256, device=device)  # noqa: E731
+    torch.library.register_fake(f"{library.ns}::scale_map", fake, lib=library)
     keys = {"cuda": "CUDA", "xpu": "XPU", "cpu": "CPU"}
     for name, module in MODULES.items():
         for device_type in DEVICE_TYPES:
             if device_type in keys:
                 library.impl(name, _imported_when_called(name, module), keys[device_type])
+        if name in _SHOWN and not INTERPRETED:
+            _show_launches(library, name, module)
 
 
 def _imported_when_called(name: str, module: str):
-    def kernel(*args):
-        return getattr(importlib.import_module(f"{__name__}.{module}"), name)(*args)
+    def kernel(*args, **kwargs):
+        return getattr(_module(module), name)(*args, **kwargs)
 
     return kernel
+
+
+def _module(name: str):
+    """A module of this package. Not imported as part of what torch.compile traces: its tables are real tensors."""
+    full_name = f"{__name__}.{name}"
+    if full_name in sys.modules:
+        return sys.modules[full_name]
+    with torch.utils._python_dispatch._disable_current_modes():
+        return importlib.import_module(full_name)
+
+
+def _show_launches(library, name: str, module: str) -> None:
+    """Let torch.compile see the launches of an op rather than the op, as ``torch.library.triton_op`` does."""
+    from torch._subclasses.functional_tensor import FunctionalTensorMode
+
+    kernel = _imported_when_called(name, module)
+
+    def decompose(mode, op, types, args, kwargs):
+        if args[0].device.type not in ("cuda", "xpu"):
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        with mode, _module("launch").traced():
+            return kernel(*args, **kwargs)
+
+    torch.library.register_torch_dispatch(f"{library.ns}::{name}", FunctionalTensorMode, decompose, lib=library)

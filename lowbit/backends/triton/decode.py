@@ -1,9 +1,14 @@
 """What every kernel decodes: 4-bit codes to the codebook's values, and double-quantized scales.
 
 A byte holds the codes of two neighbours, the first in its high nibble. Looking sixteen values up in memory would cost
-more than everything else, so the table is in the instructions. On NVIDIA that is ``prmt``, which takes any 4 of 8
-bytes: for each byte of a value two of them (codes 0-7, codes 8-15) and a choice by the code's highest bit, for four
-codes at once. Elsewhere (PORTABLE: AMD, Intel, Triton's interpreter) it is a tree of selections by the four bits.
+more than everything else, so the table is in registers. NVIDIA has two instructions for that:
+
+- 16 bits: ``prmt`` takes any 4 of 8 bytes. For each byte of a value two of them (codes 0-7, codes 8-15) and a choice
+  by the code's highest bit, for four codes at once: 2.7 instructions per code. For fp32 it would be 5.9.
+- fp32: lane l of a warp holds the value of code l % 16, and ``shfl`` fetches it from there: it heeds only the low bits
+  of the lane's number, so a shift is all it takes, 2 instructions per code.
+
+Elsewhere (PORTABLE: AMD, Intel, Triton's interpreter) it is a tree of selections by the four bits.
 """
 
 import torch
@@ -23,42 +28,58 @@ def _value_bytes(format: str, dtype: torch.dtype) -> list[bytes]:
     return [(int(bits) & (2 ** (8 * size) - 1)).to_bytes(size, "little") for bits in raw]
 
 
-def _lookup_asm(format: str, dtype: torch.dtype) -> str:
-    """PTX from one register of 4 packed bytes to the values of their high nibbles and of their low ones.
+def _table(values: list[bytes], byte: int) -> list[str]:
+    """One byte of all values, as the operands of two ``prmt``: codes 0-7, then 8-15."""
+    words = [int.from_bytes(bytes(value[byte] for value in values[c : c + 4]), "little") for c in (0, 4, 8, 12)]
+    return [f"{words[0]:#010x}, {words[1]:#010x}", f"{words[2]:#010x}, {words[3]:#010x}"]
 
-    The outputs are those of 4 elements each: 2 registers of 16-bit pairs or 4 of fp32, high nibbles' first.
+
+def _permute_asm(format: str, dtype: torch.dtype) -> str:
+    """PTX from one register of 4 packed bytes to the 16-bit values of their high nibbles and of their low ones.
+
+    The outputs are those of 4 elements each: 2 registers of pairs, high nibbles' first.
     """
-    values, size = _value_bytes(format, dtype), _BITS[dtype]
-    source = f"${2 * size}"
-    lines = ["{", ".reg .b32 codes, index, upper, a, b, p0, p1, p2, p3, shifted;", f"shl.b32 shifted, {source}, 4;"]
+    values = _value_bytes(format, dtype)
+    lines = ["{", ".reg .b32 codes, index, upper, a, b, p0, p1, shifted;", "shl.b32 shifted, $4, 4;"]
     for half in (0, 1):  # bytes 2 half and 2 half + 1: nibbles low, high, low, high
-        lines.append(f"shr.u32 codes, {source}, {16 * half};")
+        lines.append(f"shr.u32 codes, $4, {16 * half};")
         lines.append("and.b32 index, codes, 0x7777;")
         # Bytes of ones where a code is 8 or more: prmt repeats the sign of bytes chosen with 8 added.
-        lines.append(f"prmt.b32 upper, {source}, shifted, {0xBFAE if half else 0x9D8C:#x};")
-        for byte in range(size):
-            table = [
-                int.from_bytes(bytes(values[code][byte] for code in range(c, c + 4)), "little") for c in (0, 4, 8, 12)
-            ]
-            lines.append(f"prmt.b32 a, {table[0]:#010x}, {table[1]:#010x}, index;")
-            lines.append(f"prmt.b32 b, {table[2]:#010x}, {table[3]:#010x}, index;")
+        lines.append(f"prmt.b32 upper, $4, shifted, {0xBFAE if half else 0x9D8C:#x};")
+        for byte in (0, 1):
+            lower_codes, upper_codes = _table(values, byte)
+            lines.append(f"prmt.b32 a, {lower_codes}, index;")
+            lines.append(f"prmt.b32 b, {upper_codes}, index;")
             lines.append(f"lop3.b32 p{byte}, upper, b, a, 0xca;")  # upper ? b : a
-        if size == 2:
-            lines.append(f"prmt.b32 ${half}, p0, p1, 0x7351;")
-            lines.append(f"prmt.b32 ${2 + half}, p0, p1, 0x6240;")
-        else:
-            for pair in (0, 1):  # codes low 2 pair, high 2 pair + 1 of this half
-                lines.append(f"prmt.b32 a, p0, p1, {0x7362 if pair else 0x5140:#x};")  # bytes 0, 1 of low, then of high
-                lines.append(f"prmt.b32 b, p2, p3, {0x7362 if pair else 0x5140:#x};")
-                lines.append(f"prmt.b32 ${2 * half + pair}, a, b, 0x7632;")
-                lines.append(f"prmt.b32 ${4 + 2 * half + pair}, a, b, 0x5410;")
+        lines.append(f"prmt.b32 ${half}, p0, p1, 0x7351;")
+        lines.append(f"prmt.b32 ${2 + half}, p0, p1, 0x6240;")
+    return "\n".join([*lines, "}"])
+
+
+def _shuffle_asm(format: str) -> str:
+    """The same to fp32: 8 registers. All lanes of a warp have to take part, as they do in Triton's code.
+
+    The lane's own value comes from ``prmt``; ptxas computes it once in a kernel.
+    """
+    values = _value_bytes(format, torch.float32)
+    lines = ["{", ".reg .b32 lane, index, a, b, p0, p1, p2, p3, table, code;", ".reg .pred upper;"]
+    lines += ["mov.u32 lane, %laneid;", "and.b32 index, lane, 7;", "and.b32 lane, lane, 8;"]
+    lines.append("setp.ne.u32 upper, lane, 0;")
+    for byte in range(4):
+        lower_codes, upper_codes = _table(values, byte)
+        lines += [f"prmt.b32 a, {lower_codes}, index;", f"prmt.b32 b, {upper_codes}, index;"]
+        lines.append(f"selp.b32 p{byte}, b, a, upper;")
+    lines += ["prmt.b32 a, p0, p1, 0x4040;", "prmt.b32 b, p2, p3, 0x4040;", "prmt.b32 table, a, b, 0x5410;"]
+    for nibble in range(8):  # even ones are low
+        lines.append(f"shr.u32 code, $8, {4 * nibble};")
+        lines.append(f"shfl.sync.idx.b32 ${nibble // 2 + (0 if nibble % 2 else 4)}, table, code, 0x101f, 0xffffffff;")
     return "\n".join([*lines, "}"])
 
 
 #: By format and Triton's name of the dtype: what a jitted function may look up while it is compiled.
 _ASM = tl.constexpr(
     {
-        (format, name): _lookup_asm(format, dtype)
+        (format, name): _shuffle_asm(format) if dtype == torch.float32 else _permute_asm(format, dtype)
         for format in fmt.CODEBOOKS
         for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16))
     }
@@ -111,12 +132,17 @@ def _select(code, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def decode_codes(packed, FORMAT: tl.constexpr, DTYPE: tl.constexpr, PORTABLE: tl.constexpr):
-    """The codebook's values, rounded to DTYPE, for the high and for the low nibbles of uint8 ``packed``."""
+def decode_codes(
+    packed, FORMAT: tl.constexpr, DTYPE: tl.constexpr, PORTABLE: tl.constexpr, MOVABLE: tl.constexpr = True
+):
+    """The codebook's values, rounded to DTYPE, for the high and for the low nibbles of uint8 ``packed``.
+
+    Not MOVABLE: the compiler decodes in the layout that ``packed`` was loaded in, and converts what comes out.
+    """
     if PORTABLE:
         return round_to(_select(packed >> 4, FORMAT), DTYPE), round_to(_select(packed & 15, FORMAT), DTYPE)
     return tl.inline_asm_elementwise(
-        _asm(FORMAT, DTYPE), _constraints(DTYPE), [packed], dtype=_both(DTYPE), is_pure=True, pack=4
+        _asm(FORMAT, DTYPE), _constraints(DTYPE), [packed], dtype=_both(DTYPE), is_pure=MOVABLE, pack=4
     )
 
 

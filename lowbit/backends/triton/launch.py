@@ -1,6 +1,26 @@
 """The one place that starts a Triton kernel."""
 
+import contextlib
+import contextvars
+
 import torch
+
+_TRACED: contextvars.ContextVar[bool] = contextvars.ContextVar("lowbit_triton_traced", default=False)
+
+
+@contextlib.contextmanager
+def traced():
+    """Launches made meanwhile become nodes of the graph that torch.compile is making, which may fuse around them."""
+    token = _TRACED.set(True)
+    try:
+        yield
+    finally:
+        _TRACED.reset(token)
+
+
+def is_traced() -> bool:
+    """Whether :func:`traced` is in force."""
+    return _TRACED.get()
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
@@ -12,14 +32,11 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
     """
     if 0 in grid:
         return
+    if is_traced():
+        # Inductor takes no such option: kernels that may be traced round where bits depend on it by instructions.
+        torch.library.wrap_triton(kernel)[grid](*arguments, **options)
+        return
     device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
-    with torch.get_device_module(device).device(device) if device.type != "cpu" else _NoDevice():
+    on_device = contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+    with on_device:
         kernel[grid](*arguments, enable_fp_fusion=False, **options)
-
-
-class _NoDevice:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return False

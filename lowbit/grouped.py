@@ -1,0 +1,138 @@
+"""The public functions for a mixture of experts: arguments checked here, work done by the ops of the chosen backend."""
+
+import torch
+import torch.nn.functional as F
+
+from . import backends, grouped_ops
+from .functional import _autocasts, _check_operand, _check_quantized
+from .tensor import QuantizedTensor
+
+
+def grouped_linear(
+    x: torch.Tensor, q: QuantizedTensor, expert_ends: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``x W_e^T + bias_e`` for each row of x and the expert e it belongs to; differentiable in x and bias.
+
+    Only experts that have rows are decoded. (``torch.nn.functional.grouped_mm`` takes the same ends, as ``offs``.)
+
+    Args:
+        x: [rows, in_features], float32, float16 or bfloat16: the tokens, sorted by expert.
+        q: the weights of all experts, [experts, out_features, in_features], quantized as one tensor.
+        expert_ends: int32 [experts] on x's device, where the rows of each expert end: not decreasing, the last one
+            equal to the number of rows. On a GPU it is not read by the host: values that break this are not found,
+            but no kernel goes outside of its tensors for them.
+        bias: [experts, out_features] or None.
+
+    Returns:
+        [rows, out_features] in x's dtype (under autocast, in the autocast dtype); accumulated in fp32.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit; ``expert_ends`` out of order or not ending at the rows.
+    """
+    _check(x, q, expert_ends, bias)
+    return _autocast(x, lambda x: _linear(x, q, expert_ends, bias))
+
+
+def grouped_lora_linear(
+    x: torch.Tensor,
+    q: QuantizedTensor,
+    expert_ends: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = False,
+) -> torch.Tensor:
+    """``x W_e^T + scaling * (dropout(x) A_e^T) B_e^T + bias_e``: :func:`grouped_linear` with a LoRA for each expert.
+
+    Differentiable in x, bias, lora_a and lora_b.
+
+    Args:
+        x, q, expert_ends, bias: as in :func:`grouped_linear`.
+        lora_a: [experts, rank, in_features].
+        lora_b: [experts, out_features, rank].
+        scaling: lora_alpha / rank, or lora_alpha / sqrt(rank).
+        dropout_p: probability of zeroing an element of the x that enters LoRA, in [0, 1); only where ``training``.
+
+    Returns:
+        [rows, out_features] in x's dtype (under autocast, in the autocast dtype). LoRA's part is computed in fp32.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit, ``dropout_p`` out of range; ``expert_ends`` as above.
+
+    Source: Hu et al., "LoRA", 2021 (arXiv 2106.09685).
+    """
+    _check(x, q, expert_ends, bias)
+    experts, out_features, in_features = q.shape
+    if not isinstance(lora_a, torch.Tensor) or lora_a.dim() != 3 or lora_a.shape[1] == 0:
+        shape = tuple(lora_a.shape) if isinstance(lora_a, torch.Tensor) else type(lora_a).__name__
+        raise ValueError(f"lora_a: expected a tensor of shape ({experts}, rank, {in_features}), got {shape}")
+    rank = lora_a.shape[1]
+    _check_operand("lora_a", lora_a, (experts, rank, in_features), q.device)
+    _check_operand("lora_b", lora_b, (experts, out_features, rank), q.device)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+    drops = training and dropout_p > 0
+    return _autocast(
+        x, lambda x: _lora_linear(x, q, expert_ends, lora_a, lora_b, float(scaling), bias, dropout_p if drops else 0.0)
+    )
+
+
+def _autocast(x, body) -> torch.Tensor:
+    device_type = x.device.type
+    if not _autocasts(device_type):
+        return body(x)
+    x = x.to(torch.get_autocast_dtype(device_type))
+    with torch.autocast(device_type, enabled=False):
+        return body(x)
+
+
+def _linear(x, q, expert_ends, bias, t=None, lora_b=None, scaling=1.0) -> torch.Tensor:
+    ops = getattr(torch.ops, backends.namespace_for(x.device.type, backends.selected))
+    weight = (*q.parts(), q.format, q.block_size)
+    return ops.grouped_linear.default(x, *weight, expert_ends, q.shape[1], bias, t, lora_b, scaling)
+
+
+def _lora_linear(x, q, expert_ends, lora_a, lora_b, scaling, bias, dropout_p) -> torch.Tensor:
+    namespace = backends.namespace_for(x.device.type, backends.selected)
+    if dropout_p:
+        t = getattr(torch.ops, namespace).grouped_matmul.default(F.dropout(x, dropout_p, True), lora_a, expert_ends)
+        return _linear(x, q, expert_ends, bias, t, lora_b, scaling)
+    weight = (*q.parts(), q.format, q.block_size)
+    return grouped_ops.lora_linear(namespace, x, weight, expert_ends, q.shape[1], lora_a, lora_b, scaling, bias)
+
+
+def _check(x, q, expert_ends, bias) -> None:
+    _check_quantized(q)
+    if len(q.shape) != 3:
+        raise ValueError(f"q: expected weights of 3 dimensions (experts, out, in), got shape {tuple(q.shape)}")
+    experts, out_features, in_features = q.shape
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dim() != 2:
+        raise ValueError(f"x: expected shape (rows, {in_features}), got {tuple(x.shape)}")
+    _check_operand("x", x, (x.shape[0], in_features), q.device)
+    if bias is not None:
+        _check_operand("bias", bias, (experts, out_features), q.device)
+    if not isinstance(expert_ends, torch.Tensor):
+        raise TypeError(f"expert_ends: expected a torch.Tensor, got {type(expert_ends).__name__}")
+    if expert_ends.dtype != torch.int32:
+        raise TypeError(f"expert_ends: expected torch.int32, got {expert_ends.dtype}")
+    if expert_ends.shape != (experts,):
+        raise ValueError(f"expert_ends: expected shape ({experts},), got {tuple(expert_ends.shape)}")
+    if expert_ends.device != q.device:
+        raise ValueError(f"expert_ends: expected device {q.device} (that of q), got {expert_ends.device}")
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_ends(expert_ends, x.shape[0])
+
+
+def _check_ends(expert_ends: torch.Tensor, rows: int) -> None:
+    """ValueError unless the ends are in order and the last one is at ``rows``."""
+    ends = expert_ends.tolist()
+    if any(end < begin for begin, end in zip([0, *ends], ends, strict=False)):
+        raise ValueError(f"expert_ends: expected numbers from 0 on that do not decrease, got {ends}")
+    if (ends[-1] if ends else 0) != rows:
+        raise ValueError(f"expert_ends: expected the last to be {rows}, the rows of x, got {ends}")

@@ -1,0 +1,132 @@
+"""The Triton kernels on a GPU (NVIDIA's, AMD's or Intel's): what the interpreter and the emulator were shown.
+
+`pytest -m gpu` runs them.
+"""
+
+import pytest
+import torch
+from cases import BLOCK_SIZES, DTYPES, FORMATS, UNIT_ROUNDOFF, assert_within, make_weight, product_tolerance
+
+import lowbit
+from lowbit import reference, selftest
+from lowbit.backends import triton as backend
+
+DEVICE = "xpu" if hasattr(torch, "xpu") and torch.xpu.is_available() else "cuda"
+HAS_GPU = torch.get_device_module(DEVICE).is_available()
+NO_GPU = backend.missing_reason() or (None if HAS_GPU else "torch sees no GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=f"no GPU: {NO_GPU}")]
+
+OPS = torch.ops.lowbit_triton
+OPTIONS = ({}, {"format": "fp4", "block_size": 128, "double_quant": False}, {"block_size": 32}, {"format": "int8"})
+
+
+def on_gpu(q: lowbit.QuantizedTensor) -> tuple:
+    """A weight as the ops take it, on the GPU."""
+    return (*q.to(DEVICE).parts(), q.format, q.block_size)
+
+
+def bound(exact, magnitude, terms, dtype):
+    """Tensor cores may cut off what does not fit, and take weights, scales and LoRA's factors rounded to x's dtype."""
+    rounding = 3.1 * UNIT_ROUNDOFF[dtype] if dtype != torch.float32 else 0.0
+    return product_tolerance(magnitude, exact, 2 * terms, dtype, rounding)
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_four_bits(dtype, format, block_size):
+    """Files must not depend on the GPU that wrote them."""
+    for numel in (1, 63, 1025, 100_003, 1 << 18):
+        weight = make_weight((numel,), dtype)
+        packed, absmax = OPS.quantize(weight.to(DEVICE), format, block_size)
+        expected = reference.quantize(weight, format, block_size)
+        assert torch.equal(packed.cpu(), expected[0]) and torch.equal(absmax.cpu(), expected[1])
+        offset = expected[1].mean()
+        codes, groups = OPS.quantize_scales(absmax, offset.to(DEVICE))
+        assert all(map(torch.equal, (codes.cpu(), groups.cpu()), reference.quantize_scales(expected[1], offset)))
+        arguments = (format, block_size, [numel], dtype)
+        decoded = OPS.dequantize(packed, codes, groups, offset.to(DEVICE), *arguments)
+        exact = reference.dequantize(packed.cpu(), codes.cpu(), groups.cpu(), offset, *arguments)
+        assert torch.equal(decoded.cpu(), exact)
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096), (1024, 14336), (33, 192), (17, 513), (16, 96)])
+@pytest.mark.parametrize("rows", [1, 8, 16, 33, 300, 1024])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_products(options, dtype, rows, shape):
+    """Every configuration that a user's shapes can choose, forward and backward, twice the same bits."""
+    n, k = shape
+    q = lowbit.quantize(make_weight(shape), **options)
+    weight = q.dequantize(torch.float32).double().to(DEVICE)
+    sizes = ((rows, k), (n,), (rows, 8), (n, 8), (rows, n), (8, k))
+    x, bias, t, lora_b, grad, lora_a = (torch.randn(size).to(DEVICE) for size in sizes)
+    x, grad = x.to(dtype), grad.to(dtype)
+    y = OPS.linear(x, *on_gpu(q), n, bias, t, lora_b, 0.5)
+    assert torch.equal(y, OPS.linear(x, *on_gpu(q), n, bias, t, lora_b, 0.5))
+    exact = x.double() @ weight.T + 0.5 * t.double() @ lora_b.double().T + bias.double()
+    magnitude = x.double().abs() @ weight.abs().T + 0.5 * t.double().abs() @ lora_b.double().abs().T
+    assert_within(y, exact, bound(exact, magnitude + bias.double().abs(), k + 8, dtype))
+    grad_x = OPS.linear_grad_input(grad, *on_gpu(q), k, t, lora_a)
+    exact = grad.double() @ weight + t.double() @ lora_a.double()
+    magnitude = grad.double().abs() @ weight.abs() + t.double().abs() @ lora_a.double().abs()
+    assert_within(grad_x, exact, bound(exact, magnitude, n + 8, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grouped(dtype):
+    """Experts with no rows, few and many, in one launch."""
+    q = lowbit.quantize(make_weight((6, 192, 512)))
+    ends = torch.tensor([0, 3, 3, 200, 216, 217], dtype=torch.int32)
+    x, grad = torch.randn(217, 512).to(dtype), torch.randn(217, 192).to(dtype)
+    t, lora_b, lora_a = torch.randn(217, 8), torch.randn(6, 192, 8), torch.randn(6, 8, 512)
+    weight = (*on_gpu(q), ends.to(DEVICE))
+    y = OPS.grouped_linear(x.to(DEVICE), *weight, 192, None, t.to(DEVICE), lora_b.to(DEVICE), 0.5)
+    cpu = (*q.parts(), "nf4", 64, ends)
+    exact = reference.grouped_linear(x.double(), *cpu, 192, None, t, lora_b, 0.5).double()
+    magnitude = torch.full_like(exact, float(x.float().norm(dim=1).max() * q.dequantize().norm(dim=-1).max() + 50))
+    assert_within(y.cpu(), exact, bound(exact, magnitude, 520, dtype))
+    grad_x = OPS.grouped_linear_grad_input(grad.to(DEVICE), *weight, 512, t.to(DEVICE), lora_a.to(DEVICE))
+    exact = reference.grouped_linear_grad_input(grad.double(), *cpu, 512, t, lora_a).double()
+    magnitude = torch.full_like(exact, float(grad.float().norm(dim=1).max() * q.dequantize().norm(dim=-2).max() + 50))
+    assert_within(grad_x.cpu(), exact, bound(exact, magnitude, 200, dtype))
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+def test_graph(rows):
+    """Decoding token by token is launched as a graph: nothing may wait or allocate outside of torch's allocator."""
+    q = lowbit.quantize(make_weight((64, 16384), torch.bfloat16))
+    x, weight = torch.randn(rows, 16384, device=DEVICE, dtype=torch.bfloat16), on_gpu(q)
+    call = lambda: OPS.linear(x, *weight, 64, None, None, None, 1.0)  # noqa: E731
+    expected = call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call()
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
+def test_compiled():
+    """torch.compile sees the launches; what it makes of them must compute the same."""
+    q = lowbit.quantize(make_weight((128, 256))).to(DEVICE)
+    sizes = ((32, 256), (8, 256), (128, 8))
+    leaves = [torch.randn(size).to(DEVICE).requires_grad_() for size in sizes]
+
+    def call(x, lora_a, lora_b):
+        with lowbit.use_backend("triton"):
+            return lowbit.lora_linear(x, q, lora_a, lora_b, 0.5).relu()
+
+    def gradients(function):
+        y = function(*leaves)
+        return y, *torch.autograd.grad(y.sum(), leaves)
+
+    for actual, expected in zip(gradients(torch.compile(call, fullgraph=True)), gradients(call), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_self_test():
+    """What `python -m lowbit` checks on a GPU."""
+    results = [problem for name, problem in selftest.run() if name.startswith("Triton")]
+    assert results and all(problem is None for problem in results)

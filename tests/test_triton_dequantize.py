@@ -1,0 +1,143 @@
+"""The Triton dequantize kernels: bit for bit what the reference decodes."""
+
+import pytest
+import torch
+from cases import BLOCK_SIZES, DTYPES, FORMATS, block_sizes, dtypes, formats, magnitudes, make_weight
+from conftest_triton import compiled_only, emulate, interpreted, launches
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowbit import format as fmt
+from lowbit import reference
+from lowbit.backends.triton import dequantize as module
+
+sizes = st.one_of(st.integers(1, 200), st.sampled_from((1023, 1024, 1025, 3001, 8193, 16384, 17_000)))
+
+
+def quantized(weight, format, block_size, double_quant=True) -> tuple:
+    """The arguments of an op from packed to block_size."""
+    if format == "int8":
+        return *reference.quantize(weight, "int8", weight.shape[-1]), None, None, "int8", weight.shape[-1]
+    packed, absmax = reference.quantize(weight, format, block_size)
+    group_scales = offset = None
+    if double_quant:
+        offset = absmax.mean()
+        absmax, group_scales = reference.quantize_scales(absmax, offset)
+    return packed, absmax, group_scales, offset, format, block_size
+
+
+@interpreted
+@settings(max_examples=40, deadline=None)
+@given(
+    numel=sizes,
+    dtype=dtypes,
+    format=formats,
+    block_size=block_sizes,
+    double_quant=st.booleans(),
+    magnitude=magnitudes,
+)
+def test_equals_the_reference(numel, dtype, format, block_size, double_quant, magnitude):
+    """A GPU that decodes other bits trains on another model than the one saved."""
+    parts = quantized(make_weight((numel,), torch.float32, magnitude), format, block_size, double_quant)
+    decoded = torch.ops.lowbit_triton.dequantize(*parts, [numel], dtype)
+    assert torch.equal(decoded, reference.dequantize(*parts, [numel], dtype))
+
+
+@interpreted
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_every_block_size(block_size):
+    """Each block's scale has to reach all of its elements, whether a thread's bytes fill a block or a part of one."""
+    parts = quantized(torch.randn(9000, generator=torch.Generator().manual_seed(block_size)), "nf4", block_size)
+    decoded = torch.ops.lowbit_triton.dequantize(*parts, [9000], torch.bfloat16)
+    assert torch.equal(decoded, reference.dequantize(*parts, [9000], torch.bfloat16))
+
+
+@interpreted
+def test_every_code_of_the_scale_map():
+    """The 256 entries of the map, from the table that travels to the device."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    packed = torch.full((256 * 16,), 0xFF, dtype=torch.uint8)  # NF4 code 15 is 1.0
+    parts = (packed, codes, torch.ones(1), torch.zeros(()), "nf4", 32)
+    decoded = torch.ops.lowbit_triton.dequantize(*parts, [256 * 32], torch.float32)
+    assert torch.equal(decoded[::32], fmt.SCALE_MAP)
+
+
+@interpreted
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 19),
+    columns=st.one_of(st.integers(1, 70), st.sampled_from((512, 528, 1024, 1040, 5000))),
+    dtype=dtypes,
+    magnitude=magnitudes,
+)
+def test_int8_equals_the_reference(rows, columns, dtype, magnitude):
+    """Rows that fill a tile, that share one, and that take several; a row's scale must reach that row only."""
+    parts = quantized(make_weight((rows, columns), torch.float32, magnitude), "int8", 0)
+    decoded = torch.ops.lowbit_triton.dequantize(*parts, [rows, columns], dtype)
+    assert torch.equal(decoded, reference.dequantize(*parts, [rows, columns], dtype))
+
+
+@interpreted
+@pytest.mark.parametrize("format", fmt.FORMATS)
+def test_into_a_tensor(format):
+    """A weight decoded into a buffer that is there already; what lies around the buffer stays."""
+    parts = quantized(make_weight((33, 131)), format, 64)
+    buffer = torch.full((35, 131), 7.0)
+    torch.ops.lowbit_triton.dequantize_out(*parts, buffer[1:34])
+    assert torch.equal(buffer[1:34], reference.dequantize(*parts, [33, 131], torch.float32))
+    assert bool((buffer[[0, 34]] == 7).all())
+
+
+@interpreted
+@pytest.mark.parametrize("format", fmt.FORMATS)
+@pytest.mark.parametrize("shape", [(0, 64), (4, 0), ()])
+def test_empty_and_scalar(format, shape):
+    """A model may hold such weights; an empty grid must not be launched."""
+    weight = torch.ones(shape)
+    packed, absmax = reference.quantize(weight, format, 64)
+    parts = (packed, absmax, None, None, format, 64)
+    assert torch.equal(
+        torch.ops.lowbit_triton.dequantize(*parts, list(shape), torch.float16),
+        reference.dequantize(*parts, list(shape), torch.float16),
+    )
+
+
+def emulated(monkeypatch, parts, shape, dtype):
+    with launches(monkeypatch, "sm_80") as made:
+        out = module.dequantize(*parts, shape, dtype)
+    (launch,) = made
+    emulate(launch)
+    return out
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("format", "block_size", "double_quant", "numel"),
+    [("nf4", 64, True, 8192), ("nf4", 4096, False, 9001), ("fp4", 32, True, 1057), ("fp4", 64, False, 3)],
+)
+def test_machine_instructions(monkeypatch, dtype, format, block_size, double_quant, numel):
+    """What NVIDIA's GPUs run is inline assembly that the interpreter never sees: aligned and ragged, bit for bit."""
+    parts = quantized(make_weight((numel,)), format, block_size, double_quant)
+    decoded = emulated(monkeypatch, parts, [numel], dtype)
+    assert torch.equal(decoded, reference.dequantize(*parts, [numel], dtype))
+
+
+@compiled_only
+@pytest.mark.parametrize("format", FORMATS)
+def test_machine_instructions_every_code(monkeypatch, format):
+    """All 256 bytes at every place in a word."""
+    packed = torch.arange(4 * 256).mul(0x9D).to(torch.uint8)
+    parts = (packed, torch.ones(32), None, None, format, 64)
+    decoded = emulated(monkeypatch, parts, [2048], torch.float32)
+    assert torch.equal(decoded, reference.dequantize(*parts, [2048], torch.float32))
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 1024), (5, 77), (1, 5000)])
+def test_int8_machine_instructions(monkeypatch, shape, dtype):
+    """The same for int8."""
+    parts = quantized(make_weight(shape), "int8", 0)
+    decoded = emulated(monkeypatch, parts, list(shape), dtype)
+    assert torch.equal(decoded, reference.dequantize(*parts, list(shape), dtype))

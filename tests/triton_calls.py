@@ -1,0 +1,105 @@
+"""Calls that together launch every Triton kernel in each way it is compiled: what test_triton_compile.py compiles.
+
+One entry of :data:`CALLS` per call. Tensors are on the meta device, so shapes may be those of real models; a launch is
+specialized as for memory aligned to 16 bytes, or for any with :func:`unaligned`.
+"""
+
+import dataclasses
+import functools
+import importlib
+import itertools
+from collections.abc import Callable
+
+import torch
+from cases import BLOCK_SIZES, DTYPES, FORMATS
+
+from lowbit import format as fmt
+
+
+@dataclasses.dataclass
+class Call:
+    """``make()`` calls one op. ``every_run``: compiled at each run of the tests, not only when asked for all."""
+
+    name: str
+    make: Callable[[], object]
+    every_run: bool
+
+
+CALLS: list[Call] = []
+
+
+def add(op: str, *arguments, detail: str = "", every_run: bool = False) -> None:
+    """Another call of ``op``, a function of the module that ``lowbit.backends.triton.MODULES`` names."""
+
+    def make():
+        from lowbit.backends import triton as backend
+
+        module = importlib.import_module(f"lowbit.backends.triton.{backend.MODULES[op]}")
+        return getattr(module, op)(*arguments)
+
+    CALLS.append(Call(f"{op} {detail}".strip(), make, every_run))
+
+
+def tensor(*shape: int, dtype=torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def unaligned(like: torch.Tensor) -> torch.Tensor:
+    """A tensor such as ``like`` that begins one element after a multiple of 16 bytes."""
+    storage = torch.empty(like.numel() + 16, dtype=like.dtype)
+    first = next(i for i in range(1, 17) if storage[i:].data_ptr() % 16 == like.element_size() % 16)
+    return storage[first : first + like.numel()].view(like.shape)
+
+
+def weight(shape: tuple[int, ...], format: str, block_size: int = 64, double_quant: bool = True) -> tuple:
+    """The arguments of an op from packed to block_size."""
+    numel = functools.reduce(int.__mul__, shape, 1)
+    if format == "int8":
+        rows, columns = fmt.row_shape(shape)
+        return tensor(numel, dtype=torch.uint8), tensor(rows), None, None, format, columns
+    blocks = fmt.block_count(numel, block_size)
+    packed = tensor((numel + 1) // 2, dtype=torch.uint8)
+    if not double_quant:
+        return packed, tensor(blocks), None, None, format, block_size
+    group_scales = tensor(fmt.block_count(blocks, fmt.GROUP_SIZE))
+    return packed, tensor(blocks, dtype=torch.uint8), group_scales, tensor(), format, block_size
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+for dtype, format in itertools.product(DTYPES, FORMATS):
+    model_weight, detail = tensor(4096, 4096, dtype=dtype), f"{format} {name_of(dtype)}"
+    often = (dtype, format) == (torch.bfloat16, "nf4")
+    add("quantize", model_weight, format, 64, detail=detail, every_run=often)
+    add("search_scales", model_weight, None, format, 64, detail=detail)
+    add("search_scales", model_weight, tensor(4096), format, 64, detail=f"{detail} weighted", every_run=often)
+    add("encode", model_weight, tensor(4096 * 64), format, 64, detail=detail, every_run=often)
+for block_size in BLOCK_SIZES:
+    add("quantize", tensor(33, 131, dtype=torch.float16), "nf4", block_size, detail=f"ragged blocks of {block_size}")
+    add("encode", tensor(33, 131), tensor(136), "nf4", block_size, detail=f"ragged blocks of {block_size}")
+add("search_scales", tensor(131, 1), tensor(1), "nf4", 32, detail="one column")
+for dtype in DTYPES:
+    add("quantize", tensor(4096, 4096, dtype=dtype), "int8", 4096, detail=f"int8 {name_of(dtype)}")
+add("quantize", tensor(33, 131), "int8", 131, detail="int8 ragged")
+add("quantize_scales", tensor(4096 * 64), tensor(), every_run=True)
+add("quantize_scales", tensor(131), tensor(), detail="ragged")
+
+for dtype, format, double_quant in itertools.product(DTYPES, FORMATS, (True, False)):
+    add(
+        "dequantize",
+        *weight((4096, 4096), format, double_quant=double_quant),
+        (4096, 4096),
+        dtype,
+        detail=f"{format} {'double-quantized ' * double_quant}{name_of(dtype)}",
+        every_run=(dtype, format, double_quant) == (torch.bfloat16, "nf4", True),
+    )
+for dtype in DTYPES:
+    add(
+        "dequantize_out",
+        *weight((4096, 4096), "int8"),
+        tensor(4096, 4096, dtype=dtype),
+        detail=f"int8 {name_of(dtype)}",
+        every_run=dtype == torch.bfloat16,
+    )
