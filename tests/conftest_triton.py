@@ -123,11 +123,19 @@ def compiled(launch: Launch, target: str):
     return triton.compile(source, target=gpu_target(target), options=options), signature
 
 
+def _memory(value):
+    """What the emulator takes for an argument: of a tensor with strides the memory that they span."""
+    if isinstance(value, torch.Tensor) and not value.is_contiguous():
+        last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+        return value.as_strided([last + 1], [1])
+    return value
+
+
 def emulate(launch: Launch, **options):
     """Run a launch's sm_80 PTX on the emulator, on the launch's own (CPU) tensors; returns what it counted."""
     emulator = pytest.importorskip("emulator")
     kernel, signature = compiled(launch, "sm_80")
-    arguments = [launch.values[name] for name, kind in signature.items() if kind != "constexpr"]
+    arguments = [_memory(launch.values[name]) for name, kind in signature.items() if kind != "constexpr"]
     result = emulator.load(kernel.asm["ptx"]).launch(
         kernel.metadata.name,
         grid=launch.grid,
@@ -138,7 +146,9 @@ def emulate(launch: Launch, **options):
         device=emulator.Device.for_arch("sm_80"),
         **options,
     )
-    assert not result.warnings, result.warnings
+    # LLVM builds a word of bytes in steps, the first of them with an undefined register for bytes still to come.
+    warnings = [warning for warning in result.warnings if not ("never written" in warning and ": prmt.b32" in warning)]
+    assert not warnings, warnings
     return result
 
 

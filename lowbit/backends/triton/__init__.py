@@ -28,6 +28,11 @@ MODULES = {
     "dequantize_out": "dequantize",
     "linear": "linear",
     "lora_linear": "linear",
+    "linear_grad_input": "linear_grad_input",
+    "grouped_linear": "grouped",
+    "grouped_linear_grad_input": "grouped",
+    "grouped_matmul": "grouped_products",
+    "grouped_outer": "grouped_products",
 }
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -1,0 +1,41 @@
+"""Which tile a program computes: the order of tiles, and the expert that a tile of rows belongs to."""
+
+import triton
+import triton.language as tl
+
+#: Tiles of rows that are numbered one after the other for the same columns: their programs run at the same time, and
+#: what they read of W comes from the L2 cache but for the first.
+_BAND = tl.constexpr(8)
+
+
+@triton.jit
+def tile_position(tile, row_tiles, column_tiles):
+    """(row tile, column tile) of tile number ``tile``."""
+    band = tile // (_BAND * column_tiles) * _BAND
+    rows = tl.minimum(row_tiles - band, _BAND)
+    within = tile % (_BAND * column_tiles)
+    return band + within % rows, within // rows
+
+
+@triton.jit
+def expert_of_tile(row_tile, expert_ends, experts, TILE_M: tl.constexpr, EXPERTS: tl.constexpr):
+    """(expert, its first row in the tile, the end of its rows); an expert of ``experts`` or more: no such tile.
+
+    Each expert's rows are cut into tiles of TILE_M of their own, so one without rows has none. How many there are in
+    all only the device knows: ceil(rows / TILE_M) + experts are enough. EXPERTS: ``experts`` or more, a power of two.
+    """
+    index = tl.arange(0, EXPERTS)
+    ends = tl.load(expert_ends + index, mask=index < experts, other=0)
+    begins = tl.load(expert_ends + index - 1, mask=(index < experts) & (index > 0), other=0)
+    last_tile = tl.cumsum(tl.where(index < experts, tl.cdiv(ends - begins, TILE_M), 0), 0)
+    before = last_tile <= row_tile
+    expert = tl.sum(before.to(tl.int32), 0)
+    first_tile = tl.max(tl.where(before, last_tile, 0), 0)
+    begin = tl.sum(tl.where(index == expert, begins, 0), 0)
+    end = tl.sum(tl.where(index == expert, ends, 0), 0)
+    return expert, begin.to(tl.int64) + (row_tile - first_tile).to(tl.int64) * TILE_M, end
+
+
+def row_tile_count(rows: int, experts: int, tile_m: int) -> int:
+    """An upper bound: each expert's last tile may be short."""
+    return min(triton.cdiv(rows, tile_m) + experts, rows)

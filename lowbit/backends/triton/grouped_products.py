@@ -1,0 +1,171 @@
+"""Products of each expert's rows with dense matrices, for LoRA and its gradients: grouped_matmul and grouped_outer.
+
+Factors of one 16-bit dtype go to tensor cores as they are. Any others are multiplied in fp32, with FMAs: LoRA's ranks
+make these products small, and its fp32 parameters want fp32 gradients.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .dequantize import _DTYPES
+from .grid import expert_of_tile, row_tile_count, tile_position
+from .launch import launch
+from .tiles_backward import transposed_dot
+
+
+@triton.jit
+def grouped_matmul_kernel(
+    x,
+    x_row,
+    x_column,
+    matrices,
+    matrix_expert,
+    matrix_row,
+    matrix_column,
+    expert_ends,
+    experts,
+    y,
+    row_tiles,
+    out_features,
+    in_features,
+    DTYPE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """fp32 y [tokens, out_features], TILE_M tokens of one expert by TILE_N columns."""
+    row_tile, column_tile = tile_position(tl.program_id(0), row_tiles, tl.cdiv(out_features, TILE_N))
+    expert, begin, end = expert_of_tile(row_tile, expert_ends, experts, TILE_M, EXPERTS)
+    if expert < experts:
+        m = begin + tl.arange(0, TILE_M)
+        n = column_tile.to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
+        matrix = matrices + expert.to(tl.int64) * matrix_expert
+        total = tl.zeros((TILE_M, TILE_N), tl.float32)
+        for start in range(0, in_features, TILE_K):
+            k = start + tl.arange(0, TILE_K).to(tl.int64)
+            a = tl.load(
+                x + m[None, :] * x_row + k[:, None] * x_column,
+                mask=(m[None, :] < end) & (k[:, None] < in_features),
+                other=0.0,
+            )
+            b = tl.load(
+                matrix + n[:, None] * matrix_row + k[None, :] * matrix_column,
+                mask=(n[:, None] < out_features) & (k[None, :] < in_features),
+                other=0.0,
+            )
+            total = transposed_dot(a.to(DTYPE), b.to(DTYPE), total)
+        mask = (m[:, None] < end) & (n[None, :] < out_features)
+        tl.store(y + m[:, None] * out_features + n[None, :], total, mask=mask)
+
+
+@triton.jit
+def grouped_outer_kernel(
+    a,
+    a_row,
+    a_column,
+    b,
+    b_row,
+    b_column,
+    expert_ends,
+    out,
+    a_features,
+    b_features,
+    DTYPE: tl.constexpr,
+    TILE_P: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+):
+    """fp32 out [experts, a_features, b_features], one expert's TILE_P by TILE_Q; zero where it has no rows."""
+    column_tiles = tl.cdiv(b_features, TILE_Q)
+    tiles = tl.cdiv(a_features, TILE_P) * column_tiles
+    expert, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    begin = tl.load(expert_ends + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(expert_ends + expert)
+    p = (tile // column_tiles).to(tl.int64) * TILE_P + tl.arange(0, TILE_P)
+    q = (tile % column_tiles).to(tl.int64) * TILE_Q + tl.arange(0, TILE_Q)
+    total = tl.zeros((TILE_P, TILE_Q), tl.float32)
+    for start in range(begin, end, TILE_ROWS):
+        m = start + tl.arange(0, TILE_ROWS).to(tl.int64)
+        left = tl.load(
+            a + m[:, None] * a_row + p[None, :] * a_column,
+            mask=(m[:, None] < end) & (p[None, :] < a_features),
+            other=0.0,
+        )
+        right = tl.load(
+            b + m[None, :] * b_row + q[:, None] * b_column,
+            mask=(m[None, :] < end) & (q[:, None] < b_features),
+            other=0.0,
+        )
+        total = transposed_dot(left.to(DTYPE), right.to(DTYPE), total)
+    at = (expert.to(tl.int64) * a_features + p[:, None]) * b_features + q[None, :]
+    tl.store(out + at, total, mask=(p[:, None] < a_features) & (q[None, :] < b_features))
+
+
+def _product_dtype(a: torch.Tensor, b: torch.Tensor) -> torch.dtype:
+    return a.dtype if a.dtype == b.dtype else torch.float32
+
+
+def _tile_of(features: int, largest: int) -> int:
+    return min(largest, max(16, triton.next_power_of_2(features)))
+
+
+def grouped_matmul(x, matrices, expert_ends) -> torch.Tensor:
+    (tokens, in_features), out_features, experts = x.shape, matrices.shape[1], expert_ends.numel()
+    y = x.new_empty([tokens, out_features], dtype=torch.float32)
+    if y.numel() == 0:
+        return y
+    dtype = _product_dtype(x, matrices)
+    # Few tokens to an expert: small tiles. fp32 operands pass through shared memory.
+    tile_m = 16 if tokens <= 16 * experts or dtype == torch.float32 else 64
+    tile_n = _tile_of(out_features, 64)
+    row_tiles = row_tile_count(tokens, experts, tile_m)
+    launch(
+        grouped_matmul_kernel,
+        (row_tiles * triton.cdiv(out_features, tile_n),),
+        x,
+        *x.stride(),
+        matrices,
+        *matrices.stride(),
+        expert_ends,
+        experts,
+        y,
+        row_tiles,
+        out_features,
+        in_features,
+        DTYPE=_DTYPES[dtype],
+        EXPERTS=triton.next_power_of_2(experts),
+        TILE_M=tile_m,
+        TILE_N=tile_n,
+        TILE_K=32 if dtype == torch.float32 else 64,
+        num_warps=4,
+        num_stages=3,
+    )
+    return y
+
+
+def grouped_outer(a, b, expert_ends) -> torch.Tensor:
+    (_, a_features), b_features, experts = a.shape, b.shape[1], expert_ends.numel()
+    out = a.new_empty([experts, a_features, b_features], dtype=torch.float32)
+    dtype = _product_dtype(a, b)
+    tile_p, tile_q = _tile_of(a_features, 64), _tile_of(b_features, 64)
+    launch(
+        grouped_outer_kernel,
+        (experts * triton.cdiv(a_features, tile_p) * triton.cdiv(b_features, tile_q),),
+        a,
+        *a.stride(),
+        b,
+        *b.stride(),
+        expert_ends,
+        out,
+        a_features,
+        b_features,
+        DTYPE=_DTYPES[dtype],
+        TILE_P=tile_p,
+        TILE_Q=tile_q,
+        TILE_ROWS=32,
+        num_warps=4,
+        num_stages=2,
+    )
+    return out

@@ -1,0 +1,84 @@
+"""Which tiles a product grad W is made of: one function of its sizes and the GPU."""
+
+import dataclasses
+import functools
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class GradInputShape:
+    """A tile of tile_m rows of grad by ``bytes`` bytes of a row of W, summed over tile_n rows of W at a time.
+
+    ``splits`` programs share the sum of a tile, in steps of ``split_rows`` rows of W (a multiple of tile_n).
+    """
+
+    tile_m: int
+    tile_n: int
+    bytes: int
+    warps: int
+    stages: int
+    splits: int = 1
+    split_rows: int = 0
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors (AMD: compute units) of a GPU; a small one's where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).max_compute_units
+    return 8
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """Of an NVIDIA GPU, its compute capability as in 90; 0 for other GPUs and where there is none."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def grad_input_tile(m: int, row_bytes: int, dtype: torch.dtype, capability: int) -> GradInputShape:
+    """The tile for m rows of grad.
+
+    16 bits: 64 rows of W at a time, in pieces of 128 bytes. Up to 32 rows of grad, where reading and decoding W is the
+    work, four warps: a lane's 4 bytes of a row come with one load, 7.6 to 8.8 instructions a weight on sm_80, 96
+    registers of sums and operands. More rows take eight warps, with 2 bytes to a lane: 64 rows at 11.8 instructions a
+    weight, of which one is an HMMA, 8 cycles of an A100's tensor core. wgmma (sm_90, sm_100) keeps no grad in
+    registers: 128 rows fit without a spill, 9.9 instructions for 8 cycles of an H100's tensor core, where 64 rows
+    would be 9.8 for 4. (On sm_80 128 rows spill.) Narrow matrices take pieces of 64 bytes, the least that four warps
+    divide.
+
+    fp32 multiplies with FMAs, whose operands go through shared memory: small tiles.
+    """
+    if dtype == torch.float32:
+        return GradInputShape(16 if m <= 16 else 32, 32, 64, 4, 2)
+    if row_bytes <= 64:
+        return GradInputShape(16 if m <= 16 else 32 if m <= 32 else 64, 64, 64, 4, 3)
+    if m <= 32:
+        return GradInputShape(16 if m <= 16 else 32, 64, 128, 4, 3)
+    return GradInputShape(128 if m > 64 and 90 <= capability < 120 else 64, 64, 128, 8, 3)
+
+
+def grad_input_shape(m: int, n: int, row_bytes: int, dtype: torch.dtype, count: int, capability: int) -> GradInputShape:
+    """The tile, and splits of the sum over n where there are fewer tiles than 2 for each of ``count`` processors.
+
+    Two programs on each keep loads in flight while one waits. Each split writes its tile in fp32 and a second kernel
+    reads it: a split sums over 4 tile_n rows of W or more, whose packed bytes and grad are worth that for few rows of
+    grad, and 16 splits are enough.
+    """
+    shape = grad_input_tile(m, row_bytes, dtype, capability)
+    tiles = _ceil_div(m, shape.tile_m) * _ceil_div(row_bytes, shape.bytes)
+    steps = _ceil_div(n, shape.tile_n)
+    splits = max(1, min(2 * count // max(tiles, 1), steps // 4, 16))
+    split_steps = _ceil_div(steps, splits)
+    return dataclasses.replace(
+        shape, splits=max(1, _ceil_div(steps, max(split_steps, 1))), split_rows=split_steps * shape.tile_n
+    )
