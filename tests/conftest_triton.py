@@ -162,10 +162,12 @@ def machine_code(kernel, target: str, folder: Path):
     return found
 
 
-def spilled_registers(kernel, target: str, folder: Path) -> int:
-    """What a compiled kernel keeps in memory for want of registers: AMD's in registers, NVIDIA's in bytes."""
+def spilled(kernel, target: str, folder: Path) -> int:
+    """Bytes of memory per thread that a compiled kernel uses for want of registers."""
     if target.startswith("gfx"):
-        return sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])))
+        # Scalar registers that spill do so to lanes of vector registers.
+        (scratch,) = re.findall(r"\.private_segment_fixed_size:\s*(\d+)", kernel.asm["amdgcn"])
+        return int(scratch)
     from sass import resources
 
     cubin = folder / f"{kernel.metadata.name}.{target}.cubin"

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import triton_calls
-from conftest_triton import SHARED_MEMORY, TARGETS, compiled, compiled_only, launches, spilled_registers
+from conftest_triton import SHARED_MEMORY, TARGETS, compiled, compiled_only, launches, spilled
 
 EVERY_CALL = os.environ.get("LOWBIT_TRITON_COMPILE") == "all"
 CALLS = [call for call in triton_calls.CALLS if call.every_run or EVERY_CALL]
@@ -24,7 +24,7 @@ def test_compiles(monkeypatch, tmp_path, call, target):
     for launch in made:
         kernel, _ = compiled(launch, target)
         assert kernel.metadata.shared <= SHARED_MEMORY[target], kernel.metadata.name
-        assert spilled_registers(kernel, target, tmp_path) == 0, kernel.metadata.name
+        assert spilled(kernel, target, tmp_path) == 0, kernel.metadata.name
 
 
 def test_every_op_is_called():

@@ -30,6 +30,13 @@ def _is_sorted(format):
     return _TABLES.value["code"][format] == tuple(range(16))
 
 
+@triton.constexpr_function
+def _codes_of_8_ranks(format, first):
+    """Their codes as the nibbles of an int32, the first rank's lowest."""
+    word = sum(code << 4 * i for i, code in enumerate(_TABLES.value["code"][format][first : first + 8]))
+    return word - (1 << 32) if word >> 31 else word
+
+
 @triton.jit
 def _one_of(bit, TABLE: tl.constexpr, FORMAT: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr):
     return tl.where(bit, _entry(TABLE, FORMAT, FIRST + STEP), _entry(TABLE, FORMAT, FIRST))
@@ -79,14 +86,12 @@ def nearest_value(x, FORMAT: tl.constexpr):
 def code_of(x, FORMAT: tl.constexpr):
     """The code, int32, of fp32 ``x`` in units of its block's scale."""
     bit3, bit2, bit1, bit0 = rank_bits(x, FORMAT)
+    rank = (bit2.to(tl.int32) * 4 + bit1.to(tl.int32) * 2) + bit0.to(tl.int32)
     if _is_sorted(FORMAT):
-        return (bit3.to(tl.int32) * 8 + bit2.to(tl.int32) * 4) + (bit1.to(tl.int32) * 2 + bit0.to(tl.int32))
+        return rank + bit3.to(tl.int32) * 8
     else:
-        return tl.where(
-            bit3,
-            _one_of_8(bit2, bit1, bit0, "code", FORMAT, 8, 1),
-            _one_of_8(bit2, bit1, bit0, "code", FORMAT, 0, 1),
-        )
+        codes = tl.where(bit3, _codes_of_8_ranks(FORMAT, 8), _codes_of_8_ranks(FORMAT, 0))
+        return (codes >> (4 * rank)) & 15
 
 
 @triton.jit

@@ -15,8 +15,8 @@ from .encode import TINY_ABSMAX, encode_pairs, largest_magnitude, nearest_value
 from .launch import launch
 
 _WARPS = 4
-#: Blocks that a program searches, with eight of each sixteen elements in a thread.
-_BLOCKS = 64
+#: Blocks that a program searches, with four of each sixteen elements in a thread.
+_BLOCKS = 32
 #: Elements that a program encodes: a thread stores 16 bytes at a time, which are 32 codes.
 _TILE = 4096
 _FACTORS = tl.constexpr(len(fmt.SCALE_FACTORS))
