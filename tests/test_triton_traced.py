@@ -1,21 +1,42 @@
-"""torch.compile and the Triton backend: the graph holds the kernels' launches, and may be made without a GPU."""
+"""torch.compile and the Triton backend: the graph holds the kernels' launches. It can be made without a GPU."""
+
+import types
 
 import pytest
 import torch
-from conftest_triton import compiled_only
+from conftest_triton import compiled_only, gpu_target
 from torch._functorch.aot_autograd import aot_function
+from torch._higher_order_ops import triton_kernel_wrap
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lowbit
 
 pytestmark = compiled_only
+OPS = torch.ops.lowbit_triton
+Q = lowbit.quantize(torch.randn(64, 128))
+WEIGHT = (*Q.parts(), "nf4", 64)
 
 
 class _Traced(Exception):
     """Ends a compilation once its graph is there: no GPU could run it."""
 
 
-def graph_of(function, *tensors) -> list:
+@pytest.fixture
+def gpu_driver(monkeypatch):
+    """A GPU to plan for: torch asks Triton which, to find out what a kernel writes, and the backend how large."""
+    from triton.runtime import driver
+
+    class Driver:
+        def get_current_target(self):
+            return gpu_target("sm_90")
+
+    h100 = types.SimpleNamespace(multi_processor_count=132, major=9, minor=0, shared_memory_per_block_optin=232448)
+    monkeypatch.setattr(driver, "_active", Driver(), raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h100)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+def graph_of(function, *arguments) -> list:
     """The nodes of the graph that torch.compile's tracer makes of ``function`` on CUDA tensors like these."""
     graphs = []
 
@@ -23,28 +44,43 @@ def graph_of(function, *tensors) -> list:
         graphs.append(list(graph_module.graph.nodes))
         raise _Traced
 
+    def on_cuda(tensor):
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
+
     with FakeTensorMode(allow_non_fake_inputs=True):
-        fakes = [
-            None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")
-            for t in tensors
-        ]
+        fakes = [on_cuda(a).requires_grad_(a.requires_grad) for a in arguments]
         with pytest.raises(_Traced):
-            aot_function(function, fw_compiler=compiler)(*fakes)
+            aot_function(function, fw_compiler=compiler, bw_compiler=compiler)(*fakes)
     return graphs[0]
 
 
-def calls(nodes) -> list[str]:
-    return [str(node.target) for node in nodes if node.op == "call_function"]
+CALLS = {
+    "linear": (OPS.linear, (torch.randn(5, 128), *WEIGHT, 64, None, torch.randn(5, 4), torch.randn(64, 4), 0.5)),
+    "linear of many rows": (OPS.linear, (torch.randn(999, 128), *WEIGHT, 64, None, None, None, 1.0)),
+    "linear_grad_input": (OPS.linear_grad_input, (torch.randn(5, 64), *WEIGHT, 128)),
+    "linear_grad_input with LoRA": (
+        OPS.linear_grad_input,
+        (torch.randn(70, 64), *WEIGHT, 128, torch.randn(70, 4), torch.randn(4, 128)),
+    ),
+}
 
 
-def test_launches_are_seen():
-    """An opaque op in their place would keep torch.compile from fusing what surrounds them."""
-    q = lowbit.quantize(torch.randn(64, 64))
+@pytest.mark.parametrize("name", CALLS)
+def test_launches_are_seen(gpu_driver, name):
+    """An opaque op keeps torch.compile from fusing around it; an argument taken for written is copied at each call."""
+    op, arguments = CALLS[name]
+    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
 
-    def function(*parts):
-        return torch.ops.lowbit_triton.dequantize(*parts, "nf4", 64, [64, 64], torch.float32).relu()
+    def function(*given):
+        given = iter(given)
+        return op(*(next(given) if isinstance(a, torch.Tensor) else a for a in arguments)).relu()
 
-    names = calls(graph_of(function, *q.parts()))
-    assert "triton_kernel_wrapper_functional" in names and "aten.relu.default" in names
-    assert names.count("lowbit_triton.scale_map.default") == 1
-    assert not [name for name in names if name.startswith("lowbit_triton") and "scale_map" not in name]
+    nodes = graph_of(function, *tensors)
+    names = [str(node.target) for node in nodes if node.op == "call_function"]
+    opaque = [n for n in names if n.startswith("lowbit_triton") and "scale_map" not in n and "dequantize" not in n]
+    assert not opaque, opaque
+    if name != "linear of many rows":
+        assert "triton_kernel_wrapper_functional" in names
+    assert names.count("lowbit_triton.scale_map.default") <= 1
+    (output,) = [node for node in nodes if node.op == "output"]
+    assert len(output.args[0]) == 1, "a weight is written to"

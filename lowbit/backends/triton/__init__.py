@@ -37,16 +37,10 @@ MODULES = {
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-#: Ops of a forward or backward pass, whose launches torch.compile gets to see. (Not those of dequantize: the compiler
-#: must leave its assembly in place, which torch takes for a sign that a kernel may write to any argument.)
-_SHOWN = (
-    "linear",
-    "linear_grad_input",
-    "grouped_linear",
-    "grouped_linear_grad_input",
-    "grouped_matmul",
-    "grouped_outer",
-)
+#: Ops whose launches torch.compile gets to see. The others are opaque to it, because torch would take arguments for
+#: written: all of dequantize's, whose assembly has to stay in place, and the grouped ones' expert_ends, of which
+#: addresses are made.
+_SHOWN = ("linear", "linear_grad_input")
 
 #: Whether kernels do without NVIDIA's inline assembly.
 PORTABLE = INTERPRETED or torch.version.cuda is None
