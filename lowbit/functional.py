@@ -150,10 +150,10 @@ def linear(
         _check_precision(precision, x, bias)
     device_type = x.device.type
     if not _autocasts(device_type):
-        return _linear(x, q, bias, precision=precision)
+        return _linear(device_type, x, q, bias, precision=precision)
     x = x.to(torch.get_autocast_dtype(device_type))
     with torch.autocast(device_type, enabled=False):
-        return _linear(x, q, bias, precision=precision)
+        return _linear(device_type, x, q, bias, precision=precision)
 
 
 def lora_linear(
@@ -197,31 +197,31 @@ def lora_linear(
         _check_precision(precision, x, bias, lora_a, lora_b)
     device_type = x.device.type
     if not _autocasts(device_type):
-        return _lora_linear(x, q, lora_a, lora_b, scaling, bias, dropout_p, training, precision)
+        return _lora_linear(device_type, x, q, lora_a, lora_b, scaling, bias, dropout_p, training, precision)
     x = x.to(torch.get_autocast_dtype(device_type))
     # Autocast would lower fp32 LoRA weights, and t with them, to 16 bits.
     with torch.autocast(device_type, enabled=False):
-        return _lora_linear(x, q, lora_a, lora_b, scaling, bias, dropout_p, training, precision)
+        return _lora_linear(device_type, x, q, lora_a, lora_b, scaling, bias, dropout_p, training, precision)
 
 
 def _autocasts(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)  # which raises for "meta"
 
 
-def _lora_linear(x, q, lora_a, lora_b, scaling, bias, dropout_p, training, precision) -> torch.Tensor:
+def _lora_linear(device_type, x, q, lora_a, lora_b, scaling, bias, dropout_p, training, precision) -> torch.Tensor:
     drops = training and dropout_p > 0
     if not drops and precision == "exact":
-        namespace = backends.namespace_for_product(x, q.format, backends.selected)
+        namespace = backends.namespace_for_product(device_type, x, q.format, backends.selected)
         weight = (*q.parts(), q.format, q.block_size, q.shape[0])
         y = ops.lora_linear(namespace, x, weight, bias, lora_a, lora_b, float(scaling))
         if y is not None:
             return y
     t = _lora_down(F.dropout(x, dropout_p, True) if drops else x, lora_a)
-    return _linear(x, q, bias, t, lora_b, float(scaling), precision)
+    return _linear(device_type, x, q, bias, t, lora_b, float(scaling), precision)
 
 
-def _linear(x, q, bias, t=None, lora_b=None, scaling=1.0, precision="exact") -> torch.Tensor:
-    namespace = backends.namespace_for_product(x, q.format, backends.selected)
+def _linear(device_type, x, q, bias, t=None, lora_b=None, scaling=1.0, precision="exact") -> torch.Tensor:
+    namespace = backends.namespace_for_product(device_type, x, q.format, backends.selected)
     arguments = (x, *q.parts(), q.format, q.block_size, q.shape[0], bias, t, lora_b, scaling)
     if precision == "exact":
         return ops.linear(namespace, *arguments)

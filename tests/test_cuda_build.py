@@ -84,10 +84,10 @@ def test_cuda_or_triton(monkeypatch, rows, dtype, format, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with FakeTensorMode():
         x = torch.empty(rows, 1, 64, dtype=dtype, device="cuda")
-    assert backends.namespace_for_product(x, format, None) == expected
+    assert backends.namespace_for_product("cuda", x, format, None) == expected
     for chosen, namespace in backends.NAMESPACES.items():
-        assert backends.namespace_for_product(x, format, chosen) == namespace
+        assert backends.namespace_for_product("cuda", x, format, chosen) == namespace
     assert backends.namespace_for_experts("cuda", None) == "lowbit_triton"
     monkeypatch.setattr(backends.triton, "_MISSING_REASON", "not installed")
-    assert backends.namespace_for_product(x, format, None) == "lowbit"
+    assert backends.namespace_for_product("cuda", x, format, None) == "lowbit"
     assert backends.namespace_for_experts("cuda", None) == "lowbit"

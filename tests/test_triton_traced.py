@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest_triton import compiled_only, gpu_target
 from torch._functorch.aot_autograd import aot_function
-from torch._higher_order_ops import triton_kernel_wrap
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lowbit

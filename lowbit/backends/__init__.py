@@ -61,9 +61,7 @@ def use_backend(name: str) -> Iterator[None]:
         _SELECTED.reset(token)
 
 
-def _automatic(device_type: str) -> str:
-    if device_type in native.DEVICE_TYPES:
-        return "native"
+def _without_native(device_type: str) -> str:
     if device_type in ("cuda", "xpu") and triton.missing_reason() is None:
         return "triton"
     # Only on a GPU the reference would stand in for kernels that its user expects.
@@ -80,7 +78,9 @@ def namespace_for(device_type: str, selected: str | None) -> str:
             serves every device.)
     """
     if selected is None:
-        selected = _automatic(device_type)
+        if device_type in native.DEVICE_TYPES:
+            return NAMESPACES["native"]
+        selected = _without_native(device_type)
     if selected == "triton" and device_type not in triton.DEVICE_TYPES:
         raise RuntimeError(
             f"backend 'triton' has no kernels for device {device_type!r} (it serves: {', '.join(triton.DEVICE_TYPES)}; "
@@ -99,13 +99,13 @@ def namespace_for(device_type: str, selected: str | None) -> str:
     return NAMESPACES[selected]
 
 
-def namespace_for_product(x: torch.Tensor, q_format: str, selected: str | None) -> str:
+def namespace_for_product(device_type: str, x: torch.Tensor, q_format: str, selected: str | None) -> str:
     """:func:`namespace_for`, of ``linear`` on x [..., in_features] and a weight in ``q_format``."""
-    if selected is None and x.device.type == "cuda" and _has_both():
+    if selected is None and device_type == "cuda" and _has_both():
         rows = x.numel() // max(x.shape[-1], 1)
         if triton_is_faster(rows, x.dtype, q_format, torch.cuda.get_device_capability(x.device)):
             return NAMESPACES["triton"]
-    return namespace_for(x.device.type, selected)
+    return namespace_for(device_type, selected)
 
 
 def namespace_for_experts(device_type: str, selected: str | None) -> str:
