@@ -352,7 +352,6 @@ Tensor linear_grad_input(Tensor grad, Tensor packed, Tensor absmax, std::optiona
                                          view(weight),
                                          grad_t_operand.fp32(),
                                          lora_a_operand.fp32(),
-                                         1.0f,
                                          m,
                                          n,
                                          k,
