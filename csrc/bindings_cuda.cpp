@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -210,7 +211,7 @@ void dequantize_out(Tensor packed, Tensor absmax, std::optional<Tensor> group_sc
   launch(lowbit::cuda::dequantize, {view(weight), float_data(out, dtype, "out"), dtype}, "dequantize_out");
 }
 
-// A small operand (bias, t, lora_b), contiguous and of the dtype that its reader wants.
+// A small operand (bias, t, lora_b, ...), contiguous; its reader says in which dtype.
 class Operand {
  public:
   Operand(const Tensor& like, const std::optional<Tensor>& tensor, const char* name, int64_t numel) : name_(name) {
@@ -220,20 +221,30 @@ class Operand {
     tensor_ = as_contiguous(*tensor);
   }
 
-  // null where there is none
+  // For a kernel, while this lives; null where there is none.
   const float* fp32() {
     if (!tensor_) return nullptr;
     tensor_ = as(ScalarType::Float);
     return aligned(pointer<float>(*tensor_), name_);
   }
 
-  Tensor as(ScalarType type) const {
-    return tensor_->scalar_type() == type ? *tensor_ : torch::stable::to(*tensor_, type);
+  Tensor as(ScalarType type) const { return converted(*tensor_, type); }
+
+  // Multiplied in fp32, then rounded to `type`. (The stable ABI passes no Scalar to torch's mul.)
+  Tensor scaled(double factor, ScalarType type) const {
+    if (factor == 1) return as(type);
+    const int64_t one = 1;
+    const Tensor zero = torch::stable::new_zeros(*tensor_, IntHeaderOnlyArrayRef(&one, 1), ScalarType::Float);
+    return converted(torch::stable::subtract(zero, *tensor_, -factor), type);
   }
 
   explicit operator bool() const { return tensor_.has_value(); }
 
  private:
+  static Tensor converted(const Tensor& tensor, ScalarType type) {
+    return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+  }
+
   const char* name_;
   std::optional<Tensor> tensor_;
 };
@@ -242,20 +253,14 @@ Tensor reshaped(const Tensor& tensor, const std::vector<int64_t>& sizes) {
   return torch::stable::view(tensor, IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
 }
 
-// x w^T + addend, one product of torch's. The addend is a bias [n], or [m, n]: torch makes an addmm of either.
-Tensor product_plus(const Tensor& x, const Tensor& w, const std::optional<Tensor>& addend) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(w),
-                                    torch::stable::detail::from(addend)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// scaling * t, in fp32 and rounded to `type`. (The stable ABI passes no Scalar to torch's mul.)
-Tensor scaled(const Tensor& t, double scaling, ScalarType type) {
-  const int64_t one = 1;
-  const Tensor zero = torch::stable::new_zeros(t, IntHeaderOnlyArrayRef(&one, 1));
-  const Tensor product = torch::stable::subtract(zero, t, -scaling);
-  return type == ScalarType::Float ? product : torch::stable::to(product, type);
+// out[m, n] = x[m, k] w[n, k]^T (+ addend) by cuBLAS: an addmm where there is an addend, which is a bias [n], or [m, n]
+// and may be out. (An op that is given its result: autocast, which may be on in a backward, changes the dtypes of the
+// others.)
+void multiply(const Tensor& x, const Tensor& w, const std::optional<Tensor>& addend, const Tensor& out) {
+  std::array<StableIValue, 4> stack{torch::stable::detail::from(x), torch::stable::detail::from(w),
+                                    torch::stable::detail::from(addend), torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // the result is ours to release
 }
 
 Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> group_scales, std::optional<Tensor> offset,
@@ -277,14 +282,14 @@ Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> grou
   sizes.back() = n;
 
   const auto path = lowbit::cuda::linear_path(m, dtype, !weight.format, lowbit::cuda::code_capability());
+  Tensor y = torch::stable::new_empty(x, IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), type);
   if (path != lowbit::cuda::LinearPath::dequantize || n == 0) {
-    Tensor y = torch::stable::new_empty(x, IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), type);
     lowbit::cuda::LinearArgs args{float_data(source, dtype, "x"),
                                   dtype,
                                   view(weight),
-                                  bias_operand.fp32(),
-                                  t_operand.fp32(),
-                                  lora_b_operand.fp32(),
+                                  nullptr,
+                                  nullptr,
+                                  nullptr,
                                   static_cast<float>(scaling),
                                   m,
                                   n,
@@ -295,6 +300,9 @@ Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> grou
     // What does not fit gemm goes the way of dequantize.
     const bool by_gemm = path == lowbit::cuda::LinearPath::gemm && n > 0;
     if (!by_gemm || lowbit::cuda::linear_gemm_fits(args)) {
+      args.bias = bias_operand.fp32();
+      args.t = t_operand.fp32();
+      args.lora_b = lora_b_operand.fp32();
       const int64_t floats =
           by_gemm ? lowbit::cuda::linear_gemm_workspace(args) : lowbit::cuda::linear_gemv_workspace(args);
       std::optional<Tensor> workspace;
@@ -307,27 +315,23 @@ Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> grou
     }
   }
 
-  // LoRA's product first: torch's product of x adds it in its own fp32 sums, or at least reads it once.
+  // LoRA's product first, into y: that of x adds it to its own fp32 sums. Its factors are rounded to x's dtype, so a
+  // large scaling multiplies lora_b, which is small, and not t, whose size is x's and which fp16 would not hold then.
+  // A small one multiplies t: lora_b would lose bits among the subnormal numbers of fp16.
+  const Tensor out = reshaped(y, {m, n});
   std::optional<Tensor> addend;
   if (bias_operand) addend = bias_operand.as(type);
   if (t_operand && rank > 0) {
-    const Tensor t_rows = reshaped(t_operand.as(ScalarType::Float), {m, rank});
-    addend = product_plus(scaled(t_rows, scaling, type), reshaped(lora_b_operand.as(type), {n, rank}), addend);
+    const bool large = std::abs(scaling) > 1;
+    multiply(reshaped(t_operand.scaled(large ? 1 : scaling, type), {m, rank}),
+             reshaped(lora_b_operand.scaled(large ? scaling : 1, type), {n, rank}), addend, out);
+    addend = out;
   }
-  const std::vector<int64_t> weight_sizes{n, k};
-  Tensor decoded = torch::stable::new_empty(x, IntHeaderOnlyArrayRef(weight_sizes.data(), 2), type);
+  const int64_t weight_sizes[] = {n, k};
+  const Tensor decoded = torch::stable::new_empty(x, IntHeaderOnlyArrayRef(weight_sizes, 2), type);
   launch(lowbit::cuda::dequantize, {view(weight), float_data(decoded, dtype, "decoded weight"), dtype}, "linear");
-  return reshaped(product_plus(reshaped(source, {m, k}), decoded, addend), sizes);
-}
-
-// out[m, n] = a[m, k] b[k, n] (+ addend [m, n], which may be out) by cuBLAS: an addmm where there is an addend. (An op
-// that is given its result: autocast, which may be on in a backward, changes the dtypes of the others.)
-void multiply_dense(const Tensor& a, Tensor b, const std::optional<Tensor>& addend, const Tensor& out) {
-  std::array<StableIValue, 4> stack{torch::stable::detail::from(a),
-                                    torch::stable::detail::from(torch::stable::transpose(b, 0, 1)),
-                                    torch::stable::detail::from(addend), torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // the result is ours to release
+  multiply(reshaped(source, {m, k}), decoded, addend, out);
+  return y;
 }
 
 Tensor linear_grad_input(Tensor grad, Tensor packed, Tensor absmax, std::optional<Tensor> group_scales,
@@ -347,33 +351,26 @@ Tensor linear_grad_input(Tensor grad, Tensor packed, Tensor absmax, std::optiona
   Operand lora_a_operand(grad, lora_a, "lora_a", product(rank, k, "lora_a"));
   const Tensor source = as_contiguous(grad);
   Tensor grad_x = torch::stable::new_empty(grad, IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), grad.scalar_type());
-  lowbit::cuda::LinearGradInputArgs args{float_data(source, dtype, "grad"),
-                                         dtype,
-                                         view(weight),
-                                         grad_t_operand.fp32(),
-                                         lora_a_operand.fp32(),
-                                         1.0f,
-                                         m,
-                                         n,
-                                         k,
-                                         rank,
-                                         float_data(grad_x, dtype, "grad_x"),
-                                         nullptr};
+  lowbit::cuda::LinearGradInputArgs args{
+      float_data(source, dtype, "grad"),   dtype,  view(weight), nullptr, nullptr, m, n, k, rank,
+      float_data(grad_x, dtype, "grad_x"), nullptr};
   if (lowbit::cuda::linear_grad_input_decodes_first(args)) {
     const ScalarType type = grad.scalar_type();
     const int64_t dense_sizes[] = {n, k};
     const Tensor dense = torch::stable::new_empty(grad, IntHeaderOnlyArrayRef(dense_sizes, 2), type);
     launch(lowbit::cuda::dequantize, {args.weight, float_data(dense, dtype, "dense"), dtype}, "linear_grad_input");
-    const Tensor sums = reshaped(grad_x, {m, k});
+    const Tensor out = reshaped(grad_x, {m, k});
     std::optional<Tensor> addend;
     if (rank > 0) {
-      multiply_dense(reshaped(grad_t_operand.as(type), {m, rank}), reshaped(lora_a_operand.as(type), {rank, k}), {},
-                     sums);
-      addend = sums;
+      const Tensor lora_a_rows = reshaped(lora_a_operand.as(type), {rank, k});
+      multiply(reshaped(grad_t_operand.as(type), {m, rank}), torch::stable::transpose(lora_a_rows, 0, 1), {}, out);
+      addend = out;
     }
-    multiply_dense(reshaped(source, {m, n}), dense, addend, sums);
+    multiply(reshaped(source, {m, n}), torch::stable::transpose(dense, 0, 1), addend, out);
     return grad_x;
   }
+  args.grad_t = grad_t_operand.fp32();
+  args.lora_a = lora_a_operand.fp32();
   const Tensor workspace = empty(grad, lowbit::cuda::linear_grad_input_workspace(args), ScalarType::Float);
   args.workspace = mutable_pointer<float>(workspace);
   launch(lowbit::cuda::linear_grad_input, args, "linear_grad_input");

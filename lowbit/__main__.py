@@ -1,5 +1,6 @@
 """``python -m lowbit``: what was built, what can run here, and a numeric self-test (exit status 1 if it fails)."""
 
+import argparse
 import platform
 import sys
 
@@ -17,7 +18,16 @@ def gpu_name() -> str:
     return f"{torch.cuda.get_device_name()}, compute capability {capability}{'' if reason is None else f' ({reason})'}"
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    """What the command prints; returns its exit status. ``arguments``: of the command line, by default this one's."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lowbit",
+        description="Print what was built and what can run here, then check each kernel set that can run, also a GPU's, "
+        "against the fp32 reference. The exit status is 1 if a check fails.",
+    )
+    parser.add_argument("--self-test", action="store_true", help="run the checks (also without this option)")
+    parser.parse_args(arguments)
+
     print(f"lowbit {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     for name, reason in backends.available().items():
         print(f"backend {name:9} {'available' if reason is None else f'not available: {reason}'}")

@@ -1,12 +1,14 @@
 """csrc/bindings_cuda.cpp, run on CPU tensors over the stub runtime: the right arguments reach the right kernel.
 
 tests/cuda/stub_bindings.cpp registers the ops of the CUDA bindings as ``torch.ops.lowbit_stub``. What a GPU would have
-to show is not proved here: the device guard, the look-up of torch's stream, and that the GPU runs the code.
+to show is not proved here: torch's own device guard, the look-up of its stream, and that the GPU runs the code.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
+import re
 import shutil
 
 import numpy as np
@@ -23,13 +25,13 @@ from cases import (
     tensor_core_tolerance,
     weight_error_cuda,
 )
-from conftest_cuda import CSRC, ROOT, emulator, launchers, require_nvcc
+from conftest_cuda import CSRC, ROOT, SOURCES, emulator, launchers, require_nvcc
 
 from lowbit import ops
 
-STREAM = 0x5EED  # torch's current stream, says the stub
+STREAM = 0x5EED  # torch's current stream of device 0, says the stub; the next device's is one further
+STUB = ROOT / "build" / "tests" / "stub_bindings.so"
 REFERENCE = torch.ops.lowbit_reference
-guarded: list[int] = []
 alive = []  # memory that the emulator knows must not be given to another tensor
 
 
@@ -40,10 +42,14 @@ def know_allocation(address: int, size: int, filled: bool) -> None:
         launchers().know(memory if filled else emulator("address_space").Uninitialized(memory))
 
 
-CALLBACKS = (
-    ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool)(know_allocation),
-    ctypes.CFUNCTYPE(None, ctypes.c_int)(guarded.append),
-)
+CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool)(know_allocation)
+
+
+@functools.cache
+def stub_library():
+    """tests/cuda/stub_bindings.cpp, once ``stub`` has compiled it."""
+    stub()
+    return ctypes.CDLL(str(STUB))
 
 
 @functools.cache
@@ -53,8 +59,7 @@ def stub():
     if shutil.which("g++") is None:
         pytest.skip("no g++ found")
     toolchain, runtime = emulator("toolchain"), launchers()
-    library = ROOT / "build" / "tests" / "stub_bindings.so"
-    library.parent.mkdir(parents=True, exist_ok=True)
+    STUB.parent.mkdir(parents=True, exist_ok=True)
     include = torch.utils.cpp_extension.include_paths()
     folder = torch.utils.cpp_extension.library_paths()[0]
     flags = [
@@ -67,28 +72,48 @@ def stub():
     ]
     source = ROOT / "tests" / "cuda" / "stub_bindings.cpp"
     link = [runtime._library._name, f"-L{folder}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{folder}"]
-    toolchain.run("g++", *flags, f"-I{CSRC}", *(f"-I{path}" for path in include), source, "-o", library, *link)
+    toolchain.run("g++", *flags, f"-I{CSRC}", *(f"-I{path}" for path in include), source, "-o", STUB, *link)
     definitions = torch.library.Library("lowbit_stub", "DEF")
     for schema in ops.SCHEMAS:
         definitions.define(schema)
     alive.append(definitions)
-    torch.ops.load_library(str(library))
-    ctypes.CDLL(str(library)).stub_set_callbacks_of_bindings(*CALLBACKS)
+    torch.ops.load_library(str(STUB))
+    ctypes.CDLL(str(STUB)).stub_set_callback_of_bindings(CALLBACK)
     return torch.ops.lowbit_stub
 
 
-def run(op: str, *args):
-    """An op of the CUDA bindings, on the current stream and with the device guarded."""
-    op = getattr(stub(), op)
+def run(op: str, *args, device: int = 0):
+    """An op of the CUDA bindings, its tensors on ``device``.
+
+    All that it asks of the CUDA runtime is to launch kernels there, on torch's current stream: no allocation, no wait.
+    """
+    op, library = getattr(stub(), op), launchers()
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     for tensor in tensors:
-        launchers().know(tensor)
-    guarded.clear()
+        library.know(tensor)
+    earlier = len(library.launches)
+    library.runtime_calls.clear()
     result = op(*args)
     alive.extend((tensors, result))
-    assert launchers().launches[-1].stream == STREAM
-    assert len(guarded) == 1
+    assert {(launch.device, launch.stream) for launch in library.launches[earlier:]} == {(device, STREAM + device)}
+    assert not library.runtime_calls
+    assert library.current_device == 0
     return result
+
+
+@contextlib.contextmanager
+def two_gpus(arch: str):
+    """Tensors are on the second of two GPUs, which is of another architecture; the first is the current one."""
+    library = launchers()
+    library.set_device_count(2)
+    library.other_devices = {1: emulator("device").Device.for_arch(arch)}
+    stub_library().stub_set_device_of_tensors(1)
+    try:
+        yield
+    finally:
+        stub_library().stub_set_device_of_tensors(0)
+        library.other_devices = {}
+        library.set_device_count(1)
 
 
 def assert_same(ours, theirs):
@@ -140,8 +165,20 @@ def operands(rows, n, k, rank, dtype, lora_dtype, leading=()):
     return [tensor.to(dtype if i < 2 else lora_dtype) for i, tensor in enumerate(made)]
 
 
-def check_linear(rows, n, k, dtype, format="nf4", lora_dtype=torch.float32, bias=True, rank=8, double_quant=True):
-    """``linear`` against fp64 arithmetic; returns the kernel that ran last."""
+def check_linear(
+    rows,
+    n,
+    k,
+    dtype,
+    format="nf4",
+    lora_dtype=torch.float32,
+    bias=True,
+    rank=8,
+    double_quant=True,
+    scaling=0.7,
+    sizes=None,
+):
+    """``linear`` against fp64 arithmetic; returns the kernel that ran last. sizes: of t's and lora_b's elements."""
     block_size = k if format == "int8" else 64
     packed, absmax = REFERENCE.quantize(make_weight((n, k)), format, block_size)
     weight = [packed, absmax, None, None, format, block_size]
@@ -149,11 +186,15 @@ def check_linear(rows, n, k, dtype, format="nf4", lora_dtype=torch.float32, bias
         offset = absmax.mean()
         weight[1:4] = *REFERENCE.quantize_scales(absmax, offset), offset
     x, bias_values, t, lora_b = operands(rows, n, k, rank, dtype, lora_dtype)
-    y = run("linear", x, *weight, n, bias_values if bias else None, t if rank else None, lora_b if rank else None, 0.7)
+    if sizes:
+        t, lora_b = t * sizes[0], lora_b * sizes[1]
+    lora = (t if rank else None, lora_b if rank else None, scaling)
+    y = run("linear", x, *weight, n, bias_values if bias else None, *lora)
     assert y.dtype == dtype and y.shape == (rows, n)
 
     w, x, t, lora_b = (a.double() for a in (REFERENCE.dequantize(*weight, [n, k], torch.float32), x, t, lora_b))
-    exact, magnitude = x @ w.T + 0.7 * t @ lora_b.T, x.abs() @ w.abs().T + 0.7 * t.abs() @ lora_b.abs().T
+    exact = x @ w.T + scaling * t @ lora_b.T
+    magnitude = x.abs() @ w.abs().T + abs(scaling) * t.abs() @ lora_b.abs().T
     if bias:
         exact, magnitude = exact + bias_values.double(), magnitude + bias_values.double().abs()
     kernel = launchers().launches[-1].kernel
@@ -173,6 +214,16 @@ def test_linear(dtype, lora_dtype, bias):
     if dtype != torch.float32:
         assert "gemm" in check_linear(20, 24, 128, dtype, lora_dtype=lora_dtype, bias=bias)
     assert "dequantize" in check_linear(260, 24, 128, dtype, lora_dtype=lora_dtype, bias=bias)
+
+
+@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("scaling", [64.0, -64.0, 2.0**-10])
+def test_lora_in_the_range_of_fp16(scaling, lora_dtype):
+    """scaling t may pass 65504 where its product with a small lora_b does not: the output would be inf. And scaling
+    lora_b may be so small that fp16 has few bits for it."""
+    for rows, kernel in ((3, "gemv"), (20, "gemm"), (260, "dequantize")):
+        lora = {"lora_dtype": lora_dtype, "scaling": scaling, "sizes": (4000, 1e-3)}
+        assert kernel in check_linear(rows, 24, 128, torch.float16, **lora)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -301,6 +352,60 @@ def test_rows_from_which_the_weight_is_decoded(dtype, capability, most):
             assert_grad_input_is_right(out, torch.ones(rows, 8, dtype=dtype), parts, 64)
     finally:
         launchers().device = device
+
+
+def every_binding(dtype, device=0):
+    """Every op, on every path that it has for ``dtype``."""
+    on = functools.partial(run, device=device)
+    weight = make_weight((16, 192), dtype)
+    packed, absmax = on("quantize", weight, "nf4", 64)
+    offset = absmax.mean()
+    codes, group_scales = on("quantize_scales", absmax, offset)
+    scales = on("search_scales", weight, torch.ones(192), "nf4", 64)
+    on("encode", weight, scales, "nf4", 64)
+    four_bits = (packed, codes, group_scales, offset, "nf4", 64)
+    eight_bits = (*on("quantize", weight, "int8", 192), None, None, "int8", 192)
+    for parts in (four_bits, eight_bits):
+        on("dequantize", *parts, [16, 192], dtype)
+        on("dequantize_out", *parts, torch.zeros(16, 192, dtype=dtype))
+    ragged = (*REFERENCE.quantize(make_weight((16, 70)), "nf4", 64), None, None, "nf4", 64)
+    for parts, k in ((four_bits, 192), (eight_bits, 192), (ragged, 70)):
+        for rows in (1, 8, 16, 300):
+            x, bias, t, lora_b = operands(rows, 16, k, 4, dtype, dtype)
+            on("linear", x, *parts, 16, bias, t, lora_b, 2.0)
+            on("linear_grad_input", torch.ones(rows, 16, dtype=dtype), *parts, k, t, torch.ones(4, k))
+
+
+def test_nothing_that_a_cuda_graph_cannot_hold():
+    """An allocation, a wait or a kernel on another stream would end a capture with an error. (``run`` looks.)
+
+    So would one in a kernel's launcher that no call here reaches: they all are, says the list of kernels.
+    """
+    launchers().launches.clear()
+    for dtype in (torch.bfloat16, torch.float32):
+        every_binding(dtype)
+    parts = (*REFERENCE.quantize(make_weight((16, 3 * 4096)), "nf4", 64), None, None, "nf4", 64)
+    for rows in (1, 16):  # columns shared out over blocks, whose sums meet in a workspace
+        run("linear", torch.ones(rows, 3 * 4096, dtype=torch.bfloat16), *parts, 16, None, None, None, 1.0)
+    kernels = set()
+    for source in (*SOURCES, *(CSRC / "cuda").glob("*.cuh")):
+        kernels |= set(re.findall(r"__global__ void[^;{]*?(\w+_kernel)\(", source.read_text()))
+    ran = {name for launch in launchers().launches for name in kernels if f"{len(name)}{name}" in launch.kernel}
+    assert len(kernels) >= 16 and ran == kernels
+
+
+def test_tensors_on_another_gpu_than_the_current_one():
+    """Kernels run on the GPU of the tensors, are chosen for it, and the caller's current one is as it was before."""
+    with two_gpus("sm_75"):
+        launchers().launches.clear()
+        every_binding(torch.float16, device=1)
+        ran = " ".join(launch.kernel for launch in launchers().launches)
+        assert "gemv_fma" in ran and "grad_input_fma" in ran and "mma" not in ran.replace("_fma", "")
+        with pytest.raises(RuntimeError, match="packed: expected"):
+            stub().linear(
+                torch.ones(1, 64), *[torch.zeros(1, dtype=torch.uint8)] * 2, None, None, "nf4", 64, 2, *[None] * 3, 1
+            )
+        assert launchers().current_device == 0
 
 
 def test_linear_grad_input_under_autocast():

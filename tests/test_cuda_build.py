@@ -16,7 +16,10 @@ needs_cuda_half = pytest.mark.skipif(
     native.missing_cuda_reason() is not None, reason=f"no CUDA half: {native.missing_cuda_reason()}"
 )
 
-OPS = ("quantize", "quantize_scales", "search_scales", "encode", "dequantize", "dequantize_out")
+OPS = (
+    *("quantize", "quantize_scales", "search_scales", "encode"),
+    *("dequantize", "dequantize_out", "linear", "linear_grad_input"),
+)
 
 
 @needs_cuda_half

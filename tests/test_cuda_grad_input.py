@@ -47,7 +47,7 @@ def operands(m, n, k, rank, dtype):
     return (made[0].to(dtype), made[1], made[2]) if rank else (made[0].to(dtype), None, None)
 
 
-def grad_input(grad, parts, k, grad_t=None, lora_a=None, scaling=1.0, aligned=True):
+def grad_input(grad, parts, k, grad_t=None, lora_a=None, aligned=True):
     """What the kernels make, and the launches that made it."""
     packed, absmax, group_scales, offset, format, block_size = parts
     (m, n), rank = grad.shape, 0 if lora_a is None else lora_a.shape[0]
@@ -55,7 +55,7 @@ def grad_input(grad, parts, k, grad_t=None, lora_a=None, scaling=1.0, aligned=Tr
     source = grad.contiguous() if aligned else unaligned(grad)
     packed = packed if aligned else unaligned(packed)
     scales = (absmax, None, None, None) if group_scales is None else (None, absmax, group_scales, offset.reshape(1))
-    sizes = (grad_t, lora_a, scaling, m, n, k, rank)
+    sizes = (grad_t, lora_a, m, n, k, rank)
     arguments = (source, DTYPE_CODES[grad.dtype], packed, *scales, FORMAT_CODES[format], block_size, *sizes, out)
     library = launchers()
     library.launches.clear()
@@ -77,14 +77,14 @@ def names(launches):
     return found
 
 
-def assert_right(out, kernels, grad, parts, grad_t=None, lora_a=None, scaling=1.0):
+def assert_right(out, kernels, grad, parts, grad_t=None, lora_a=None):
     """Within the bound that cases.py derives for the kernels that ran."""
     shape = [grad.shape[1], out.shape[1]]
     weight = reference.dequantize(*parts, shape, torch.float32).double()
     exact, magnitude, terms = grad.double() @ weight, grad.double().abs() @ weight.abs(), grad.shape[1]
     if lora_a is not None:
-        exact = exact + scaling * grad_t.double() @ lora_a.double()
-        magnitude = magnitude + abs(scaling) * grad_t.double().abs() @ lora_a.double().abs()
+        exact = exact + grad_t.double() @ lora_a.double()
+        magnitude = magnitude + grad_t.double().abs() @ lora_a.double().abs()
         terms += lora_a.shape[0]
     if MMA in kernels:
         tolerance = tensor_core_tolerance(magnitude, exact, terms, grad.dtype, grad.double().abs().sum(1, keepdim=True))
@@ -93,12 +93,12 @@ def assert_right(out, kernels, grad, parts, grad_t=None, lora_a=None, scaling=1.
     assert_within(out, exact, tolerance)
 
 
-def check(m, n, k, rank, dtype, format, block_size, double_quant, scaling=0.5, magnitude=0.02, aligned=True):
+def check(m, n, k, rank, dtype, format, block_size, double_quant, magnitude=0.02, aligned=True):
     """One product; returns its launches."""
     parts = quantized((n, k), format, block_size, double_quant, magnitude)
     grad, grad_t, lora_a = operands(m, n, k, rank, dtype)
-    out, launches = grad_input(grad, parts, k, grad_t, lora_a, scaling, aligned)
-    assert_right(out, names(launches), grad, parts, grad_t, lora_a, scaling)
+    out, launches = grad_input(grad, parts, k, grad_t, lora_a, aligned)
+    assert_right(out, names(launches), grad, parts, grad_t, lora_a)
     return launches
 
 
@@ -118,7 +118,7 @@ def check(m, n, k, rank, dtype, format, block_size, double_quant, scaling=0.5, m
 def test_tensor_core_products(m, n, k, rank, dtype, format, block_size, double_quant, magnitude, processors):
     """A wrong lane, scale, stage or split would add up other weights than the layer's."""
     with multiprocessors(processors):
-        ran = names(check(m, n, k, rank, dtype, format, block_size, double_quant, scaling=0.7, magnitude=magnitude))
+        ran = names(check(m, n, k, rank, dtype, format, block_size, double_quant, magnitude=magnitude))
     assert ran == [MMA if k % block_size == 0 else FMA, FINISH]
 
 

@@ -1,6 +1,8 @@
 """The torch ops: registration, compilation, autocast, checkpointing, and wrong direct calls."""
 
 import asyncio
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -280,6 +282,20 @@ def test_self_test_passes_and_can_fail(monkeypatch):
     """`python -m lowbit` is what users run first: it has to notice a broken kernel."""
     from lowbit import __main__, selftest
 
-    assert __main__.main() == 0
+    assert __main__.main([]) == 0
+    assert __main__.main(["--self-test"]) == 0
     monkeypatch.setattr(selftest, "_difference", lambda *operands: "relative error 1")
-    assert __main__.main() == 1
+    assert __main__.main([]) == 1
+    assert __main__.main(["--self-test"]) == 1
+
+
+def test_command_line():
+    """A mistyped option must not pass for a check that was made; the exit status is what a script looks at."""
+    command = [sys.executable, "-m", "lowbit"]
+    done = subprocess.run([*command, "--self-test"], capture_output=True, text=True)
+    assert done.returncode == 0 and "checks passed" in done.stdout, done.stderr
+    for wrong in ("--selftest", "--bogus", "something"):
+        done = subprocess.run([*command, wrong], capture_output=True, text=True)
+        assert done.returncode == 2 and wrong in done.stderr and not done.stdout
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--self-test" in done.stdout and "exit status" in done.stdout

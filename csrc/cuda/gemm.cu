@@ -35,7 +35,7 @@ namespace lowbit::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarpSize;
+[[maybe_unused]] constexpr int kWarps = kThreads / kWarpSize;  // unused before sm_80
 constexpr int kStages = 4;
 constexpr int kMaxSplits = 16;
 constexpr int64_t kMaxSide = 1 << 23;  // of k and rank: offsets within a tile's rows have 32 bits

@@ -234,19 +234,19 @@ __global__ void __launch_bounds__(MmaTile<kRows>::kThreads, 2)
 #endif
 }
 
-// grad_x = the sum of the splits + scaling grad_t lora_a.
+// grad_x = the sum of the splits + grad_t lora_a.
 template <class T>
 __global__ void __launch_bounds__(kFinishThreads)
     grad_input_finish_kernel(const float* partial, int64_t splits, int64_t m, int64_t k, const float* grad_t,
-                             const float* lora_a, int64_t rank, float scaling, T* grad_x) {
+                             const float* lora_a, int64_t rank, T* grad_x) {
   const int64_t column_tiles = (k + kFinishThreads - 1) / kFinishThreads;
   for (int64_t tile = blockIdx.x; tile < m * column_tiles; tile += gridDim.x) {
     const int64_t row = tile / column_tiles, column = tile % column_tiles * kFinishThreads + threadIdx.x;
     if (column >= k) continue;
-    float sum = 0.0f, lora = 0.0f;
+    float sum = 0.0f;
     for (int64_t split = 0; split < splits; ++split) sum += partial[(split * m + row) * k + column];
-    for (int64_t r = 0; r < rank; ++r) lora = fmaf(grad_t[row * rank + r], lora_a[r * k + column], lora);
-    narrow(rank ? fmaf(scaling, lora, sum) : sum, grad_x + row * k + column);
+    for (int64_t r = 0; r < rank; ++r) sum = fmaf(grad_t[row * rank + r], lora_a[r * k + column], sum);
+    narrow(sum, grad_x + row * k + column);
   }
 }
 
@@ -361,7 +361,7 @@ int launch(const LinearGradInputArgs& args, Stream stream) {
   }
   const int64_t tiles = args.m * ceil_div(args.k, kFinishThreads);
   grad_input_finish_kernel<<<grid_for(tiles, 1, 8), kFinishThreads, 0, stream>>>(
-      args.workspace, plan.splits, args.m, args.k, args.grad_t, args.lora_a, args.grad_t ? args.rank : 0, args.scaling,
+      args.workspace, plan.splits, args.m, args.k, args.grad_t, args.lora_a, args.grad_t ? args.rank : 0,
       static_cast<T*>(args.grad_x));
   return cudaGetLastError();
 }

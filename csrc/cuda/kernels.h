@@ -136,14 +136,13 @@ bool linear_gemm_fits(const LinearArgs& args);
 int64_t linear_gemm_workspace(const LinearArgs& args);
 int linear_gemm(const LinearArgs& args, Stream stream);
 
-// grad_x[m, k] = grad[m, n] W[n, k] + scaling grad_t[m, rank] lora_a[rank, k]
+// grad_x[m, k] = grad[m, n] W[n, k] + grad_t[m, rank] lora_a[rank, k]
 struct LinearGradInputArgs {
   const void* grad;
   Dtype dtype;  // of grad and grad_x
   QuantizedWeight weight;
   const float* grad_t;  // or null, as lora_a
   const float* lora_a;
-  float scaling;
   int64_t m, n, k, rank;
   void* grad_x;
   float* workspace;

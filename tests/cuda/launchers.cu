@@ -81,15 +81,14 @@ int lowbit_linear_gemv(const void* x, int dtype, const uint8_t* packed, const fl
 // workspace: null to be told how many floats of it are needed, or memory for as many, and the product is launched.
 int64_t lowbit_linear_grad_input(const void* grad, int dtype, const uint8_t* packed, const float* absmax,
                                  const uint8_t* scale_codes, const float* group_scales, const float* offset, int format,
-                                 int64_t block_size, const float* grad_t, const float* lora_a, float scaling, int64_t m,
-                                 int64_t n, int64_t k, int64_t rank, void* grad_x, float* workspace, void* stream) {
+                                 int64_t block_size, const float* grad_t, const float* lora_a, int64_t m, int64_t n,
+                                 int64_t k, int64_t rank, void* grad_x, float* workspace, void* stream) {
   const cuda::LinearGradInputArgs args{
       grad,
       static_cast<Dtype>(dtype),
       {packed, absmax, scale_codes, group_scales, offset, format_of(format), block_size, n * k},
       grad_t,
       lora_a,
-      scaling,
       m,
       n,
       k,

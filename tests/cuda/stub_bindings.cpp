@@ -8,10 +8,9 @@
 
 namespace {
 
-// Told of the memory of every tensor that an op makes for a kernel to write or (`filled` by torch) to read, and of
-// every device guard.
+// Told of the memory of every tensor that an op makes for a kernel to write or (`filled` by torch) to read.
 void (*on_allocation)(void* data, int64_t bytes, bool filled);
-void (*on_guard)(int device);
+int device_of_tensors;  // where CPU tensors pretend to be
 // Kept, so that their memory does not become another tensor's, of which the emulator is not told.
 auto& kept = *new std::vector<torch::stable::Tensor>;
 
@@ -33,13 +32,25 @@ torch::stable::Tensor recorded_to(const torch::stable::Tensor& self, torch::head
   return tensor;
 }
 
-struct RecordedGuard {
-  explicit RecordedGuard(int device) { on_guard(device); }
+extern "C" int cudaGetDevice(int*);
+extern "C" int cudaSetDevice(int);
+
+// What torch's does on a GPU, on the stub runtime.
+struct StubGuard {
+  explicit StubGuard(int device) {
+    cudaGetDevice(&before_);
+    cudaSetDevice(device);
+  }
+  ~StubGuard() { cudaSetDevice(before_); }
+  StubGuard(const StubGuard&) = delete;
+
+ private:
+  int before_;
 };
 
-constexpr uintptr_t kStream = 0x5eed;  // torch's current stream, as tests/test_cuda_bindings.py expects it
-AOTITorchError current_stream_stub(int32_t, void** stream) {
-  *stream = reinterpret_cast<void*>(kStream);
+constexpr uintptr_t kStream = 0x5eed;  // of device 0, as tests/test_cuda_bindings.py expects it
+AOTITorchError current_stream_stub(int32_t device, void** stream) {
+  *stream = reinterpret_cast<void*>(kStream + device);
   return 0;
 }
 void* stub_dlopen(const char*, int) { return &on_allocation; }
@@ -47,18 +58,19 @@ void* stub_dlsym(void*, const char*) { return reinterpret_cast<void*>(&current_s
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) void stub_set_callbacks_of_bindings(void (*allocation)(void*, int64_t,
-                                                                                                         bool),
-                                                                                      void (*guard)(int)) {
+extern "C" __attribute__((visibility("default"))) void stub_set_callback_of_bindings(void (*allocation)(void*, int64_t,
+                                                                                                        bool)) {
   on_allocation = allocation;
-  on_guard = guard;
+}
+extern "C" __attribute__((visibility("default"))) void stub_set_device_of_tensors(int device) {
+  device_of_tensors = device;
 }
 
 namespace torch::stable {
 using ::recorded_empty;
 using ::recorded_to;
 namespace accelerator {
-using ::RecordedGuard;
+using ::StubGuard;
 }
 }  // namespace torch::stable
 
@@ -66,7 +78,8 @@ using ::RecordedGuard;
 #include "bindings.h"
 #define new_empty recorded_empty
 #define to(...) recorded_to(__VA_ARGS__)  // not to<T>(...)
-#define DeviceGuard RecordedGuard
+#define DeviceGuard StubGuard
+#define get_device_index() is_cpu() ? device_of_tensors : -1
 #define dlopen stub_dlopen
 #define dlsym stub_dlsym
 #define LOWBIT_CUDA_NAMESPACE lowbit_stub

@@ -13,7 +13,7 @@ from .parser import align_up
 WINDOW_SHIFT = 36
 _PRESERVED_ALIGNMENT = 16  # the widest access
 _FIRST_OFFSET = 1 << 24  # allocations start 16 MiB into their window, so that small negative offsets stay in it
-_PRESERVED_ALIGNMENT = 16  # the widest access
+_LARGEST_COPY = 1 << 30  # in bytes
 SHARED_WINDOW, LOCAL_WINDOW, PARAMETER_WINDOW, FIRST_GLOBAL_WINDOW = 1, 2, 3, 16
 
 
@@ -77,6 +77,9 @@ def as_bytes(array):
 class Buffer:
     """One allocation: a padded copy of an array, at an address.
 
+    An array of more than 1 GiB is used where it is, if it needs no padding: of one that numpy.zeros made, only the
+    pages that a kernel touches take memory.
+
     It starts ``lead`` bytes into ``data``, which keeps the array's own alignment up to 16 bytes: a slice that starts
     at an odd byte is misaligned here too. Offsets of accesses count from ``aligned_base``.
     """
@@ -84,9 +87,13 @@ class Buffer:
     def __init__(self, name, contents, window, *, lead=0, writable=True, counted=True, written=None):
         self.name, self.size, self.writable, self.counted = name, contents.size, writable, counted
         self.aligned_base, self.lead = window_base(window), lead
-        self.data = np.zeros(align_up(max(lead + self.size, 1), 64), np.uint8)
-        self.contents = self.data[lead : lead + self.size]
-        self.contents[:] = contents
+        self.in_place = self.size > _LARGEST_COPY and lead == 0 and self.size % 64 == 0
+        if self.in_place:
+            self.data = self.contents = contents
+        else:
+            self.data = np.zeros(align_up(max(lead + self.size, 1), 64), np.uint8)
+            self.contents = self.data[lead : lead + self.size]
+            self.contents[:] = contents
         self.written = written  # bool per byte for memory that starts uninitialized, else None
         self.forget_accesses()
 
@@ -147,7 +154,7 @@ class GlobalMemory:
     def write_back(self):
         """Copy what the kernel wrote into the caller's arrays."""
         for _, buffer, contents in self._arrays:
-            if buffer.dirty:
+            if buffer.dirty and not buffer.in_place:
                 contents[:] = buffer.contents
 
 

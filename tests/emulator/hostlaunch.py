@@ -109,11 +109,13 @@ class HostLibrary:
     """Loaded launchers.
 
     ``launches`` and ``runtime_calls`` list what the host code did, in order. ``options`` are the emulator's (see
-    `Options`) for every launch. ``device`` may be replaced at any time.
+    `Options`) for every launch. ``device`` may be replaced at any time; ``other_devices`` are GPUs that differ from it,
+    by their number.
     """
 
     def __init__(self, path, modules, signatures, device):
         self.modules, self.signatures, self.device, self.options = modules, signatures, device, {}
+        self.other_devices: dict[int, Device] = {}
         self.launches: list[HostLaunch] = []
         self.runtime_calls: list[RuntimeCall] = []
         self._known = _KnownMemory()
@@ -125,7 +127,7 @@ class HostLibrary:
         self._callbacks = _Callbacks(
             _LAUNCH(self._guarded(self._launch)),
             _SET_KERNEL_ATTRIBUTE(self._guarded(self._set_kernel_attribute)),
-            _DEVICE_ATTRIBUTE(lambda attribute, device: self.device.attribute(attribute)),
+            _DEVICE_ATTRIBUTE(lambda attribute, device: self._device(device).attribute(attribute)),
             _MEMORY(self._guarded(self._memory)),
         )
         self._library.stub_set_callbacks(ctypes.byref(self._callbacks))
@@ -135,6 +137,9 @@ class HostLibrary:
     @property
     def current_device(self):
         return self._library.stub_current_device()
+
+    def _device(self, number):
+        return self.other_devices.get(number, self.device)
 
     def set_device(self, device):
         """cudaSetDevice, as the caller of the launchers might have done."""
@@ -255,7 +260,7 @@ class HostLibrary:
             values,
             shared=shared,
             shared_limit=self._shared_limits.get(kernel.name, Device.SHARED_PER_BLOCK - module.static_shared(kernel)),
-            device=self.device,
+            device=self._device(self.current_device),
             **self.options,
         )
         self.launches.append(HostLaunch(kernel.name, grid, block, shared, stream or 0, self.current_device, result))
@@ -284,7 +289,7 @@ class HostLibrary:
         if attribute != _MAX_DYNAMIC_SHARED:
             return
         module, kernel = self._kernel(name)
-        limit = self.device.shared_per_block_opt_in - module.static_shared(kernel)
+        limit = self._device(self.current_device).shared_per_block_opt_in - module.static_shared(kernel)
         if not 0 <= value <= limit:
             raise LaunchError(
                 f"kernel {kernel.name}: cudaFuncSetAttribute asks for {value} bytes of dynamic shared memory, the "

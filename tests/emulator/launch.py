@@ -29,7 +29,8 @@ class Options:
     mma_mode: "exact" sums mma products exactly, "trunc" drops low bits as a pessimistic tensor core would.
     approx_ulp: move results of approximate instructions by up to that many random ulp.
     counters: count memory traffic and bank conflicts. max_steps: give up on longer runs.
-    batch_blocks: thread blocks run together. blocks: run only these of the grid (indices or (x, y, z)).
+    batch_blocks: thread blocks run together. blocks: run only these of the grid (indices or (x, y, z)), or a function
+    of the grid that names them.
     trace: called as trace(batch, instruction, lanes) before every instruction.
     """
 
@@ -45,7 +46,7 @@ class Options:
     counters: bool = True
     max_steps: int = 20_000_000
     batch_blocks: int | None = None
-    blocks: Sequence | None = None
+    blocks: Sequence | Callable | None = None
     trace: Callable | None = None
 
     def __post_init__(self):
@@ -105,7 +106,7 @@ class Launch:
 
     def _block_ids(self):
         gx, gy, gz = self.grid
-        everything = [(x, y, z) for z in range(gz) for y in range(gy) for x in range(gx)]
         if self.options.blocks is None:
-            return everything
-        return [(*b, 0, 0)[:3] if isinstance(b, tuple) else everything[b] for b in self.options.blocks]
+            return [(x, y, z) for z in range(gz) for y in range(gy) for x in range(gx)]
+        chosen = self.options.blocks(self.grid) if callable(self.options.blocks) else self.options.blocks
+        return [(*b, 0, 0)[:3] if isinstance(b, tuple) else (b % gx, b // gx % gy, b // (gx * gy)) for b in chosen]
