@@ -34,29 +34,34 @@ def has_wgmma(target, config):
 
 
 C = shapes.Config
-#: (configuration, block size, instructions per weight on sm_80, sm_90, sm_120), as counted; a lane's share of the
-#: tile's weights. For 64 and 128 rows sm_90 has wgmma.
+#: (target, configuration, block size, instructions per weight: the tile's weights shared out to all lanes), as
+#: counted. For 64 and 128 rows sm_90 has wgmma.
 BUDGETS = [
-    (C(8, 64, 64, 2, 4, True), 64, 4.95, 5.1, 5.0),
-    (C(8, 64, 128, 2, 4, True), 128, 4.3, 4.5, 4.4),
-    (C(16, 64, 64, 2, 4, True), 64, 5.4, 5.5, 5.4),
-    (C(16, 64, 128, 2, 4, True), 128, 4.8, 4.9, 4.8),
-    (C(16, 64, 32, 2, 4, True), 32, 6.0, 6.3, 6.2),
-    (C(32, 64, 64, 2, 4, True), 64, 6.3, 6.5, 6.4),
-    (C(64, 64, 64, 4, 4), 64, 14.2, 8.0, 13.6),
-    (C(128, 128, 64, 8, 3), 64, 18.1, 9.2, 17.6),
+    ("sm_80", C(8, 64, 64, 2, 4, True), 64, 4.95),
+    ("sm_80", C(8, 64, 128, 2, 4, True), 128, 4.3),
+    ("sm_80", C(16, 64, 64, 2, 4, True), 64, 5.4),
+    ("sm_80", C(16, 64, 128, 2, 4, True), 128, 4.8),
+    ("sm_80", C(16, 64, 32, 2, 4, True), 32, 6.0),
+    ("sm_80", C(32, 64, 64, 2, 4, True), 64, 6.3),
+    ("sm_80", C(64, 64, 64, 4, 4), 64, 14.2),
+    ("sm_80", C(128, 128, 64, 8, 3), 64, 18.1),
+    ("sm_90", C(8, 64, 64, 2, 4, True), 64, 5.1),
+    ("sm_90", C(16, 64, 64, 2, 4, True), 64, 5.5),
+    ("sm_90", C(64, 64, 64, 4, 4), 64, 8.0),
+    ("sm_90", C(128, 128, 64, 8, 3), 64, 9.2),
+    ("sm_120", C(8, 64, 128, 2, 4, True), 128, 4.4),
+    ("sm_120", C(16, 64, 64, 2, 4, True), 64, 5.4),
+    ("sm_120", C(128, 128, 64, 8, 3), 64, 17.6),
 ]
-TARGETS = ("sm_80", "sm_90", "sm_120")
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("budget", BUDGETS, ids=lambda b: f"{b[0].bm}x{b[0].bn}x{b[0].bk}")
-def test_four_bits(monkeypatch, tmp_path, budget, target):
+@pytest.mark.parametrize("budget", BUDGETS, ids=lambda b: f"{b[0]}-{b[1].bm}x{b[1].bn}x{b[1].bk}")
+def test_four_bits(monkeypatch, tmp_path, budget):
     """DRAM leaves each weight 4.6 issue slots on an H100. Decoded weights go from register to tensor core.
 
     A few percent above what is counted today: a compiler that no longer finds the layout takes far more.
     """
-    config, block_size, *counted = budget
+    target, config, block_size, counted = budget
     code, loop, shared = main_loop(monkeypatch, tmp_path, target, config, config.bm, block_size=block_size)
     wgmma = has_wgmma(target, config)
     problem = shapes.Problem(config.bm, N, K, torch.bfloat16, "nf4", block_size)
@@ -65,7 +70,7 @@ def test_four_bits(monkeypatch, tmp_path, budget, target):
     assert (code.stack, code.local) == (0, 0)
     assert shared <= shapes.shared_bytes(config, problem) <= shapes.shared_bytes_of(gpu)
     per_weight = len(loop) * 32 * config.warps / (config.bn * config.bk)
-    assert per_weight <= 1.03 * counted[TARGETS.index(target)], f"{per_weight:.2f}"
+    assert per_weight <= 1.03 * counted, f"{per_weight:.2f}"
     # The cost model that chooses configurations may not be further off than its choices are apart.
     assert 0.8 <= shapes.instructions(config, problem, gpu) / (len(loop) * config.warps) <= 1.25
     # x and W: 16 bytes a copy, as many as the tiles have, and W's codes reach registers four at a time or more.
@@ -81,19 +86,23 @@ def test_four_bits(monkeypatch, tmp_path, budget, target):
     assert count(loop, "STS") == count(loop, "STS.128") + 1 and count(loop, "STS.128") == decoded_stores
 
 
-@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
-    ("config", "limits"),
-    [(C(16, 64, 64, 2, 4, True), (4.0, 3.7, 3.7)), (C(128, 128, 64, 8, 3), (13.1, 5.0, 13.0))],
-    ids=("16 rows", "128 rows"),
+    ("target", "config", "limit"),
+    [
+        ("sm_80", C(16, 64, 64, 2, 4, True), 4.0),
+        ("sm_80", C(128, 128, 64, 8, 3), 13.1),
+        ("sm_90", C(16, 64, 64, 2, 4, True), 3.7),
+        ("sm_90", C(128, 128, 64, 8, 3), 5.0),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{getattr(value, 'bm', value)}",
 )
-def test_int8(monkeypatch, tmp_path, config, limits, target):
+def test_int8(monkeypatch, tmp_path, target, config, limit):
     """DRAM leaves 9.2 issue slots for a byte on an H100."""
     code, loop, _ = main_loop(monkeypatch, tmp_path, target, config, config.bm, format="int8")
     wgmma = has_wgmma(target, config)
     assert (code.stack, code.local) == (0, 0)
     per_weight = len(loop) * 32 * config.warps / (config.bn * config.bk)
-    assert per_weight <= 1.03 * limits[TARGETS.index(target)], f"{per_weight:.2f}"
+    assert per_weight <= 1.03 * limit, f"{per_weight:.2f}"
     assert count(loop, "LDGSTS") == count(loop, "LDGSTS.128") > 0
     assert not count(loop, "LDG") and not count(loop, "LDS.U8")
     assert bool(count(loop, "HGMMA")) == wgmma and bool(count(loop, "HMMA.16816")) != wgmma
@@ -101,7 +110,7 @@ def test_int8(monkeypatch, tmp_path, config, limits, target):
 
 
 @pytest.mark.parametrize(
-    ("config", "limit"), [(C(1, 64, 64, 4, 3), 8.5), (C(4, 64, 32, 4, 3), 14.4), (C(16, 32, 32, 4, 3), 36.4)]
+    ("config", "limit"), [(C(1, 64, 64, 2, 3), 5.1), (C(4, 64, 32, 2, 3), 11.4), (C(16, 64, 32, 2, 3), 24.3)]
 )
 def test_fp32(monkeypatch, tmp_path, config, limit):
     """An FMA for each row of the tile, and W through shared memory: FMAs of one weight come from many threads."""
@@ -109,7 +118,8 @@ def test_fp32(monkeypatch, tmp_path, config, limit):
     assert (code.stack, code.local) == (0, 0)
     assert len(loop) * 32 * config.warps / (config.bn * config.bk) <= 1.03 * limit
     weights = config.bn * config.bk // (32 * config.warps)
-    assert count(loop, "FFMA") <= config.bm * weights + 4
+    assert count(loop, "FFMA") <= config.bm * (weights + 1)
+    assert count(loop, "LDGSTS.128") >= 1  # W's; x's tiles have fewer bytes
     assert not count(loop, "HMMA")
     assert not count(loop, "LDS.U8") and not count(loop, "STS.U8")
 
