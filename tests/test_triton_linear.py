@@ -102,7 +102,7 @@ def triton_linear(case: Case) -> torch.Tensor:
 
 
 @interpreted
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     m=st.sampled_from(ROWS),
     n=st.one_of(st.integers(1, 80), st.sampled_from((64, 65))),
@@ -199,6 +199,7 @@ def test_lora_linear(dtype):
 
 
 @interpreted
+@pytest.mark.filterwarnings("ignore:invalid value")
 def test_infinite_lora_stays_infinite():
     """Split into two bf16, an infinity must not become NaN, nor a finite output."""
     case = Case(2, 8, 64, rank=1, has_bias=False)
@@ -215,9 +216,9 @@ EMULATED = {
     "32 rows": (shapes.Config(32, 64, 64, 2, 4, True, splits=2), Case(34, 65, 192, torch.float16, rank=0)),
     "64 rows": (shapes.Config(64, 64, 64, 4, 4), Case(65, 65, 192)),
     "128 rows": (shapes.Config(128, 128, 64, 8, 3, splits=2), Case(130, 33, 192, rank=1)),
-    "fp32, 1 row": (shapes.Config(1, 64, 64, 4, 3), Case(1, 65, 128, torch.float32)),
-    "fp32, 4 rows": (shapes.Config(4, 64, 32, 4, 3, splits=2), Case(3, 65, 256, torch.float32, has_bias=False)),
-    "fp32, 16 rows": (shapes.Config(16, 32, 32, 4, 3), Case(9, 33, 64, torch.float32, rank=0)),
+    "fp32, 1 row": (shapes.Config(1, 64, 64, 2, 3), Case(1, 65, 128, torch.float32)),
+    "fp32, 4 rows": (shapes.Config(4, 64, 32, 2, 3, splits=2), Case(3, 65, 256, torch.float32, has_bias=False)),
+    "fp32, 16 rows": (shapes.Config(16, 64, 32, 2, 3), Case(9, 33, 64, torch.float32, rank=0)),
     "int8": (shapes.Config(16, 64, 64, 2, 4, True, splits=2), Case(5, 65, 272, format="int8")),
     "int8, odd rows": (shapes.Config(16, 64, 64, 2, 4, True), Case(5, 65, 77, torch.float16, "int8")),
     "int8, 128 rows": (shapes.Config(128, 128, 64, 8, 3), Case(130, 33, 128, format="int8")),

@@ -103,3 +103,29 @@ for dtype in DTYPES:
         detail=f"int8 {name_of(dtype)}",
         every_run=dtype == torch.bfloat16,
     )
+
+#: Rows of x: one for each tile of lowbit/backends/triton/shapes.py.
+LINEAR_ROWS = (1, 8, 16, 32, 64, 128)
+for rows, dtype, format in itertools.product(LINEAR_ROWS, DTYPES, (*FORMATS, "int8")):
+    if dtype == torch.float32 and rows > 16:
+        continue  # decodes first
+    operands = (tensor(14336), tensor(rows, 16), tensor(14336, 16), 0.5)
+    add(
+        "linear",
+        tensor(rows, 4096, dtype=dtype),
+        *weight((14336, 4096), format),
+        14336,
+        *operands,
+        detail=f"{format} {name_of(dtype)} {rows} rows",
+        every_run=(dtype, format) == (torch.bfloat16, "nf4") and rows in (8, 128),
+    )
+for block_size in BLOCK_SIZES:
+    x = tensor(8, 4096, dtype=torch.bfloat16)
+    arguments = (*weight((1024, 4096), "nf4", block_size, double_quant=False), 1024, None, None, None, 1.0)
+    add("linear", x, *arguments, detail=f"blocks of {block_size}, in parts")
+for rows, format in ((8, "nf4"), (1024, "nf4"), (8, "int8")):
+    columns = 4104 if rows == 8 else 4096  # rows of codes that begin at 8 bytes, or many rows: decoded first
+    x, a, b = tensor(rows, columns, dtype=torch.bfloat16), tensor(8, columns), tensor(1024, 8)
+    add(
+        "lora_linear", x, *weight((1024, columns), format), 1024, None, a, b, 0.5, detail=f"{format} {rows} x {columns}"
+    )

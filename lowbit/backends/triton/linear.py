@@ -44,10 +44,15 @@ def _tile_of(program, m, n, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.const
 
 @triton.jit
 def _split(values):
-    """fp32 as a sum of two bf16: |values - high - low| <= 2^-16 |values|. An infinity has no rest (it would be NaN)."""
+    """fp32 as a sum of two bf16: |values - high - low| <= 2^-16 |values|; and high without infinities.
+
+    These have no low part, and a factor whose low part is 0 must not make NaN of them.
+    """
     high = round_to(values, tl.bfloat16)
     whole = high.to(tl.float32)
-    return high, round_to(tl.where(whole - whole == 0, values - whole, 0.0), tl.bfloat16)
+    finite = whole - whole == 0
+    low = round_to(tl.where(finite, values - whole, 0.0), tl.bfloat16)
+    return high, low, round_to(tl.where(finite, whole, 0.0), tl.bfloat16)
 
 
 @triton.jit
@@ -67,10 +72,10 @@ def _lora(acc, t, lora_b, scaling, rows, columns, m, n, rank, summed, EXACT: tl.
         if EXACT:
             sums = _dot(a, b, sums)
         else:
-            a_high, a_low = _split(a)
-            b_high, b_low = _split(b)
-            sums = _dot(a_low, b_high, sums)
-            sums = _dot(a_high, b_low, sums)
+            a_high, a_low, a_finite = _split(a)
+            b_high, b_low, b_finite = _split(b)
+            sums = _dot(a_low, b_finite, sums)
+            sums = _dot(a_finite, b_low, sums)
             sums = _dot(a_high, b_high, sums)
     return acc + scaling * sums
 

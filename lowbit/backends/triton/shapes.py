@@ -108,10 +108,10 @@ def _tiles(problem: Problem, gpu: Gpu) -> list[Config]:
     fits_block = p.block_size if p.format != "int8" else 64
     wide, narrow = min(fits_block, 128), min(fits_block, 64)
     if p.dtype == torch.float32:
-        # As many FMAs as rows of the tile; 128 threads with 16 or 8 weights each.
+        # As many FMAs for a weight as the tile has rows: 5 instructions in all for 1 row, 11 for 4, 24 for 16.
         if p.m == 1:
-            return [Config(1, 64, narrow, 4, 3)]
-        return [Config(4, 64, 32, 4, 3) if p.m <= 4 else Config(16, 32, 32, 4, 3)]
+            return [Config(1, 64, narrow, 2, 3)]
+        return [Config(4 if p.m <= 4 else 16, 64, 32, 2, 3)]
     if not gpu.capability:
         # MFMA, WMMA and DPAS take 16 rows at least; LDS has room for two stages. A warp of 32 lanes spills where sums
         # of a block and of all take more than 64 registers.
@@ -120,8 +120,10 @@ def _tiles(problem: Problem, gpu: Gpu) -> list[Config]:
         return [Config(64, 64, narrow, 8, 2)] + [Config(128, 128, narrow, 8, 2)] * (gpu.lanes == 64 and p.m > 64)
     if p.m <= 32:
         # 2 warps of 32 rows of W each read x from shared memory half as often as 4 of 16 do, and each thread decodes
-        # the scale of one row. More than 16 rows of x in a tile: half the decoding.
-        found = [Config(8 if p.m <= 8 else 16, 64, wide, 2, 4, True)]
+        # the scale of one row. More than 16 rows of x in a tile: half the decoding. 128 columns take 4.3 instructions
+        # for a weight where 64 take 5, but for sm_90 and later ptxas then spills.
+        columns = wide if gpu.capability < 90 else narrow
+        found = [Config(8 if p.m <= 8 else 16, 64, columns, 2, 4, True)]
         return found + [Config(32, 64, narrow, 2, 4, True)] * (p.m > 16)
     found = [Config(32, 64, narrow, 2, 4, True), Config(64, 64, narrow, 4, 4)]
     if p.m > 64:
