@@ -29,12 +29,12 @@ def scales_of(numel: int, block_size: int, magnitude: float) -> torch.Tensor:
 
 
 @interpreted
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)  # the interpreter takes 2 seconds for a search of blocks of 64
 @given(
-    shape=st.sampled_from(((1, 1), (7, 13), (70, 1), (40, 3), (1, 129), (3, 100), (40, 70), (2, 64))),
+    shape=st.sampled_from(((1, 1), (7, 13), (70, 1), (40, 3), (1, 129), (3, 100), (2, 64))),
     dtype=dtypes,
     format=formats,
-    block_size=st.sampled_from((32, 64, 128)),
+    block_size=st.sampled_from((32, 64)),
     magnitude=magnitudes,
     weighted=st.booleans(),
 )
@@ -47,19 +47,11 @@ def test_searched_scales_equal_the_reference(shape, dtype, format, block_size, m
 
 
 @interpreted
-def test_long_blocks():
-    """The order of summation in a block of 1024: a multiple of the sixteen partial sums, many times over."""
-    weight = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
-    scales = ops.search_scales(weight, importance_of(1000), "nf4", 1024)
-    assert torch.equal(scales, reference.search_scales(weight, importance_of(1000), "nf4", 1024))
-
-
-@interpreted
 def test_non_finite_values_reach_the_scale():
     """The public function finds NaN and inf by the scales alone."""
-    weight = torch.ones(3, 64)
-    weight[0, 7], weight[2, 63] = float("nan"), -float("inf")
-    assert torch.isfinite(ops.search_scales(weight, None, "nf4", 64)).tolist() == [False, True, False]
+    weight = torch.ones(3, 32)
+    weight[0, 7], weight[2, 31] = float("nan"), -float("inf")
+    assert torch.isfinite(ops.search_scales(weight, None, "nf4", 32)).tolist() == [False, True, False]
 
 
 @interpreted
@@ -94,20 +86,29 @@ def test_public_function():
     weight, found = make_weight((6, 96)), {}
     for backend in ("triton", "reference"):
         with lowbit.use_backend(backend):
-            found[backend] = lowbit.quantize(weight, scale="search", importance=importance_of(96))
+            found[backend] = lowbit.quantize(weight, block_size=32, scale="search", importance=importance_of(96))
     for ours, theirs in zip(found["triton"].parts(), found["reference"].parts(), strict=True):
         assert torch.equal(ours, theirs)
 
 
 @compiled_only
-@pytest.mark.parametrize(("shape", "weighted"), [((2, 1024), False), ((7, 45), True)])
-def test_machine_instructions(monkeypatch, shape, weighted):
-    """Products, sums and their order as NVIDIA's GPUs execute them; one FMA would move a sum."""
-    weight, importance = make_weight(shape, torch.float32, 1.0), importance_of(shape[1]) if weighted else None
+@pytest.mark.parametrize(
+    ("shape", "dtype", "format", "block_size", "weighted"),
+    [
+        ((2, 1024), torch.bfloat16, "nf4", 64, False),
+        ((7, 45), torch.float32, "fp4", 32, True),
+        ((40, 70), torch.float32, "nf4", 32, True),
+        ((3, 400), torch.float32, "nf4", 512, True),
+        ((9, 1), torch.float16, "fp4", 128, True),
+    ],
+)
+def test_machine_instructions(monkeypatch, shape, dtype, format, block_size, weighted):
+    """Products, sums and their order as NVIDIA's GPUs execute them, in short and long blocks; one FMA moves a sum."""
+    weight, importance = make_weight(shape, dtype, 1.0), importance_of(shape[1]) if weighted else None
     with launches(monkeypatch, "sm_80") as made:
-        scales = module.search_scales(weight, importance, "nf4", 32)
+        scales = module.search_scales(weight, importance, format, block_size)
     emulate(made[0])
-    assert torch.equal(scales, reference.search_scales(weight, importance, "nf4", 32))
+    assert torch.equal(scales, reference.search_scales(weight, importance, format, block_size))
 
 
 @compiled_only

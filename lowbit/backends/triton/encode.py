@@ -38,26 +38,30 @@ def _codes_of_8_ranks(format, first):
 
 
 @triton.jit
-def _one_of(bit, TABLE: tl.constexpr, FORMAT: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr):
-    return tl.where(bit, _entry(TABLE, FORMAT, FIRST + STEP), _entry(TABLE, FORMAT, FIRST))
-
-
-@triton.jit
 def _one_of_4(bit1, bit0, TABLE: tl.constexpr, FORMAT: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr):
     """The entry FIRST + STEP * (2 * bit1 + bit0)."""
     return tl.where(
         bit1,
-        _one_of(bit0, TABLE, FORMAT, FIRST + 2 * STEP, STEP),
-        _one_of(bit0, TABLE, FORMAT, FIRST, STEP),
+        tl.where(bit0, _entry(TABLE, FORMAT, FIRST + 3 * STEP), _entry(TABLE, FORMAT, FIRST + 2 * STEP)),
+        tl.where(bit0, _entry(TABLE, FORMAT, FIRST + STEP), _entry(TABLE, FORMAT, FIRST)),
     )
 
 
 @triton.jit
 def _one_of_8(bit2, bit1, bit0, TABLE: tl.constexpr, FORMAT: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr):
+    # Not two calls of _one_of_4: Triton's interpreter takes its time over each call.
     return tl.where(
         bit2,
-        _one_of_4(bit1, bit0, TABLE, FORMAT, FIRST + 4 * STEP, STEP),
-        _one_of_4(bit1, bit0, TABLE, FORMAT, FIRST, STEP),
+        tl.where(
+            bit1,
+            tl.where(bit0, _entry(TABLE, FORMAT, FIRST + 7 * STEP), _entry(TABLE, FORMAT, FIRST + 6 * STEP)),
+            tl.where(bit0, _entry(TABLE, FORMAT, FIRST + 5 * STEP), _entry(TABLE, FORMAT, FIRST + 4 * STEP)),
+        ),
+        tl.where(
+            bit1,
+            tl.where(bit0, _entry(TABLE, FORMAT, FIRST + 3 * STEP), _entry(TABLE, FORMAT, FIRST + 2 * STEP)),
+            tl.where(bit0, _entry(TABLE, FORMAT, FIRST + STEP), _entry(TABLE, FORMAT, FIRST)),
+        ),
     )
 
 
@@ -65,7 +69,7 @@ def _one_of_8(bit2, bit1, bit0, TABLE: tl.constexpr, FORMAT: tl.constexpr, FIRST
 def rank_bits(x, FORMAT: tl.constexpr):
     """How many midpoints fp32 ``x`` is above (NaN: none), as four truth values, the highest bit first."""
     bit3 = x > _entry("midpoint", FORMAT, 7)
-    bit2 = x > _one_of(bit3, "midpoint", FORMAT, 3, 8)
+    bit2 = x > tl.where(bit3, _entry("midpoint", FORMAT, 11), _entry("midpoint", FORMAT, 3))
     bit1 = x > _one_of_4(bit3, bit2, "midpoint", FORMAT, 1, 4)
     bit0 = x > _one_of_8(bit3, bit2, bit1, "midpoint", FORMAT, 0, 2)
     return bit3, bit2, bit1, bit0
