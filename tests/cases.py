@@ -126,6 +126,31 @@ def tensor_core_tolerance(
     return tolerance + 1.01 * TINY_ROUNDOFF[dtype] * operand
 
 
+def scaled_codebook_tolerance(
+    magnitude: torch.Tensor,
+    exact: torch.Tensor,
+    terms: int,
+    format: str,
+    dtype: torch.dtype,
+    operand: torch.Tensor,
+    lora_magnitude: torch.Tensor | float = 0.0,
+) -> torch.Tensor:
+    """:func:`tensor_core_tolerance` of a Triton kernel that multiplies the 16-bit codebook by its scale in 16 bits.
+
+    The scale is the sum s = high + low of two such numbers, off by u^2 s; the weight is fma(value, high, value * low),
+    so rounded once more (u), after an inner rounding of u * |value * low| <= u^2 |value * s|: the codebook's rounding,
+    u and 3 u^2. Near zero the scale, low, the inner product and the result are off by TINY_ROUNDOFF each, and no value
+    is larger than 1: 4 of them. LoRA's factors: as in :func:`gemm_tolerance`, each term being three. ``magnitude``
+    includes LoRA's.
+    """
+    if dtype == torch.float32:
+        return product_tolerance(magnitude, exact, terms, dtype)
+    u = UNIT_ROUNDOFF[dtype]
+    weight = u + 3 * u * u + (0.0 if format == "int8" else codebook_rounding(format, dtype) * (1 + 2 * u))
+    tolerance = product_tolerance(magnitude, exact, 2 * terms, dtype, weight)
+    return tolerance + (1 + 2 * u) * (4 * TINY_ROUNDOFF[dtype] * operand + 4 * 2.0**-16 * lora_magnitude)
+
+
 def assert_within(actual: torch.Tensor, exact: torch.Tensor, tolerance: torch.Tensor) -> None:
     """Every |actual - exact| <= tolerance; the message names the worst element."""
     error = (actual.double() - exact).abs()

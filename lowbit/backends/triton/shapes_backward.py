@@ -37,15 +37,14 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 @functools.cache
-def capability(device: torch.device) -> int:
-    """Of an NVIDIA GPU, its compute capability as in 90; 0 for other GPUs and where there is none."""
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """An NVIDIA GPU's compute capability; None for another device."""
     if device.type != "cuda" or torch.version.cuda is None:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
-def grad_input_tile(m: int, row_bytes: int, dtype: torch.dtype, capability: int) -> GradInputShape:
+def grad_input_tile(m: int, row_bytes: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> GradInputShape:
     """The tile for m rows of grad.
 
     16 bits: 64 rows of W at a time, in pieces of 128 bytes. Up to 32 rows of grad, where reading and decoding W is the
@@ -64,10 +63,13 @@ def grad_input_tile(m: int, row_bytes: int, dtype: torch.dtype, capability: int)
         return GradInputShape(16 if m <= 16 else 32 if m <= 32 else 64, 64, 64, 4, 3)
     if m <= 32:
         return GradInputShape(16 if m <= 16 else 32, 64, 128, 4, 3)
-    return GradInputShape(128 if m > 64 and 90 <= capability < 120 else 64, 64, 128, 8, 3)
+    wgmma = capability is not None and (9, 0) <= capability < (12, 0)
+    return GradInputShape(128 if m > 64 and wgmma else 64, 64, 128, 8, 3)
 
 
-def grad_input_shape(m: int, n: int, row_bytes: int, dtype: torch.dtype, count: int, capability: int) -> GradInputShape:
+def grad_input_shape(
+    m: int, n: int, row_bytes: int, dtype: torch.dtype, count: int, capability: tuple[int, int] | None
+) -> GradInputShape:
     """The tile, and splits of the sum over n where there are fewer tiles than 2 for each of ``count`` processors.
 
     Two programs on each keep loads in flight while one waits. Each split writes its tile in fp32 and a second kernel

@@ -66,7 +66,7 @@ def contract_columns(
                     offset,
                     scale_map,
                     first_block + start // BLOCK_SIZE,
-                    (n >= 0) & (start < in_features),
+                    tl.zeros_like(n) + start < in_features,
                     DOUBLE_QUANT,
                 )
                 part = transposed_dot(tl.trans(weight), operand, tl.zeros((TILE_N, TILE_M), tl.float32))
