@@ -33,7 +33,7 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
     if 0 in grid:
         return
     if is_traced():
-        # Inductor takes no such option: kernels that may be traced round where bits depend on it by instructions.
+        # Inductor has no such option. Only products are traced, whose bound allows for a rounding less.
         torch.library.wrap_triton(kernel)[grid](*arguments, **options)
         return
     device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
