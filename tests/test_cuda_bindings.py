@@ -408,6 +408,24 @@ def test_tensors_on_another_gpu_than_the_current_one():
         assert launchers().current_device == 0
 
 
+@pytest.mark.parametrize("op", ["linear", "linear_grad_input"])
+def test_a_refused_launch_is_an_error_once(op):
+    """The op that failed says so; an error left in the runtime would be raised by the next one, of torch or of ours."""
+    device = launchers().device
+    parts = (*REFERENCE.quantize(make_weight((64, 64)), "nf4", 64), None, None, "nf4", 64, 64)
+    arguments = (torch.ones(20, 64, dtype=torch.bfloat16), *parts, *([None] * 3 + [1.0] if op == "linear" else []))
+    launchers().device = dataclasses.replace(device, shared_per_block_opt_in=48 << 10)
+    try:
+        with pytest.raises(
+            RuntimeError, match=f"{op}: CUDA error 1, invalid argument.*compiled for the architectures 800"
+        ):
+            getattr(stub(), op)(*arguments)
+    finally:
+        launchers().device = device
+    run("dequantize", *parts[:-1], [64, 64], torch.float32)  # asks for no shared memory
+    run(op, *arguments)
+
+
 def test_linear_grad_input_under_autocast():
     """Autocast would multiply an fp32 grad in bf16."""
     parts = (*REFERENCE.quantize(make_weight((8, 64)), "nf4", 64), None, None, "nf4", 64)

@@ -205,6 +205,8 @@ def test_only_the_blocks_asked_for_run(kernels):
     y = np.zeros(4 * 60, np.int32)
     result = kernels.launch("coordinates", 4, (5, 4, 3), [y], blocks=[2])
     assert result.blocks == 1 and y.reshape(4, 60)[2].all() and not y.reshape(4, 60)[[0, 1, 3]].any()
+    kernels.launch("coordinates", 4, (5, 4, 3), [y], blocks=lambda grid: [(grid[0] - 1, 0, 0)])
+    assert y.reshape(4, 60)[3].all() and not y.reshape(4, 60)[[0, 1]].any()
 
 
 def test_trace_sees_every_instruction(kernels):

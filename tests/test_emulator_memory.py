@@ -5,7 +5,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from emulator import LaunchError, MemoryFault, Pointer, RaceError, Uninitialized, load
+from emulator import LaunchError, MemoryFault, Pointer, RaceError, Uninitialized, address_space, load
 from emulator_kernels import HEADER, cuda_module, elementwise_module, needs_nvcc
 
 
@@ -83,6 +83,20 @@ def test_a_slice_keeps_its_misalignment():
     copy(np.zeros(64, np.float32), data[4:260], 64)
     with pytest.raises(MemoryFault, match="out of bounds: 4-byte access at arg1-4 "):
         copy(np.zeros(64, np.float32), Pointer(data[4:260], -4), 64)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_large_arrays_are_used_in_place(random, monkeypatch, in_place):
+    """A copy of an array that is mapped but not filled would fill it. The same is seen, and the same is an error."""
+    monkeypatch.setattr(address_space, "_LARGEST_COPY", 64 if in_place else 1 << 30)
+    x, y = random.random(64, np.float32), np.zeros(32, np.float32)
+    COPY.launch("copy", 1, 32, [y, Pointer(x, 128)])
+    np.testing.assert_array_equal(y, x[32:])
+    with pytest.raises(MemoryFault, match="out of bounds"):
+        COPY.launch("copy", 1, 48, [np.zeros(64, np.float32), Pointer(x, 128)])
+    buffer = address_space.Buffer("x", x.view(np.uint8), 16)
+    assert np.shares_memory(buffer.data, x) == in_place
+    assert not np.shares_memory(address_space.Buffer("x", x.view(np.uint8)[:-4], 16).data, x)  # would need padding
 
 
 def test_null_and_read_only_memory():

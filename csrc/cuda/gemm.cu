@@ -391,8 +391,7 @@ template <class T, int kRows, int kScaleK>
 int launch(const LinearArgs& args, const Config& config, Stream stream) {
   const auto kernel = args.weight.absmax ? gemm_kernel<T, kRows, kScaleK, false> : gemm_kernel<T, kRows, kScaleK, true>;
   constexpr int kBytes = sizeof(Shared<kRows>);
-  const int code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (code != cudaSuccess) return code;
+  if (const int code = allow_shared_memory(kernel, kBytes)) return code;
   const bool direct = config.splits == 1;
   const bool whole = args.n % 4 == 0 && is_aligned(direct ? args.y : args.workspace, direct ? 8 : 16);
   const dim3 grid(static_cast<unsigned>(config.tiles_m * config.tiles_n), config.splits);

@@ -305,8 +305,7 @@ int launch_mma(const Plan& plan, const GradInputProduct& product, const LinearGr
   static_assert(kSharedBytes <= 99 * 1024);  // what every GPU from sm_80 on has
   const auto kernel =
       args.weight.absmax ? grad_input_mma_kernel<T, kRows, false> : grad_input_mma_kernel<T, kRows, true>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error != cudaSuccess) return error;
+  if (const int error = allow_shared_memory(kernel, kSharedBytes)) return error;
   const int unit_shift = std::min(product.block_shift, MmaTile<kRows>::kColumnsShift);
   kernel<<<static_cast<unsigned>(plan.blocks()), plan.threads, kSharedBytes, stream>>>(product, *args.weight.format,
                                                                                        unit_shift);

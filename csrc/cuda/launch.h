@@ -28,6 +28,15 @@ inline unsigned grid_for(int64_t units, int64_t per_block, int64_t per_processor
   return static_cast<unsigned>(std::clamp<int64_t>(ceil_div(units, per_block), 1, processor_count() * per_processor));
 }
 
+// Lets `kernel` have so many bytes of dynamic shared memory. Returns 0, or a CUDA error code, which is not left behind
+// for whoever asks for the last error next.
+template <class Kernel>
+int allow_shared_memory(Kernel kernel, int bytes) {
+  const int code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (code != cudaSuccess) cudaGetLastError();
+  return code;
+}
+
 inline int log2_of(int64_t power_of_two) { return __builtin_ctzll(static_cast<unsigned long long>(power_of_two)); }
 
 // launch(T{}), T being the element type that `dtype` names.
