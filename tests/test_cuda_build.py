@@ -1,5 +1,6 @@
 """The CUDA half of the extension on a machine without a GPU: it loads, it is found, and what is missing is said."""
 
+import os
 import subprocess
 import sys
 
@@ -94,3 +95,26 @@ def test_cuda_or_triton(monkeypatch, rows, dtype, format, capability, expected):
     monkeypatch.setattr(backends.triton, "_MISSING_REASON", "not installed")
     assert backends.namespace_for_product("cuda", x, format, None) == "lowbit"
     assert backends.namespace_for_experts("cuda", None) == "lowbit"
+
+
+@pytest.mark.skipif(native.missing_cuda_reason() is not None, reason="this build is the one without CUDA kernels")
+def test_the_build_without_cuda(tmp_path):
+    """Where nvcc is not found the extension is built all the same, serves the CPU, and says what a GPU would need."""
+    environment = os.environ | {"LOWBIT_CUDA": "0", "LOWBIT_NATIVE": "1"}
+    folders = ["--build-base", str(tmp_path / "temporary"), "--build-lib", str(tmp_path / "package")]
+    command = [sys.executable, "setup.py", "-q", "build", *folders]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    code = """
+import torch, lowbit
+from lowbit.backends import native, triton
+assert lowbit.__file__.startswith(FOLDER), lowbit.__file__
+assert native.missing_reason() is None and native.CUDA_CAPABILITIES == ()
+assert "install the CUDA toolkit" in native.missing_cuda_reason()
+q = lowbit.quantize(torch.randn(64, 64))
+torch.testing.assert_close(lowbit.linear(torch.eye(64), q), q.dequantize().T)
+"""
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "package")}
+    command = [sys.executable, "-c", code.replace("FOLDER", repr(str(tmp_path)))]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
