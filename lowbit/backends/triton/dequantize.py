@@ -21,7 +21,7 @@ _WARPS = 4
 #: Packed bytes of a program: 16 in each load of a thread, and as many loads as leave room in the registers. More of
 #: them share what a program does once (5.9 instructions per weight; with one load each 7.4).
 _TILES = {torch.float32: 4096, torch.float16: 8192, torch.bfloat16: 8192}
-_INT8_TILE = 4096
+_INT8_TILE = 8192
 _INT8_UNIT = tl.constexpr(1 / fmt.INT8_MAX)
 
 
