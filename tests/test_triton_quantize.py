@@ -196,11 +196,8 @@ def test_more_than_31_bits(monkeypatch):
         emulate(launch, ends, blocks=[launch.grid[0] - 1])
     assert_same((ends["packed"], ends["absmax"]), (packed, absmax))
 
-    ends = {
-        "weight": weight[-129:].clone(),
-        "scales": absmax[-1:].clone(),
-        "packed": torch.zeros(65, dtype=torch.uint8),
-    }
+    short, scale = weight[-129:].clone(), absmax[-1:].clone()
+    ends = {"weight": short, "scales": scale, "packed": torch.zeros(65, dtype=torch.uint8)}
     with launches(monkeypatch, "sm_80") as made:
         search.encode(large, tensor(fmt.block_count(large.numel(), 4096)), "nf4", 4096)
     emulate(made[0], ends, blocks=[made[0].grid[0] - 1])
