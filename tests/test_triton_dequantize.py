@@ -6,6 +6,7 @@ from cases import BLOCK_SIZES, DTYPES, FORMATS, block_sizes, dtypes, formats, ma
 from conftest_triton import compiled_only, emulate, interpreted, launches
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton_calls import unaligned
 from triton_calls import weight as meta_weight
 
 from lowbit import format as fmt
@@ -142,6 +143,18 @@ def test_int8_machine_instructions(monkeypatch, shape, dtype):
     parts = quantized(make_weight(shape), "int8", 0)
     decoded = emulated(monkeypatch, parts, list(shape), dtype)
     assert torch.equal(decoded, reference.dequantize(*parts, list(shape), dtype))
+
+
+@compiled_only
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_unaligned_memory(monkeypatch, format):
+    """A slice of a file mapped into memory begins anywhere; a 16-byte access there would be a fault."""
+    parts = quantized(make_weight((2, 256)), format, 64)
+    packed, out = unaligned(parts[0]).copy_(parts[0]), unaligned(torch.empty(2, 256, dtype=torch.float16))
+    with launches(monkeypatch, "sm_80") as made:
+        module.dequantize_out(packed, *parts[1:], out)
+    emulate(made[0])
+    assert torch.equal(out, reference.dequantize(*parts, [2, 256], torch.float16))
 
 
 @compiled_only

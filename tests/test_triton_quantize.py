@@ -6,7 +6,7 @@ from cases import BLOCK_SIZES, DTYPES, FORMATS, block_sizes, dtypes, formats, ma
 from conftest_triton import compiled_only, emulate, interpreted, launches
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from triton_calls import tensor
+from triton_calls import tensor, unaligned
 
 from lowbit import format as fmt
 from lowbit import reference
@@ -157,6 +157,16 @@ def test_machine_instructions(monkeypatch, dtype, format, block_size, numel):
     for launch in made:
         emulate(launch)
     assert_same(ours, reference.quantize(weight, format, block_size))
+
+
+@compiled_only
+def test_unaligned_memory(monkeypatch):
+    """A weight may be a slice that begins anywhere; a 16-byte access there would be a fault."""
+    weight = make_weight((4096,), torch.bfloat16)
+    with launches(monkeypatch, "sm_80") as made:
+        ours = module.quantize(unaligned(weight).copy_(weight), "nf4", 64)
+    emulate(made[0])
+    assert_same(ours, reference.quantize(weight, "nf4", 64))
 
 
 @compiled_only
