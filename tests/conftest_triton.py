@@ -131,11 +131,20 @@ def _memory(value):
     return value
 
 
-def emulate(launch: Launch, **options):
-    """Run a launch's sm_80 PTX on the emulator, on the launch's own (CPU) tensors; returns what it counted."""
+def emulate(launch: Launch, ends: dict[str, torch.Tensor] | None = None, **options):
+    """Run a launch's sm_80 PTX on the emulator, on the launch's own (CPU) tensors; returns what it counted.
+
+    ``ends``: by argument the last elements of a tensor, all of it that there is memory for (it may be a meta tensor).
+    """
     emulator = pytest.importorskip("emulator")
     kernel, signature = compiled(launch, "sm_80")
-    arguments = [_memory(launch.values[name]) for name, kind in signature.items() if kind != "constexpr"]
+    arguments = []
+    for name, kind in signature.items():
+        argument, end = launch.values[name], (ends or {}).get(name)
+        if end is not None:
+            argument = emulator.Pointer(end, end.nbytes - argument.nbytes)
+        if kind != "constexpr":
+            arguments.append(_memory(argument))
     result = emulator.load(kernel.asm["ptx"]).launch(
         kernel.metadata.name,
         grid=launch.grid,

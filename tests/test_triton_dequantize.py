@@ -6,6 +6,8 @@ from cases import BLOCK_SIZES, DTYPES, FORMATS, block_sizes, dtypes, formats, ma
 from conftest_triton import compiled_only, emulate, interpreted, launches
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton_calls import unaligned
+from triton_calls import weight as meta_weight
 
 from lowbit import format as fmt
 from lowbit import reference
@@ -141,3 +143,28 @@ def test_int8_machine_instructions(monkeypatch, shape, dtype):
     parts = quantized(make_weight(shape), "int8", 0)
     decoded = emulated(monkeypatch, parts, list(shape), dtype)
     assert torch.equal(decoded, reference.dequantize(*parts, list(shape), dtype))
+
+
+@compiled_only
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_unaligned_memory(monkeypatch, format):
+    """A slice of a file mapped into memory begins anywhere; a 16-byte access there would be a fault."""
+    parts = quantized(make_weight((2, 256)), format, 64)
+    packed, out = unaligned(parts[0]).copy_(parts[0]), unaligned(torch.empty(2, 256, dtype=torch.float16))
+    with launches(monkeypatch, "sm_80") as made:
+        module.dequantize_out(packed, *parts[1:], out)
+    emulate(made[0])
+    assert torch.equal(out, reference.dequantize(*parts, [2, 256], torch.float16))
+
+
+@compiled_only
+def test_more_than_31_bits(monkeypatch):
+    """A stack of experts may have more elements than 32 bits can number: the last program of such a tensor."""
+    numel, end = 2**31 + 16384, 16384
+    parts = quantized(make_weight((end,)), "nf4", 4096)
+    with launches(monkeypatch, "sm_80") as made:
+        module.dequantize(*meta_weight((numel,), "nf4", 4096), [numel], torch.float16)
+    ends = dict(zip(("packed", "absmax", "group_scales", "offset"), parts, strict=False))
+    ends |= {"scale_map": fmt.SCALE_MAP, "out": torch.empty(end, dtype=torch.float16)}
+    emulate(made[0], ends, blocks=[made[0].grid[0] - 1])
+    assert torch.equal(ends["out"], reference.dequantize(*parts, [end], torch.float16))

@@ -6,10 +6,12 @@ from cases import BLOCK_SIZES, DTYPES, FORMATS, block_sizes, dtypes, formats, ma
 from conftest_triton import compiled_only, emulate, interpreted, launches
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from triton_calls import tensor, unaligned
 
 from lowbit import format as fmt
 from lowbit import reference
 from lowbit.backends.triton import quantize as module
+from lowbit.backends.triton import search
 
 ops = torch.ops.lowbit_triton
 sizes = st.one_of(st.integers(1, 200), st.sampled_from((1024, 1025, 4096, 4099, 8192, 9001)))
@@ -158,6 +160,16 @@ def test_machine_instructions(monkeypatch, dtype, format, block_size, numel):
 
 
 @compiled_only
+def test_unaligned_memory(monkeypatch):
+    """A weight may be a slice that begins anywhere; a 16-byte access there would be a fault."""
+    weight = make_weight((4096,), torch.bfloat16)
+    with launches(monkeypatch, "sm_80") as made:
+        ours = module.quantize(unaligned(weight).copy_(weight), "nf4", 64)
+    emulate(made[0])
+    assert_same(ours, reference.quantize(weight, "nf4", 64))
+
+
+@compiled_only
 @pytest.mark.parametrize("blocks", [2048, 259])
 def test_scales_machine_instructions(monkeypatch, blocks):
     """One FMA where the format has a product and a sum would change scales' codes."""
@@ -179,3 +191,24 @@ def test_int8_machine_instructions(monkeypatch, shape, dtype):
         ours = module.quantize(weight, "int8", shape[1])
     emulate(made[0])
     assert_same(ours, reference.quantize(weight, "int8", shape[1]))
+
+
+@compiled_only
+def test_more_than_31_bits(monkeypatch):
+    """A stack of experts may have more elements than 32 bits can number: the last programs of such a tensor."""
+    weight = make_weight((4096 + 129,), torch.float16)
+    packed, absmax = reference.quantize(weight, "nf4", 4096)
+    large = tensor(2**31 + 4096 + 129, dtype=torch.float16)
+    ends = {"weight": weight, "packed": torch.zeros_like(packed), "absmax": torch.zeros(2)}
+    with launches(monkeypatch, "sm_80") as made:
+        module.quantize(large, "nf4", 4096)
+    for launch in made:
+        emulate(launch, ends, blocks=[launch.grid[0] - 1])
+    assert_same((ends["packed"], ends["absmax"]), (packed, absmax))
+
+    short, scale = weight[-129:].clone(), absmax[-1:].clone()
+    ends = {"weight": short, "scales": scale, "packed": torch.zeros(65, dtype=torch.uint8)}
+    with launches(monkeypatch, "sm_80") as made:
+        search.encode(large, tensor(fmt.block_count(large.numel(), 4096)), "nf4", 4096)
+    emulate(made[0], ends, blocks=[made[0].grid[0] - 1])
+    assert torch.equal(ends["packed"], reference.encode(short, scale, "nf4", 4096))

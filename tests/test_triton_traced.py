@@ -53,13 +53,17 @@ def graph_of(function, *arguments) -> list:
     return graphs[0]
 
 
+def half(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).bfloat16()
+
+
 CALLS = {
-    "linear": (OPS.linear, (torch.randn(5, 128), *WEIGHT, 64, None, torch.randn(5, 4), torch.randn(64, 4), 0.5)),
-    "linear of many rows": (OPS.linear, (torch.randn(999, 128), *WEIGHT, 64, None, None, None, 1.0)),
-    "linear_grad_input": (OPS.linear_grad_input, (torch.randn(5, 64), *WEIGHT, 128)),
+    "linear": (OPS.linear, (half(5, 128), *WEIGHT, 64, None, torch.randn(5, 4), torch.randn(64, 4), 0.5)),
+    "linear of many rows": (OPS.linear, (half(999, 128), *WEIGHT, 64, None, None, None, 1.0)),
+    "linear_grad_input": (OPS.linear_grad_input, (half(5, 64), *WEIGHT, 128)),
     "linear_grad_input with LoRA": (
         OPS.linear_grad_input,
-        (torch.randn(70, 64), *WEIGHT, 128, torch.randn(70, 4), torch.randn(4, 128)),
+        (half(70, 64), *WEIGHT, 128, torch.randn(70, 4), torch.randn(4, 128)),
     ),
 }
 
@@ -83,3 +87,14 @@ def test_launches_are_seen(gpu_driver, name):
     assert names.count("lowbit_triton.scale_map.default") <= 1
     (output,) = [node for node in nodes if node.op == "output"]
     assert len(output.args[0]) == 1, "a weight is written to"
+
+
+def test_what_torch_cannot_analyse_is_opaque(gpu_driver):
+    """Lanes that exchange values look to it as if every argument were written: a copy of the weight at each call."""
+
+    def function(x, *parts):
+        return OPS.linear(x, *parts, "nf4", 64, 64, None, None, None, 1.0).relu()
+
+    nodes = graph_of(function, torch.randn(5, 128), *Q.parts())
+    names = [str(node.target) for node in nodes if node.op == "call_function"]
+    assert names == ["lowbit_triton.linear.default", "aten.relu.default"]

@@ -1,7 +1,7 @@
 """Calls that together launch every Triton kernel in each way it is compiled: what test_triton_compile.py compiles.
 
-One entry of :data:`CALLS` per call. Tensors are on the meta device, so shapes may be those of real models; a launch is
-specialized as for memory aligned to 16 bytes, or for any with :func:`unaligned`.
+One entry of :data:`CALLS` per call. Tensors are on the meta device, so shapes may be those of real models; launches are
+specialized as for memory aligned to 16 bytes.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ def tensor(*shape: int, dtype=torch.float32) -> torch.Tensor:
 
 
 def unaligned(like: torch.Tensor) -> torch.Tensor:
-    """A tensor such as ``like`` that begins one element after a multiple of 16 bytes."""
+    """CPU memory for a tensor such as ``like`` that begins one element after a multiple of 16 bytes."""
     storage = torch.empty(like.numel() + 16, dtype=like.dtype)
     first = next(i for i in range(1, 17) if storage[i:].data_ptr() % 16 == like.element_size() % 16)
     return storage[first : first + like.numel()].view(like.shape)

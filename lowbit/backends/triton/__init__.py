@@ -37,9 +37,9 @@ MODULES = {
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-#: Ops whose launches torch.compile gets to see. The others are opaque to it, because torch would take arguments for
-#: written: all of dequantize's, whose assembly has to stay in place, and the grouped ones' expert_ends, of which
-#: addresses are made.
+#: Ops whose launches torch.compile gets to see, for x in 16 bits. The others are opaque to it, because torch would take
+#: arguments for written: all of those whose kernels decode to fp32, which is assembly that has to stay in place, and the
+#: grouped ones' expert_ends, of which addresses are made.
 _SHOWN = ("linear", "linear_grad_input")
 
 #: Whether kernels do without NVIDIA's inline assembly.
@@ -107,7 +107,7 @@ def _show_launches(library, name: str, module: str) -> None:
     kernel = _imported_when_called(name, module)
 
     def decompose(mode, op, types, args, kwargs):
-        if args[0].device.type not in ("cuda", "xpu"):
+        if args[0].device.type not in ("cuda", "xpu") or args[0].dtype == torch.float32:
             return mode.__torch_dispatch__(op, types, args, kwargs)
         with mode, _module("launch").traced():
             return kernel(*args, **kwargs)

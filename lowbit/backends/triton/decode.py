@@ -139,17 +139,15 @@ def _select(code, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def decode_codes(
-    packed, FORMAT: tl.constexpr, DTYPE: tl.constexpr, PORTABLE: tl.constexpr, MOVABLE: tl.constexpr = True
-):
+def decode_codes(packed, FORMAT: tl.constexpr, DTYPE: tl.constexpr, PORTABLE: tl.constexpr):
     """The codebook's values, rounded to DTYPE, for the high and for the low nibbles of uint8 ``packed``.
 
-    Not MOVABLE: the compiler decodes in the layout that ``packed`` was loaded in, and converts what comes out.
+    To fp32 lanes exchange values, which the compiler must not move to where some of them do not come: not pure.
     """
     if PORTABLE:
         return round_to(_select(packed >> 4, FORMAT), DTYPE), round_to(_select(packed & 15, FORMAT), DTYPE)
     return tl.inline_asm_elementwise(
-        _asm(FORMAT, DTYPE), _constraints(DTYPE), [packed], dtype=_both(DTYPE), is_pure=MOVABLE, pack=4
+        _asm(FORMAT, DTYPE), _constraints(DTYPE), [packed], dtype=_both(DTYPE), is_pure=DTYPE != tl.float32, pack=4
     )
 
 

@@ -20,7 +20,7 @@ _WARPS = 4
 #: Packed bytes of a program: 16 in each load of a thread, and as many loads as leave room in the registers. More of
 #: them share what a program does once (5.9 instructions per weight; with one load each 7.4).
 _TILES = {torch.float32: 4096, torch.float16: 8192, torch.bfloat16: 8192}
-_INT8_TILE = 4096
+_INT8_TILE = 8192
 _INT8_UNIT = tl.constexpr(1 / fmt.INT8_MAX)
 
 
@@ -49,7 +49,7 @@ def dequantize_kernel(
     piece = tl.arange(0, TILE // 16) * 16
     byte = piece[:, None] + tl.arange(0, 16)[None, :]
     codes = tl.load(packed + first + byte, mask=byte < bytes_left, other=0)
-    high, low = decode_codes(codes, FORMAT, tl.float32, PORTABLE, MOVABLE=False)
+    high, low = decode_codes(codes, FORMAT, tl.float32, PORTABLE)
     block = (first + piece) // (BLOCK_SIZE // 2)
     scale = decode_scales(absmax, group_scales, offset, scale_map, block, piece < bytes_left, DOUBLE_QUANT)
     values = tl.join(high * scale[:, None], low * scale[:, None])
