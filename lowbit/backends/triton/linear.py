@@ -250,6 +250,11 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 
+def copies_of_scales(config: shapes.Config) -> int:
+    """So many that there are as many scales as threads, of which NVIDIA has 32 in a warp."""
+    return max(1, 32 * config.warps // config.bn)
+
+
 def _fused(config, x, packed, absmax, group_scales, offset, format, block_size, bias, t, lora_b, scaling, y):
     """Launches the kernels for x [m, k] and y [m, n] as ``config`` has it."""
     (m, k), n = x.shape, y.shape[1]
@@ -287,7 +292,7 @@ def _fused(config, x, packed, absmax, group_scales, offset, format, block_size, 
             BLOCK_SIZE=block_size,
             DOUBLE_QUANT=group_scales is not None,
             PORTABLE=PORTABLE,
-            COPIES=max(1, 32 * config.warps // config.bn),
+            COPIES=copies_of_scales(config),
             **options,
         )
     if config.splits > 1:
