@@ -18,7 +18,7 @@ _POINTERS = {
     "scale_map": "*fp32",
     "y": "*bf16",
 }
-_SIZES = ("m", "n", "k")  # multiples of 16
+_SIZES = ("n", "k")  # multiples of 16
 
 
 def linear_configs(arch: str, rows: tuple[int, ...]) -> list:
@@ -64,7 +64,7 @@ def linear_loop(config, arch: str) -> tuple[Kernel, list[str]]:
         "COPIES": copies_of_scales(config),
         "WEIGHT_FIRST": config.weight_first,
     }
-    signature = {**_POINTERS, **dict.fromkeys((*_SIZES, "rank"), "i32"), "scaling": "fp32"}
+    signature = {**_POINTERS, **dict.fromkeys(("m", *_SIZES, "rank"), "i32"), "scaling": "fp32"}
     signature.update(dict.fromkeys(constants, "constexpr"))
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*_POINTERS, *_SIZES)}
     ordered = {name: signature[name] for name in names}

@@ -90,7 +90,7 @@ def _finish(acc, bias, y, rows, columns, split, m, n, SPLITS: tl.constexpr):
     tl.store(y + row[:, None] * n + columns[None, :], round_to(acc, y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])  # it changes from call to call
 def linear_kernel(
     x,
     packed,
@@ -172,7 +172,7 @@ def linear_kernel(
     _finish(acc, bias, y, rows, columns, split, m, n, SPLITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def linear_int8_kernel(
     x,
     codes,
@@ -230,7 +230,7 @@ def linear_int8_kernel(
     _finish(acc, bias, y, rows, columns, split, m, n, SPLITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel"])
 def sum_splits_kernel(workspace, bias, y, n, numel, SPLITS: tl.constexpr, TILE: tl.constexpr):
     """y [m, n] from the shares [SPLITS, m, n], added in order: bits do not depend on which program was first."""
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)

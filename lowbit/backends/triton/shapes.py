@@ -108,6 +108,8 @@ def _tiles(problem: Problem, gpu: Gpu) -> list[Config]:
     fits_block = p.block_size if p.format != "int8" else 64
     wide, narrow = min(fits_block, 128), min(fits_block, 64)
     if p.dtype == torch.float32:
+        if not gpu.capability:  # of few rows gfx942 makes more copies than it has registers for
+            return [Config(4, 64, 32, 4, 2) if p.m <= 4 else Config(16, 32, 32, 4, 2)]
         # As many FMAs for a weight as the tile has rows: 5 instructions in all for 1 row, 11 for 4, 24 for 16.
         if p.m == 1:
             return [Config(1, 64, narrow, 2, 3)]
