@@ -123,9 +123,10 @@ def _tiles(problem: Problem, gpu: Gpu) -> list[Config]:
     if p.m <= 32:
         # 2 warps of 32 rows of W each read x from shared memory half as often as 4 of 16 do, and each thread decodes
         # the scale of one row. More than 16 rows of x in a tile: half the decoding. 128 columns take 4.3 instructions
-        # for a weight where 64 take 5, but for sm_90 and later ptxas then spills.
+        # for a weight where 64 take 5, but for sm_90 and later ptxas then spills; so it does for 8 rows of int8.
         columns = wide if gpu.capability < 90 else narrow
-        found = [Config(8 if p.m <= 8 else 16, 64, columns, 2, 4, True)]
+        rows = 8 if p.m <= 8 and p.format != "int8" else 16
+        found = [Config(rows, 64, columns, 2, 4, True)]
         return found + [Config(32, 64, narrow, 2, 4, True)] * (p.m > 16)
     found = [Config(32, 64, narrow, 2, 4, True), Config(64, 64, narrow, 4, 4)]
     if p.m > 64:
