@@ -304,7 +304,7 @@ def _fused(config, x, packed, absmax, group_scales, offset, format, block_size, 
 def _decoded(x, packed, absmax, group_scales, offset, format, block_size, n, bias, t, lora_b, scaling):
     """torch's product of x [m, k] and the decoded weight; LoRA's product first, which torch then adds in its sums."""
     addend = None if bias is None else bias.to(x.dtype)
-    if t is not None and t.shape[1]:
+    if t is not None:
         addend = functional.linear((scaling * t.float()).to(x.dtype), lora_b.to(x.dtype), addend)
     weight = torch.ops.lowbit_triton.dequantize.default(
         packed, absmax, group_scales, offset, format, block_size, [n, x.shape[1]], x.dtype
@@ -322,6 +322,8 @@ def linear(
     m = math.prod(leading)
     x = x.reshape(m, k).contiguous()
     weight = (packed.contiguous(), absmax.contiguous(), group_scales, offset, format, block_size)
+    if t is not None and t.shape[-1] == 0:
+        t = lora_b = None
     if t is not None:
         t, lora_b = t.reshape(m, t.shape[-1]).contiguous(), lora_b.contiguous()
     if bias is not None:
