@@ -230,7 +230,7 @@ def linear_int8_kernel(
     _finish(acc, bias, y, rows, columns, split, m, n, SPLITS)
 
 
-@triton.jit(do_not_specialize=["numel"])
+@triton.jit
 def sum_splits_kernel(workspace, bias, y, n, numel, SPLITS: tl.constexpr, TILE: tl.constexpr):
     """y [m, n] from the shares [SPLITS, m, n], added in order: bits do not depend on which program was first."""
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)

@@ -188,6 +188,8 @@ def linear_configs(problem: Problem, gpu: Gpu) -> list[Config]:
         for splits in (1, 2, 4, 8, 16):
             if splits > 1 and problem.k // tile.bk < 4 * splits:
                 break
+            if splits > 1 and tile.bm == 128 and gpu.capability not in (0, 90):
+                break  # with mma.sync no register is left for it
             config = dataclasses.replace(tile, splits=splits)
             if shared_bytes(config, problem) <= shared_bytes_of(gpu):
                 found.append(config)
