@@ -1,4 +1,4 @@
-"""Predicts how long the CUDA kernels take on GPUs that were not there, from counted instructions; measures nothing.
+"""Predicts how long the kernels take on GPUs that were not there, from counted instructions; measures nothing.
 
 For each GPU and layer of a Llama the time of a product is the largest of four:
 
@@ -6,9 +6,10 @@ For each GPU and layer of a Llama the time of a product is the largest of four:
 - issue: machine instructions of the kernel's main loop, 128 lanes of them per cycle and multiprocessor;
 - L1/shared: what the loop's loads, stores and shuffles move through the data path that L1 and shared memory have in
   common, 128 bytes per cycle and multiprocessor, bank conflicts not counted;
-- tensor: the loop's mma.sync, or a dense product's operations, at the tensor cores' rate.
+- tensor: the loop's mma.sync, or the operations of wgmma, tcgen05 and dense products, at the tensor cores' rate.
 
-The counts are of lowbit's kernels as nvcc compiles them here, and of bitsandbytes' as its wheel has them. Of each
+The counts are of lowbit's CUDA and Triton kernels as nvcc and Triton compile them here, and of bitsandbytes' as its
+wheel has them. What wgmma and tcgen05 read of shared memory themselves is not counted. Of each
 library the fastest path is shown; for products of many rows both decode the weight and call cuBLAS, which is taken to
 reach the whole bandwidth or the whole peak. Left out for both: launches, what comes before and after the loop, GPUs
 that are not filled, latency. So these are lower bounds, and where they are close nothing is said about who is faster.
@@ -30,6 +31,7 @@ from pathlib import Path
 from machine_code import Kernel, count, disassemble
 from rich.console import Console
 from rich.table import Table
+from triton_code import linear_configs, linear_loop
 
 ROOT = Path(__file__).parent.parent
 TITLE = "PREDICTION from counted instructions, not a measurement"
@@ -74,7 +76,8 @@ ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
 
 #: Blocks of 64, double-quantized: 4 bits, 8 bits per block, 32 bits per 256 blocks.
 WEIGHT_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-BITSANDBYTES = "bitsandbytes"
+CUDA, TRITON, BITSANDBYTES = "lowbit", "lowbit's Triton", "bitsandbytes"
+LIBRARIES = (CUDA, TRITON, BITSANDBYTES)
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ class Counted:
     instructions: float
     cycles: float  # of the L1/shared data path, for a lane's weight: 32 lanes share each
     macs: float  # of mma.sync
+    peak_macs: float = 0.0  # of wgmma and tcgen05, which reach the peak
 
 
 #: Bytes that a lane moves through the L1/shared data path, by the opcode's last number.
@@ -202,10 +206,28 @@ def kernels_of(source: str, arch: str) -> tuple[Kernel, ...]:
     return tuple(disassemble(cubin, arch))
 
 
+def counted_triton(config, arch: str) -> Counted:
+    """The costs per weight of Triton's linear with a configuration: each weight meets all rows of the tile."""
+    _, loop = linear_loop(config, arch)
+    weights = config.bn * config.bk / (32 * config.warps)
+    by_mma_sync = count(loop, "HMMA") > 0
+    return Counted(
+        "linear",
+        TRITON,
+        f"linear_kernel, {config.bm} x {config.bn} x {config.bk}, {config.warps} warps",
+        config.bm,
+        len(loop) / weights,
+        data_path_cycles(loop) / (32 * weights),
+        config.bm if by_mma_sync else 0.0,
+        0.0 if by_mma_sync else config.bm,
+    )
+
+
 @functools.cache
 def counts(arch: str) -> tuple[Counted, ...]:
-    """Every loop of :data:`LOOPS` that there is."""
+    """Every loop of :data:`LOOPS` that there is, and Triton's."""
     found = [counted(loop, kernel) for loop in LOOPS for kernel in kernels_of(loop.source, arch)]
+    found += [counted_triton(config, arch) for config in linear_configs(arch, ROWS)]
     return tuple(entry for entry in found if entry)
 
 
@@ -235,7 +257,9 @@ def of_loop(gpu: Gpu, entry: Counted, m: int, n: int, k: int) -> Prediction:
             "DRAM": moved / (gpu.bandwidth * 1e9),
             "issue": passes * weights * entry.instructions / (128 * cycles_per_second),
             "L1/shared": passes * weights * entry.cycles / cycles_per_second,
-            "tensor": passes * weights * entry.macs / (gpu.mma * cycles_per_second),
+            "tensor": passes
+            * weights
+            * (entry.macs / (gpu.mma * cycles_per_second) + entry.peak_macs / (gpu.peak / 2 * 1e12)),
         },
     )
 
@@ -272,13 +296,15 @@ def rows_of(gpu: Gpu, rows: tuple[int, ...], layers: dict[str, tuple[int, int]])
     for layer, (n, k) in layers.items():
         for operation, m in cases:
             row = {"gpu": gpu.name, "layer": layer, "n": n, "k": k, "operation": operation, "m": m}
-            for library in ("lowbit", BITSANDBYTES):
+            for library in LIBRARIES:
                 entries = tuple(entry for entry in found if entry.library == library)
+                if library == TRITON and not linear_configs(gpu.arch, (m,)):
+                    continue  # so many rows are not for its kernel
                 prediction = predict(gpu, entries, operation, m, n, k)
                 if prediction:
                     row[library] = asdict(prediction)
-            if "lowbit" in row and BITSANDBYTES in row:
-                row["ratio"] = row[BITSANDBYTES]["microseconds"] / row["lowbit"]["microseconds"]
+            if CUDA in row and BITSANDBYTES in row:
+                row["ratio"] = row[BITSANDBYTES]["microseconds"] / row[CUDA]["microseconds"]
             result.append(row)
     return result
 
@@ -302,12 +328,12 @@ def print_counts(console: Console, archs: list[str]) -> None:
 
 
 def print_predictions(console: Console, gpu: Gpu, rows: list[dict]) -> None:
-    sides = [title for library in ("lowbit", BITSANDBYTES) for title in (f"{library} us", "bound by", "path")]
+    sides = [title for library in LIBRARIES for title in (f"{library} us", "bound by", "path")]
     titles = ("layer", "out x in", "operation", "rows", *sides, "times faster")
     table = Table(*titles, title=f"{gpu.name}: {TITLE}")
     for row in rows:
         cells = [row["layer"], f"{row['n']} x {row['k']}", row["operation"], str(row["m"] or "")]
-        for library in ("lowbit", BITSANDBYTES):
+        for library in LIBRARIES:
             found = row.get(library)
             cells += [f"{found['microseconds']:.1f}", found["bound"], found["path"]] if found else [""] * 3
         table.add_row(*cells, f"{row['ratio']:.2f}" if "ratio" in row else "")
@@ -334,7 +360,7 @@ def plot(path: str, rows: list[dict], layer: str) -> None:
     for line, operation in zip(grid, operations, strict=True):
         for axes, gpu in zip(line, gpus, strict=True):
             shown = [r for r in rows if (r["gpu"], r["operation"], r["layer"]) == (gpu, operation, layer)]
-            for library, style in (("lowbit", "C0o-"), (BITSANDBYTES, "C1s--")):
+            for library, style in ((CUDA, "C0o-"), (TRITON, "C2^:"), (BITSANDBYTES, "C1s--")):
                 points = [(r["m"], r[library]["microseconds"]) for r in shown if library in r]
                 axes.plot([m for m, _ in points], [time for _, time in points], style, label=library, markersize=4)
             axes.set_title(f"{operation}\n{gpu}, predicted", fontsize=9)

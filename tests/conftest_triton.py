@@ -106,7 +106,8 @@ def compiled(launch: Launch, target: str):
     for position, parameter in enumerate(launch.kernel.params):
         value = launch.values.get(parameter.name, parameter.default)
         name = parameter.name
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        specialized = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and specialized):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = _POINTERS[value.dtype]
@@ -114,7 +115,7 @@ def compiled(launch: Launch, target: str):
                 attributes[(position,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and specialized:
                 attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"

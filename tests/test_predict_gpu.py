@@ -99,6 +99,21 @@ def test_every_pattern_finds_its_kernel(source):
             assert 1 < entry.instructions < 10 and 0 < entry.cycles < 0.2, entry
 
 
+@pytest.mark.parametrize(("arch", "rows", "by_mma_sync"), [("sm_80", 8, True), ("sm_90", 128, False)])
+def test_triton_is_counted(arch, rows, by_mma_sync):
+    """Beside the CUDA kernels; a loop that Triton lays out in another way must not leave the table."""
+    pytest.importorskip("triton")
+    (config,) = predict_gpu.linear_configs(arch, (rows,))
+    entry = predict_gpu.counted_triton(config, arch)
+    assert (entry.library, entry.operation, entry.rows) == (predict_gpu.TRITON, "linear", rows)
+    assert (entry.macs, entry.peak_macs) == ((rows, 0) if by_mma_sync else (0, rows))
+    assert 4 < entry.instructions < 10 and 0.01 < entry.cycles < 0.3
+    gpu = next(gpu for gpu in predict_gpu.GPUS if gpu.arch == arch)
+    tensor_seconds = 4096**2 * rows / (gpu.peak / 2 * 1e12)
+    assert predict_gpu.of_loop(gpu, entry, rows, 4096, 4096).microseconds >= tensor_seconds * 1e6
+    assert predict_gpu.linear_configs(arch, (2048,)) == []  # decoded first
+
+
 def test_counts_of_bitsandbytes():
     """From its wheel: 8.6 instructions per weight for one row, 24 to decode."""
     pytest.importorskip("bitsandbytes")

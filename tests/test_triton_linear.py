@@ -199,6 +199,15 @@ def test_lora_linear(dtype):
 
 
 @interpreted
+def test_lora_of_rank_zero():
+    """What LoRA's layers pass when they are switched off."""
+    case = Case(3, 8, 64, rank=0)
+    plain = triton_linear(case)
+    case.t, case.lora_b = normal(3, 0), normal(8, 0)
+    assert torch.equal(triton_linear(case), plain)
+
+
+@interpreted
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_infinite_lora_stays_infinite():
     """Split into two bf16, an infinity must not become NaN, nor a finite output."""

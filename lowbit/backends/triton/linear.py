@@ -90,7 +90,7 @@ def _finish(acc, bias, y, rows, columns, split, m, n, SPLITS: tl.constexpr):
     tl.store(y + row[:, None] * n + columns[None, :], round_to(acc, y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])  # it changes from call to call
 def linear_kernel(
     x,
     packed,
@@ -172,7 +172,7 @@ def linear_kernel(
     _finish(acc, bias, y, rows, columns, split, m, n, SPLITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def linear_int8_kernel(
     x,
     codes,
@@ -250,6 +250,11 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 
+def copies_of_scales(config: shapes.Config) -> int:
+    """So many that there are as many scales as threads, of which NVIDIA has 32 in a warp."""
+    return max(1, 32 * config.warps // config.bn)
+
+
 def _fused(config, x, packed, absmax, group_scales, offset, format, block_size, bias, t, lora_b, scaling, y):
     """Launches the kernels for x [m, k] and y [m, n] as ``config`` has it."""
     (m, k), n = x.shape, y.shape[1]
@@ -287,7 +292,7 @@ def _fused(config, x, packed, absmax, group_scales, offset, format, block_size, 
             BLOCK_SIZE=block_size,
             DOUBLE_QUANT=group_scales is not None,
             PORTABLE=PORTABLE,
-            COPIES=max(1, 32 * config.warps // config.bn),
+            COPIES=copies_of_scales(config),
             **options,
         )
     if config.splits > 1:
@@ -299,7 +304,7 @@ def _fused(config, x, packed, absmax, group_scales, offset, format, block_size, 
 def _decoded(x, packed, absmax, group_scales, offset, format, block_size, n, bias, t, lora_b, scaling):
     """torch's product of x [m, k] and the decoded weight; LoRA's product first, which torch then adds in its sums."""
     addend = None if bias is None else bias.to(x.dtype)
-    if t is not None and t.shape[1]:
+    if t is not None:
         addend = functional.linear((scaling * t.float()).to(x.dtype), lora_b.to(x.dtype), addend)
     weight = torch.ops.lowbit_triton.dequantize.default(
         packed, absmax, group_scales, offset, format, block_size, [n, x.shape[1]], x.dtype
@@ -317,6 +322,8 @@ def linear(
     m = math.prod(leading)
     x = x.reshape(m, k).contiguous()
     weight = (packed.contiguous(), absmax.contiguous(), group_scales, offset, format, block_size)
+    if t is not None and t.shape[-1] == 0:
+        t = lora_b = None
     if t is not None:
         t, lora_b = t.reshape(m, t.shape[-1]).contiguous(), lora_b.contiguous()
     if bias is not None:

@@ -108,6 +108,8 @@ def _tiles(problem: Problem, gpu: Gpu) -> list[Config]:
     fits_block = p.block_size if p.format != "int8" else 64
     wide, narrow = min(fits_block, 128), min(fits_block, 64)
     if p.dtype == torch.float32:
+        if not gpu.capability:  # of few rows gfx942 makes more copies than it has registers for
+            return [Config(4, 64, 32, 4, 2) if p.m <= 4 else Config(16, 32, 32, 4, 2)]
         # As many FMAs for a weight as the tile has rows: 5 instructions in all for 1 row, 11 for 4, 24 for 16.
         if p.m == 1:
             return [Config(1, 64, narrow, 2, 3)]
@@ -121,9 +123,10 @@ def _tiles(problem: Problem, gpu: Gpu) -> list[Config]:
     if p.m <= 32:
         # 2 warps of 32 rows of W each read x from shared memory half as often as 4 of 16 do, and each thread decodes
         # the scale of one row. More than 16 rows of x in a tile: half the decoding. 128 columns take 4.3 instructions
-        # for a weight where 64 take 5, but for sm_90 and later ptxas then spills.
+        # for a weight where 64 take 5, but for sm_90 and later ptxas then spills; so it does for 8 rows of int8.
         columns = wide if gpu.capability < 90 else narrow
-        found = [Config(8 if p.m <= 8 else 16, 64, columns, 2, 4, True)]
+        rows = 8 if p.m <= 8 and p.format != "int8" else 16
+        found = [Config(rows, 64, columns, 2, 4, True)]
         return found + [Config(32, 64, narrow, 2, 4, True)] * (p.m > 16)
     found = [Config(32, 64, narrow, 2, 4, True), Config(64, 64, narrow, 4, 4)]
     if p.m > 64:
@@ -185,6 +188,8 @@ def linear_configs(problem: Problem, gpu: Gpu) -> list[Config]:
         for splits in (1, 2, 4, 8, 16):
             if splits > 1 and problem.k // tile.bk < 4 * splits:
                 break
+            if splits > 1 and tile.bm == 128 and gpu.capability not in (0, 90):
+                break  # with mma.sync no register is left for it
             config = dataclasses.replace(tile, splits=splits)
             if shared_bytes(config, problem) <= shared_bytes_of(gpu):
                 found.append(config)
