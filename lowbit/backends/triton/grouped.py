@@ -324,7 +324,9 @@ def grouped_linear_grad_input(
         return out.to(grad.dtype)
     grad = _rows_contiguous(grad)
     row_bytes = in_features if format == "int8" else in_features // 2
-    tile = grad_input_tile(triton.cdiv(tokens, experts), row_bytes, grad.dtype, capability(grad.device))
+    # Not the tile of 16 rows: next to the search for the expert ptxas spills two of its registers.
+    rows = max(17, triton.cdiv(tokens, experts))
+    tile = grad_input_tile(rows, row_bytes, grad.dtype, capability(grad.device))
     row_tiles = row_tile_count(tokens, experts, tile.tile_m)
     launch(
         grouped_grad_input_kernel,
