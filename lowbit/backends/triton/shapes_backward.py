@@ -55,15 +55,20 @@ def grad_input_tile(m: int, row_bytes: int, dtype: torch.dtype, capability: tupl
     of an H100's tensor core, where 64 rows would be as many for 4. (On sm_80 128 rows spill.) Narrow matrices take
     pieces of 64 bytes, the least that four warps divide.
 
-    fp32 multiplies with FMAs, whose operands go through shared memory: small tiles.
+    fp32 multiplies with FMAs, whose operands go through shared memory: small tiles. So does anything but an NVIDIA GPU,
+    where codes are decoded by selections, in fp32: gfx1100 spills with larger ones.
     """
+    if capability is None:
+        if dtype == torch.float32:
+            return GradInputShape(16, 16, 64, 4, 2)
+        return GradInputShape(16 if m <= 16 else 32 if m <= 32 else 64, 32, 64, 4, 2)
     if dtype == torch.float32:
         return GradInputShape(16 if m <= 16 else 32, 32, 64, 4, 2)
     if row_bytes <= 64:
         return GradInputShape(16 if m <= 16 else 32 if m <= 32 else 64, 64, 64, 4, 3)
     if m <= 32:
         return GradInputShape(16 if m <= 16 else 32, 64, 128, 4, 3)
-    wgmma = capability is not None and (9, 0) <= capability < (12, 0)
+    wgmma = (9, 0) <= capability < (12, 0)
     return GradInputShape(128 if m > 64 and wgmma else 64, 64, 128, 8, 3)
 
 
