@@ -119,8 +119,9 @@ def test_products_with_a_stack(counts, stack, rank, dtype, format, block_size, d
 
 @interpreted
 @pytest.mark.parametrize("counts", [(20, 0, 70), (40, 33, 20)])
-def test_larger_tiles(counts):
+def test_larger_tiles(monkeypatch, counts):
     """The tiles of training batches, ragged at each expert's end: a tile must stop where its expert's tokens do."""
+    monkeypatch.setattr(grouped, "capability", lambda device: (8, 0))
     case = Case(counts, (3, 72, 192), 8, torch.bfloat16)
     case.check_linear(interpret)
     case.check_grad_input(interpret)
@@ -225,23 +226,18 @@ def test_ptx_of_dense_products(lora_dtype):
 
 
 @compiled_only
-def test_experts_without_tokens_are_not_decoded():
-    """Their packed bytes must not be read at all: most experts have no tokens when a model generates text."""
-    case = Case((0, 3), (4, 16, 64), 0, torch.bfloat16, double_quant=False)
-    emulator = pytest.importorskip("emulator")
-    packed, absmax = case.parts[:2]
-    size = case.n * case.k
-    for expert in (0, 2):  # decoded, these scales would make every sum a NaN
-        absmax[expert * size // 64 : (expert + 1) * size // 64] = float("nan")
-    for name, operand, features in (
-        ("grouped_linear", case.x, case.n),
-        ("grouped_linear_grad_input", case.grad, case.k),
-    ):
-        tail = (None, None, None, 1.0) if name == "grouped_linear" else ()
-        arguments = (operand, packed, absmax, *case.parts[2:], case.ends, features, *tail)
-        with launches(pytest.MonkeyPatch(), "sm_80") as made:
-            out = getattr(grouped, name)(*arguments)
-        result = emulate(made[0])
-        assert out.isfinite().all()
-        # One tile for each of the two experts with tokens, out of as many programs as there are rows of x.
-        assert made[0].grid[0] == case.x.shape[0] and isinstance(result, emulator.Result)
+@pytest.mark.parametrize("name", ["grouped_linear", "grouped_linear_grad_input"])
+def test_experts_without_tokens_are_not_decoded(name):
+    """Their weights must not be read at all: most experts have no tokens when a model generates text."""
+    case = Case((3, 2, 0, 0), (4, 16, 64), 0, torch.bfloat16, double_quant=False)
+    size = 2 * case.n * case.k
+    # What the last two experts would read is not there: the emulator ends an access out of bounds.
+    parts = (case.parts[0][: size // 2].clone(), case.parts[1][: size // 64].clone(), *case.parts[2:])
+    operand, features = (case.x, case.n) if name == "grouped_linear" else (case.grad, case.k)
+    expected = getattr(reference, name)(operand, *case.parts, case.ends, features, *_no_lora(name))
+    out = run_ptx(name, operand, *parts, case.ends, features, *_no_lora(name))
+    assert (out.float() - expected.float()).norm() <= 0.01 * expected.float().norm()
+
+
+def _no_lora(name):
+    return (None, None, None, 1.0) if name == "grouped_linear" else ()

@@ -219,13 +219,18 @@ def _strides(tensor: torch.Tensor | None, count: int) -> tuple[int, ...]:
     return (0,) * count if tensor is None else tensor.stride()
 
 
-def _linear_tile(rows_per_expert: int, block_size: int, format: str, dtype: torch.dtype) -> dict:
+def _linear_tile(
+    rows_per_expert: int, block_size: int, format: str, dtype: torch.dtype, capability: tuple[int, int] | None
+) -> dict:
     """TILE_M, TILE_N, TILE_K, warps and stages of grouped_linear for so many rows of x to an expert.
 
     Warps divide the rows of W, of which each lane decodes its own. A tile of K lies in one block. Sums of one block
     and of all are both held: 64 rows of x by 128 of W take 2 * 32 registers of each of 256 threads.
     """
     tile_k = 64 if format == "int8" else min(block_size, 64)
+    if capability is None:  # codes are decoded by selections, in fp32: gfx1100 spills with larger tiles
+        rows = 16 if rows_per_expert <= 16 or dtype == torch.float32 else 32
+        return dict(TILE_M=rows, TILE_N=32, TILE_K=min(tile_k, 32), num_warps=4, num_stages=2)
     if dtype == torch.float32:
         return dict(TILE_M=16, TILE_N=64, TILE_K=min(tile_k, 32), num_warps=4, num_stages=2)
     if rows_per_expert <= 16:
@@ -268,7 +273,7 @@ def grouped_linear(
             y += bias[_expert_of_row(expert_ends, tokens)]
         return y.to(x.dtype)
     x = _rows_contiguous(x)
-    tile = _linear_tile(triton.cdiv(tokens, experts), block_size, format, x.dtype)
+    tile = _linear_tile(triton.cdiv(tokens, experts), block_size, format, x.dtype, capability(x.device))
     row_tiles = row_tile_count(tokens, experts, tile["TILE_M"])
     launch(
         grouped_linear_kernel,
@@ -324,7 +329,9 @@ def grouped_linear_grad_input(
         return out.to(grad.dtype)
     grad = _rows_contiguous(grad)
     row_bytes = in_features if format == "int8" else in_features // 2
-    tile = grad_input_tile(triton.cdiv(tokens, experts), row_bytes, grad.dtype, capability(grad.device))
+    # Not the tile of 16 rows: next to the search for the expert ptxas spills two of its registers.
+    rows = max(17, triton.cdiv(tokens, experts))
+    tile = grad_input_tile(rows, row_bytes, grad.dtype, capability(grad.device))
     row_tiles = row_tile_count(tokens, experts, tile.tile_m)
     launch(
         grouped_grad_input_kernel,

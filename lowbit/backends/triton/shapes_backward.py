@@ -48,22 +48,27 @@ def grad_input_tile(m: int, row_bytes: int, dtype: torch.dtype, capability: tupl
     """The tile for m rows of grad.
 
     16 bits: 64 rows of W at a time, in pieces of 128 bytes. Up to 32 rows of grad, where reading and decoding W is the
-    work, four warps: a lane's 4 bytes of a row come with one load, 7.6 to 8.8 instructions a weight on sm_80, 96
-    registers of sums and operands. More rows take eight warps, with 2 bytes to a lane: 64 rows at 11.8 instructions a
-    weight, of which one is an HMMA, 8 cycles of an A100's tensor core. wgmma (sm_90, sm_100) keeps no grad in
-    registers: 128 rows fit without a spill, 9.9 instructions for 8 cycles of an H100's tensor core, where 64 rows
-    would be 9.8 for 4. (On sm_80 128 rows spill.) Narrow matrices take pieces of 64 bytes, the least that four warps
-    divide.
+    work, four warps: a lane's 4 bytes of a row come with one load, 7.7 to 8.8 instructions a weight on sm_80. More rows
+    take eight warps, with 2 bytes to a lane: 64 rows at 12.4 instructions a weight (11.8 where scales are
+    double-quantized: those Triton decodes once for all lanes), of which one is an HMMA, 8 cycles of an A100's tensor
+    core. wgmma (sm_90, sm_100) keeps no grad in registers: 128 rows fit without a spill, 10.4 instructions for 8 cycles
+    of an H100's tensor core, where 64 rows would be as many for 4. (On sm_80 128 rows spill.) Narrow matrices take
+    pieces of 64 bytes, the least that four warps divide.
 
-    fp32 multiplies with FMAs, whose operands go through shared memory: small tiles.
+    fp32 multiplies with FMAs, whose operands go through shared memory: small tiles. So does anything but an NVIDIA GPU,
+    where codes are decoded by selections, in fp32: gfx1100 spills with larger ones.
     """
+    if capability is None:
+        if dtype == torch.float32:
+            return GradInputShape(16, 16, 64, 4, 2)
+        return GradInputShape(16 if m <= 16 else 32 if m <= 32 else 64, 32, 64, 4, 2)
     if dtype == torch.float32:
         return GradInputShape(16 if m <= 16 else 32, 32, 64, 4, 2)
     if row_bytes <= 64:
         return GradInputShape(16 if m <= 16 else 32 if m <= 32 else 64, 64, 64, 4, 3)
     if m <= 32:
         return GradInputShape(16 if m <= 16 else 32, 64, 128, 4, 3)
-    wgmma = capability is not None and (9, 0) <= capability < (12, 0)
+    wgmma = (9, 0) <= capability < (12, 0)
     return GradInputShape(128 if m > 64 and wgmma else 64, 64, 128, 8, 3)
 
 
