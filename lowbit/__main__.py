@@ -22,8 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     """What the command prints; returns its exit status. ``arguments``: of the command line, by default this one's."""
     parser = argparse.ArgumentParser(
         prog="python -m lowbit",
-        description="Print what was built and what can run here, then check each kernel set that can run, also a GPU's, "
-        "against the fp32 reference. The exit status is 1 if a check fails.",
+        description="Print what was built and what can run here, then check each kernel set that can run, also a "
+        "GPU's, against the fp32 reference. The exit status is 1 if a check fails.",
     )
     parser.add_argument("--self-test", action="store_true", help="run the checks (also without this option)")
     parser.parse_args(arguments)

@@ -1,5 +1,6 @@
 """torch.compile and the Triton backend: the graph holds the kernels' launches. It can be made without a GPU."""
 
+import importlib
 import types
 
 import pytest
@@ -9,6 +10,7 @@ from torch._functorch.aot_autograd import aot_function
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lowbit
+from lowbit.backends import triton as backend
 
 pytestmark = compiled_only
 OPS = torch.ops.lowbit_triton
@@ -33,6 +35,9 @@ def gpu_driver(monkeypatch):
     monkeypatch.setattr(driver, "_active", Driver(), raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h100)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for module in set(backend.MODULES.values()):
+        module = importlib.import_module(f"lowbit.backends.triton.{module}")
+        monkeypatch.setattr(module, "PORTABLE", False, raising=False)
 
 
 def graph_of(function, *arguments) -> list:

@@ -38,8 +38,8 @@ MODULES = {
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 #: Ops whose launches torch.compile gets to see, for x in 16 bits. The others are opaque to it, because torch would take
-#: arguments for written: all of those whose kernels decode to fp32, which is assembly that has to stay in place, and the
-#: grouped ones' expert_ends, of which addresses are made.
+#: arguments for written: all of a kernel that decodes to fp32 (assembly that has to stay in place), and the grouped
+#: ones' expert_ends, of which addresses are made.
 _SHOWN = ("linear", "linear_grad_input")
 
 #: Whether kernels do without NVIDIA's inline assembly.

@@ -146,9 +146,10 @@ def decode_codes(packed, FORMAT: tl.constexpr, DTYPE: tl.constexpr, PORTABLE: tl
     """
     if PORTABLE:
         return round_to(_select(packed >> 4, FORMAT), DTYPE), round_to(_select(packed & 15, FORMAT), DTYPE)
-    return tl.inline_asm_elementwise(
-        _asm(FORMAT, DTYPE), _constraints(DTYPE), [packed], dtype=_both(DTYPE), is_pure=DTYPE != tl.float32, pack=4
-    )
+    else:  # said, because Triton compiles what follows a return
+        return tl.inline_asm_elementwise(
+            _asm(FORMAT, DTYPE), _constraints(DTYPE), [packed], dtype=_both(DTYPE), is_pure=DTYPE != tl.float32, pack=4
+        )
 
 
 @triton.jit
