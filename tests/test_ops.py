@@ -223,6 +223,16 @@ def test_missing_or_old_triton_is_one_message(monkeypatch, found, version, messa
     assert reason is None if message is None else reason.startswith(message)
 
 
+def test_triton_refuses_an_old_gpu(monkeypatch):
+    """Triton's own message for a T4 would be an internal error of its compiler."""
+    launch = pytest.importorskip("lowbit.backends.triton.launch")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(RuntimeError, match="compute capability 8.0 or newer, got 7.5"):
+        launch._check_device.__wrapped__(torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    launch._check_device.__wrapped__(torch.device("cuda", 0))
+
+
 def test_triton_serves_a_gpu_that_nothing_was_compiled_for(monkeypatch):
     """AMD's and Intel's GPUs, and NVIDIA's where nvcc was not found, would otherwise get an error or the reference."""
     monkeypatch.setattr(native_backend, "CUDA_CAPABILITIES", ())

@@ -7,6 +7,7 @@ from cases import (
     assert_within,
     dtypes,
     gemm_tolerance,
+    make_weight,
     product_tolerance,
     scaled_codebook_tolerance,
 )
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from test_cuda_grad_input import RANKS, quantized
 from test_grouped import COUNTS, ends_of, exact_product
 
+import lowbit
 from lowbit import reference
 
 grouped = pytest.importorskip("lowbit.backends.triton.grouped")
@@ -125,6 +127,23 @@ def test_larger_tiles(monkeypatch, counts):
     case = Case(counts, (3, 72, 192), 8, torch.bfloat16)
     case.check_linear(interpret)
     case.check_grad_input(interpret)
+
+
+@compiled_only
+@pytest.mark.parametrize("ends", [(3, 9, 99), (5, 2, 7), (-4, 3, 7), (0, 0, 0)])
+def test_wrong_ends_stay_inside(monkeypatch, ends):
+    """On a GPU nobody reads the ends before the kernels do: wrong ones must not become accesses of other memory."""
+    q = lowbit.quantize(make_weight((3, 64, 128)))
+    ends = torch.tensor(ends, dtype=torch.int32)
+    weight = (*q.parts(), "nf4", 64, ends)
+    x, grad = torch.randn(7, 128).bfloat16(), torch.randn(7, 64).bfloat16()
+    with launches(monkeypatch, "sm_80") as made:
+        grouped.grouped_linear(x, *weight, 64, None, None, None, 1.0)
+        grouped.grouped_linear_grad_input(grad, *weight, 128)
+        grouped_products.grouped_matmul(x, torch.randn(3, 4, 128), ends)
+        grouped_products.grouped_outer(grad, x, ends)
+    for launch in made:
+        emulate(launch)  # an access out of bounds is an error
 
 
 @interpreted

@@ -162,6 +162,16 @@ def test_decodes_what_the_kernel_does_not_take(shape, dtype, rank):
 
 
 @interpreted
+@pytest.mark.parametrize("scaling", [64.0, -64.0, 2.0**-10])
+def test_fp16_holds_what_is_scaled(scaling):
+    """t grows with x: scaled first it could leave fp16's range where the product does not."""
+    x, q = torch.zeros(3, 65, dtype=torch.float16), lowbit.quantize(make_weight((7, 65)))
+    t, lora_b = torch.full((3, 4), 3000.0), torch.full((7, 4), 0.01 / scaling)
+    y = torch.ops.lowbit_triton.linear(x, *q.parts(), "nf4", 64, 7, None, t, lora_b, scaling)
+    torch.testing.assert_close(y, torch.full_like(y, 120.0), rtol=2e-3, atol=0)
+
+
+@interpreted
 @pytest.mark.parametrize("shape", [(0, 8, 64), (3, 0, 64), (3, 4, 0)])
 def test_empty(shape):
     """A batch without tokens is normal; k = 0 leaves LoRA and bias."""

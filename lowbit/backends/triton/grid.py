@@ -18,16 +18,20 @@ def tile_position(tile, row_tiles, column_tiles):
 
 
 @triton.jit
-def expert_of_tile(row_tile, expert_ends, experts, TILE_M: tl.constexpr, EXPERTS: tl.constexpr):
+def expert_of_tile(row_tile, expert_ends, experts, tokens, TILE_M: tl.constexpr, EXPERTS: tl.constexpr):
     """(expert, its first row in the tile, the end of its rows); an expert of ``experts`` or more: no such tile.
 
     Each expert's rows are cut into tiles of TILE_M of their own, so one without rows has none. How many there are in
     all only the device knows: ceil(rows / TILE_M) + experts are enough. EXPERTS: ``experts`` or more, a power of two.
+    Ends that are out of order or past the ``tokens`` rows leave rows out, but nothing is read or written past them.
     """
     index = tl.arange(0, EXPERTS)
     ends = tl.load(expert_ends + index, mask=index < experts, other=0)
     begins = tl.load(expert_ends + index - 1, mask=(index < experts) & (index > 0), other=0)
-    last_tile = tl.cumsum(tl.where(index < experts, tl.cdiv(ends - begins, TILE_M), 0), 0)
+    ends = tl.minimum(tl.maximum(ends, 0), tokens)
+    begins = tl.minimum(tl.maximum(begins, 0), tokens)
+    tiles = tl.cdiv(tl.maximum(ends - begins, 0), TILE_M)
+    last_tile = tl.cumsum(tl.where(index < experts, tiles, 0), 0)
     before = last_tile <= row_tile
     expert = tl.sum(before.to(tl.int32), 0)
     first_tile = tl.max(tl.where(before, last_tile, 0), 0)

@@ -20,7 +20,7 @@ from .tiles_backward import add_lora, columns_per_byte, contract_rows, in_column
 from .tiles_forward import add_lora_forward, contract_columns
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "row_tiles"])
 def grouped_linear_kernel(
     x,
     x_stride,
@@ -31,6 +31,7 @@ def grouped_linear_kernel(
     scale_map,
     expert_ends,
     experts,
+    tokens,
     bias,
     t,
     t_row,
@@ -61,7 +62,7 @@ def grouped_linear_kernel(
 ):
     """y [tokens, out_features], TILE_M tokens of one expert by TILE_N columns."""
     row_tile, column_tile = tile_position(tl.program_id(0), row_tiles, tl.cdiv(out_features, TILE_N))
-    expert, begin, end = expert_of_tile(row_tile, expert_ends, experts, TILE_M, EXPERTS)
+    expert, begin, end = expert_of_tile(row_tile, expert_ends, experts, tokens, TILE_M, EXPERTS)
     if expert < experts:
         m = begin + tl.arange(0, TILE_M)
         rows = tl.where(m < end, m, begin)  # what is read there is not written
@@ -114,7 +115,7 @@ def grouped_linear_kernel(
         tl.store(y + m[:, None] * out_features + n[None, :], round_to(tl.trans(total), DTYPE), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "row_tiles"])
 def grouped_grad_input_kernel(
     grad,
     grad_stride,
@@ -125,6 +126,7 @@ def grouped_grad_input_kernel(
     scale_map,
     expert_ends,
     experts,
+    tokens,
     grad_t,
     grad_t_row,
     grad_t_column,
@@ -153,7 +155,7 @@ def grouped_grad_input_kernel(
 ):
     """out [tokens, in_features], TILE_M tokens of one expert by the columns in BYTES bytes."""
     row_tile, column_tile = tile_position(tl.program_id(0), row_tiles, tl.cdiv(row_bytes, BYTES))
-    expert, begin, end = expert_of_tile(row_tile, expert_ends, experts, TILE_M, EXPERTS)
+    expert, begin, end = expert_of_tile(row_tile, expert_ends, experts, tokens, TILE_M, EXPERTS)
     if expert < experts:
         m = begin + tl.arange(0, TILE_M)
         rows = tl.where(m < end, m, begin)  # what is read there is not written
@@ -241,7 +243,8 @@ def _linear_tile(
 
 
 def _expert_of_row(expert_ends: torch.Tensor, rows: int) -> torch.Tensor:
-    return torch.searchsorted(expert_ends, torch.arange(rows, device=expert_ends.device), right=True)
+    found = torch.searchsorted(expert_ends, torch.arange(rows, device=expert_ends.device), right=True)
+    return found.clamp(max=expert_ends.numel() - 1)
 
 
 def grouped_linear(
@@ -287,6 +290,7 @@ def grouped_linear(
         scale_map(packed.device),
         expert_ends,
         experts,
+        tokens,
         None if bias is None else bias.contiguous(),
         t,
         *_strides(t, 2),
@@ -345,6 +349,7 @@ def grouped_linear_grad_input(
         scale_map(packed.device),
         expert_ends,
         experts,
+        tokens,
         grad_t,
         *_strides(grad_t, 2),
         lora_a,

@@ -14,7 +14,7 @@ from .launch import launch
 from .tiles_backward import transposed_dot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "row_tiles"])
 def grouped_matmul_kernel(
     x,
     x_row,
@@ -25,6 +25,7 @@ def grouped_matmul_kernel(
     matrix_column,
     expert_ends,
     experts,
+    tokens,
     y,
     row_tiles,
     out_features,
@@ -37,7 +38,7 @@ def grouped_matmul_kernel(
 ):
     """fp32 y [tokens, out_features], TILE_M tokens of one expert by TILE_N columns."""
     row_tile, column_tile = tile_position(tl.program_id(0), row_tiles, tl.cdiv(out_features, TILE_N))
-    expert, begin, end = expert_of_tile(row_tile, expert_ends, experts, TILE_M, EXPERTS)
+    expert, begin, end = expert_of_tile(row_tile, expert_ends, experts, tokens, TILE_M, EXPERTS)
     if expert < experts:
         m = begin + tl.arange(0, TILE_M)
         n = column_tile.to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
@@ -60,7 +61,7 @@ def grouped_matmul_kernel(
         tl.store(y + m[:, None] * out_features + n[None, :], total, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def grouped_outer_kernel(
     a,
     a_row,
@@ -69,6 +70,7 @@ def grouped_outer_kernel(
     b_row,
     b_column,
     expert_ends,
+    tokens,
     out,
     a_features,
     b_features,
@@ -81,8 +83,8 @@ def grouped_outer_kernel(
     column_tiles = tl.cdiv(b_features, TILE_Q)
     tiles = tl.cdiv(a_features, TILE_P) * column_tiles
     expert, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    begin = tl.load(expert_ends + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(expert_ends + expert)
+    begin = tl.maximum(tl.load(expert_ends + expert - 1, mask=expert > 0, other=0), 0)
+    end = tl.minimum(tl.load(expert_ends + expert), tokens)
     p = (tile // column_tiles).to(tl.int64) * TILE_P + tl.arange(0, TILE_P)
     q = (tile % column_tiles).to(tl.int64) * TILE_Q + tl.arange(0, TILE_Q)
     total = tl.zeros((TILE_P, TILE_Q), tl.float32)
@@ -130,6 +132,7 @@ def grouped_matmul(x, matrices, expert_ends) -> torch.Tensor:
         *matrices.stride(),
         expert_ends,
         experts,
+        tokens,
         y,
         row_tiles,
         out_features,
@@ -146,7 +149,7 @@ def grouped_matmul(x, matrices, expert_ends) -> torch.Tensor:
 
 
 def grouped_outer(a, b, expert_ends) -> torch.Tensor:
-    (_, a_features), b_features, experts = a.shape, b.shape[1], expert_ends.numel()
+    (tokens, a_features), b_features, experts = a.shape, b.shape[1], expert_ends.numel()
     out = a.new_empty([experts, a_features, b_features], dtype=torch.float32)
     dtype = _product_dtype(a, b)
     tile_p, tile_q = _tile_of(a_features, 64), _tile_of(b_features, 64)
@@ -158,6 +161,7 @@ def grouped_outer(a, b, expert_ends) -> torch.Tensor:
         b,
         *b.stride(),
         expert_ends,
+        tokens,
         out,
         a_features,
         b_features,

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools
 
 import torch
 
@@ -23,6 +24,24 @@ def is_traced() -> bool:
     return _TRACED.get()
 
 
+#: What Triton itself asks for.
+_OLDEST_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def _check_device(device: torch.device) -> None:
+    """RuntimeError for an NVIDIA GPU that Triton does not compile for."""
+    if device.type != "cuda" or torch.version.hip:
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST_CAPABILITY:
+        raise RuntimeError(
+            "backend 'triton': expected a GPU of compute capability "
+            f"{'.'.join(map(str, _OLDEST_CAPABILITY))} or newer, got {'.'.join(map(str, capability))} ({device}); the "
+            "CUDA kernels serve it (`LOWBIT_CUDA=1 pip install .` with nvcc), or use_backend('reference')"
+        )
+
+
 def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
     """Run ``kernel`` over ``grid`` on the current stream of the tensors' device; nothing to do for an empty grid.
 
@@ -37,6 +56,7 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
         torch.library.wrap_triton(kernel)[grid](*arguments, **options)
         return
     device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
+    _check_device(device)
     on_device = contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
     with on_device:
         kernel[grid](*arguments, enable_fp_fusion=False, **options)

@@ -305,7 +305,10 @@ def _decoded(x, packed, absmax, group_scales, offset, format, block_size, n, bia
     """torch's product of x [m, k] and the decoded weight; LoRA's product first, which torch then adds in its sums."""
     addend = None if bias is None else bias.to(x.dtype)
     if t is not None:
-        addend = functional.linear((scaling * t.float()).to(x.dtype), lora_b.to(x.dtype), addend)
+        # A large scaling multiplies lora_b, which is small, and not t, whose size is x's and which fp16 would not hold.
+        of_t, of_b = (1.0, scaling) if abs(scaling) > 1 else (scaling, 1.0)
+        t, lora_b = ((factor.float() * by).to(x.dtype) for factor, by in ((t, of_t), (lora_b, of_b)))
+        addend = functional.linear(t, lora_b, addend)
     weight = torch.ops.lowbit_triton.dequantize.default(
         packed, absmax, group_scales, offset, format, block_size, [n, x.shape[1]], x.dtype
     )
