@@ -1,8 +1,14 @@
-"""Which of Triton's two modes a test is for: its interpreter is on or off for a whole process."""
+"""Marks for `make test`: what is Triton's, and what of it wants Triton's interpreter, on or off for a whole process."""
 
 import pytest
 
 from lowbit.backends import triton
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name.startswith("test_triton_"):
+            item.add_marker("triton")
 
 
 def pytest_runtest_setup(item):

@@ -126,3 +126,42 @@ for block_size in BLOCK_SIZES:
 for columns, format in ((4096, "nf4"), (4096, "int8"), (4100, "int8")):
     x, a, b = tensor(8, columns, dtype=torch.bfloat16), tensor(8, columns), tensor(1024, 8)
     add("lora_linear", x, *weight((1024, columns), format), 1024, None, a, b, 0.5, detail=f"{format} {columns} columns")
+
+for dtype, format in itertools.product(DTYPES, (*FORMATS, "int8")):
+    for rows in (4, 32, 200, 4096):
+        add(
+            "linear_grad_input",
+            tensor(rows, 4096, dtype=dtype),
+            *weight((4096, 4096), format),
+            4096,
+            detail=f"{format} {name_of(dtype)} m={rows}",
+            every_run=(dtype, format, rows) == (torch.bfloat16, "nf4", 200),
+        )
+    for rows in (64, 4096):
+        ends, stack = tensor(8, dtype=torch.int32), weight((8, 4096, 1024), format)
+        lora = (tensor(rows, 16), tensor(8, 4096, 16))
+        add(
+            "grouped_linear",
+            *(tensor(rows, 1024, dtype=dtype), *stack, ends, 4096, tensor(8, 4096), *lora, 0.5),
+            detail=f"{format} {name_of(dtype)} m={rows}",
+            every_run=(dtype, format, rows) == (torch.bfloat16, "nf4", 4096),
+        )
+        add(
+            "grouped_linear_grad_input",
+            *(tensor(rows, 4096, dtype=dtype), *stack, ends, 1024, tensor(rows, 16), tensor(8, 16, 1024)),
+            detail=f"{format} {name_of(dtype)} m={rows}",
+            every_run=(dtype, format, rows) == (torch.bfloat16, "nf4", 4096),
+        )
+for block_size in (32, 4096):
+    many = tensor(4096, 4096, dtype=torch.bfloat16)
+    add(
+        "linear_grad_input",
+        *(many, *weight((4096, 4096), "nf4", block_size, False), 4096, tensor(4096, 16), tensor(16, 4096)),
+        detail=f"LoRA, blocks of {block_size}",
+    )
+add("linear_grad_input", tensor(33, 70), *weight((70, 64), "nf4"), 64, detail="narrow")
+for dtype, lora_dtype in ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32,) * 2):
+    many, ends = tensor(4096, 1024, dtype=dtype), tensor(8, dtype=torch.int32)
+    detail, often = f"{name_of(dtype)} by {name_of(lora_dtype)}", dtype != lora_dtype
+    add("grouped_matmul", many, tensor(8, 16, 1024, dtype=lora_dtype), ends, detail=detail, every_run=often)
+    add("grouped_outer", tensor(4096, 16, dtype=lora_dtype), many, ends, detail=detail, every_run=often)

@@ -15,7 +15,7 @@ from .grid import expert_of_tile, row_tile_count, tile_position
 from .grouped_products import grouped_matmul
 from .launch import launch
 from .rounding import round_to
-from .shapes_backward import capability, grad_input_tile
+from .shapes_backward import GradInputShape, capability, grad_input_tile
 from .tiles_backward import add_lora, columns_per_byte, contract_rows, in_columns
 from .tiles_forward import add_lora_forward, contract_columns
 
@@ -233,13 +233,26 @@ def _linear_tile(
     if capability is None:  # codes are decoded by selections, in fp32: gfx1100 spills with larger tiles
         rows = 16 if rows_per_expert <= 16 or dtype == torch.float32 else 32
         return dict(TILE_M=rows, TILE_N=32, TILE_K=min(tile_k, 32), num_warps=4, num_stages=2)
-    if dtype == torch.float32:
-        return dict(TILE_M=16, TILE_N=64, TILE_K=min(tile_k, 32), num_warps=4, num_stages=2)
+    if dtype == torch.float32:  # int8 on sm_90: with 64 rows of W ptxas spills six registers
+        tile_n = 32 if format == "int8" else 64
+        return dict(TILE_M=16, TILE_N=tile_n, TILE_K=min(tile_k, 32), num_warps=4, num_stages=2)
     if rows_per_expert <= 16:
         return dict(TILE_M=16, TILE_N=64, TILE_K=tile_k, num_warps=4, num_stages=4)
     if rows_per_expert <= 32:
         return dict(TILE_M=32, TILE_N=64, TILE_K=tile_k, num_warps=4, num_stages=2)
-    return dict(TILE_M=64, TILE_N=128, TILE_K=tile_k, num_warps=8, num_stages=3)
+    stages = 2 if capability < (9, 0) else 3  # on sm_80 ptxas spills four registers with three
+    return dict(TILE_M=64, TILE_N=128, TILE_K=tile_k, num_warps=8, num_stages=stages)
+
+
+def _grad_input_tile(
+    rows_per_expert: int, row_bytes: int, format: str, dtype: torch.dtype, capability: tuple[int, int] | None
+) -> GradInputShape:
+    """``grad_input_tile``, but for those that ptxas spills registers of, next to the search for the expert.
+
+    They are the tile of 16 rows, int8's of 32, and FP4's of 128 (wgmma).
+    """
+    rows = max(33 if format == "int8" else 17, rows_per_expert)
+    return grad_input_tile(min(rows, 64) if format == "fp4" else rows, row_bytes, dtype, capability)
 
 
 def _expert_of_row(expert_ends: torch.Tensor, rows: int) -> torch.Tensor:
@@ -333,9 +346,7 @@ def grouped_linear_grad_input(
         return out.to(grad.dtype)
     grad = _rows_contiguous(grad)
     row_bytes = in_features if format == "int8" else in_features // 2
-    # Not the tile of 16 rows: next to the search for the expert ptxas spills two of its registers.
-    rows = max(17, triton.cdiv(tokens, experts))
-    tile = grad_input_tile(rows, row_bytes, grad.dtype, capability(grad.device))
+    tile = _grad_input_tile(triton.cdiv(tokens, experts), row_bytes, format, grad.dtype, capability(grad.device))
     row_tiles = row_tile_count(tokens, experts, tile.tile_m)
     launch(
         grouped_grad_input_kernel,
