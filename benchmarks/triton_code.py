@@ -46,7 +46,6 @@ def linear_loop(config, arch: str) -> tuple[Kernel, list[str]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lowbit.backends.triton import shapes
     from lowbit.backends.triton.linear import copies_of_scales, linear_kernel
 
     names = [parameter.name for parameter in linear_kernel.params]
@@ -60,7 +59,6 @@ def linear_loop(config, arch: str) -> tuple[Kernel, list[str]]:
         "BN": config.bn,
         "BK": config.bk,
         "SPLITS": 1,
-        "GROUP": shapes.GROUP,
         "COPIES": copies_of_scales(config),
         "WEIGHT_FIRST": config.weight_first,
     }

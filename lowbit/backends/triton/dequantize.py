@@ -13,9 +13,8 @@ from . import PORTABLE
 from .constants import scale_map
 from .decode import decode_codes, decode_scales
 from .launch import launch
-from .rounding import round_to
+from .rounding import DTYPES, round_to
 
-_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _WARPS = 4
 #: Packed bytes of a program: 16 in each load of a thread, and as many loads as leave room in the registers. More of
 #: them share what a program does once (5.9 instructions per weight; with one load each 7.4).
@@ -86,7 +85,7 @@ def int8_tile(columns: int) -> tuple[int, int]:
 
 
 def dequantize_out(packed, absmax, group_scales, offset, format, block_size, out) -> None:
-    numel, dtype = out.numel(), _DTYPES[out.dtype]
+    numel, dtype = out.numel(), DTYPES[out.dtype]
     if numel == 0:
         return
     if format == "int8":

@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 
 from . import PORTABLE
-from .dequantize import _DTYPES, dequantize, scale_map
+from .constants import scale_map
+from .dequantize import dequantize
 from .grid import expert_of_tile, row_tile_count, tile_position
 from .grouped_products import grouped_matmul
 from .launch import launch
-from .rounding import round_to
+from .rounding import DTYPES, round_to
 from .shapes_backward import GradInputShape, capability, grad_input_tile
 from .tiles_backward import add_lora, columns_per_byte, contract_rows, in_columns
 from .tiles_forward import add_lora_forward, contract_columns
@@ -320,7 +321,7 @@ def grouped_linear(
         FORMAT=format,
         BLOCK_SIZE=1 if format == "int8" else block_size,
         DOUBLE_QUANT=group_scales is not None,
-        DTYPE=_DTYPES[x.dtype],
+        DTYPE=DTYPES[x.dtype],
         PORTABLE=PORTABLE,
         BIAS=bias is not None,
         LORA=t is not None,
@@ -375,7 +376,7 @@ def grouped_linear_grad_input(
         FORMAT=format,
         BLOCK_SIZE=1 if format == "int8" else block_size,
         DOUBLE_QUANT=group_scales is not None,
-        DTYPE=_DTYPES[grad.dtype],
+        DTYPE=DTYPES[grad.dtype],
         PORTABLE=PORTABLE,
         LORA=grad_t is not None,
         EXPERTS=triton.next_power_of_2(experts),

@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .dequantize import _DTYPES
 from .grid import expert_of_tile, row_tile_count, tile_position
 from .launch import launch
+from .rounding import DTYPES
 from .tiles_backward import transposed_dot
 
 
@@ -137,7 +137,7 @@ def grouped_matmul(x, matrices, expert_ends) -> torch.Tensor:
         row_tiles,
         out_features,
         in_features,
-        DTYPE=_DTYPES[dtype],
+        DTYPE=DTYPES[dtype],
         EXPERTS=triton.next_power_of_2(experts),
         TILE_M=tile_m,
         TILE_N=tile_n,
@@ -165,7 +165,7 @@ def grouped_outer(a, b, expert_ends) -> torch.Tensor:
         out,
         a_features,
         b_features,
-        DTYPE=_DTYPES[dtype],
+        DTYPE=DTYPES[dtype],
         TILE_P=tile_p,
         TILE_Q=tile_q,
         TILE_ROWS=32,

@@ -11,8 +11,10 @@ from ... import format as fmt
 from . import INTERPRETED, PORTABLE, autotune, shapes
 from .constants import scale_map
 from .decode import decode_codes, load_scales, scales_of
+from .grid import tile_position
 from .launch import is_traced, launch
-from .rounding import round_to
+from .rounding import in_two_bf16, round_to
+from .splits import SUM_TILE, sum_splits_kernel
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _INT8_UNIT = tl.constexpr(1 / fmt.INT8_MAX)
@@ -27,32 +29,10 @@ def _dot(a, b, total):
 
 
 @triton.jit
-def _tile_of(program, m, n, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr):
-    """(tile of rows, tile of columns, share of k) of a program.
-
-    Neighbours take the same part of W for up to GROUP tiles of rows, so that it comes from DRAM once and then from L2.
-    """
-    split = program % SPLITS
-    tile = program // SPLITS
-    row_tiles, column_tiles = tl.cdiv(m, BM), tl.cdiv(n, BN)
-    group = tile // (GROUP * column_tiles)
-    first = group * GROUP
-    rows_of_group = min(row_tiles - first, GROUP)
-    within = tile - group * GROUP * column_tiles
-    return first + within % rows_of_group, within // rows_of_group, split
-
-
-@triton.jit
-def _split(values):
-    """fp32 as a sum of two bf16: |values - high - low| <= 2^-16 |values|; and high without infinities.
-
-    These have no low part, and a factor whose low part is 0 must not make NaN of them.
-    """
-    high = round_to(values, tl.bfloat16)
-    whole = high.to(tl.float32)
-    finite = whole - whole == 0
-    low = round_to(tl.where(finite, values - whole, 0.0), tl.bfloat16)
-    return high, low, round_to(tl.where(finite, whole, 0.0), tl.bfloat16)
+def _tile_of(program, m, n, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr):
+    """(tile of rows, tile of columns, share of k) of a program."""
+    row_tile, column_tile = tile_position(program // SPLITS, tl.cdiv(m, BM), tl.cdiv(n, BN))
+    return row_tile, column_tile, program % SPLITS
 
 
 @triton.jit
@@ -72,8 +52,8 @@ def _lora(acc, t, lora_b, scaling, rows, columns, m, n, rank, summed, EXACT: tl.
         if EXACT:
             sums = _dot(a, b, sums)
         else:
-            a_high, a_low, a_finite = _split(a)
-            b_high, b_low, b_finite = _split(b)
+            a_high, a_low, a_finite = in_two_bf16(a)
+            b_high, b_low, b_finite = in_two_bf16(b)
             sums = _dot(a_low, b_finite, sums)
             sums = _dot(a_finite, b_low, sums)
             sums = _dot(a_high, b_high, sums)
@@ -115,7 +95,6 @@ def linear_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     SPLITS: tl.constexpr,
-    GROUP: tl.constexpr,
     COPIES: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
 ):
@@ -127,7 +106,7 @@ def linear_kernel(
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     EXACT: tl.constexpr = DTYPE == tl.float32
-    row_tile, column_tile, split = _tile_of(tl.program_id(0), m, n, BM, BN, SPLITS, GROUP)
+    row_tile, column_tile, split = _tile_of(tl.program_id(0), m, n, BM, BN, SPLITS)
     rows, columns = row_tile * BM + tl.arange(0, BM), column_tile * BN + tl.arange(0, BN)
     # Tiles at the edge read the first row instead of what is not there, and store nothing of it.
     x_row = tl.where(rows < m, rows, 0).to(tl.int64)
@@ -190,7 +169,6 @@ def linear_int8_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     SPLITS: tl.constexpr,
-    GROUP: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
@@ -200,7 +178,7 @@ def linear_int8_kernel(
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     EXACT: tl.constexpr = DTYPE == tl.float32
-    row_tile, column_tile, split = _tile_of(tl.program_id(0), m, n, BM, BN, SPLITS, GROUP)
+    row_tile, column_tile, split = _tile_of(tl.program_id(0), m, n, BM, BN, SPLITS)
     rows, columns = row_tile * BM + tl.arange(0, BM), column_tile * BN + tl.arange(0, BN)
     x_row = tl.where(rows < m, rows, 0).to(tl.int64)
     w_row = tl.where(columns < n, columns, 0).to(tl.int64)
@@ -230,19 +208,6 @@ def linear_int8_kernel(
     _finish(acc, bias, y, rows, columns, split, m, n, SPLITS)
 
 
-@triton.jit
-def sum_splits_kernel(workspace, bias, y, n, numel, SPLITS: tl.constexpr, TILE: tl.constexpr):
-    """y [m, n] from the shares [SPLITS, m, n], added in order: bits do not depend on which program was first."""
-    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    mask = at < numel
-    total = tl.zeros((TILE,), tl.float32)
-    for split in range(SPLITS):
-        total += tl.load(workspace + split * numel.to(tl.int64) + at, mask=mask, other=0.0)
-    if bias is not None:
-        total += tl.load(bias + at % n, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + at, round_to(total, y.dtype.element_ty), mask=mask)
-
-
 def capability(device: torch.device) -> tuple[int, int] | None:
     """(major, minor) of an NVIDIA GPU, an A100's where there is none; None on other GPUs."""
     if device.type == "xpu" or torch.version.hip:
@@ -266,7 +231,6 @@ def _fused(config, x, packed, absmax, group_scales, offset, format, block_size, 
         "BN": config.bn,
         "BK": config.bk,
         "SPLITS": config.splits,
-        "GROUP": shapes.GROUP,
         "WEIGHT_FIRST": config.weight_first,
         "num_warps": config.warps,
         "num_stages": config.stages,
@@ -296,9 +260,9 @@ def _fused(config, x, packed, absmax, group_scales, offset, format, block_size, 
             **options,
         )
     if config.splits > 1:
-        tile = 1024
+        grid = (triton.cdiv(m * n, SUM_TILE),)
         arguments = (out, bias, y, n, m * n)
-        launch(sum_splits_kernel, (triton.cdiv(m * n, tile),), *arguments, SPLITS=config.splits, TILE=tile, num_warps=4)
+        launch(sum_splits_kernel, grid, *arguments, SPLITS=config.splits, TILE=SUM_TILE, num_warps=4)
 
 
 def _decoded(x, packed, absmax, group_scales, offset, format, block_size, n, bias, t, lora_b, scaling):

@@ -8,11 +8,13 @@ import triton.language as tl
 
 from ... import reference
 from . import PORTABLE
-from .dequantize import _DTYPES, dequantize, scale_map
+from .constants import scale_map
+from .dequantize import dequantize
 from .grid import tile_position
 from .launch import launch
-from .rounding import round_to
+from .rounding import DTYPES, round_to
 from .shapes_backward import capability, grad_input_shape, processors
+from .splits import SUM_TILE, sum_splits_kernel
 from .tiles_backward import add_lora, columns_per_byte, contract_rows, in_columns
 
 
@@ -110,16 +112,6 @@ def grad_input_kernel(
     tl.store(out + at, round_to(tile_sum, out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def add_splits_kernel(partial, out, numel, SPLITS: tl.constexpr, TILE: tl.constexpr):
-    """out = the sum of fp32 partial [SPLITS, numel], in order: the same bits in every run."""
-    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    total = tl.load(partial + at, mask=at < numel, other=0.0)
-    for split in tl.static_range(1, SPLITS):
-        total += tl.load(partial + tl.cast(split, tl.int64) * numel + at, mask=at < numel, other=0.0)
-    tl.store(out + at, round_to(total, out.dtype.element_ty), mask=at < numel)
-
-
 def linear_grad_input(
     grad, packed, absmax, group_scales, offset, format, block_size, in_features, grad_t=None, lora_a=None
 ) -> torch.Tensor:
@@ -167,7 +159,7 @@ def linear_grad_input(
         FORMAT=format,
         BLOCK_SIZE=1 if format == "int8" else block_size,
         DOUBLE_QUANT=group_scales is not None,
-        DTYPE=_DTYPES[grad.dtype],
+        DTYPE=DTYPES[grad.dtype],
         PORTABLE=PORTABLE,
         LORA=grad_t is not None,
         TILE_M=shape.tile_m,
@@ -179,13 +171,15 @@ def linear_grad_input(
     )
     if shape.splits > 1:
         launch(
-            add_splits_kernel,
-            (triton.cdiv(out.numel(), 1024),),
+            sum_splits_kernel,
+            (triton.cdiv(out.numel(), SUM_TILE),),
             partial,
+            None,
             out,
+            in_features,
             out.numel(),
             SPLITS=shape.splits,
-            TILE=1024,
+            TILE=SUM_TILE,
             num_warps=4,
         )
     return out

@@ -77,9 +77,6 @@ class Config:
     splits: int = 1
 
 
-#: Tiles of rows that share a part of W in L2.
-GROUP = 8
-
 # fp32 arithmetic takes an FMA for each weight and row; decoding into fp32 moves 8.5 bytes, 2.5 ps for each weight of an
 # H100, and its product runs at 60 TFLOPS, 0.03 ps for each row. The kernel takes 0.1 ps (2.5 instructions): 2.5 / 0.07.
 # As the CUDA kernels, so that results of both agree in how they come about:

@@ -202,7 +202,8 @@ def contract_rows(
 def add_product(a, b, total, DTYPE: tl.constexpr):
     """total + a^T b^T of fp32 factors; next to 16-bit DTYPEs from bf16 parts, which leave out 3 * 2^-16 of it.
 
-    (fp16's range would not hold the low parts of small numbers.)
+    (fp16's range would not hold the low parts of small numbers.) Not by in_two_bf16, which keeps an infinity beside a
+    low part of 0 from making NaN: its third values do not fit the registers next to 128 rows of grad.
     """
     if DTYPE == tl.float32:
         return transposed_dot(a, b, total)
