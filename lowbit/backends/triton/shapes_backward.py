@@ -62,8 +62,9 @@ def grad_input_tile(m: int, row_bytes: int, dtype: torch.dtype, capability: tupl
         if dtype == torch.float32:
             return GradInputShape(16, 16, 64, 4, 2)
         return GradInputShape(16 if m <= 16 else 32 if m <= 32 else 64, 32, 64, 4, 2)
-    if dtype == torch.float32:  # with 32 rows of W ptxas spills two registers of the smaller on sm_80
-        return GradInputShape(16, 16, 64, 4, 2) if m <= 16 else GradInputShape(32, 32, 64, 4, 2)
+    if dtype == torch.float32:  # on sm_80 ptxas spills registers of few rows, and of narrow ones, with 32 rows of W
+        small = m <= 16 or row_bytes <= 64
+        return GradInputShape(16, 16, 64, 4, 2) if small else GradInputShape(32, 32, 64, 4, 2)
     if row_bytes <= 64:
         return GradInputShape(16 if m <= 16 else 32 if m <= 32 else 64, 64, 64, 4, 3)
     if m <= 32:
