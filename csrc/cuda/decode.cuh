@@ -60,7 +60,7 @@ struct PairTable {
   // would be as short, but ptxas starts shared memory at 0x400 from sm_90 on, whatever alignment is asked for.)
   static __device__ __forceinline__ float2 decode(uint32_t word, int b, uint32_t lane_base) {
     static_assert(sizeof(pairs[0]) == 128);
-    return ptx::load_shared_8(lane_base + ptx::byte(word, b) * 128);
+    return ptx::load_shared_8(ptx::add_product_of_byte(word, b, sizeof(pairs[0]), lane_base));
   }
 };
 
@@ -84,7 +84,7 @@ struct NarrowPairTable {
 
   // Byte `b` of `word`: the even element in the low half. PRMT, LEA, LDS.
   static __device__ __forceinline__ uint32_t decode(uint32_t word, int b, uint32_t lane_base) {
-    return ptx::load_shared_4(lane_base + ptx::byte(word, b) * sizeof(pairs[0]));
+    return ptx::load_shared_4(ptx::add_product_of_byte(word, b, sizeof(pairs[0]), lane_base));
   }
 };
 

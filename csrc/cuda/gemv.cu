@@ -15,7 +15,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kUnroll = 2;                 // steps of a warp in its loop
 constexpr int kPanelBlocks = 64;           // most scales of a row that are decoded at once
 constexpr int kPanelElements = 4096;       // most columns of a panel; 4 steps of each warp
 constexpr int64_t kMostColumns = 1 << 26;  // offsets within 8 rows have 32 bits
@@ -35,7 +34,7 @@ struct Arguments {
   int64_t m, n, k, rank;
   float scaling;
   int block_shift;       // log2 of the block size
-  int panel_steps;       // steps of 128 columns in a panel, a multiple of kUnroll * kWarps
+  int panel_steps;       // steps of 128 columns in a panel, a multiple of kMostAhead * kWarps
   int panels_per_block;  // of threads
   Format format;
 };
@@ -45,7 +44,7 @@ struct PanelScales {
   float of[kGemvRows][kPanelBlocks + 2];
 };
 
-// What a lane reads where it has no x.
+// What a lane reads past the end of x.
 [[maybe_unused]] __device__ const uint4 zeros[4] = {};  // unused before sm_80
 
 // W as A, x as B of mma.m16n8k16. The order of the contraction is free: mma i takes bytes 2i and 2i + 1 of each lane's
@@ -65,8 +64,9 @@ struct TensorCores {
   using Table = NarrowPairTable<T>;
 
   float sums[4] = {};
-  const T* x;          // the lane's next column, in the row of x of its column of B
-  bool has_x[kTiles];  // the lane's k are of its column's part
+  uint4 b[kTiles][2] = {};  // 16 of the lane's x; zeros for ever where it has none
+  const T* x;               // the lane's next column, in the row of x of its column of B
+  bool has_x[kTiles];       // the lane's k are of its column's part
   uint32_t depth;
   int lane;
   uint32_t table;
@@ -84,18 +84,12 @@ struct TensorCores {
     const uint32_t upper[4] = {weights[0].x, weights[0].y, weights[0].z, weights[0].w};
     const uint32_t lower[4] = {weights[1].x, weights[1].y, weights[1].z, weights[1].w};
     float c[kTiles][4] = {};
-    const void* from[kTiles];
-    uint4 b[kTiles][2];
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-      from[tile] = has_x[tile] && k < depth ? static_cast<const void*>(x + columns) : zeros;
+    const void* from = k < depth ? static_cast<const void*>(x + columns) : zeros;
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
-      if (word % 2 == 0) {
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile)
-          ptx::load_global_32(b[tile], static_cast<const uint4*>(from[tile]) + word);
-      }
+      for (int tile = 0; tile < kTiles; ++tile)
+        ptx::load_global_16_if(has_x[tile], b[tile][word % 2], static_cast<const uint4*>(from) + word);
 #pragma unroll
       for (int byte = 0; byte < 4; byte += 2) {
         const uint32_t a[4] = {Table::decode(upper[word], byte, table), Table::decode(lower[word], byte, table),
@@ -145,17 +139,20 @@ struct TensorCores {
 template <class T, int kRowCount>
 struct Fmas {
   static constexpr int kRows = kRowCount;
-  static constexpr int kAhead = 2;
+  static constexpr int kAhead = kRows == 1 ? 2 : 1;  // as registers allow
   using Table = PairTable;
 
   float sums[2][kRows] = {};  // of the lane's two rows of W
-  const T* x;                 // the lane's next column, in the first row of x
-  uint32_t last_row, depth;
+  const T* x[kRows];          // the lane's next column, in each row of x; in the last once more for those that are not
+  uint32_t depth;
   int lane;
   uint32_t table;
 
-  __device__ __forceinline__ Fmas(const T* x, int rows, uint32_t k, int lane, const Table& pairs)
-      : x(x), last_row(rows - 1), depth(k), lane(lane), table(pairs.lane_base(lane)) {}
+  __device__ __forceinline__ Fmas(const T* first_x, int rows, uint32_t k, int lane, const Table& pairs)
+      : depth(k), lane(lane), table(pairs.lane_base(lane)) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) x[row] = first_x + min(row, rows - 1) * k;
+  }
 
   __device__ __forceinline__ void add(const uint4 (&weights)[2], const PanelScales& scales, uint32_t k, int columns,
                                       int step, int block_shift) {
@@ -179,8 +176,7 @@ struct Fmas {
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
         float values[kCount];
-        const uint32_t to_row = kRows == 1 ? 0 : min(static_cast<uint32_t>(row), last_row) * depth;
-        widen<T>(ptx::load_global_16_cached(x + to_row + columns + first), values);
+        widen<T>(ptx::load_global_16_cached(x[row] + columns + first), values);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -197,7 +193,10 @@ struct Fmas {
     }
   }
 
-  __device__ __forceinline__ void advance(int columns) { x += columns; }
+  __device__ __forceinline__ void advance(int columns) {
+#pragma unroll
+    for (const T*& row : x) row += columns;
+  }
 
   template <class Write>
   __device__ __forceinline__ void finish(const Write& write) const {
@@ -283,17 +282,17 @@ __device__ __forceinline__ void gemv(const Arguments<T>& args) {
     __syncthreads();
     // All warps take as many steps.
     const int steps = min(args.panel_steps, end_step - panel);
-    for (int step = 0; step < steps; step += kUnroll * kWarps) {
+    for (int step = 0; step < steps; step += kAhead * kWarps) {
 #pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
+      for (int i = 0; i < kAhead; ++i) {
         if (i > 0 && step + i * kWarps >= steps) break;
-        product.add(weights[i % kAhead], scales, lane_k + i * kWarpStride, i * kWarpStride, step + i * kWarps + warp,
+        product.add(weights[i], scales, lane_k + i * kWarpStride, i * kWarpStride, step + i * kWarps + warp,
                     args.block_shift);
-        load(i + kAhead, weights[i % kAhead]);
+        load(i + kAhead, weights[i]);
       }
-      lane_k += kUnroll * kWarpStride;
-      packed += kUnroll * kWarpStride / 2;
-      product.advance(kUnroll * kWarpStride);
+      lane_k += kAhead * kWarpStride;
+      packed += kAhead * kWarpStride / 2;
+      product.advance(kAhead * kWarpStride);
     }
   }
 

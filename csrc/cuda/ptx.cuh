@@ -25,13 +25,16 @@ __device__ __forceinline__ uint4 load_global_16_cached(const void* from) {
   return v;
 }
 
-// 32 bytes of it. (One function: of two loads from `condition ? here : there` nvcc selects each address on its own.)
-__device__ __forceinline__ void load_global_32(uint4 (&v)[2], const void* from) {
+// The same where `wanted`; otherwise v stays as it is.
+__device__ __forceinline__ void load_global_16_if(bool wanted, uint4& v, const void* from) {
   asm volatile(
-      "ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%8];\n\t"
-      "ld.global.nc.v4.u32 {%4, %5, %6, %7}, [%8 + 16];"
-      : "=r"(v[0].x), "=r"(v[0].y), "=r"(v[0].z), "=r"(v[0].w), "=r"(v[1].x), "=r"(v[1].y), "=r"(v[1].z), "=r"(v[1].w)
-      : "l"(from));
+      "{\n\t"
+      ".reg .pred wanted;\n\t"
+      "setp.ne.u32 wanted, %5, 0;\n\t"
+      "@wanted ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n\t"
+      "}"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(from), "r"(static_cast<uint32_t>(wanted)));
 }
 
 __device__ __forceinline__ void store_global_16(void* to, uint4 v) {
@@ -152,6 +155,13 @@ __device__ __forceinline__ uint32_t shuffle_quad(uint32_t value, int lane) {
 __device__ __forceinline__ uint32_t byte(uint32_t word, int b) {
   uint32_t v;
   asm("prmt.b32 %0, %1, 0, %2;" : "=r"(v) : "r"(word), "r"(0x4440 | b));
+  return v;
+}
+
+// sum + factor times byte `b` of `word`, in one instruction (IDP); factor: up to 255.
+__device__ __forceinline__ uint32_t add_product_of_byte(uint32_t word, int b, uint32_t factor, uint32_t sum) {
+  uint32_t v;
+  asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(v) : "r"(word), "r"(factor << 8 * b), "r"(sum));
   return v;
 }
 
