@@ -67,12 +67,13 @@ def test_16_byte_accesses(arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_cached_loads_and_sums(arch):
-    """Loads of what other warps read too, and sums over groups of lanes."""
-    x = torch.arange(256, dtype=torch.int32)
-    out16, out32, index = torch.zeros(128, dtype=torch.int32), torch.zeros_like(x), torch.zeros(32, dtype=torch.int32)
+    """Loads of what other warps read too, also by some lanes only, and sums over groups of lanes."""
+    x = torch.arange(128, dtype=torch.int32)
+    every, alternate, index = torch.zeros_like(x), torch.zeros_like(x), torch.zeros(32, dtype=torch.int32)
     sums4, sums16 = torch.zeros(32), torch.zeros(32)
-    run(arch, "probe_cached", x, out16, out32, index, sums4, sums16)
-    assert torch.equal(out16, x[:128]) and torch.equal(out32, x)
+    run(arch, "probe_cached", x, every, alternate, index, sums4, sums16)
+    assert torch.equal(every, x)
+    assert torch.equal(alternate.view(32, 4)[::2], x.view(32, 4)[::2]) and (alternate.view(32, 4)[1::2] == 7).all()
     lanes = torch.arange(32)
     assert torch.equal(index, lanes.int())
     assert torch.equal(sums4, lanes.float().view(-1, 4).sum(1).repeat_interleave(4))
@@ -109,12 +110,14 @@ def test_nan_stays_nan(arch):
 def test_bytes_shuffles_and_shared_memory(arch):
     """What each lane gets of a word, of its neighbours, and of shared memory by address."""
     x = np.random.default_rng(0).integers(0, 2**32, 32, dtype=np.uint32)
-    taken, signed = np.zeros(128, np.uint32), np.zeros(128, np.int32)
+    products, signed = np.zeros(128, np.uint32), np.zeros(128, np.int32)
     neighbours, following, shared4 = (np.zeros(32, np.uint32) for _ in range(3))
     shared8, shared16 = np.zeros(64, np.uint32), np.zeros(128, np.uint32)
     above, in_quad = np.zeros(128, np.uint32), np.zeros(128, np.uint32)
-    run(arch, "probe_words", x, taken, signed, neighbours, following, shared4, shared8, above, in_quad, shared16)
-    assert np.array_equal(taken, x.view(np.uint8))
+    run(arch, "probe_words", x, products, signed, neighbours, following, shared4, shared8, above, in_quad, shared16)
+    lanes, factors = np.arange(32, dtype=np.uint32)[:, None], np.arange(255, 251, -1, dtype=np.uint32)
+    sums = x.view(np.uint8).reshape(32, 4) * factors + np.uint32(0xFFFFFF00) + lanes
+    assert np.array_equal(products.reshape(32, 4), sums)
     assert np.array_equal(signed, x.view(np.int8))
     assert np.array_equal(neighbours, x[np.arange(32) ^ 1])
     assert np.array_equal(following, np.roll(x, -1))

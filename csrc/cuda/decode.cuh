@@ -56,10 +56,8 @@ struct PairTable {
     return ptx::shared_address(&pairs[0][lane % kCopies]);
   }
 
-  // Byte `b` of `word`, decoded: its even element, its odd one. PRMT, LEA, LDS. (Shift and LOP3 with an aligned table
-  // would be as short, but ptxas starts shared memory at 0x400 from sm_90 on, whatever alignment is asked for.)
+  // Byte `b` of `word`, decoded: its even element, its odd one. IDP, LDS.
   static __device__ __forceinline__ float2 decode(uint32_t word, int b, uint32_t lane_base) {
-    static_assert(sizeof(pairs[0]) == 128);
     return ptx::load_shared_8(ptx::add_product_of_byte(word, b, sizeof(pairs[0]), lane_base));
   }
 };
@@ -82,7 +80,7 @@ struct NarrowPairTable {
 
   __device__ __forceinline__ uint32_t lane_base(int lane) const { return ptx::shared_address(&pairs[0][lane]); }
 
-  // Byte `b` of `word`: the even element in the low half. PRMT, LEA, LDS.
+  // Byte `b` of `word`: the even element in the low half. IDP, LDS.
   static __device__ __forceinline__ uint32_t decode(uint32_t word, int b, uint32_t lane_base) {
     return ptx::load_shared_4(ptx::add_product_of_byte(word, b, sizeof(pairs[0]), lane_base));
   }

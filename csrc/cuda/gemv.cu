@@ -34,14 +34,15 @@ struct Arguments {
   int64_t m, n, k, rank;
   float scaling;
   int block_shift;       // log2 of the block size
-  int panel_steps;       // steps of 128 columns in a panel, a multiple of kMostAhead * kWarps
+  int panel_steps;       // steps of 128 columns in a panel, a multiple of kAhead * kWarps
   int panels_per_block;  // of threads
   Format format;
 };
 
-// Decoded scales of a panel. Rows are 2 banks apart: no two of the 8 that a warp reads at once meet.
+// Decoded scales of a panel, those of rows r and r + 8 side by side. Rows are 8 banks apart: 4 blocks of 4 rows, which
+// half a warp reads at once, meet in no bank.
 struct PanelScales {
-  float of[kGemvRows][kPanelBlocks + 2];
+  alignas(16) float2 of[kGemvRows / 2][kPanelBlocks + 4];
 };
 
 // What a lane reads past the end of x.
@@ -52,10 +53,9 @@ struct PanelScales {
 // its own. So that each sum has one scale, each part of a row of x has a column of B of its own, zero for the other
 // lanes: with kTiles = 1 beside the other parts, with kTiles = kParts in another B.
 //
-// The second B, for 5 to 8 rows and blocks of 64, makes it 2.5 instructions a weight in place of 2.2: for 128 weights
-// of a lane 16 mma, 8 loads of x, 8 FMAs and 8 selections more. The reason is the width of the loads of W: two lanes of
-// a quad have all 64 columns of a block, and an mma adds up what four have. With 8-byte loads, a quad having one block,
-// it would be 4 loads of W and 8 FMAs more, about 2.3; but DRAM is served best by 16 bytes.
+// The second B, for 5 to 8 rows and blocks of 64, makes it 2.1 instructions a weight in place of 1.75: 16 mma and 8
+// FMAs more for 128 weights of a lane. The reason is the width of the loads of W: two lanes of a quad have all 64
+// columns of a block, and an mma adds up what four have.
 template <class T, int kParts, int kTiles>
 struct TensorCores {
   static constexpr int kColumnParts = kParts / kTiles;
@@ -67,24 +67,23 @@ struct TensorCores {
   uint4 b[kTiles][2] = {};  // 16 of the lane's x; zeros for ever where it has none
   const T* x;               // the lane's next column, in the row of x of its column of B
   bool has_x[kTiles];       // the lane's k are of its column's part
-  uint32_t depth;
   int lane;
   uint32_t table;
 
   __device__ __forceinline__ TensorCores(const T* first_x, int rows, uint32_t k, int lane, const Table& pairs)
-      : x(first_x + min(lane / 4 / kColumnParts, rows - 1) * k), depth(k), lane(lane), table(pairs.lane_base(lane)) {
+      : x(first_x + min(lane / 4 / kColumnParts, rows - 1) * k), lane(lane), table(pairs.lane_base(lane)) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
       has_x[tile] = lane % 4 * kParts / 4 == tile * kColumnParts + lane / 4 % kColumnParts;
   }
 
-  // k: the lane's first column of this step, `columns` after its next; step: counted from the panel's first.
-  __device__ __forceinline__ void add(const uint4 (&weights)[2], const PanelScales& scales, uint32_t k, int columns,
+  // inside: this step has columns for the lane, `columns` after its next; step: counted from the panel's first.
+  __device__ __forceinline__ void add(const uint4 (&weights)[2], const PanelScales& scales, bool inside, int columns,
                                       int step, int block_shift) {
     const uint32_t upper[4] = {weights[0].x, weights[0].y, weights[0].z, weights[0].w};
     const uint32_t lower[4] = {weights[1].x, weights[1].y, weights[1].z, weights[1].w};
     float c[kTiles][4] = {};
-    const void* from = k < depth ? static_cast<const void*>(x + columns) : zeros;
+    const void* from = inside ? static_cast<const void*>(x + columns) : zeros;
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
 #pragma unroll
@@ -109,7 +108,8 @@ struct TensorCores {
       for (int i = 0; i < 4; ++i) {
         const int part = tile * kColumnParts + (lane % 4 * 2 + i % 2) % kColumnParts;
         const int block = kParts == 1 ? step * kGemvDepth >> block_shift : step * kParts + part;
-        sums[i] += c[tile][i] * scales.of[lane / 4 + i / 2 * 8][block];
+        const float2 scale = scales.of[lane / 4][block];
+        sums[i] += c[tile][i] * (i < 2 ? scale.x : scale.y);
       }
     }
   }
@@ -144,20 +144,19 @@ struct Fmas {
 
   float sums[2][kRows] = {};  // of the lane's two rows of W
   const T* x[kRows];          // the lane's next column, in each row of x; in the last once more for those that are not
-  uint32_t depth;
   int lane;
   uint32_t table;
 
   __device__ __forceinline__ Fmas(const T* first_x, int rows, uint32_t k, int lane, const Table& pairs)
-      : depth(k), lane(lane), table(pairs.lane_base(lane)) {
+      : lane(lane), table(pairs.lane_base(lane)) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) x[row] = first_x + min(row, rows - 1) * k;
   }
 
-  __device__ __forceinline__ void add(const uint4 (&weights)[2], const PanelScales& scales, uint32_t k, int columns,
+  __device__ __forceinline__ void add(const uint4 (&weights)[2], const PanelScales& scales, bool inside, int columns,
                                       int step, int block_shift) {
     constexpr int kCount = kPerAccess<T>;
-    if (k >= depth) return;
+    if (!inside) return;
     const uint32_t words[2][4] = {{weights[0].x, weights[0].y, weights[0].z, weights[0].w},
                                   {weights[1].x, weights[1].y, weights[1].z, weights[1].w}};
     float products[2][kRows] = {};
@@ -185,11 +184,11 @@ struct Fmas {
       }
     }
     const int block = (step * kGemvDepth + lane % 4 * kGemvLaneDepth) >> block_shift;
+    const float2 scale = scales.of[lane / 4][block];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float scale = scales.of[lane / 4 + half * 8][block];
 #pragma unroll
-      for (int row = 0; row < kRows; ++row) sums[half][row] += products[half][row] * scale;
+      for (int row = 0; row < kRows; ++row) sums[half][row] += products[half][row] * (half == 0 ? scale.x : scale.y);
     }
   }
 
@@ -262,13 +261,16 @@ __device__ __forceinline__ void gemv(const Arguments<T>& args) {
   const auto decode_scales = [&](int panel, const auto& scale_of) {
     const int thread = ptx::read_thread_index();
     const int row = thread / kRowThreads;
+    float2* const to = scales.of[row % (kGemvRows / 2)];
     const int first_block = panel * kGemvDepth >> args.block_shift;
     const int64_t row_block = (first_n + row) * blocks_per_row + first_block;
 #pragma unroll 1  // what unrolling precomputes would take registers from the loop below
     for (int block = thread % kRowThreads; block < args.panel_steps * kGemvDepth >> args.block_shift;
-         block += kRowThreads)
+         block += kRowThreads) {
       // A block past the end is multiplied with zeros.
-      scales.of[row][block] = first_block + block < blocks_per_row ? scale_of(row_block + block) : 0.0f;
+      const float scale = first_block + block < blocks_per_row ? scale_of(row_block + block) : 0.0f;
+      (row < kGemvRows / 2 ? to[block].x : to[block].y) = scale;
+    }
   };
 
   Product product(args.x + first_m * k + lane_k, rows, k, lane, table);
@@ -286,7 +288,7 @@ __device__ __forceinline__ void gemv(const Arguments<T>& args) {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (i > 0 && step + i * kWarps >= steps) break;
-        product.add(weights[i], scales, lane_k + i * kWarpStride, i * kWarpStride, step + i * kWarps + warp,
+        product.add(weights[i], scales, lane_k + i * kWarpStride < end_k, i * kWarpStride, step + i * kWarps + warp,
                     args.block_shift);
         load(i + kAhead, weights[i]);
       }

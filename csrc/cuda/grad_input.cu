@@ -2,7 +2,7 @@
 //
 // The contraction runs over the rows of W. A fragment of the tensor core pairs rows n and n + 1 of one column, which
 // are far apart in memory: a lane looks up both in fp32, multiplies each by its row's scale and packs them into one
-// register. So a weight is rounded once, to what dequantize writes, bit for bit: 3 instructions a weight, and half of
+// register. So a weight is rounded once, to what dequantize writes, bit for bit: 2.5 instructions a weight, and half of
 // an 8-byte access to shared memory. A table of pairs of rows and their scales, all in 16 bits, would save 0.75 and
 // half of the access, at three roundings a weight; scales multiplied into grad would cost more than that from 64 rows
 // on, and take fp16 grad out of its range.
@@ -377,7 +377,7 @@ bool linear_grad_input_decodes_first(const LinearGradInputArgs& args) {
   // Cycles of a multiprocessor per weight. An H100 moves 14 bytes in one. To decode to 16 bits and read that again
   // moves 4.5 bytes: 0.32; to fp32 8.5 bytes, 0.61, and its product of m rows takes m / 128 more. The kernels take
   //   mma      0.058 (shared memory) per 32 rows: 5.5 tiles; 6, since cuBLAS does not reach all of that speed,
-  //   fma      5.3 instructions of 128 in a cycle, 0.041, per 2 rows: 8 tiles in 16 bits, 24 in fp32,
+  //   fma      4.7 instructions of 128 in a cycle, 0.037, per 2 rows: 8 tiles in 16 bits, 24 in fp32,
   //   element  about 40 instructions, 0.31, per 8 rows: 1 tile.
   // Other GPUs move fewer bytes in a cycle, so that decoding first costs more, but for the B200 (29 bytes: 3 tiles of
   // mma) and the H200, which nothing tells from an H100 (20 bytes: would be 4).

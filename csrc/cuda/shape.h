@@ -18,14 +18,14 @@ enum class LinearPath {
   dequantize,  // W decoded into memory once, then torch's own product
 };
 
-// gemv on tensor cores takes up to 8 rows for 2.5 instructions, 0.09 ps, where reading W takes 0.15 ps: it waits for
+// gemv on tensor cores takes up to 8 rows for 2.1 instructions, 0.07 ps, where reading W takes 0.15 ps: it waits for
 // DRAM. More rows would be a second pass, while gemm's tiles have 16 rows at least.
 constexpr int64_t kMostGemvRows = 8;
 
-// gemv in fp32 arithmetic (fp32 x; 16 bits before sm_80; int8) takes 2.5 instructions for each row, 0.09 ps. Decoding
+// gemv in fp32 arithmetic (fp32 x; 16 bits before sm_80; int8) takes 1.9 instructions for each row, 0.07 ps. Decoding
 // into fp32 moves 0.5 + 4 + 4 bytes, 2.5 ps, and an fp32 product at 60 TFLOPS takes 0.03 ps for each row: they meet at
-// 2.5 / (0.09 - 0.03) = 42 rows. On a B200, with 2.4 times the bandwidth and 1.25 times the instructions, at 1.06 /
-// (0.07 - 0.03) = 26; for 16 bits on a T4 (0.5 + 2 + 2 bytes) at 14 / 0.45 = 31; for int8 and 16-bit x (1 + 2 + 2
+// 2.5 / (0.07 - 0.03) = 62 rows. On a B200, with 2.4 times the bandwidth and 1.25 times the instructions, at 1.06 /
+// (0.056 - 0.03) = 40; for 16 bits on a T4 (0.5 + 2 + 2 bytes) at 14 / 0.37 = 38; for int8 and 16-bit x (1 + 2 + 2
 // bytes, 2.2 instructions) at 1.5 / 0.08 = 19. One number, below all of them:
 constexpr int64_t kMostFmaRows = 16;
 

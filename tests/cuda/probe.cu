@@ -13,13 +13,13 @@ __global__ void probe_global(const uint4* x, uint4* out) {
   ptx::store_global_16(out + threadIdx.x, ptx::load_global_16(x + threadIdx.x));
 }
 
-// The same by way of L1, 16 and 32 bytes per lane; each lane's number; sums over groups of lanes.
-__global__ void probe_cached(const uint4* x, uint4* out16, uint4* out32, int* index, float* sums4, float* sums16) {
-  uint4 pair[2];
-  ptx::load_global_32(pair, x + 2 * threadIdx.x);
-  out16[threadIdx.x] = ptx::load_global_16_cached(x + threadIdx.x);
-  out32[2 * threadIdx.x] = pair[0];
-  out32[2 * threadIdx.x + 1] = pair[1];
+// The same by way of L1, and in every other lane only; each lane's number; sums over groups of lanes.
+__global__ void probe_cached(const uint4* x, uint4* all, uint4* alternate, int* index, float* sums4, float* sums16) {
+  const bool wanted = threadIdx.x % 2 == 0;
+  uint4 v = {7, 7, 7, 7};
+  ptx::load_global_16_if(wanted, v, wanted ? x + threadIdx.x : nullptr);
+  all[threadIdx.x] = ptx::load_global_16_cached(x + threadIdx.x);
+  alternate[threadIdx.x] = v;
   index[threadIdx.x] = ptx::read_thread_index();
   sums4[threadIdx.x] = ptx::sum_lanes<4>(static_cast<float>(threadIdx.x));
   sums16[threadIdx.x] = ptx::sum_lanes<16>(static_cast<float>(threadIdx.x));
@@ -34,15 +34,17 @@ __global__ void probe_conversions(const float2* x, uint32_t* bf16, uint32_t* f16
   single[threadIdx.x] = ptx::narrow_f16(pair.x).bits;
 }
 
-// Bytes of a word, what the neighbour and the next lane have, and shared memory by address.
-__global__ void probe_words(const uint32_t* x, uint32_t* bytes, int* signed_bytes, uint32_t* neighbours, uint32_t* next,
-                            uint32_t* shared4, float2* shared8, uint32_t* above, uint32_t* in_quad, uint4* shared16) {
+// Products with a word's bytes, these with signs, what the neighbour and the next lane have, and shared memory by
+// address.
+__global__ void probe_words(const uint32_t* x, uint32_t* products, int* signed_bytes, uint32_t* neighbours,
+                            uint32_t* next, uint32_t* shared4, float2* shared8, uint32_t* above, uint32_t* in_quad,
+                            uint4* shared16) {
   __shared__ alignas(16) uint32_t words[4 * kWarpSize];
   const int lane = threadIdx.x;
   const uint32_t word = x[lane];
 #pragma unroll
   for (int b = 0; b < 4; ++b) {
-    bytes[4 * lane + b] = ptx::byte(word, b);
+    products[4 * lane + b] = ptx::add_product_of_byte(word, b, 255 - b, 0xffffff00 + lane);
     signed_bytes[4 * lane + b] = ptx::signed_byte(word, b);
     above[4 * lane + b] = ptx::byte_above(word, b, 0xabcd00 + lane);
     in_quad[4 * lane + b] = ptx::shuffle_quad(word, b);
