@@ -5,7 +5,7 @@
 #include <functional>
 #include <vector>
 
-#include "../nf4.h"
+#include "../arguments.h"
 #include "half.h"
 
 namespace lowbit::cpu {
@@ -30,17 +30,6 @@ struct QuantizedWeight {
   int64_t numel;
 };
 
-// packed[(numel + 1) / 2], absmax[ceil(numel / block_size)]; a block with NaN or inf gets a non-finite absmax.
-struct QuantizeArgs {
-  const void* weight;
-  Dtype dtype;
-  int64_t numel;
-  const Format* format;
-  int64_t block_size;
-  uint8_t* packed;
-  float* absmax;
-};
-
 // codes[blocks], group_scales[ceil(blocks / 256)]
 struct QuantizeScalesArgs {
   const float* absmax;
@@ -48,40 +37,6 @@ struct QuantizeScalesArgs {
   int64_t blocks;
   uint8_t* codes;
   float* group_scales;
-};
-
-// codes[rows, columns] = round_to_even(w * (1 / absmax * 127)), absmax[rows]; a row of zeros has absmax 0 and codes 0.
-struct QuantizeInt8Args {
-  const void* weight;
-  Dtype dtype;
-  int64_t rows, columns;
-  int8_t* codes;
-  float* absmax;
-};
-
-// scales[blocks]: per block the signed scale of a small grid that minimises the squared error of the decoded block,
-// each element's weighted by importance[its column] where given (columns: length of a row; element i is in column
-// i % columns).
-struct SearchScalesArgs {
-  const void* weight;
-  Dtype dtype;
-  int64_t numel;
-  const Format* format;
-  int64_t block_size;
-  const float* importance;  // or null
-  int64_t columns;
-  float* scales;
-};
-
-// packed[(numel + 1) / 2]: for each element the code whose value times its block's scale is nearest.
-struct EncodeArgs {
-  const void* weight;
-  Dtype dtype;
-  int64_t numel;
-  const Format* format;
-  int64_t block_size;
-  const float* scales;
-  uint8_t* packed;
 };
 
 struct DequantizeArgs {

@@ -8,8 +8,7 @@
 
 #include <cstdint>
 
-#include "../dtype.h"
-#include "../nf4.h"
+#include "../arguments.h"
 
 struct CUstream_st;  // of the CUDA runtime
 
@@ -39,17 +38,10 @@ struct QuantizedWeight {
   int64_t numel;
 };
 
-// packed[(numel + 1) / 2], absmax[ceil(numel / block_size)]; a block with NaN or inf gets a non-finite absmax.
-struct QuantizeArgs {
-  const void* weight;
-  Dtype dtype;
-  int64_t numel;
-  const Format* format;
-  int64_t block_size;
-  uint8_t* packed;
-  float* absmax;
-};
 int quantize(const QuantizeArgs& args, Stream stream);
+int quantize_int8(const QuantizeInt8Args& args, Stream stream);
+int search_scales(const SearchScalesArgs& args, Stream stream);
+int encode(const EncodeArgs& args, Stream stream);
 
 // codes[blocks], group_scales[ceil(blocks / 256)]
 struct QuantizeScalesArgs {
@@ -60,43 +52,6 @@ struct QuantizeScalesArgs {
   float* group_scales;
 };
 int quantize_scales(const QuantizeScalesArgs& args, Stream stream);
-
-// codes[rows, columns] = round_to_even(w * (1 / absmax * 127)), absmax[rows]; a row of zeros has absmax 0 and codes 0.
-struct QuantizeInt8Args {
-  const void* weight;
-  Dtype dtype;
-  int64_t rows, columns;
-  int8_t* codes;
-  float* absmax;
-};
-int quantize_int8(const QuantizeInt8Args& args, Stream stream);
-
-// scales[blocks]: per block the signed scale of a small grid that minimises the squared error of the decoded block,
-// each element's weighted by importance[its column] where given (columns: length of a row; element i is in column
-// i % columns).
-struct SearchScalesArgs {
-  const void* weight;
-  Dtype dtype;
-  int64_t numel;
-  const Format* format;
-  int64_t block_size;
-  const float* importance;  // or null
-  int64_t columns;
-  float* scales;
-};
-int search_scales(const SearchScalesArgs& args, Stream stream);
-
-// packed[(numel + 1) / 2]: for each element the code whose value times its block's scale is nearest.
-struct EncodeArgs {
-  const void* weight;
-  Dtype dtype;
-  int64_t numel;
-  const Format* format;
-  int64_t block_size;
-  const float* scales;
-  uint8_t* packed;
-};
-int encode(const EncodeArgs& args, Stream stream);
 
 struct DequantizeArgs {
   QuantizedWeight weight;
