@@ -1,4 +1,4 @@
-"""Marks for `make test`: what is Triton's, and what of it wants Triton's interpreter, on or off for a whole process."""
+"""Marks for `make test`: what of it is about GPU kernels, and what wants Triton's interpreter, on for a whole process."""
 
 import pytest
 
@@ -7,8 +7,8 @@ from lowbit.backends import triton
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.name.startswith("test_triton_"):
-            item.add_marker("triton")
+        if item.path.name.startswith(("test_triton_", "test_cuda_", "test_emulator_")):
+            item.add_marker("gpu_kernels")
 
 
 def pytest_runtest_setup(item):
