@@ -1,4 +1,4 @@
-"""Marks for `make test`: what of it is about GPU kernels, and what wants Triton's interpreter, on for a whole process."""
+"""Marks for `make test`: what of it is about GPU kernels, and what wants a process with Triton's interpreter."""
 
 import pytest
 
