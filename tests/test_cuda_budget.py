@@ -107,7 +107,7 @@ def test_gemv_int8_budget():
 
 @pytest.mark.parametrize("rows", [8, 16, 32])
 def test_grad_input_tensor_core_budget(rows):
-    """Decoding on the way to the tensor cores: at most 4.8 instructions per weight, of which 2.5 look it up and scale it.
+    """Decoding on the way to the tensor cores: at most 4.8 instructions per weight, 2.5 for look-up and scale.
 
     (With scales in fp32 4.6.) At DRAM speed an H100 has 4.6 issue slots per weight, and 0.036 cycles of shared memory;
     a weight takes about 0.05 of those, most for its look-up. So the loop runs at 0.7 of DRAM speed there.
