@@ -145,6 +145,25 @@ def assert_spreads(run, dtype, bad):
     assert torch.equal(out[~finite].nan_to_num(), expected[~finite].nan_to_num())
 
 
+def assert_lora_spreads(run):
+    """Infinite factors, also together, next to ones that are a bf16 (and next to a 0, which makes NaN)."""
+    parts = quantized((8, 64), "nf4", 64, True)
+    grad, grad_t, lora_a = operands(6, 8, 64, 1, torch.bfloat16)
+    grad_t[:, 0] = torch.tensor([float("inf"), -float("inf"), 1.0, 0.0, 0.3, float("nan")])
+    lora_a[0, :4] = torch.tensor([1.0, -float("inf"), 0.0, -0.7])
+    out, expected = run(grad, parts, 64, grad_t, lora_a), reference.linear_grad_input(grad, *parts, 64, grad_t, lora_a)
+    finite = expected.isfinite()
+    assert torch.equal(out.isfinite(), finite)
+    assert torch.equal(out[~finite].nan_to_num(), expected[~finite].nan_to_num())
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_infinite_lora_spreads_as_in_the_reference():
+    """Split into two bf16, an infinity must not become NaN, nor a number."""
+    assert_lora_spreads(interpret)
+
+
 def run_ptx(grad, parts, k, grad_t=None, lora_a=None):
     """What the sm_80 PTX makes, assembly included."""
     with launches(pytest.MonkeyPatch(), "sm_80") as made:
@@ -179,6 +198,12 @@ def test_ptx(monkeypatch, m, n, k, rank, dtype, format, block_size, double_quant
 def test_non_finite_values_in_ptx(bad):
     """Scales are split in two, and an infinite one has no second part: the difference of two would be a NaN."""
     assert_spreads(run_ptx, torch.bfloat16, bad)
+
+
+@compiled_only
+def test_infinite_lora_in_ptx():
+    """The compiler may not take a difference of infinities for 0."""
+    assert_lora_spreads(run_ptx)
 
 
 @given(

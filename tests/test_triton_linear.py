@@ -223,7 +223,9 @@ def test_infinite_lora_stays_infinite():
     """Split into two bf16, an infinity must not become NaN, nor a finite output."""
     case = Case(2, 8, 64, rank=1, has_bias=False)
     case.t[0], case.lora_b[:] = float("inf"), 1.0
-    assert torch.equal(triton_linear(case)[0], torch.full((8,), float("inf"), dtype=torch.bfloat16))
+    case.lora_b[:2] = torch.tensor([[float("inf")], [-0.3]])
+    expected = torch.tensor([1.0, -1.0, *[1.0] * 6]) * float("inf")
+    assert torch.equal(triton_linear(case)[0], expected.bfloat16())
 
 
 #: (a tile, a case that it has to get right, ragged) per family.

@@ -20,7 +20,7 @@ import triton.language as tl
 from ... import format as fmt
 from . import INTERPRETED
 from .decode import _value_bytes, decode_codes, decode_scales
-from .rounding import round_to
+from .rounding import in_two_bf16, round_to
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -202,14 +202,13 @@ def contract_rows(
 def add_product(a, b, total, DTYPE: tl.constexpr):
     """total + a^T b^T of fp32 factors; next to 16-bit DTYPEs from bf16 parts, which leave out 3 * 2^-16 of it.
 
-    (fp16's range would not hold the low parts of small numbers.) Not by in_two_bf16, which keeps an infinity beside a
-    low part of 0 from making NaN: its third values do not fit the registers next to 128 rows of grad.
+    (fp16's range would not hold the low parts of small numbers.)
     """
     if DTYPE == tl.float32:
         return transposed_dot(a, b, total)
     else:
-        a_high, b_high = round_to(a, tl.bfloat16), round_to(b, tl.bfloat16)
-        a_low, b_low = round_to(rest_of(a, a_high), tl.bfloat16), round_to(rest_of(b, b_high), tl.bfloat16)
+        a_high, a_low = in_two_bf16(a)
+        b_high, b_low = in_two_bf16(b)
         total = transposed_dot(a_low, b_high, total)
         total = transposed_dot(a_high, b_low, total)
         return transposed_dot(a_high, b_high, total)
