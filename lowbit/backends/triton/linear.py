@@ -52,10 +52,10 @@ def _lora(acc, t, lora_b, scaling, rows, columns, m, n, rank, summed, EXACT: tl.
         if EXACT:
             sums = _dot(a, b, sums)
         else:
-            a_high, a_low = in_two_bf16(a)
-            b_high, b_low = in_two_bf16(b)
-            sums = _dot(a_low, b_high, sums)
-            sums = _dot(a_high, b_low, sums)
+            a_high, a_low, a_finite = in_two_bf16(a)
+            b_high, b_low, b_finite = in_two_bf16(b)
+            sums = _dot(a_low, b_finite, sums)
+            sums = _dot(a_finite, b_low, sums)
             sums = _dot(a_high, b_high, sums)
     return acc + scaling * sums
 

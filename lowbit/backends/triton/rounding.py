@@ -25,13 +25,12 @@ def round_to(values, DTYPE: tl.constexpr):
 
 @triton.jit
 def in_two_bf16(values):
-    """fp32 as a sum of two bf16: |values - high - low| <= 2^-16 |values|.
+    """fp32 as a sum of two bf16: |values - high - low| <= 2^-16 |values|; and high without infinities.
 
-    An infinity or NaN is the low part, beside 1 with its sign: high high + high low + low high is then what the product
-    of the values is. As the high part it would make NaN of a low part of 0.
+    These have no low part, and a factor whose low part is 0 must not make NaN of them.
     """
-    high = round_to(values, tl.bfloat16).to(tl.float32)
-    held = high - high == 0
-    low = tl.where(held, values - high, values)
-    high = tl.where(held, high, tl.clamp(values, -1.0, 1.0))
-    return round_to(high, tl.bfloat16), round_to(low, tl.bfloat16)
+    high = round_to(values, tl.bfloat16)
+    whole = high.to(tl.float32)
+    finite = whole - whole == 0
+    low = round_to(tl.where(finite, values - whole, 0.0), tl.bfloat16)
+    return high, low, round_to(tl.where(finite, whole, 0.0), tl.bfloat16)

@@ -20,7 +20,7 @@ import triton.language as tl
 from ... import format as fmt
 from . import INTERPRETED
 from .decode import _value_bytes, decode_codes, decode_scales
-from .rounding import in_two_bf16, round_to
+from .rounding import round_to
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -199,6 +199,19 @@ def contract_rows(
 
 
 @triton.jit
+def _two_bf16(values):
+    """As ``rounding.in_two_bf16``, but two values for every product: an infinity or NaN is the low one, beside 1.
+
+    The third does not fit the registers next to 128 rows of grad; with these two ptxas spills in linear's int8 tiles.
+    """
+    high = round_to(values, tl.bfloat16).to(tl.float32)
+    held = high - high == 0
+    low = tl.where(held, values - high, values)
+    high = tl.where(held, high, tl.clamp(values, -1.0, 1.0))
+    return round_to(high, tl.bfloat16), round_to(low, tl.bfloat16)
+
+
+@triton.jit
 def add_product(a, b, total, DTYPE: tl.constexpr):
     """total + a^T b^T of fp32 factors; next to 16-bit DTYPEs from bf16 parts, which leave out 3 * 2^-16 of it.
 
@@ -207,8 +220,8 @@ def add_product(a, b, total, DTYPE: tl.constexpr):
     if DTYPE == tl.float32:
         return transposed_dot(a, b, total)
     else:
-        a_high, a_low = in_two_bf16(a)
-        b_high, b_low = in_two_bf16(b)
+        a_high, a_low = _two_bf16(a)
+        b_high, b_low = _two_bf16(b)
         total = transposed_dot(a_low, b_high, total)
         total = transposed_dot(a_high, b_low, total)
         return transposed_dot(a_high, b_high, total)
