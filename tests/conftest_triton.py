@@ -68,7 +68,7 @@ def _capability(target: str) -> tuple[int, int] | None:
 def launches(monkeypatch, target: str | None = None):
     """A list of the launches made meanwhile; none is run. With a target those that its GPU would get.
 
-    That is: with inline assembly or without, and configurations for what a module's ``capability`` then says.
+    That is: with inline assembly or without, and configurations for what ``capability`` then says.
     """
     collected = []
 
@@ -76,14 +76,17 @@ def launches(monkeypatch, target: str | None = None):
         if 0 not in grid:
             collected.append(Launch(kernel, (*grid, 1, 1)[:3], arguments, options))
 
+    from lowbit.backends.triton import gpu
+
     with monkeypatch.context() as patch:
-        for name in set(backend.MODULES.values()):
+        if target is not None:
+            patch.setattr(gpu, "capability", lambda device: _capability(target))
+        for name in {*backend.MODULES.values(), "splits"}:
             module = importlib.import_module(f"lowbit.backends.triton.{name}")
-            patch.setattr(module, "launch", collect)
+            if hasattr(module, "launch"):
+                patch.setattr(module, "launch", collect)
             if target is not None:
                 patch.setattr(module, "PORTABLE", not target.startswith("sm_"), raising=False)
-                if hasattr(module, "capability"):
-                    patch.setattr(module, "capability", lambda device: _capability(target))
         yield collected
 
 

@@ -6,7 +6,9 @@ import triton_calls
 from conftest_triton import compiled, compiled_only, launches, machine_code
 from sass import count
 
-from lowbit.backends.triton import shapes
+from lowbit.backends.triton import shapes_forward as shapes
+from lowbit.backends.triton.gpu import Gpu, shared_bytes_of
+from lowbit.backends.triton.shapes import Problem
 
 pytestmark = compiled_only
 
@@ -17,7 +19,7 @@ def main_loop(monkeypatch, folder, target, config, m, dtype=torch.bfloat16, form
     """(kernel, its loop over k, its shared memory) of a call with LoRA, bias and double-quantized scales."""
     from lowbit.backends.triton import linear
 
-    monkeypatch.setattr(shapes, "linear_config", lambda problem, gpu: config)
+    monkeypatch.setattr(shapes, "linear_configs", lambda problem, gpu: [config])
     tensor = triton_calls.tensor
     weight = triton_calls.weight((N, K), format, block_size)
     with launches(monkeypatch, target) as made:
@@ -64,11 +66,11 @@ def test_four_bits(monkeypatch, tmp_path, budget):
     target, config, block_size, counted = budget
     code, loop, shared = main_loop(monkeypatch, tmp_path, target, config, config.bm, block_size=block_size)
     wgmma = has_wgmma(target, config)
-    problem = shapes.Problem(config.bm, N, K, torch.bfloat16, "nf4", block_size)
-    gpu = shapes.Gpu(int(target[3:]), 100)
+    problem = Problem(config.bm, N, K, torch.bfloat16, "nf4", block_size)
+    gpu = Gpu(int(target[3:]), 100)
 
     assert (code.stack, code.local) == (0, 0)
-    assert shared <= shapes.shared_bytes(config, problem) <= shapes.shared_bytes_of(gpu)
+    assert shared <= shapes.shared_bytes(config, problem) <= shared_bytes_of(gpu)
     per_weight = len(loop) * 32 * config.warps / (config.bn * config.bk)
     assert per_weight <= 1.03 * counted, f"{per_weight:.2f}"
     # The cost model that chooses configurations may not be further off than its choices are apart.
@@ -129,7 +131,7 @@ def test_split_k_sum(monkeypatch, tmp_path):
     from lowbit.backends.triton import linear
 
     config = C(8, 64, 64, 2, 4, True, splits=8)
-    monkeypatch.setattr(shapes, "linear_config", lambda problem, gpu: config)
+    monkeypatch.setattr(shapes, "linear_configs", lambda problem, gpu: [config])
     tensor = triton_calls.tensor
     with launches(monkeypatch, "sm_80") as made:
         linear.linear(tensor(8, K, dtype=torch.bfloat16), *triton_calls.weight((N, K), "nf4"), N, *[None] * 3, 1.0)
