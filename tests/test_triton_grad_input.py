@@ -1,4 +1,4 @@
-"""linear_grad_input in Triton, interpreted and as sm_80 PTX on the emulator, against fp64 arithmetic.
+"""linear_grad_input in Triton, interpreted and as PTX on the emulator, against fp64 arithmetic.
 
 ``quantized`` gives blocks of different magnitudes: one's scale for another's is far outside of every tolerance.
 """
@@ -164,13 +164,23 @@ def test_infinite_lora_spreads_as_in_the_reference():
     assert_lora_spreads(interpret)
 
 
-def run_ptx(grad, parts, k, grad_t=None, lora_a=None):
-    """What the sm_80 PTX makes, assembly included."""
-    with launches(pytest.MonkeyPatch(), "sm_80") as made:
+def emulated(target, grad, parts, k, grad_t, lora_a):
+    """(out, launches, what the emulator counted of each), assembly included."""
+    with launches(pytest.MonkeyPatch(), target) as made:
         out = linear_grad_input.linear_grad_input(grad, *parts, k, grad_t, lora_a)
-    for launch in made:
-        emulate(launch)
-    return out
+    return out, made, [emulate(launch, target=target) for launch in made]
+
+
+def run_ptx(grad, parts, k, grad_t=None, lora_a=None):
+    """What the sm_80 PTX makes."""
+    return emulated("sm_80", grad, parts, k, grad_t, lora_a)[0]
+
+
+def run_wgmma(grad, parts, k, grad_t=None, lora_a=None):
+    """What the sm_90 PTX makes, and the tile that it is made of."""
+    out, made, (result, *_) = emulated("sm_90", grad, parts, k, grad_t, lora_a)
+    assert result.count("wgmma.mma_async") and not result.count("mma.sync")
+    return out, made[0].values["TILE_M"]
 
 
 @compiled_only
@@ -194,16 +204,46 @@ def test_ptx(monkeypatch, m, n, k, rank, dtype, format, block_size, double_quant
 
 
 @compiled_only
-@pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
-def test_non_finite_values_in_ptx(bad):
-    """Scales are split in two, and an infinite one has no second part: the difference of two would be a NaN."""
-    assert_spreads(run_ptx, torch.bfloat16, bad)
+@pytest.mark.parametrize(
+    ("tile_m", "m", "n", "k", "rank", "dtype", "format", "block_size", "double_quant", "magnitude"),
+    [
+        (16, 5, 100, 320, 17, torch.bfloat16, "nf4", 32, True, 0.02),
+        (64, 33, 100, 320, 8, torch.float16, "nf4", 64, True, 1e-6),
+        (64, 130, 70, 128, 1, torch.bfloat16, "fp4", 128, False, 30.0),  # W so narrow that the tile is
+        (128, 130, 530, 320, 8, torch.bfloat16, "nf4", 64, True, 0.02),
+        (128, 65, 70, 192, 17, torch.float16, "fp4", 32, False, 0.02),
+        (128, 70, 33, 177, 8, torch.bfloat16, "int8", 32, True, 0.02),
+    ],
+)
+def test_wgmma(monkeypatch, tile_m, m, n, k, rank, dtype, format, block_size, double_quant, magnitude):
+    """What an H100 runs: larger tiles, and other instructions and layouts than sm_80 has; wrong ones are other columns
+    of the gradient.
+    """
+    monkeypatch.setattr(linear_grad_input, "processors", lambda device: 4)
+    parts = quantized((n, k), format, block_size, double_quant, magnitude)
+    grad, grad_t, lora_a = operands(m, n, k, rank, dtype)
+    out, tile = run_wgmma(grad, parts, k, grad_t, lora_a)
+    assert tile == tile_m
+    assert_right(out, grad, parts, grad_t, lora_a)
+
+
+#: Runs of a product as PTX for an A100 and an H100.
+RUNS = {"sm_80": run_ptx, "sm_90": lambda *arguments: run_wgmma(*arguments)[0]}
 
 
 @compiled_only
-def test_infinite_lora_in_ptx():
-    """The compiler may not take a difference of infinities for 0."""
-    assert_lora_spreads(run_ptx)
+@pytest.mark.parametrize("target", RUNS)
+@pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
+def test_non_finite_values_in_ptx(bad, target):
+    """Scales are split in two, and an infinite one has no second part: the difference of two would be a NaN."""
+    assert_spreads(RUNS[target], torch.bfloat16, bad)
+
+
+@compiled_only
+@pytest.mark.parametrize("target", RUNS)
+def test_infinite_lora_in_ptx(target):
+    """The compiler may not take a difference of infinities for 0; and it clamps by other instructions for sm_90."""
+    assert_lora_spreads(RUNS[target])
 
 
 @given(
