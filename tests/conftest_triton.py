@@ -2,8 +2,8 @@
 
 Two ways to run one without a GPU. Under ``TRITON_INTERPRET=1``, a process of its own, Triton's interpreter runs the
 kernels on CPU tensors (``interpreted``). Otherwise ``launches`` collects what a call would launch; ``compiled`` makes
-machine code of such a launch for any GPU, with what the launch would specialize on, and ``emulate`` runs its sm_80
-PTX on the emulator, on the call's own tensors.
+machine code of such a launch for any GPU, with what the launch would specialize on, and ``emulate`` runs its PTX (for
+sm_80 or sm_90) on the emulator, on the call's own tensors.
 """
 
 import contextlib
@@ -135,13 +135,13 @@ def _memory(value):
     return value
 
 
-def emulate(launch: Launch, ends: dict[str, torch.Tensor] | None = None, **options):
-    """Run a launch's sm_80 PTX on the emulator, on the launch's own (CPU) tensors; returns what it counted.
+def emulate(launch: Launch, ends: dict[str, torch.Tensor] | None = None, target: str = "sm_80", **options):
+    """Run a launch's PTX for ``target`` on the emulator, on the launch's own (CPU) tensors; returns what it counted.
 
     ``ends``: by argument the last elements of a tensor, all of it that there is memory for (it may be a meta tensor).
     """
     emulator = pytest.importorskip("emulator")
-    kernel, signature = compiled(launch, "sm_80")
+    kernel, signature = compiled(launch, target)
     arguments = []
     for name, kind in signature.items():
         argument, end = launch.values[name], (ends or {}).get(name)
@@ -156,7 +156,7 @@ def emulate(launch: Launch, ends: dict[str, torch.Tensor] | None = None, **optio
         args=arguments,
         shared=kernel.metadata.shared,
         pad_args=True,
-        device=emulator.Device.for_arch("sm_80"),
+        device=emulator.Device.for_arch(target),
         **options,
     )
     # LLVM builds a word of bytes in steps, the first of them with an undefined register for bytes still to come.

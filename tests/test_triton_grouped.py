@@ -1,4 +1,4 @@
-"""The grouped products in Triton, interpreted and as sm_80 PTX on the emulator, against fp64 arithmetic by expert."""
+"""The grouped products in Triton, interpreted and as PTX on the emulator, against fp64 arithmetic by expert."""
 
 import pytest
 import torch
@@ -31,15 +31,17 @@ def interpret(name, *arguments):
     return getattr(torch.ops.lowbit_triton, name).default(*arguments)
 
 
-def run_ptx(name, *arguments):
-    """What the sm_80 PTX makes, assembly included."""
-    module = grouped if hasattr(grouped, f"{name}_kernel") or name.startswith("grouped_linear") else grouped_products
-    with launches(pytest.MonkeyPatch(), "sm_80") as made:
+def emulated(target, name, *arguments):
+    """(out, launches, what the emulator counted of each), assembly included."""
+    module = grouped if name.startswith("grouped_linear") else grouped_products
+    with launches(pytest.MonkeyPatch(), target) as made:
         out = getattr(module, name)(*arguments)
-    assert len(made) <= 1
-    for launch in made:
-        emulate(launch)
-    return out
+    return out, made, [emulate(launch, target=target) for launch in made]
+
+
+def run_ptx(name, *arguments):
+    """What the sm_80 PTX makes."""
+    return emulated("sm_80", name, *arguments)[0]
 
 
 class Case:
@@ -121,9 +123,8 @@ def test_products_with_a_stack(counts, stack, rank, dtype, format, block_size, d
 
 @interpreted
 @pytest.mark.parametrize("counts", [(20, 0, 70), (40, 33, 20)])
-def test_larger_tiles(monkeypatch, counts):
+def test_larger_tiles(counts):
     """The tiles of training batches, ragged at each expert's end: a tile must stop where its expert's tokens do."""
-    monkeypatch.setattr(grouped, "capability", lambda device: (8, 0))
     case = Case(counts, (3, 72, 192), 8, torch.bfloat16)
     case.check_linear(interpret)
     case.check_grad_input(interpret)
@@ -233,6 +234,33 @@ def test_ptx(counts, stack, rank, dtype, format, block_size, double_quant):
     case = Case(counts, stack, rank, dtype, format, block_size, double_quant)
     case.check_linear(run_ptx)
     case.check_grad_input(run_ptx)
+
+
+@compiled_only
+@pytest.mark.parametrize(
+    ("tile_m", "counts", "stack", "rank", "dtype", "format", "block_size", "double_quant"),
+    [
+        ((16, 32), (3, 0, 17), (3, 40, 128), 8, torch.bfloat16, "nf4", 64, True),
+        ((64, 64), (37, 0, 70), (3, 72, 192), 17, torch.bfloat16, "nf4", 64, True),
+        ((64, 128), (130, 0, 80), (3, 40, 160), 8, torch.float16, "nf4", 32, False),
+        ((64, 64), (100, 130), (2, 33, 128), 1, torch.bfloat16, "fp4", 128, False),
+        ((64, 128), (70, 66), (2, 40, 72), 8, torch.bfloat16, "int8", 32, True),
+    ],
+)
+def test_wgmma(tile_m, counts, stack, rank, dtype, format, block_size, double_quant):
+    """What an H100 runs, forward and backward: other instructions and layouts than sm_80's, at each expert's edges."""
+    case, tiles = Case(counts, stack, rank, dtype, format, block_size, double_quant), []
+
+    def run(name, *arguments):
+        out, (launch, *_), (result, *_) = emulated("sm_90", name, *arguments)
+        tiles.append(launch.values["BM" if name == "grouped_linear" else "TILE_M"])
+        wgmma = name != "grouped_linear" or tiles[-1] >= 64
+        assert bool(result.count("wgmma.mma_async")) == wgmma == (not result.count("mma.sync"))
+        return out
+
+    case.check_linear(run)
+    case.check_grad_input(run)
+    assert tuple(tiles) == tile_m
 
 
 @compiled_only

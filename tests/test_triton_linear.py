@@ -218,15 +218,20 @@ def test_lora_of_rank_zero():
     assert torch.equal(triton_linear(case), plain)
 
 
-@interpreted
-@pytest.mark.filterwarnings("ignore:invalid value")
-def test_infinite_lora_stays_infinite():
-    """Split into two bf16, an infinity must not become NaN, nor a finite output."""
+def check_infinite_lora(run):
+    """``run``: linear, of a case whose factors are infinite, together or beside ones that bf16 holds or does not."""
     case = Case(2, 8, 64, rank=1, has_bias=False)
     case.t[0], case.lora_b[:] = float("inf"), 1.0
     case.lora_b[:2] = torch.tensor([[float("inf")], [-0.3]])
     expected = torch.tensor([1.0, -1.0, *[1.0] * 6]) * float("inf")
-    assert torch.equal(triton_linear(case)[0], expected.bfloat16())
+    assert torch.equal(run(case)[0], expected.bfloat16())
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_infinite_lora_stays_infinite():
+    """Split into two bf16, an infinity must not become NaN, nor a finite output."""
+    check_infinite_lora(triton_linear)
 
 
 #: (a tile, a case that it has to get right, ragged) per family.
@@ -247,21 +252,71 @@ EMULATED = {
 }
 
 
+def emulated(monkeypatch, case, config_of, target="sm_80"):
+    """(y, launches, what the emulator counted of each) of a call for which ``config_of(problem, gpu)`` chooses."""
+    monkeypatch.setattr(shapes, "linear_configs", lambda problem, gpu: [config_of(problem, gpu)])
+    from lowbit.backends.triton import linear
+
+    with launches(monkeypatch, target) as made:
+        y = linear.linear(*case.arguments())
+    y.fill_(float("nan"))
+    return y, made, [emulate(launch, target=target, detect_global_waw=True) for launch in made]
+
+
 @compiled_only
 @pytest.mark.parametrize("name", EMULATED)
 def test_on_the_emulator(monkeypatch, name):
     """What NVIDIA GPUs run: the assembly, the copies into shared memory, the layouts of tensor cores' operands."""
     config, case = EMULATED[name]
-    monkeypatch.setattr(shapes, "linear_configs", lambda problem, gpu: [config])
-    from lowbit.backends.triton import linear
-
-    with launches(monkeypatch, "sm_80") as made:
-        y = linear.linear(*case.arguments())
-    y.fill_(float("nan"))
+    y, made, _ = emulated(monkeypatch, case, lambda problem, gpu: config)
     assert len(made) == (2 if config.splits > 1 else 1)
-    for launch in made:
-        emulate(launch, detect_global_waw=True)
     case.check(y)
+
+
+def h100_config(rows, splits=1):
+    """Chooses that tile of so many rows which an H100 has for layers of a model's size."""
+    configs = shapes.linear_configs
+
+    def config_of(problem, gpu):
+        assert gpu.capability == 90
+        layer = dataclasses.replace(problem, m=128, n=4096, k=4096)
+        return next(c for c in configs(layer, gpu) if (c.bm, c.splits) == (rows, splits))
+
+    return config_of
+
+
+#: (rows and parts of k of an H100's tile, a case that it has to get right, ragged).
+WGMMA = {
+    "64 rows": (64, 1, Case(65, 65, 192, rank=17)),
+    "64 rows, parts of k": (64, 2, Case(37, 70, 320, torch.float16, double_quant=False)),
+    "64 rows, blocks of 32": (64, 1, Case(70, 33, 96, block_size=32, rank=0)),
+    "64 rows, int8, odd rows": (64, 1, Case(65, 33, 77, torch.float16, "int8")),
+    "128 rows": (128, 1, Case(130, 33, 192, rank=1)),
+    "128 rows, parts of k": (128, 2, Case(100, 130, 320, torch.float16, has_bias=False)),
+    "128 rows, blocks of 128": (128, 1, Case(99, 70, 256, format="fp4", block_size=128)),
+    "128 rows, int8": (128, 1, Case(130, 33, 128, format="int8")),
+}
+
+
+@compiled_only
+@pytest.mark.parametrize("name", WGMMA)
+def test_wgmma_on_the_emulator(monkeypatch, name):
+    """What an H100 runs for many rows: other instructions and layouts, W decoded to shared memory. A wrong swizzle
+    there is another weight.
+    """
+    rows, splits, case = WGMMA[name]
+    y, made, (result, *_) = emulated(monkeypatch, case, h100_config(rows, splits), "sm_90")
+    assert len(made) == (2 if splits > 1 else 1) and made[0].values["BM"] == rows
+    assert result.count("wgmma.mma_async") and not result.count("mma.sync")
+    case.check(y)
+
+
+@compiled_only
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_infinite_lora_on_the_emulator(monkeypatch, target):
+    """The compiler may not take a difference of infinities for 0."""
+    config_of = h100_config(64) if target == "sm_90" else lambda problem, gpu: EMULATED["64 rows"][0]
+    check_infinite_lora(lambda case: emulated(monkeypatch, case, config_of, target)[0])
 
 
 @pytest.mark.parametrize("gpu", [A100, H100, Gpu(89, 128), Gpu(100, 148), MI300, Gpu(0, 96)])
