@@ -90,6 +90,22 @@ def launches(monkeypatch, target: str | None = None):
         yield collected
 
 
+def tile_of_a_layer(configs, k=4096, **wanted):
+    """A chooser of configurations like ``configs`` (of shapes_forward or shapes_backward) that takes the one with the
+    ``wanted`` fields which the GPU would have for layers of 4096 x k.
+    """
+
+    def chosen(problem, gpu):
+        found = []
+        for rows in (16, 64, 512):
+            layer = dataclasses.replace(problem, m=rows * max(problem.experts, 1), n=4096, k=k)
+            found += [c for c in configs(layer, gpu) if all(getattr(c, name) == wanted[name] for name in wanted)]
+        assert found, f"{gpu} has no tile with {wanted}"
+        return found[:1]
+
+    return chosen
+
+
 _POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",

@@ -16,7 +16,7 @@ from cases import (
     product_tolerance,
     tensor_core_tolerance,
 )
-from conftest_triton import compiled_only, emulate, interpreted, launches
+from conftest_triton import compiled_only, emulate, interpreted, launches, tile_of_a_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -252,9 +252,9 @@ EMULATED = {
 }
 
 
-def emulated(monkeypatch, case, config_of, target="sm_80"):
-    """(y, launches, what the emulator counted of each) of a call for which ``config_of(problem, gpu)`` chooses."""
-    monkeypatch.setattr(shapes, "linear_configs", lambda problem, gpu: [config_of(problem, gpu)])
+def emulated(monkeypatch, case, configs, target="sm_80"):
+    """(y, launches, what the emulator counted of each) of a call for which ``configs(problem, gpu)`` chooses."""
+    monkeypatch.setattr(shapes, "linear_configs", configs)
     from lowbit.backends.triton import linear
 
     with launches(monkeypatch, target) as made:
@@ -268,21 +268,9 @@ def emulated(monkeypatch, case, config_of, target="sm_80"):
 def test_on_the_emulator(monkeypatch, name):
     """What NVIDIA GPUs run: the assembly, the copies into shared memory, the layouts of tensor cores' operands."""
     config, case = EMULATED[name]
-    y, made, _ = emulated(monkeypatch, case, lambda problem, gpu: config)
+    y, made, _ = emulated(monkeypatch, case, lambda problem, gpu: [config])
     assert len(made) == (2 if config.splits > 1 else 1)
     case.check(y)
-
-
-def h100_config(rows, splits=1):
-    """Chooses that tile of so many rows which an H100 has for layers of a model's size."""
-    configs = shapes.linear_configs
-
-    def config_of(problem, gpu):
-        assert gpu.capability == 90
-        layer = dataclasses.replace(problem, m=128, n=4096, k=4096)
-        return next(c for c in configs(layer, gpu) if (c.bm, c.splits) == (rows, splits))
-
-    return config_of
 
 
 #: (rows and parts of k of an H100's tile, a case that it has to get right, ragged).
@@ -305,7 +293,8 @@ def test_wgmma_on_the_emulator(monkeypatch, name):
     there is another weight.
     """
     rows, splits, case = WGMMA[name]
-    y, made, (result, *_) = emulated(monkeypatch, case, h100_config(rows, splits), "sm_90")
+    configs = tile_of_a_layer(shapes.linear_configs, bm=rows, splits=splits)
+    y, made, (result, *_) = emulated(monkeypatch, case, configs, "sm_90")
     assert len(made) == (2 if splits > 1 else 1) and made[0].values["BM"] == rows
     assert result.count("wgmma.mma_async") and not result.count("mma.sync")
     case.check(y)
@@ -315,8 +304,8 @@ def test_wgmma_on_the_emulator(monkeypatch, name):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_infinite_lora_on_the_emulator(monkeypatch, target):
     """The compiler may not take a difference of infinities for 0."""
-    config_of = h100_config(64) if target == "sm_90" else lambda problem, gpu: EMULATED["64 rows"][0]
-    check_infinite_lora(lambda case: emulated(monkeypatch, case, config_of, target)[0])
+    configs = tile_of_a_layer(shapes.linear_configs, bm=64, splits=1)
+    check_infinite_lora(lambda case: emulated(monkeypatch, case, configs, target)[0])
 
 
 @pytest.mark.parametrize("gpu", [A100, H100, Gpu(89, 128), Gpu(100, 148), MI300, Gpu(0, 96)])
@@ -346,8 +335,11 @@ def test_small_grids_are_split():
 
 
 def test_few_graphs_for_many_batch_sizes():
-    """torch.compile makes a graph for each value of rows_of that it meets."""
-    assert [rows_of(m) for m in (0, 1, 2, 3, 8, 9, 300, 513, 10**6)] == [1, 1, 2, 4, 8, 16, 512, 1024, 1024]
+    """torch.compile makes a graph for each value of rows_of that it meets, and after 8 of them none, or an error."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        found = [rows_of(m, dtype) for m in range(20000)]
+        assert found == sorted(found) and len(set(found)) < 8
+        assert all(m <= rows for m, rows in enumerate(found) if rows < found[-1])
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """The Triton kernels: NVIDIA GPUs without the compiled CUDA half, AMD and Intel GPUs.
 
 One module per operation, each with its kernels and a function of the op's name and arguments (``lowbit/ops.py``)
-that chooses a configuration (``shapes.py``) and launches (``launch.py``). Triton itself is imported at the first
-call: this file only says whether it can be.
+that chooses a configuration (``shapes.py`` and its two neighbours) and launches (``launch.py``). Triton itself is
+imported at the first call: this file only says whether it can be.
 
 Under ``TRITON_INTERPRET=1`` the same kernels run on CPU tensors too, slowly, which is how they are tested.
 """
@@ -112,10 +112,6 @@ def _show_launches(library, name: str, module: str) -> None:
         if x.device.type not in _SHOWN_ON or x.dtype == torch.float32:
             return mode.__torch_dispatch__(op, types, args, kwargs)
         with mode, _module("launch").traced():
-            # A weight's sizes choose its kernel. Where layers differ torch.compile has symbols for them. Numbers
-            # instead, which the dispatcher makes of those among the arguments, mean a graph for each size.
-            if isinstance(x.shape[-1], torch.SymInt):
-                x = x.view(*x.shape[:-1], int(x.shape[-1]))
-            return kernel(x, *args[1:], **kwargs)
+            return kernel(*args, **kwargs)
 
     torch.library.register_torch_dispatch(f"{library.ns}::{name}", FunctionalTensorMode, decompose, lib=library)

@@ -59,10 +59,10 @@ def _may_measure() -> bool:
 
 
 def chosen(operation: str, problem, gpu, configs: Sequence, run: Callable):
-    """The first of ``configs`` (dataclasses). Where tuning is wanted, the one with which ``run(config)`` was fastest for
-    ``problem`` on ``gpu``, measured if it can be and is not yet known.
+    """The first of ``configs`` (dataclasses); where tuning is wanted, the one with which ``run(config)`` is fastest.
 
-    What does not compile or fit on this GPU is passed over; an error if that is all of them.
+    Measured once for a ``problem`` on a ``gpu``, where it can be. What does not compile or fit is passed over; an error
+    if that is all of them.
     """
     if not WANTED:
         return configs[0]

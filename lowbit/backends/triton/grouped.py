@@ -6,15 +6,13 @@ last tile end at once. An expert without tokens has no tile: its weight is never
 """
 
 import torch
+import triton
 
 from . import autotune, linear, linear_grad_input, shapes_backward, shapes_forward
 from .dequantize import dequantize
 from .gpu import gpu_of
 from .grouped_products import grouped_matmul
-from .shapes import Problem, rows_of
-
-#: Above it choices are the same: no problem of so many tokens has too few tiles.
-_MOST_TOKENS = 16384
+from .shapes import Problem
 
 
 def _expert_of_row(expert_ends: torch.Tensor, rows: int) -> torch.Tensor:
@@ -24,6 +22,11 @@ def _expert_of_row(expert_ends: torch.Tensor, rows: int) -> torch.Tensor:
 
 def _contiguous(*operands: torch.Tensor | None) -> tuple:
     return tuple(None if operand is None else operand.contiguous() for operand in operands)
+
+
+def _has_whole_blocks(in_features: int, format: str, block_size: int) -> bool:
+    """Whether the kernels take it: rows that no block crosses, and that are there."""
+    return in_features > 0 and (format == "int8" or in_features % block_size == 0)
 
 
 def _lora(low: torch.Tensor | None, up: torch.Tensor | None) -> tuple:
@@ -50,7 +53,7 @@ def grouped_linear(
     y = x.new_empty([tokens, out_features])
     if y.numel() == 0:
         return y
-    if format != "int8" and in_features % block_size:
+    if not _has_whole_blocks(in_features, format, block_size):
         shape = [experts, out_features, in_features]
         weight = dequantize(packed, absmax, group_scales, offset, format, block_size, shape, torch.float32)
         y = grouped_matmul(x, weight, expert_ends)
@@ -62,7 +65,7 @@ def grouped_linear(
     x, bias = _contiguous(x, bias)
     weight = (packed, absmax, group_scales, offset, format, block_size)
     arguments = (x, *weight, bias, *_lora(t, lora_b), scaling, y, expert_ends)
-    rows, gpu = rows_of(tokens, _MOST_TOKENS), gpu_of(x.device)
+    rows, gpu = triton.next_power_of_2(tokens), gpu_of(x.device)
     problem = Problem(rows, out_features, in_features, x.dtype, format, block_size, experts)
     run = lambda config: linear.fused(config, *arguments)  # noqa: E731
     run(autotune.chosen("grouped_linear", problem, gpu, shapes_forward.linear_configs(problem, gpu), run))
@@ -76,7 +79,7 @@ def grouped_linear_grad_input(
     out = grad.new_empty([tokens, in_features])
     if out.numel() == 0:
         return out
-    if format != "int8" and in_features % block_size:
+    if not _has_whole_blocks(in_features, format, block_size):
         shape = [experts, out_features, in_features]
         weight = dequantize(packed, absmax, group_scales, offset, format, block_size, shape, torch.float32)
         out = grouped_matmul(grad, weight.transpose(1, 2), expert_ends)
@@ -86,7 +89,7 @@ def grouped_linear_grad_input(
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     weight = (packed, absmax, group_scales, offset, format, block_size)
     arguments = (grad, *weight, *_lora(grad_t, lora_a), out, expert_ends)
-    rows, gpu = rows_of(tokens, _MOST_TOKENS), gpu_of(grad.device)
+    rows, gpu = triton.next_power_of_2(tokens), gpu_of(grad.device)
     problem = Problem(rows, out_features, in_features, grad.dtype, format, block_size, experts)
     run = lambda config: linear_grad_input.fused(config, *arguments)  # noqa: E731
     configs = shapes_backward.grad_input_configs(problem, gpu)

@@ -10,11 +10,11 @@ from torch.nn import functional
 from . import PORTABLE, autotune, shapes_forward
 from .constants import scale_map
 from .gpu import gpu_of
-from .grid import row_tile_count
+from .grid import expert_of_tile, row_tile_count, tile_position
 from .launch import launch
 from .shapes import Problem, rows_of
 from .splits import add_splits
-from .tiles_forward import add_lora, contract_four_bits, contract_int8, store_tile, tile_of
+from .tiles_forward import add_lora, contract_four_bits, contract_int8, store_tile
 
 
 @triton.jit(do_not_specialize=["m", "row_tiles"])  # they change from call to call
@@ -52,23 +52,38 @@ def linear_kernel(
 ):
     """A tile of y, or of its share over a part of k.
 
-    ``packed``: int8 [n, k] in that format. WHOLE: k is a multiple of BK, as all others' are. ``expert_ends``: None, or the weight is a stack of matrices, lora_b and bias too (``grouped.py``).
+    ``packed``: int8 [n, k] in that format. WHOLE: k is a multiple of BK, as it is for all others. ``expert_ends``:
+    None, or the weight is a stack of matrices, lora_b and bias too (``grouped.py``).
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
-    expert, first_row, row_end, column, split = tile_of(
-        expert_ends, experts, m, row_tiles, n, BM, BN, SPLITS, EXPERTS
-    )
+    program, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    row_tile, column_tile = tile_position(program, row_tiles, tl.cdiv(n, BN))
+    columns = column_tile * BN + tl.arange(0, BN)
+    # Tiles at the edge read the first row instead of what is not there, and store nothing of it.
+    w_row = tl.where(columns < n, columns, 0).to(tl.int64)
+    first_row, row_end = row_tile * BM, m
     if expert_ends is not None:
+        expert, first_row, row_end = expert_of_tile(row_tile, expert_ends, experts, m, BM, EXPERTS)
         if expert >= experts:
             return
-    rows, columns = first_row + tl.arange(0, BM), column + tl.arange(0, BN)
-    # Tiles at the edge read the first row instead of what is not there, and store nothing of it.
+        w_row += expert.to(tl.int64) * n
+    rows = first_row + tl.arange(0, BM)
     x_row = tl.where(rows < row_end, rows, first_row).to(tl.int64)
-    w_row = expert * n.to(tl.int64) + tl.where(columns < n, columns, 0)
     x_rows = x + x_row[:, None] * k
     if FORMAT == "int8":
         total = contract_int8(
-            x_rows, packed + w_row[:, None] * k, absmax + w_row, k, split, DTYPE, BM, BN, BK, SPLITS, WEIGHT_FIRST, WHOLE
+            x_rows,
+            packed + w_row[:, None] * k,
+            absmax + w_row,
+            k,
+            split,
+            DTYPE,
+            BM,
+            BN,
+            BK,
+            SPLITS,
+            WEIGHT_FIRST,
+            WHOLE,
         )
     else:
         total = contract_four_bits(
@@ -178,7 +193,8 @@ def _decoded(x, packed, absmax, group_scales, offset, format, block_size, n, bia
 def linear(
     x, packed, absmax, group_scales, offset, format, block_size, out_features, bias, t, lora_b, scaling
 ) -> torch.Tensor:
-    k, n = x.shape[-1], out_features
+    # A number, where torch.compile has a symbol: a weight's sizes choose its kernel.
+    k, n = int(x.shape[-1]), out_features
     leading = list(x.shape[:-1])
     m = math.prod(leading)
     x = x.reshape(m, k).contiguous()
@@ -190,7 +206,7 @@ def linear(
     if bias is not None:
         bias = bias.contiguous()
     gpu = gpu_of(x.device)
-    problem = Problem(rows_of(m), n, k, x.dtype, format, block_size)
+    problem = Problem(rows_of(m, x.dtype), n, k, x.dtype, format, block_size)
     if m == 0 or n == 0:
         return x.new_empty([*leading, n])
     if shapes_forward.decodes_first(problem, gpu):

@@ -60,25 +60,27 @@ def grad_input_kernel(
     """
     split = tl.program_id(1)
     row_tile, column_tile = tile_position(tl.program_id(0), row_tiles, tl.cdiv(row_bytes, BYTES))
-    expert, first_row, row_end = 0, row_tile.to(tl.int64) * TILE_M, rows
+    first_row, row_end, matrix_row = row_tile.to(tl.int64) * TILE_M, rows, 0
     if expert_ends is not None:
         expert, first_row, row_end = expert_of_tile(row_tile, expert_ends, experts, rows, TILE_M, EXPERTS)
         if expert >= experts:
             return
+        matrix_row = expert.to(tl.int64) * out_features
+        if lora_a is not None:
+            lora_a += expert.to(tl.int64) * rank * in_features
     m = first_row + tl.arange(0, TILE_M)
     valid = tl.where(m < row_end, m, first_row)  # what is read there is not written
-    matrix = expert * out_features.to(tl.int64)
     first = split * split_rows
     high_sum, low_sum = contract_rows(
         grad,
         valid,
         grad_stride,
-        packed + matrix * row_bytes,
+        packed + matrix_row * row_bytes,
         absmax,
         group_scales,
         offset,
         scale_map,
-        matrix * row_blocks,
+        matrix_row * row_blocks,
         first,
         tl.minimum(first + split_rows, out_features),
         out_features,
@@ -101,7 +103,7 @@ def grad_input_kernel(
             low_sum,
             grad_t,
             valid,
-            lora_a + expert * rank.to(tl.int64) * in_features,
+            lora_a,
             rank,
             tl.where(split == 0, rank, 0),
             in_features,
@@ -175,10 +177,8 @@ def fused(
 
 
 def _decoded(grad, packed, absmax, group_scales, offset, format, block_size, grad_t, lora_a, k):
-    """torch's product of grad [m, n] and the decoded weight; LoRA's product first, which torch then adds in its sums."""
-    weight = dequantize(
-        packed, absmax, group_scales, offset, format, block_size, [grad.shape[1], k], grad.dtype
-    )
+    """torch's product of grad [m, n] and the decoded weight, and LoRA's, which it adds in its sums."""
+    weight = dequantize(packed, absmax, group_scales, offset, format, block_size, [grad.shape[1], k], grad.dtype)
     if grad_t is None:
         return grad @ weight
     return torch.addmm(grad_t.to(grad.dtype) @ lora_a.to(grad.dtype), grad, weight)
@@ -187,7 +187,7 @@ def _decoded(grad, packed, absmax, group_scales, offset, format, block_size, gra
 def linear_grad_input(
     grad, packed, absmax, group_scales, offset, format, block_size, in_features, grad_t=None, lora_a=None
 ) -> torch.Tensor:
-    k, n, m = in_features, grad.shape[-1], math.prod(grad.shape[:-1])
+    k, n, m = in_features, int(grad.shape[-1]), math.prod(grad.shape[:-1])  # n: as k in linear
     leading = list(grad.shape[:-1])
     if m == 0 or k == 0:
         return grad.new_empty([*leading, k])
@@ -198,7 +198,7 @@ def linear_grad_input(
     if grad_t is not None:
         grad_t, lora_a = grad_t.reshape(m, grad_t.shape[-1]).contiguous(), lora_a.contiguous()
     gpu = gpu_of(grad.device)
-    problem = Problem(rows_of(m), n, k, grad.dtype, format, block_size)
+    problem = Problem(rows_of(m, grad.dtype), n, k, grad.dtype, format, block_size)
     if shapes_backward.decodes_first(problem, gpu):
         return _decoded(grad, *weight, grad_t, lora_a, k).view(*leading, k)
     out = grad.new_empty([m, k])

@@ -14,7 +14,7 @@ from .gpu import Gpu, shared_bytes_of
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """A product with W [n, k] of m rows (``rows_of``), forward or backward; or with a stack of ``experts`` such W, of
-    which each has about as many of the rows. ``format``: of W, in blocks of ``block_size`` but for int8.
+    which each has about as many of the rows (0: no stack). ``format``: of W, in blocks of ``block_size`` but for int8.
     """
 
     m: int
@@ -23,23 +23,28 @@ class Problem:
     dtype: torch.dtype
     format: str
     block_size: int
-    experts: int = 1
+    experts: int = 0
 
 
-def rows_of(m: int, most: int = 1024) -> int:
-    """m rounded up to a power of two, ``most`` for all above: what choices depend on, so that they are few.
+#: Numbers of rows between which a choice may change; all above the last are one. No more than these, because
+#: torch.compile makes a graph for each, of which it allows 8 (and one row is another for it).
+_ROWS = {torch.float32: (1, 4, 16, 64), torch.float16: (8, 16, 32, 64, 128, 512)}
+_ROWS[torch.bfloat16] = _ROWS[torch.float16]
 
-    By comparisons: where torch.compile has a symbol for m, a graph then serves all of a power's numbers.
+
+def rows_of(m: int, dtype: torch.dtype) -> int:
+    """m rounded up to one of few numbers. By comparisons: where torch.compile has a symbol for m, a graph then serves
+    all numbers in between.
     """
-    rows = 1
-    while rows < m and rows < most:
-        rows *= 2
-    return rows
+    for rows in _ROWS[dtype]:
+        if m <= rows:
+            return rows
+    return 2 * _ROWS[dtype][-1]
 
 
 def with_rows(problem: Problem) -> int:
     """The number of matrices that have rows, if these are spread evenly."""
-    return min(problem.experts, problem.m)
+    return min(max(problem.experts, 1), problem.m)
 
 
 def rows_each(problem: Problem) -> int:

@@ -95,9 +95,7 @@ def _tiles(problem: Problem, gpu: Gpu) -> list[Config]:
     # sm_120 spills with 8, sm_80 with 4.
     few_warps = p.format == "int8" and gpu.capability >= 90
     return [
-        Config(rows, 64, 128, 4 if rows <= 32 or few_warps else 8, 3)
-        for rows in sizes
-        if rows <= 64 or _has_wgmma(gpu)
+        Config(rows, 64, 128, 4 if rows <= 32 or few_warps else 8, 3) for rows in sizes if rows <= 64 or _has_wgmma(gpu)
     ]
 
 

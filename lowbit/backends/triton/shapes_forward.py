@@ -83,7 +83,7 @@ def _tiles(problem: Problem, gpu: Gpu) -> list[Config]:
     found = [Config(32, 64, narrow, 2, 4, True), Config(64, 64, narrow, 4, 4)]
     # Sums of a block and those of all take 64 registers each for 8 warps, which is what there is. The search for an
     # expert's rows then has some left for wgmma's operands only, and not for int8's.
-    if m > 64 and (p.experts == 1 or (gpu.capability == 90 and p.format != "int8")):
+    if m > 64 and (not p.experts or (gpu.capability == 90 and p.format != "int8")):
         found.append(Config(128, 128, narrow, 8, 3))
     return found
 

@@ -228,9 +228,7 @@ def add_product(a, b, total, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _load_lora_a(
-    lora_a, column, in_features, rank, r, TILE_R: tl.constexpr, BYTES: tl.constexpr, WARPS: tl.constexpr
-):
+def _load_lora_a(lora_a, column, in_features, rank, r, TILE_R: tl.constexpr, BYTES: tl.constexpr, WARPS: tl.constexpr):
     mask = (r[:, None] < rank) & (column[None, :] < in_features)
     a = tl.load(lora_a + r[:, None].to(tl.int64) * in_features + column[None, :], mask=mask, other=0.0).to(tl.float32)
     return _to_lanes(a, TILE_R, BYTES, WARPS)

@@ -11,7 +11,6 @@ import triton.language as tl
 from ... import format as fmt
 from . import INTERPRETED
 from .decode import decode_codes, load_scales, scales_of
-from .grid import expert_of_tile, tile_position
 from .rounding import in_two_bf16, round_to
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -24,30 +23,6 @@ def _dot(a, b, total):
     if _INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b.T, total, input_precision="ieee")
-
-
-@triton.jit
-def tile_of(
-    expert_ends,
-    experts,
-    m,
-    row_tiles,
-    n,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    SPLITS: tl.constexpr,
-    EXPERTS: tl.constexpr,
-):
-    """(expert, first row of x, end of the expert's rows, first column of y, share of k) of this program.
-
-    Without ``expert_ends`` there is one expert, number 0, with all m rows.
-    """
-    program = tl.program_id(0)
-    row_tile, column_tile = tile_position(program // SPLITS, row_tiles, tl.cdiv(n, BN))
-    expert, first_row, row_end = 0, row_tile * BM, m
-    if expert_ends is not None:
-        expert, first_row, row_end = expert_of_tile(row_tile, expert_ends, experts, m, BM, EXPERTS)
-    return expert, first_row, row_end, column_tile * BN, program % SPLITS
 
 
 @triton.jit
@@ -82,8 +57,9 @@ def contract_four_bits(
     # Scales of fewer columns than there are threads: COPIES of each, or the compiler would have every thread decode
     # those of all of its sums, instead of one that it passes on.
     block = tl.broadcast_to(block[:, None], (BN, COPIES))
+    all_there = block >= 0
     at_first = min(begin, k - BK)  # a last part of k can be empty
-    stored, group_scale = load_scales(absmax, group_scales, block + at_first // BLOCK_SIZE, block >= 0, DOUBLE_QUANT)
+    stored, group_scale = load_scales(absmax, group_scales, block + at_first // BLOCK_SIZE, all_there, DOUBLE_QUANT)
     total = tl.zeros((BN, BM) if WEIGHT_FIRST else (BM, BN), tl.float32)
     for at in range(begin, end, BK):
         codes = tl.load(w_rows + at // 2)
@@ -91,7 +67,9 @@ def contract_four_bits(
         scale = tl.max(scales_of(stored, group_scale, offset, scale_map, DOUBLE_QUANT), axis=1)
         # A step ahead: nothing else would hide their way from memory.
         following = min(at + BK, end - BK)
-        stored, group_scale = load_scales(absmax, group_scales, block + following // BLOCK_SIZE, block >= 0, DOUBLE_QUANT)
+        stored, group_scale = load_scales(
+            absmax, group_scales, block + following // BLOCK_SIZE, all_there, DOUBLE_QUANT
+        )
         high, low = decode_codes(codes, FORMAT, DTYPE, PORTABLE)
         weight = tl.reshape(tl.join(high, low), (BN, BK))
         if WEIGHT_FIRST:
