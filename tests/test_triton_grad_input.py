@@ -235,7 +235,7 @@ def test_ptx(monkeypatch, m, n, k, rank, dtype, format, block_size, double_quant
     [
         ({"tile_m": 16}, 5, 100, 320, 17, torch.bfloat16, "nf4", 32, True, 0.02),
         ({"tile_m": 64, "splits": 2}, 33, 200, 320, 8, torch.float16, "nf4", 64, True, 1e-6),
-        ({"tile_m": 64, "bytes": 64}, 130, 70, 128, 1, torch.bfloat16, "fp4", 128, False, 30.0),
+        ({"tile_m": 64, "bytes": 64, "splits": 4}, 130, 70, 128, 1, torch.bfloat16, "fp4", 128, False, 30.0),
         ({"tile_m": 128}, 130, 530, 320, 8, torch.bfloat16, "nf4", 64, True, 0.02),
         ({"tile_m": 128}, 65, 70, 192, 17, torch.float16, "fp4", 32, False, 0.02),
         ({"tile_m": 128}, 70, 33, 177, 8, torch.bfloat16, "int8", 32, True, 0.02),
