@@ -48,12 +48,13 @@ def linear_kernel(
     SPLITS: tl.constexpr,
     COPIES: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
+    PRODUCTS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """A tile of y, or of its share over a part of k.
 
-    ``packed``: int8 [n, k] in that format. WHOLE: k is a multiple of BK, as it is for all others. ``expert_ends``:
-    None, or the weight is a stack of matrices, lora_b and bias too (``grouped.py``).
+    ``packed``: int8 [n, k] in that format. WHOLE: k is a multiple of PRODUCTS * BK, as it is for all others.
+    ``expert_ends``: None, or the weight is a stack of matrices, lora_b and bias too (``grouped.py``).
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     program, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
@@ -71,20 +72,8 @@ def linear_kernel(
     x_row = tl.where(rows < row_end, rows, first_row).to(tl.int64)
     x_rows = x + x_row[:, None] * k
     if FORMAT == "int8":
-        total = contract_int8(
-            x_rows,
-            packed + w_row[:, None] * k,
-            absmax + w_row,
-            k,
-            split,
-            DTYPE,
-            BM,
-            BN,
-            BK,
-            SPLITS,
-            WEIGHT_FIRST,
-            WHOLE,
-        )
+        w_rows, scale = packed + w_row[:, None] * k, absmax + w_row
+        total = contract_int8(x_rows, w_rows, scale, k, split, DTYPE, BM, BN, BK, SPLITS, WEIGHT_FIRST, PRODUCTS, WHOLE)
     else:
         total = contract_four_bits(
             x_rows,
@@ -108,6 +97,7 @@ def linear_kernel(
             SPLITS,
             COPIES,
             WEIGHT_FIRST,
+            PRODUCTS,
         )
     if t is not None:
         summed = tl.where(split == 0, rank, 0)
@@ -166,7 +156,8 @@ def fused(
         SPLITS=config.splits,
         COPIES=copies_of_scales(config),
         WEIGHT_FIRST=config.weight_first,
-        WHOLE=k % config.bk == 0,
+        PRODUCTS=config.products,
+        WHOLE=k % (config.products * config.bk) == 0,
         num_warps=config.warps,
         num_stages=config.stages,
     )

@@ -61,6 +61,7 @@ class Work:
     instructions: float  # that a program's warps issue in a step, in all
     warps: int
     stages: int
+    step_bytes: int  # that a program copies from the L2 cache in a step
     registers: int  # of a thread
     shared_bytes: int  # of a program, at most
     workspace: int = 0  # fp32 sums of all splits
@@ -72,8 +73,9 @@ def predicted_cycles(work: Work, problem: Problem, gpu: Gpu) -> float:
     waves = math.ceil(work.programs / (gpu.processors * resident))
     together = min(resident, math.ceil(work.programs / gpu.processors))
     issue = together * work.instructions / 4
+    copying = together * work.step_bytes / 32  # of 24 (H100) to 47 (A100) bytes a cycle
     latency = 1200 / max(work.stages - 1, 1)  # of DRAM under load, hidden by so many steps on their way
-    cycles = waves * (work.steps * max(issue, latency) + 2500)
+    cycles = waves * (work.steps * max(issue, copying, latency) + 2500)
     if work.workspace:
         cycles += 4000 + 8 * work.workspace / (14 * gpu.processors)  # a launch, and the workspace twice
     weights = with_rows(problem) * problem.n * problem.k

@@ -103,14 +103,18 @@ def _columns(config: Config, problem: Problem) -> int:
     return config.bytes * (1 if problem.format == "int8" else 2)
 
 
+def step_bytes(config: Config, problem: Problem) -> int:
+    """Of grad and W, for tile_n rows of W."""
+    return config.tile_n * (config.tile_m * problem.dtype.itemsize + config.bytes)
+
+
 def shared_bytes(config: Config, problem: Problem) -> int:
     """An upper bound on a program's shared memory: grad and codes in every stage, and W decoded in one.
 
     (Which FMAs and tcgen05 read from there.)
     """
-    size = problem.dtype.itemsize
-    stage = config.tile_n * (config.tile_m * size + config.bytes)
-    return config.stages * stage + config.tile_n * _columns(config, problem) * size + 4096
+    decoded = config.tile_n * _columns(config, problem) * problem.dtype.itemsize
+    return config.stages * step_bytes(config, problem) + decoded + 4096
 
 
 def instructions(config: Config, problem: Problem, gpu: Gpu) -> float:
@@ -136,6 +140,7 @@ def work_of(config: Config, problem: Problem, gpu: Gpu) -> Work:
         instructions=instructions(config, p, gpu),
         warps=config.warps,
         stages=config.stages,
+        step_bytes=step_bytes(config, p),
         registers=255 if config.tile_m >= 64 and config.warps == 4 else 168,
         shared_bytes=shared_bytes(config, p),
         workspace=config.splits * p.m * p.k if config.splits > 1 else 0,

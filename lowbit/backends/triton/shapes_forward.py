@@ -20,7 +20,8 @@ class Config:
     """A tile of ``bm`` rows of x and ``bn`` of W, ``bk`` columns at a time, over one of ``splits`` parts of k.
 
     ``weight_first``: W is the left operand. With mma.sync it costs fewer instructions for few rows of x, and allows 8
-    of them. Not for wgmma, which would take single bytes of W from shared memory.
+    of them. Not for wgmma, which would take single bytes of W from shared memory. ``products``: so many times bk
+    columns in a step of the loop, of which k is a multiple then.
     """
 
     bm: int
@@ -30,6 +31,7 @@ class Config:
     stages: int
     weight_first: bool = False
     splits: int = 1
+    products: int = 1
 
 
 # fp32 arithmetic takes an FMA for each weight and row; decoding into fp32 moves 8.5 bytes, 2.5 ps for each weight of an
@@ -80,7 +82,11 @@ def _tiles(problem: Problem, gpu: Gpu) -> list[Config]:
         rows = 8 if m <= 8 and p.format != "int8" else 16
         found = [Config(rows, 64, columns, 2, 4, True)]
         return found + [Config(32, 64, narrow, 2, 4, True)] * (m > 16)
-    found = [Config(32, 64, narrow, 2, 4, True), Config(64, 64, narrow, 4, 4)]
+    found = [Config(32, 64, narrow, 2, 4, True)]
+    if 90 <= gpu.capability < 120 or p.k % (2 * narrow):  # wgmma, and tcgen05
+        found.append(Config(64, 64, narrow, 4, 4))
+    else:  # 9.4 instructions for a weight, where 64 rows as the left operand take 14
+        found += [Config(64, 64, narrow, 4, 3, True, products=2), Config(64, 128, narrow, 8, 3, True, products=2)]
     # Sums of a block and those of all take 64 registers each for 8 warps, which is what there is. The search for an
     # expert's rows then has some left for wgmma's operands only, and not for int8's.
     if m > 64 and (not p.experts or (gpu.capability == 90 and p.format != "int8")):
@@ -88,16 +94,20 @@ def _tiles(problem: Problem, gpu: Gpu) -> list[Config]:
     return found
 
 
+def step_bytes(config: Config, problem: Problem) -> int:
+    """Of x and W, for all products of a step."""
+    code_bits = 8 if problem.format == "int8" else 4
+    return config.products * config.bk * (config.bm * problem.dtype.itemsize + config.bn * code_bits // 8)
+
+
 def shared_bytes(config: Config, problem: Problem) -> int:
     """An upper bound on a program's shared memory: x and codes in every stage, and W decoded in one."""
-    size = problem.dtype.itemsize
-    code_bits = 8 if problem.format == "int8" else 4
-    stage = config.bm * config.bk * size + config.bn * config.bk * code_bits // 8
-    return config.stages * stage + config.bn * config.bk * size + 4096
+    decoded = config.bn * config.bk * problem.dtype.itemsize
+    return config.stages * step_bytes(config, problem) + decoded + 4096
 
 
 def instructions(config: Config, problem: Problem, gpu: Gpu) -> float:
-    """About how many a program's warps issue, in all, for a step of bk columns of 16-bit x."""
+    """About how many a program's warps issue, in all, for bk columns of 16-bit x."""
     weights = config.bn * config.bk / 32  # of a lane, if one warp decoded them all
     decoding = 2.0 if problem.format == "int8" else 3.6
     scaling = config.bm * config.bn / 32
@@ -116,10 +126,11 @@ def work_of(config: Config, problem: Problem, gpu: Gpu) -> Work:
     row_tiles = with_rows(p) * math.ceil(rows_each(p) / config.bm)
     return Work(
         programs=row_tiles * math.ceil(p.n / config.bn) * config.splits,
-        steps=math.ceil(p.k / (config.bk * config.splits)),
-        instructions=instructions(config, p, gpu),
+        steps=math.ceil(p.k / (config.products * config.bk * config.splits)),
+        instructions=config.products * instructions(config, p, gpu),
         warps=config.warps,
         stages=config.stages,
+        step_bytes=step_bytes(config, p),
         registers=255 if config.bm >= 64 else 144,
         shared_bytes=shared_bytes(config, p),
         workspace=config.splits * p.m * p.n if config.splits > 1 else 0,
@@ -131,7 +142,7 @@ def linear_configs(problem: Problem, gpu: Gpu) -> tuple[Config, ...]:
     """Up to 8 configurations, the best by ``predicted_cycles`` first; never empty."""
     found = []
     for tile in _tiles(problem, gpu):
-        for splits in splits_of(problem.k // tile.bk):
+        for splits in splits_of(problem.k // (tile.products * tile.bk)):
             if splits > 1 and tile.bm == 128 and gpu.capability not in (0, 90):
                 break  # with mma.sync no register is left for it
             config = dataclasses.replace(tile, splits=splits)

@@ -47,13 +47,19 @@ def contract_four_bits(
     SPLITS: tl.constexpr,
     COPIES: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
+    PRODUCTS: tl.constexpr,
 ):
-    """x W^T over a share of k, fp32 [BM, BN]. k is a multiple of BLOCK_SIZE, that of BK."""
+    """x W^T over a share of k, fp32 [BM, BN]. k is a multiple of BLOCK_SIZE and of PRODUCTS * BK, BLOCK_SIZE of BK.
+
+    PRODUCTS of 2: Triton gives each warp rows of W of its own only where it sees a second product; with one it lets two
+    warps decode the same weights.
+    """
     x_rows += tl.arange(0, BK)[None, :]
     w_rows += tl.arange(0, BK // 2)[None, :]
-    steps = tl.cdiv(k // BK, SPLITS)
-    begin = split * steps * BK
-    end = min(begin + steps * BK, k)
+    STEP: tl.constexpr = PRODUCTS * BK
+    steps = tl.cdiv(k // STEP, SPLITS)
+    begin = split * steps * STEP
+    end = min(begin + steps * STEP, k)
     # Scales of fewer columns than there are threads: COPIES of each, or the compiler would have every thread decode
     # those of all of its sums, instead of one that it passes on.
     block = tl.broadcast_to(block[:, None], (BN, COPIES))
@@ -61,23 +67,23 @@ def contract_four_bits(
     at_first = min(begin, k - BK)  # a last part of k can be empty
     stored, group_scale = load_scales(absmax, group_scales, block + at_first // BLOCK_SIZE, all_there, DOUBLE_QUANT)
     total = tl.zeros((BN, BM) if WEIGHT_FIRST else (BM, BN), tl.float32)
-    for at in range(begin, end, BK):
-        codes = tl.load(w_rows + at // 2)
-        values = tl.load(x_rows + at)
-        scale = tl.max(scales_of(stored, group_scale, offset, scale_map, DOUBLE_QUANT), axis=1)
-        # A step ahead: nothing else would hide their way from memory.
-        following = min(at + BK, end - BK)
-        stored, group_scale = load_scales(
-            absmax, group_scales, block + following // BLOCK_SIZE, all_there, DOUBLE_QUANT
-        )
-        high, low = decode_codes(codes, FORMAT, DTYPE, PORTABLE)
-        weight = tl.reshape(tl.join(high, low), (BN, BK))
-        if WEIGHT_FIRST:
-            sums = _dot(weight, values, tl.zeros((BN, BM), tl.float32))
-            total = tl.fma(sums, tl.broadcast_to(scale[:, None], (BN, BM)), total)
-        else:
-            sums = _dot(values, weight, tl.zeros((BM, BN), tl.float32))
-            total = tl.fma(sums, tl.broadcast_to(scale[None, :], (BM, BN)), total)
+    for first in range(begin, end, STEP):
+        for product in tl.static_range(PRODUCTS):
+            at = first + product * BK
+            codes = tl.load(w_rows + at // 2)
+            values = tl.load(x_rows + at)
+            scale = tl.max(scales_of(stored, group_scale, offset, scale_map, DOUBLE_QUANT), axis=1)
+            # A step ahead: nothing else would hide their way from memory.
+            following = block + min(at + BK, end - BK) // BLOCK_SIZE
+            stored, group_scale = load_scales(absmax, group_scales, following, all_there, DOUBLE_QUANT)
+            high, low = decode_codes(codes, FORMAT, DTYPE, PORTABLE)
+            weight = tl.reshape(tl.join(high, low), (BN, BK))
+            if WEIGHT_FIRST:
+                sums = _dot(weight, values, tl.zeros((BN, BM), tl.float32))
+                total = tl.fma(sums, tl.broadcast_to(scale[:, None], (BN, BM)), total)
+            else:
+                sums = _dot(values, weight, tl.zeros((BM, BN), tl.float32))
+                total = tl.fma(sums, tl.broadcast_to(scale[None, :], (BM, BN)), total)
     return total.T if WEIGHT_FIRST else total
 
 
@@ -94,27 +100,31 @@ def contract_int8(
     BK: tl.constexpr,
     SPLITS: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
+    PRODUCTS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """The same for int8 codes, which x's 16 bits hold exactly; the sums are scaled by row at the end.
 
-    WHOLE: k is a multiple of BK.
+    k may be any; WHOLE: it is a multiple of PRODUCTS * BK.
     """
     x_rows += tl.arange(0, BK)[None, :]
     w_rows += tl.arange(0, BK)[None, :]
-    steps = tl.cdiv(tl.cdiv(k, BK), SPLITS)
-    begin = split * steps * BK
+    STEP: tl.constexpr = PRODUCTS * BK
+    steps = tl.cdiv(tl.cdiv(k, STEP), SPLITS)
+    begin = split * steps * STEP
     total = tl.zeros((BN, BM) if WEIGHT_FIRST else (BM, BN), tl.float32)
-    for at in range(begin, min(begin + steps * BK, k), BK):
-        if WHOLE:
-            weight = tl.load(w_rows + at)
-            values = tl.load(x_rows + at)
-        else:
-            inside = (at + tl.arange(0, BK) < k)[None, :]
-            weight = tl.load(w_rows + at, mask=inside, other=0)
-            values = tl.load(x_rows + at, mask=inside, other=0.0)
-        weight = weight.to(tl.float32).to(DTYPE)
-        total = _dot(weight, values, total) if WEIGHT_FIRST else _dot(values, weight, total)
+    for first in range(begin, min(begin + steps * STEP, k), STEP):
+        for product in tl.static_range(PRODUCTS):
+            at = first + product * BK
+            if WHOLE:
+                weight = tl.load(w_rows + at)
+                values = tl.load(x_rows + at)
+            else:
+                inside = (at + tl.arange(0, BK) < k)[None, :]
+                weight = tl.load(w_rows + at, mask=inside, other=0)
+                values = tl.load(x_rows + at, mask=inside, other=0.0)
+            weight = weight.to(tl.float32).to(DTYPE)
+            total = _dot(weight, values, total) if WEIGHT_FIRST else _dot(values, weight, total)
     return (total.T if WEIGHT_FIRST else total) * (tl.load(absmax) * _INT8_UNIT)[None, :]
 
 
