@@ -242,12 +242,21 @@ EMULATED = {
     "blocks of 32": (shapes.Config(16, 64, 32, 2, 4, True), Case(9, 33, 96, block_size=32, double_quant=False)),
     "32 rows": (shapes.Config(32, 64, 64, 2, 4, True, splits=2), Case(34, 65, 192, torch.float16, rank=0)),
     "64 rows": (shapes.Config(64, 64, 64, 4, 4), Case(65, 65, 192)),
+    "64 rows, W first": (shapes.Config(64, 64, 64, 4, 3, True, products=2), Case(37, 65, 256, rank=17)),
+    "64 rows, W first, blocks of 32": (
+        shapes.Config(64, 128, 32, 8, 3, True, splits=2, products=2),
+        Case(66, 130, 192, torch.float16, "fp4", block_size=32, double_quant=False),
+    ),
     "128 rows": (shapes.Config(128, 128, 64, 8, 3, splits=2), Case(130, 33, 192, rank=1)),
     "fp32, 1 row": (shapes.Config(1, 64, 64, 2, 3), Case(1, 65, 128, torch.float32)),
     "fp32, 4 rows": (shapes.Config(4, 64, 32, 2, 3, splits=2), Case(3, 65, 256, torch.float32, has_bias=False)),
     "fp32, 16 rows": (shapes.Config(16, 64, 32, 2, 3), Case(9, 33, 64, torch.float32, rank=0)),
     "int8": (shapes.Config(16, 64, 64, 2, 4, True, splits=2), Case(5, 65, 272, format="int8")),
     "int8, odd rows": (shapes.Config(16, 64, 64, 2, 4, True), Case(5, 65, 77, torch.float16, "int8")),
+    "int8, 64 rows, W first": (
+        shapes.Config(64, 128, 64, 8, 3, True, splits=2, products=2),
+        Case(66, 70, 300, format="int8"),
+    ),
     "int8, 128 rows": (shapes.Config(128, 128, 64, 8, 3), Case(130, 33, 128, format="int8")),
 }
 
