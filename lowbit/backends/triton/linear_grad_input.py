@@ -11,7 +11,6 @@ import triton.language as tl
 
 from . import PORTABLE, autotune, shapes_backward
 from .constants import scale_map
-from .dequantize import dequantize
 from .gpu import gpu_of
 from .grid import expert_of_tile, row_tile_count, tile_position
 from .launch import launch
@@ -178,7 +177,9 @@ def fused(
 
 def _decoded(grad, packed, absmax, group_scales, offset, format, block_size, grad_t, lora_a, k):
     """torch's product of grad [m, n] and the decoded weight, and LoRA's, which it adds in its sums."""
-    weight = dequantize(packed, absmax, group_scales, offset, format, block_size, [grad.shape[1], k], grad.dtype)
+    weight = torch.ops.lowbit_triton.dequantize.default(
+        packed, absmax, group_scales, offset, format, block_size, [grad.shape[1], k], grad.dtype
+    )
     if grad_t is None:
         return grad @ weight
     return torch.addmm(grad_t.to(grad.dtype) @ lora_a.to(grad.dtype), grad, weight)
