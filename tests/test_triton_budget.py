@@ -22,12 +22,12 @@ BYTES_PER_ACCESS = 16
 
 
 @pytest.fixture(params=ARCHS)
-def machine_code_of(request, monkeypatch, tmp_path):
+def machine_code_of(request, tmp_path):
     """A function of an op's name and its arguments: the one kernel that the call launches; without spills."""
 
     def kernel_of(op, *arguments):
         function = getattr(importlib.import_module(f"lowbit.backends.triton.{backend.MODULES[op]}"), op)
-        with launches(monkeypatch, request.param) as made:
+        with launches(request.param) as made:
             function(*arguments)
         (launch,) = made
         found = machine_code(compiled(launch, request.param)[0], request.param, tmp_path)

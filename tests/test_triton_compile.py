@@ -16,9 +16,9 @@ CALLS = [call for call in triton_calls.CALLS if call.every_run or EVERY_CALL]
 @compiled_only
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name.replace(" ", "-"))
-def test_compiles(monkeypatch, tmp_path, call, target):
+def test_compiles(tmp_path, call, target):
     """A kernel that a GPU's compiler refuses, or that wants more shared memory than there is, would fail there."""
-    with launches(monkeypatch, target) as made:
+    with launches(target) as made:
         call.make()
     assert made
     for launch in made:

@@ -166,7 +166,7 @@ def test_infinite_lora_spreads_as_in_the_reference():
 
 def run_ptx(grad, parts, k, grad_t=None, lora_a=None):
     """What the sm_80 PTX makes, assembly included."""
-    with launches(pytest.MonkeyPatch(), "sm_80") as made:
+    with launches("sm_80") as made:
         out = linear_grad_input.linear_grad_input(grad, *parts, k, grad_t, lora_a)
     for launch in made:
         emulate(launch)

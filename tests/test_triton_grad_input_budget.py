@@ -45,9 +45,9 @@ def grouped_linear(rows, double_quant, dtype=torch.bfloat16):
     return grouped.grouped_linear(meta(rows, K, dtype=dtype), *arguments)
 
 
-def kernel_of(call, target, monkeypatch, tmp_path):
+def kernel_of(call, target, tmp_path):
     """(launch, machine code) of the first kernel of a call."""
-    with launches(monkeypatch, target) as made:
+    with launches(target) as made:
         call()
     kernel, _ = compiled(made[0], target)
     assert spilled(kernel, target, tmp_path) == 0
@@ -68,9 +68,9 @@ BUDGETS = (
 
 @compiled_only
 @pytest.mark.parametrize(("call", "rows", "target", "instruction", "budget"), BUDGETS)
-def test_backward_budget(monkeypatch, tmp_path, call, rows, target, instruction, budget):
+def test_backward_budget(tmp_path, call, rows, target, instruction, budget):
     """No spills, 16-byte loads of W and grad, decoded weights in registers: each lost slows every training step."""
-    launch, code = kernel_of(lambda: call(rows, False), target, monkeypatch, tmp_path)
+    launch, code = kernel_of(lambda: call(rows, False), target, tmp_path)
     loop = code.smallest_loop(instruction, "LDGSTS.128", "PRMT")
     values = launch.values
     threads = 32 * values["WARPS"]
@@ -88,9 +88,9 @@ def test_backward_budget(monkeypatch, tmp_path, call, rows, target, instruction,
     ("rows", "target", "instruction", "budget"),
     [(64, "sm_80", "HMMA", 8.0), (4096, "sm_80", "HMMA", 12.0), (4096, "sm_90", "HGMMA", 12.0)],
 )
-def test_grouped_linear_budget(monkeypatch, tmp_path, rows, target, instruction, budget):
+def test_grouped_linear_budget(tmp_path, rows, target, instruction, budget):
     """As above, forward: decoded weights must stay in registers and each be decoded by one warp only."""
-    launch, code = kernel_of(lambda: grouped_linear(rows, False), target, monkeypatch, tmp_path)
+    launch, code = kernel_of(lambda: grouped_linear(rows, False), target, tmp_path)
     loop = code.smallest_loop(instruction, "LDGSTS.128", "PRMT")
     threads = 32 * launch.options["num_warps"]
     weights = 2 * launch.values["TILE_N"] * launch.values["TILE_K"] // threads
@@ -101,6 +101,6 @@ def test_grouped_linear_budget(monkeypatch, tmp_path, rows, target, instruction,
 @compiled_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("call", [grad_input, grouped_grad_input, grouped_linear])
-def test_no_spills_in_other_dtypes(monkeypatch, tmp_path, call, dtype):
+def test_no_spills_in_other_dtypes(tmp_path, call, dtype):
     """fp32 takes another path, and double quantization more registers."""
-    kernel_of(lambda: call(200, True, dtype), "sm_80", monkeypatch, tmp_path)
+    kernel_of(lambda: call(200, True, dtype), "sm_80", tmp_path)

@@ -34,7 +34,7 @@ def interpret(name, *arguments):
 def run_ptx(name, *arguments):
     """What the sm_80 PTX makes, assembly included."""
     module = grouped if hasattr(grouped, f"{name}_kernel") or name.startswith("grouped_linear") else grouped_products
-    with launches(pytest.MonkeyPatch(), "sm_80") as made:
+    with launches("sm_80") as made:
         out = getattr(module, name)(*arguments)
     assert len(made) <= 1
     for launch in made:
@@ -131,13 +131,13 @@ def test_larger_tiles(monkeypatch, counts):
 
 @compiled_only
 @pytest.mark.parametrize("ends", [(3, 9, 99), (5, 2, 7), (-4, 3, 7), (0, 0, 0)])
-def test_wrong_ends_stay_inside(monkeypatch, ends):
+def test_wrong_ends_stay_inside(ends):
     """On a GPU nobody reads the ends before the kernels do: wrong ones must not become accesses of other memory."""
     q = lowbit.quantize(make_weight((3, 64, 128)))
     ends = torch.tensor(ends, dtype=torch.int32)
     weight = (*q.parts(), "nf4", 64, ends)
     x, grad = torch.randn(7, 128).bfloat16(), torch.randn(7, 64).bfloat16()
-    with launches(monkeypatch, "sm_80") as made:
+    with launches("sm_80") as made:
         grouped.grouped_linear(x, *weight, 64, None, None, None, 1.0)
         grouped.grouped_linear_grad_input(grad, *weight, 128)
         grouped_products.grouped_matmul(x, torch.randn(3, 4, 128), ends)

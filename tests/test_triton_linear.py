@@ -254,7 +254,7 @@ def test_on_the_emulator(monkeypatch, name):
     monkeypatch.setattr(shapes, "linear_config", lambda problem, gpu: config)
     from lowbit.backends.triton import linear
 
-    with launches(monkeypatch, "sm_80") as made:
+    with launches("sm_80") as made:
         y = linear.linear(*case.arguments())
     y.fill_(float("nan"))
     assert len(made) == (2 if config.splits > 1 else 1)
@@ -375,6 +375,6 @@ def test_nothing_is_measured_unless_asked(autotune, monkeypatch):
     from lowbit.backends.triton import linear
 
     monkeypatch.setattr(autotune, "measure", lambda run: pytest.fail("measured"))
-    with launches(monkeypatch, "sm_80") as made:
+    with launches("sm_80") as made:
         linear.linear(*Case(3, 8, 64).arguments())
     assert len(made) == 1

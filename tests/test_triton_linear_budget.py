@@ -20,7 +20,7 @@ def main_loop(monkeypatch, folder, target, config, m, dtype=torch.bfloat16, form
     monkeypatch.setattr(shapes, "linear_config", lambda problem, gpu: config)
     tensor = triton_calls.tensor
     weight = triton_calls.weight((N, K), format, block_size)
-    with launches(monkeypatch, target) as made:
+    with launches(target) as made:
         linear.linear(tensor(m, K, dtype=dtype), *weight, N, tensor(N), tensor(m, 16), tensor(N, 16), 0.5)
     kernel, _ = compiled(made[0], target)
     code = machine_code(kernel, target, folder)
@@ -131,7 +131,7 @@ def test_split_k_sum(monkeypatch, tmp_path):
     config = C(8, 64, 64, 2, 4, True, splits=8)
     monkeypatch.setattr(shapes, "linear_config", lambda problem, gpu: config)
     tensor = triton_calls.tensor
-    with launches(monkeypatch, "sm_80") as made:
+    with launches("sm_80") as made:
         linear.linear(tensor(8, K, dtype=torch.bfloat16), *triton_calls.weight((N, K), "nf4"), N, *[None] * 3, 1.0)
     kernel, _ = compiled(made[1], "sm_80")
     code = [text for _, text in machine_code(kernel, "sm_80", tmp_path).instructions]
