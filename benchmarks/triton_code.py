@@ -7,6 +7,7 @@ code of such a launch for any GPU, with what Triton would specialize it on. The 
 import contextlib
 import dataclasses
 import importlib
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ import torch
 from machine_code import Kernel, disassemble
 
 sys.path.append(str(Path(__file__).parent.parent))
+from lowbit import format as fmt  # noqa: E402
 from lowbit.backends import triton as backend  # noqa: E402
 
 
@@ -55,6 +57,30 @@ def _of_gpu(target: str, processors: int | None) -> dict[str, object]:
         answers["processors"] = lambda device: processors
         answers["gpu_of"] = lambda *arguments: dataclasses.replace(gpu_of(*arguments), processors=processors)
     return answers
+
+
+def function(op: str):
+    """The backend's function of an op."""
+    return getattr(importlib.import_module(f"{backend.__name__}.{backend.MODULES[op]}"), op)
+
+
+def tensor(*shape: int, dtype=torch.float32) -> torch.Tensor:
+    """Without memory: shapes may be those of real models."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def weight(shape: tuple[int, ...], format: str, block_size: int = 64, double_quant: bool = True) -> tuple:
+    """The arguments of an op from packed to block_size."""
+    numel = math.prod(shape)
+    if format == "int8":
+        rows, columns = fmt.row_shape(shape)
+        return tensor(numel, dtype=torch.uint8), tensor(rows), None, None, format, columns
+    blocks = fmt.block_count(numel, block_size)
+    packed = tensor((numel + 1) // 2, dtype=torch.uint8)
+    if not double_quant:
+        return packed, tensor(blocks), None, None, format, block_size
+    group_scales = tensor(fmt.block_count(blocks, fmt.GROUP_SIZE))
+    return packed, tensor(blocks, dtype=torch.uint8), group_scales, tensor(), format, block_size
 
 
 @contextlib.contextmanager

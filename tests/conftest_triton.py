@@ -18,7 +18,7 @@ from lowbit.backends import triton as backend
 
 sys.path.append(str(ROOT / "benchmarks"))  # where predict_gpu.py counts with the same code
 from machine_code import resources  # noqa: E402
-from triton_code import Launch, compiled, gpu_target, launches, machine_code  # noqa: E402
+from triton_code import Launch, compiled, function, gpu_target, launches, machine_code, tensor, weight  # noqa: E402
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -28,11 +28,14 @@ __all__ = [
     "compiled",
     "compiled_only",
     "emulate",
+    "function",
     "gpu_target",
     "interpreted",
     "launches",
     "machine_code",
     "spilled",
+    "tensor",
+    "weight",
 ]
 
 #: Marks a test that Triton's interpreter runs (conftest.py skips it elsewhere), and one that it cannot.
