@@ -14,7 +14,7 @@ def of_loop(gpu: Gpu, entry: Counted, m: int, n: int, k: int) -> Prediction:
     moved = weights * WEIGHT_BYTES + (2 * m * (n + k) if entry.rows else 2 * weights)
     read = weights * (-(-m // entry.rows) if entry.rows else 1)
     work = Work(moved, read * entry.instructions / 32, read * entry.cycles, read * entry.macs)
-    return least_time(gpu, f"{entry.rows} rows at once" if entry.rows else "dequantize", work)
+    return least_time(gpu, f"{entry.rows} rows" if entry.rows else "dequantize", work)
 
 
 def predict(gpu: Gpu, entries: tuple[Counted, ...], operation: str, m: int, n: int, k: int) -> Prediction | None:

@@ -151,7 +151,7 @@ def predict(gpu: Gpu, operation: str, m: int, n: int, k: int) -> Prediction:
             if found.lora:  # the first split's
                 bodies.append((row_tiles * found.tile.outputs(n, k), found.lora))
             splits = _splits(launch, found, m, n, k)
-            path.append(f"{found.tile.rows} rows at once" + (f", {splits} splits" if splits > 1 else ""))
+            path.append(f"{found.tile.rows} rows" + (f", {splits} splits" if splits > 1 else ""))
         steps.append(least_time(gpu, found.kernel, _work(_bytes(gpu, made, launch, of_stacks), bodies)))
     return one_after_another(", ".join(path or [step.path.removesuffix("_kernel") for step in steps]), steps)
 

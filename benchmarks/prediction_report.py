@@ -41,7 +41,8 @@ def print_predictions(console: Console, gpu: Gpu, rows: list[dict]) -> None:
         libraries = [library for library in LIBRARIES if any(library in row for row in shown)]
         sides = [title for library in libraries for title in (f"{library} us", "bound by", "path")]
         compared = any("ratio" in row for row in shown)
-        titles = ("layer", "out x in", "rows", *sides, *(("times faster",) if compared else ()))
+        rows_of_x = "tokens" if operation.startswith("grouped") else "rows"
+        titles = ("layer", "out x in", rows_of_x, *sides, *(("times faster",) if compared else ()))
         table = Table(*titles, title=f"{gpu.name}, {operation}: {TITLE}")
         for row in shown:
             cells = [row["layer"], f"{row['n']} x {row['k']}", str(row["m"] or "")]
