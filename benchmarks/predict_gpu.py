@@ -59,6 +59,7 @@ MIXTURE_LAYERS = {
     "8x7B down": (4096, 14336),
 }
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
+CUDA_OPERATIONS = {loop.operation for loop in cuda_counts.LOOPS}
 
 #: (operation, rows of x, or 0 where there is no x, out_features, in_features)
 Case = tuple[str, int, int, int]
@@ -85,7 +86,7 @@ def rows_of(gpu: Gpu, cases: list[tuple[str, Case]]) -> list[dict]:
         operation, m, n, k = case
         row = {"gpu": gpu.name, "layer": layer, "n": n, "k": k, "operation": operation, "m": m}
         predictions = {}
-        if any(loop.operation == operation for loop in cuda_counts.LOOPS):
+        if operation in CUDA_OPERATIONS:
             for library in (CUDA, BITSANDBYTES):
                 entries = tuple(entry for entry in cuda_counts.counts(gpu.arch) if entry.library == library)
                 predictions[library] = predict_cuda.predict(gpu, entries, *case)
@@ -100,10 +101,12 @@ def rows_of(gpu: Gpu, cases: list[tuple[str, Case]]) -> list[dict]:
 
 def counts_of(gpus: list[Gpu], cases: list[tuple[str, Case]]) -> dict[str, list[Counted]]:
     """By architecture what the predictions rest on."""
-    operations = {operation for _, (operation, *_) in cases}
+    operations = CUDA_OPERATIONS & {operation for _, (operation, *_) in cases}
     found = {}
     for gpu in gpus:
-        entries = [entry for entry in cuda_counts.counts(gpu.arch) if entry.operation in operations]
+        entries = []
+        if operations:
+            entries += [entry for entry in cuda_counts.counts(gpu.arch) if entry.operation in operations]
         if predict_triton.is_available():
             entries += [entry for _, case in cases for entry in predict_triton.counted(gpu, *case)]
         found[gpu.arch] = list(dict.fromkeys(found.get(gpu.arch, []) + entries))
@@ -118,6 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", help=f"default: {','.join(map(str, ROWS))}")
     parser.add_argument("--json", help="write the predictions and the counts here")
     parser.add_argument("--plot", help="draw time over rows, for the first layer, here")
+    parser.add_argument("--markdown", action="store_true", help="print tables in Markdown")
     options = parser.parse_args(arguments)
     gpus = [gpu for gpu in GPUS if not options.gpu or gpu.name in options.gpu]
     layers = [name for name in (*LAYERS, *MIXTURE_LAYERS) if not options.layer or name in options.layer]
@@ -127,17 +131,17 @@ def main(arguments: list[str] | None = None) -> int:
     if not cases:
         parser.error("none of these layers has one of these operations")
 
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console(width=None if sys.stdout.isatty() else 240)
     try:
         predictions = {gpu: rows_of(gpu, cases) for gpu in gpus}
         counts = counts_of(gpus, cases)
     except FileNotFoundError as missing:  # nvcc, or the disassembler
         console.print(f"cannot count: {missing}", markup=False)
         return 1
-    print_counts(console, counts)
+    print_counts(console, counts, options.markdown)
     print_missing(console, counts, operations)
     for gpu, found in predictions.items():
-        print_predictions(console, gpu, found)
+        print_predictions(console, gpu, found, options.markdown)
     everything = [row for found in predictions.values() for row in found]
     if options.json:
         wheel = importlib.metadata.version(BITSANDBYTES) if cuda_counts.library_of_bitsandbytes() else None

@@ -5,6 +5,7 @@ import re
 from cuda_counts import BITSANDBYTES, CUDA, LOOPS
 from instruction_costs import Counted
 from predict_triton import TRITON
+from rich.box import HEAVY_HEAD, MARKDOWN
 from rich.console import Console
 from rich.table import Table
 from roofline import TITLE, Gpu
@@ -12,12 +13,14 @@ from roofline import TITLE, Gpu
 LIBRARIES = (CUDA, TRITON, BITSANDBYTES)
 
 
-def print_counts(console: Console, counts: dict[str, list[Counted]]) -> None:
+def _table(title: str, columns: tuple[str, ...], markdown: bool) -> Table:
+    return Table(*columns, title=title, box=MARKDOWN if markdown else HEAVY_HEAD)
+
+
+def print_counts(console: Console, counts: dict[str, list[Counted]], markdown: bool = False) -> None:
     """What the predictions rest on, by architecture."""
-    table = Table(
-        "arch", "operation", "library", "rows", "instructions", "L1/shared cycles x 32", "kernel",
-        title="Counted in the machine code, per weight",
-    )  # fmt: skip
+    columns = ("arch", "operation", "library", "rows", "instructions", "L1/shared cycles x 32", "kernel")
+    table = _table("Counted in the machine code, per weight", columns, markdown)
     for arch, entries in counts.items():
         for e in entries:
             name = re.sub(r"^_Z.*\d(?=[a-zA-Z_]*(?:gem|grad|dequant|kDequant))", "", e.kernel)[:64]
@@ -34,23 +37,17 @@ def print_missing(console: Console, counts: dict[str, list[Counted]], operations
                 console.print(f"not there for {arch}: {loop.library} {loop.source} {loop.kernel}", markup=False)
 
 
-def print_predictions(console: Console, gpu: Gpu, rows: list[dict]) -> None:
-    """A table for each operation, with the libraries that have a prediction."""
-    for operation in dict.fromkeys(row["operation"] for row in rows):
-        shown = [row for row in rows if row["operation"] == operation]
-        libraries = [library for library in LIBRARIES if any(library in row for row in shown)]
-        sides = [title for library in libraries for title in (f"{library} us", "bound by", "path")]
-        compared = any("ratio" in row for row in shown)
-        rows_of_x = "tokens" if operation.startswith("grouped") else "rows"
-        titles = ("layer", "out x in", rows_of_x, *sides, *(("times faster",) if compared else ()))
-        table = Table(*titles, title=f"{gpu.name}, {operation}: {TITLE}")
-        for row in shown:
-            cells = [row["layer"], f"{row['n']} x {row['k']}", str(row["m"] or "")]
-            for library in libraries:
-                found = row.get(library)
-                cells += [f"{found['microseconds']:.1f}", found["bound"], found["path"]] if found else [""] * 3
-            table.add_row(*cells, *((f"{row['ratio']:.2f}",) if "ratio" in row else ()))
-        console.print(table)
+def print_predictions(console: Console, gpu: Gpu, rows: list[dict], markdown: bool = False) -> None:
+    sides = (f"{library}: us, bound by (path)" for library in LIBRARIES)
+    columns = ("layer", "out x in", "operation", "rows", *sides, "times faster")
+    table = _table(f"{gpu.name}: {TITLE}", columns, markdown)
+    for row in rows:
+        cells = [row["layer"], f"{row['n']} x {row['k']}", row["operation"], str(row["m"] or "")]
+        for library in LIBRARIES:
+            found = row.get(library)
+            cells.append(f"{found['microseconds']:.1f} {found['bound']} ({found['path']})" if found else "")
+        table.add_row(*cells, f"{row['ratio']:.2f}" if "ratio" in row else "")
+    console.print(table)
 
 
 def plot(path: str, rows: list[dict]) -> None:

@@ -235,8 +235,7 @@ def test_the_report_says_that_it_predicts(tmp_path, capsys):
     files = ("--json", str(tmp_path / "p.json"), "--plot", str(tmp_path / "p.png"))
     assert predict_gpu.main(["--gpu", "H100 SXM", *layers, "--rows", "128,256", *files]) == 0
     printed = capsys.readouterr().out
-    for operation in predict_triton.OPERATIONS:
-        assert f"H100 SXM, {operation}: PREDICTION from counted" in " ".join(printed.split())
+    assert "H100 SXM: PREDICTION from counted instructions, not a measurement" in printed
     report = json.loads((tmp_path / "p.json").read_text())
     assert report["what"].startswith("PREDICTION")
     ours = [row for row in report["rows"] if row["operation"] == "linear_grad_input"]
