@@ -8,13 +8,14 @@ For each GPU and layer of a Llama, and of Mixtral's mixture of experts, the time
   bytes per cycle and multiprocessor, bank conflicts not counted;
 - tensor: mma.sync, or the operations of wgmma, tcgen05 and dense products, at the tensor cores' rate.
 
-A kernel's main loop is counted (and LoRA's, of rank 16, where the operation says so); all of those of Triton's that have
-none. The counts are of lowbit's CUDA and Triton kernels as nvcc and Triton compile them here, and of bitsandbytes' as its
-wheel has them. What wgmma and tcgen05 read of shared memory themselves is not counted, nor is tensor memory. Of lowbit's
-CUDA kernels and of bitsandbytes the fastest path is shown; of Triton what the backend would launch: its tiles, its splits
-of sums and the launch that adds them up. For products of many rows all may decode the weight and call cuBLAS, which is
-taken to reach the whole bandwidth or the whole peak. Left out for all: launches, what comes before and after the loop,
-GPUs that are not filled, latency. So these are lower bounds, and where they are close nothing is said about who is faster.
+A kernel's main loop is counted (and LoRA's, of rank 16, where the operation says so); of Triton's that have none all.
+The counts are of lowbit's CUDA and Triton kernels as nvcc and Triton compile them here, and of
+bitsandbytes' as its wheel has them. What wgmma and tcgen05 read of shared memory themselves is not counted, nor is
+tensor memory. Of lowbit's CUDA kernels and of bitsandbytes the fastest path is shown; of Triton what the backend would
+launch: its tiles, its splits of sums and the launch that adds them up. For products of many rows all may decode the
+weight and call cuBLAS, which is taken to reach the whole bandwidth or the whole peak. Left out for all: launches, what
+comes before and after the loop, GPUs that are not filled, latency. So these are lower bounds, and where they are close
+nothing is said about who is faster.
 
 A row of a mixture's product is a token, which 2 of 8 experts multiply; tokens are spread evenly. Only the weights of
 experts that have tokens are read, and each expert's last tile counts as a whole. The CUDA kernels are launched for each
@@ -71,9 +72,8 @@ def cases_of(layers: list[str], operations: list[str], rows: tuple[int, ...]) ->
     for layer in layers:
         n, k = (LAYERS | MIXTURE_LAYERS)[layer]
         for operation in operations:
-            if operation.startswith("grouped") == (layer in MIXTURE_LAYERS):
-                without_x = operation in ("quantize", "dequantize")
-                cases += [(layer, (operation, m, n, k)) for m in ((0,) if without_x else rows)]
+            if OPERATIONS[operation].is_grouped == (layer in MIXTURE_LAYERS):
+                cases += [(layer, (operation, m, n, k)) for m in (rows if OPERATIONS[operation].has_x else (0,))]
     return cases
 
 

@@ -11,6 +11,7 @@ cache.
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from instruction_costs import Counted
@@ -37,8 +38,8 @@ def _quantize(m: int, n: int, k: int) -> None:
     function("quantize_scales")(absmax, tensor())
 
 
-def _dequantize(m: int, n: int, k: int) -> None:
-    function("dequantize")(*weight((n, k), "nf4"), (n, k), torch.bfloat16)
+def _dequantize(m: int, n: int, k: int, format: str = "nf4") -> None:
+    function("dequantize")(*weight((n, k), format), (n, k), torch.bfloat16)
 
 
 def _linear(m: int, n: int, k: int, format: str = "nf4", rank: int = 0) -> None:
@@ -61,17 +62,28 @@ def _grouped_linear_grad_input(m: int, n: int, k: int) -> None:
     function("grouped_linear_grad_input")(grad, *weight((EXPERTS, n, k), "nf4"), ends, k)
 
 
-#: By operation the backend's calls for m rows of x (or tokens) and a W [n, k]. NF4 but for int8, bf16.
-OPERATIONS: dict[str, Callable[[int, int, int], None]] = {
-    "quantize": _quantize,
-    "dequantize": _dequantize,
-    "linear": _linear,
-    "linear with LoRA": functools.partial(_linear, rank=LORA_RANK),
-    "int8 linear": functools.partial(_linear, format="int8"),
-    "linear_grad_input": _linear_grad_input,
-    "linear_grad_input with LoRA": functools.partial(_linear_grad_input, rank=LORA_RANK),
-    "grouped_linear": _grouped_linear,
-    "grouped_linear_grad_input": _grouped_linear_grad_input,
+@dataclass(frozen=True)
+class Operation:
+    """``call`` calls the backend for m rows of x, or tokens, and a W [n, k] in NF4 or int8; bf16."""
+
+    call: Callable[[int, int, int], None]
+    has_x: bool = True
+    is_grouped: bool = False
+    rank: int = 0  # of LoRA
+    decoding: str = "dequantize"  # the operation that decodes such a W
+
+
+OPERATIONS = {
+    "quantize": Operation(_quantize, has_x=False),
+    "dequantize": Operation(_dequantize, has_x=False),
+    "int8 dequantize": Operation(functools.partial(_dequantize, format="int8"), has_x=False),
+    "linear": Operation(_linear),
+    "linear with LoRA": Operation(functools.partial(_linear, rank=LORA_RANK), rank=LORA_RANK),
+    "int8 linear": Operation(functools.partial(_linear, format="int8"), decoding="int8 dequantize"),
+    "linear_grad_input": Operation(_linear_grad_input),
+    "linear_grad_input with LoRA": Operation(functools.partial(_linear_grad_input, rank=LORA_RANK), rank=LORA_RANK),
+    "grouped_linear": Operation(_grouped_linear, is_grouped=True),
+    "grouped_linear_grad_input": Operation(_grouped_linear_grad_input, is_grouped=True),
 }
 
 
@@ -79,7 +91,7 @@ OPERATIONS: dict[str, Callable[[int, int, int], None]] = {
 def launched(gpu: Gpu, operation: str, m: int, n: int, k: int) -> tuple[Launch, ...]:
     """What the backend launches on a GPU; nothing where it decodes W and leaves the product to torch."""
     with launches(gpu.arch, gpu.processors) as made:
-        OPERATIONS[operation](m, n, k)
+        OPERATIONS[operation].call(m, n, k)
     return tuple(made)
 
 
@@ -107,17 +119,6 @@ def _bytes(gpu: Gpu, made: tuple[Launch, ...], launch: Launch, of_stacks: float)
     return moved
 
 
-def _work(moved: float, bodies: list[tuple[int, Body]]) -> Work:
-    """Of bodies that programs execute so many times in all."""
-    return Work(
-        moved,
-        sum(times * body.instructions for times, body in bodies),
-        sum(times * body.cycles for times, body in bodies),
-        sum(times * body.macs for times, body in bodies),
-        sum(times * body.peak_macs for times, body in bodies),
-    )
-
-
 def _splits(launch: Launch, found: Costs, m: int, n: int, k: int) -> int:
     """Programs that share the sums of a tile. An error where the grid is of other tiles than those counted."""
     # Only the GPU knows how many tiles of rows a mixture has: more programs start, and end at once.
@@ -128,32 +129,51 @@ def _splits(launch: Launch, found: Costs, m: int, n: int, k: int) -> int:
     return splits
 
 
+def _bodies(launch: Launch, found: Costs, rows: list[int], n: int, k: int) -> list[tuple[int, Body]]:
+    """How often programs execute what was counted, in all."""
+    if found.tile is None:
+        return [(math.prod(launch.grid), found.body)]
+    row_tiles = sum(-(-each // found.tile.rows) for each in rows)
+    main = (row_tiles * found.tile.rounds(n, k), found.body)
+    # Only the first of a tile's splits adds LoRA.
+    return [main, (row_tiles * found.tile.outputs(n, k), found.lora)] if found.lora else [main]
+
+
+def _work(moved: float, bodies: list[tuple[int, Body]]) -> Work:
+    return Work(
+        moved,
+        sum(times * body.instructions for times, body in bodies),
+        sum(times * body.cycles for times, body in bodies),
+        sum(times * body.macs for times, body in bodies),
+        sum(times * body.peak_macs for times, body in bodies),
+    )
+
+
+def _decoded_first(gpu: Gpu, operation: Operation, m: int, n: int, k: int) -> Prediction:
+    steps = [predict(gpu, operation.decoding, 0, n, k), dense_product(gpu, m, n, k)]
+    if operation.rank:
+        steps.append(dense_product(gpu, m, n, operation.rank))
+    return one_after_another("dequantize, cuBLAS", steps)
+
+
 def predict(gpu: Gpu, operation: str, m: int, n: int, k: int) -> Prediction:
-    """All launches of an operation, one after another."""
+    """All launches of an operation, one after another; m is 0 where there is no x."""
     made = launched(gpu, operation, m, n, k)
     if not made:
-        steps = [predict(gpu, "dequantize", 0, n, k), dense_product(gpu, m, n, k)]
-        if operation.endswith("LoRA"):
-            steps.append(dense_product(gpu, m, n, LORA_RANK))
-        return one_after_another("dequantize, cuBLAS", steps)
+        return _decoded_first(gpu, OPERATIONS[operation], m, n, k)
     rows, of_stacks = [m], 1.0
-    if operation.startswith("grouped"):
+    if OPERATIONS[operation].is_grouped:
         rows = rows_by_expert(m)
         of_stacks = sum(each > 0 for each in rows) / EXPERTS
-    steps, path = [], []
+    steps, tiles = [], []
     for launch in made:
         found = costs(launch, gpu.arch)
-        if found.tile is None:
-            bodies = [(math.prod(launch.grid), found.body)]
-        else:
-            row_tiles = sum(-(-each // found.tile.rows) for each in rows)
-            bodies = [(row_tiles * found.tile.rounds(n, k), found.body)]
-            if found.lora:  # the first split's
-                bodies.append((row_tiles * found.tile.outputs(n, k), found.lora))
+        work = _work(_bytes(gpu, made, launch, of_stacks), _bodies(launch, found, rows, n, k))
+        steps.append(least_time(gpu, found.kernel.removesuffix("_kernel"), work))
+        if found.tile:
             splits = _splits(launch, found, m, n, k)
-            path.append(f"{found.tile.rows} rows" + (f", {splits} splits" if splits > 1 else ""))
-        steps.append(least_time(gpu, found.kernel, _work(_bytes(gpu, made, launch, of_stacks), bodies)))
-    return one_after_another(", ".join(path or [step.path.removesuffix("_kernel") for step in steps]), steps)
+            tiles.append(f"{found.tile.rows} rows" + (f", {splits} splits" if splits > 1 else ""))
+    return one_after_another(", ".join(tiles or [step.path for step in steps]), steps)
 
 
 def counted(gpu: Gpu, operation: str, m: int, n: int, k: int) -> list[Counted]:
@@ -166,7 +186,7 @@ def counted(gpu: Gpu, operation: str, m: int, n: int, k: int) -> list[Counted]:
             tile = (found.tile.rows, found.tile.out_features, found.tile.in_features)
             label, rows = f"{found.kernel}, {' x '.join(map(str, tile))}, {found.warps} warps", found.tile.rows
             weights = found.tile.out_features * found.tile.in_features
-        elif m == 0:
+        elif not OPERATIONS[operation].has_x:
             weights = n * k / math.prod(launch.grid)
         else:
             continue  # sums of splits

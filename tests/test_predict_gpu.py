@@ -119,6 +119,7 @@ def test_every_pattern_finds_its_kernel(source):
 TRITON_CASES = {
     "quantize": (0, 30, 48),
     "dequantize": (0, 4, 7),
+    "int8 dequantize": (0, 4, 9),
     "linear": (128, 5, 20),
     "linear with LoRA": (128, 5, 20),
     "int8 linear": (128, 3, 15),
@@ -201,7 +202,10 @@ def test_triton_decodes_first():
     """The backend's choice for many rows."""
     require_triton()
     assert predict_triton.launched(H100, *triton_case("linear", 2048)) == ()
-    assert predict_triton.predict(H100, *triton_case("linear", 2048)).path == "dequantize, cuBLAS"
+    prediction = predict_triton.predict(H100, *triton_case("linear", 2048))
+    assert prediction.path == "dequantize, cuBLAS"
+    # int8 reads twice the bytes.
+    assert predict_triton.predict(H100, *triton_case("int8 linear", 2048)).microseconds > prediction.microseconds
 
 
 def test_a_mixture_reads_the_experts_that_have_tokens():
