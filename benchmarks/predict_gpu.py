@@ -130,6 +130,8 @@ def main(arguments: list[str] | None = None) -> int:
     cases = cases_of(layers, operations, rows)
     if not cases:
         parser.error("none of these layers has one of these operations")
+    if options.plot and not any(OPERATIONS[operation].has_x for _, (operation, *_) in cases):
+        parser.error("--plot draws products, and these operations are none")
 
     console = Console(width=None if sys.stdout.isatty() else 240)
     try:

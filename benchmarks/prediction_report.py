@@ -51,13 +51,14 @@ def print_predictions(console: Console, gpu: Gpu, rows: list[dict], markdown: bo
 
 
 def plot(path: str, rows: list[dict]) -> None:
-    """Time over rows of x for the first layer of ``rows``, a picture per product and GPU."""
+    """Time over rows of x for the first layer that has a product, a picture per product and GPU."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [row for row in rows if row["layer"] == rows[0]["layer"] and row["m"]]
+    products = [row for row in rows if row["m"]]
+    shown = [row for row in products if row["layer"] == products[0]["layer"]]
     gpus = list(dict.fromkeys(row["gpu"] for row in shown))
     operations = list(dict.fromkeys(row["operation"] for row in shown))
     size = (max(7.5, 3.2 * len(gpus)), 1 + 2.7 * len(operations))
@@ -80,6 +81,6 @@ def plot(path: str, rows: list[dict]) -> None:
         line[0].set_ylabel("microseconds, predicted")
     grid[0][0].legend(fontsize=8)
     layer = f"{shown[0]['layer']} ({shown[0]['n']} x {shown[0]['k']})"
-    figure.suptitle(f"Llama {layer}, bf16, NF4 unless int8, double quantization\n{TITLE}", fontsize=11)
+    figure.suptitle(f"{layer}, bf16, NF4 unless int8, double quantization\n{TITLE}", fontsize=11)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

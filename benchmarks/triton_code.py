@@ -7,6 +7,7 @@ code of such a launch for any GPU, with what Triton would specialize it on. The 
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import math
 import sys
 from pathlib import Path
@@ -51,12 +52,15 @@ def _of_gpu(target: str, processors: int | None) -> dict[str, object]:
     """
     is_nvidia = target.startswith("sm_")
     capability = divmod(int(target.removeprefix("sm_")), 10) if is_nvidia else None
-    answers = {"PORTABLE": not is_nvidia, "capability": lambda device: capability}
-    if processors is not None:
-        gpu_of = importlib.import_module(f"{backend.__name__}.shapes").gpu_of
-        answers["processors"] = lambda device: processors
-        answers["gpu_of"] = lambda *arguments: dataclasses.replace(gpu_of(*arguments), processors=processors)
-    return answers
+    # Uncached: what is remembered by device would be another target's.
+    uncached = inspect.unwrap(importlib.import_module(f"{backend.__name__}.shapes").gpu_of)
+
+    def gpu_of(*arguments):
+        gpu = uncached(*arguments)
+        return gpu if processors is None else dataclasses.replace(gpu, processors=processors)
+
+    answers = {"PORTABLE": not is_nvidia, "capability": lambda device: capability, "gpu_of": gpu_of}
+    return answers if processors is None else answers | {"processors": lambda device: processors}
 
 
 def function(op: str):
