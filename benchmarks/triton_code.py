@@ -1,77 +1,158 @@
-"""The machine code of lowbit's Triton kernels, compiled for GPUs that are not here."""
+"""What lowbit's Triton backend would launch on GPUs that are not here, and the machine code of it.
 
+Nothing runs: ``launches`` collects what calls of the backend's functions pass to ``launch``, ``compiled`` makes machine
+code of such a launch for any GPU, with what Triton would specialize it on. The tests count with the same code.
+"""
+
+import contextlib
 import dataclasses
+import importlib
+import math
 import sys
-import tempfile
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
-from machine_code import Kernel, count, disassemble
+import torch
+from machine_code import Kernel, disassemble
 
 sys.path.append(str(Path(__file__).parent.parent))
+from lowbit import format as fmt  # noqa: E402
+from lowbit.backends import triton as backend  # noqa: E402
+
+
+@dataclasses.dataclass
+class Launch:
+    """What a function of lowbit.backends.triton passed to ``launch``; ``values`` by the kernel's parameter."""
+
+    kernel: object
+    grid: tuple[int, ...]
+    arguments: tuple
+    options: dict
+
+    def __post_init__(self):
+        names = [parameter.name for parameter in self.kernel.params]
+        self.compiler_options = {name: value for name, value in self.options.items() if name not in names}
+        self.values = dict(zip(names, self.arguments, strict=False))
+        self.values.update({name: value for name, value in self.options.items() if name in names})
+
+
+def _modules() -> list[ModuleType]:
+    """Every module of the backend that its ops use."""
+    for name in set(backend.MODULES.values()):
+        importlib.import_module(f"{backend.__name__}.{name}")
+    return [module for name, module in sys.modules.items() if name.startswith(f"{backend.__name__}.")]
+
+
+def _of_gpu(target: str, processors: int) -> dict[str, object]:
+    """What the backend asks about the GPU, by its name there: whether it has NVIDIA's inline assembly, and its size."""
+    from lowbit.backends.triton.gpu import Gpu
+
+    is_nvidia = target.startswith("sm_")
+    gpu = Gpu(int(target.removeprefix("sm_")) if is_nvidia else 0, processors, gpu_target(target).warp_size)
+    return {"PORTABLE": not is_nvidia, "gpu_of": lambda device: gpu}
+
+
+def function(op: str):
+    """The backend's function of an op."""
+    return getattr(importlib.import_module(f"{backend.__name__}.{backend.MODULES[op]}"), op)
+
+
+def tensor(*shape: int, dtype=torch.float32) -> torch.Tensor:
+    """Without memory: shapes may be those of real models."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def weight(shape: tuple[int, ...], format: str, block_size: int = 64, double_quant: bool = True) -> tuple:
+    """The arguments of an op from packed to block_size."""
+    numel = math.prod(shape)
+    if format == "int8":
+        rows, columns = fmt.row_shape(shape)
+        return tensor(numel, dtype=torch.uint8), tensor(rows), None, None, format, columns
+    blocks = fmt.block_count(numel, block_size)
+    packed = tensor((numel + 1) // 2, dtype=torch.uint8)
+    if not double_quant:
+        return packed, tensor(blocks), None, None, format, block_size
+    group_scales = tensor(fmt.block_count(blocks, fmt.GROUP_SIZE))
+    return packed, tensor(blocks, dtype=torch.uint8), group_scales, tensor(), format, block_size
+
+
+@contextlib.contextmanager
+def launches(target: str | None = None, processors: int = 108):
+    """A list of the launches made meanwhile; none is run.
+
+    With a ``target``, "sm_90" or "gfx942", those that its GPU with so many multiprocessors (an A100's) would get.
+    """
+    collected = []
+
+    def collect(kernel, grid, *arguments, **options):
+        if 0 not in grid:
+            collected.append(Launch(kernel, (*grid, 1, 1)[:3], arguments, options))
+
+    replaced = {"launch": collect} | (_of_gpu(target, processors) if target is not None else {})
+    with contextlib.ExitStack() as patches:
+        for module in _modules():
+            for name in replaced.keys() & vars(module).keys():
+                patches.enter_context(mock.patch.object(module, name, replaced[name]))
+        yield collected
+
+
+def gpu_target(name: str):
+    """Triton's description of "sm_90" or "gfx942"."""
+    from triton.backends.compiler import GPUTarget
+
+    if name.startswith("sm_"):
+        return GPUTarget("cuda", int(name[3:]), 32)
+    return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
+
 
 _POINTERS = {
-    "x": "*bf16",
-    "packed": "*u8",
-    "absmax": "*u8",
-    "group_scales": "*fp32",
-    "offset": "*fp32",
-    "scale_map": "*fp32",
-    "y": "*bf16",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
 }
-_SIZES = ("n", "k")  # multiples of 16
 
 
-def linear_configs(arch: str, rows: tuple[int, ...]) -> list:
-    """The tiles of linear for these numbers of rows of x (a 4096 x 4096 layer, NF4, bf16) on ``arch``, "sm_90" say.
+def specialized(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict]:
+    """(signature, constants, attributes) that Triton would compile a launch's kernel with at run time."""
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(launch.kernel.params):
+        value = launch.values.get(parameter.name, parameter.default)
+        name = parameter.name
+        may_specialize = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and may_specialize):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and may_specialize:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    return signature, constants, attributes
 
-    Without those rows for which W is decoded first. Empty where Triton is not installed.
-    """
-    from lowbit.backends import triton as backend
 
-    if backend.missing_reason() is not None:
-        return []
-    import torch
-
-    from lowbit.backends.triton import shapes
-
-    gpu = shapes.Gpu(int(arch.removeprefix("sm_")), 108)
-    problems = [shapes.Problem(shapes.rows_of(m), 4096, 4096, torch.bfloat16, "nf4", 64) for m in rows]
-    tiles = [shapes.linear_config(each, gpu) for each in problems if not shapes.decodes_first(each, gpu)]
-    return list(dict.fromkeys(dataclasses.replace(tile, splits=1) for tile in tiles))
-
-
-def linear_loop(config, arch: str) -> tuple[Kernel, list[str]]:
-    """The kernel of a ``Config``, without LoRA and bias, and its loop over k."""
+def compiled(launch: Launch, target: str):
+    """The compiled kernel of a launch for ``target``, and its signature."""
     import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lowbit.backends.triton.linear import copies_of_scales, linear_kernel
+    signature, constants, attributes = specialized(launch)
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"enable_fp_fusion": False, **launch.compiler_options}
+    return triton.compile(source, target=gpu_target(target), options=options), signature
 
-    names = [parameter.name for parameter in linear_kernel.params]
-    constants = {
-        **dict.fromkeys(("bias", "t", "lora_b"), None),
-        "FORMAT": "nf4",
-        "BLOCK_SIZE": 64,
-        "DOUBLE_QUANT": True,
-        "PORTABLE": False,
-        "BM": config.bm,
-        "BN": config.bn,
-        "BK": config.bk,
-        "SPLITS": 1,
-        "COPIES": copies_of_scales(config),
-        "WEIGHT_FIRST": config.weight_first,
-    }
-    signature = {**_POINTERS, **dict.fromkeys(("m", *_SIZES, "rank"), "i32"), "scaling": "fp32"}
-    signature.update(dict.fromkeys(constants, "constexpr"))
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*_POINTERS, *_SIZES)}
-    ordered = {name: signature[name] for name in names}
-    source = ASTSource(fn=linear_kernel, signature=ordered, constexprs=constants, attrs=aligned)
-    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": False}
-    compiled = triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "linear.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        (kernel,) = disassemble(cubin, arch)
-    (loop,) = [body for body in kernel.loops() if count(body, "LDGSTS")]
-    return kernel, loop
+
+def machine_code(kernel, target: str, folder: Path) -> Kernel:
+    """The one kernel of what was compiled for an NVIDIA target; its cubin is written to ``folder``."""
+    cubin = folder / f"{kernel.metadata.name}.{target}.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    (found,) = disassemble(cubin, target)
+    return found

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import sys
 
@@ -9,11 +10,18 @@ import pytest
 from conftest_cuda import ROOT, require_nvcc
 
 sys.path.append(str(ROOT / "benchmarks"))
+import cuda_counts  # noqa: E402
+import predict_cuda  # noqa: E402
 import predict_gpu  # noqa: E402
+import predict_triton  # noqa: E402
+import triton_counts  # noqa: E402
+from instruction_costs import Counted  # noqa: E402
 from machine_code import Kernel, cuobjdump  # noqa: E402
+from roofline import GPUS  # noqa: E402
 
-H100 = next(gpu for gpu in predict_gpu.GPUS if gpu.name == "H100 SXM")
-LOOP = predict_gpu.Loop(
+H100 = next(gpu for gpu in GPUS if gpu.name == "H100 SXM")
+A100 = next(gpu for gpu in GPUS if gpu.name == "A100 80GB")
+LOOP = cuda_counts.Loop(
     "linear", "lowbit", "x.cu", r"gemmILi(?P<rows>\d+)E", ("HMMA.16816",), {"HMMA.16816": 8}, 0, True
 )
 
@@ -32,21 +40,29 @@ def require_tools():
         pytest.skip(str(missing))
 
 
+def require_triton():
+    pytest.importorskip("triton")
+    try:
+        cuobjdump()
+    except FileNotFoundError as missing:
+        pytest.skip(str(missing))
+
+
 @functools.cache
 def h100_counts():
     require_tools()
-    return predict_gpu.counts("sm_90")
+    return cuda_counts.counts("sm_90")
 
 
 def test_a_loop_is_counted_per_weight():
     """16 rows are two row tiles: two mma meet the same 8 weights of a lane."""
-    counted = predict_gpu.counted(LOOP, kernel("LDS.64 R0, [R1]", "LDSM.16.M88.4 R0, [R1]", *["HMMA.16816.F32 R0"] * 4))
+    counted = cuda_counts.counted(LOOP, kernel("LDS.64 R0, [R1]", "LDSM.16.M88.4 R0, [R1]", *["HMMA.16816.F32 R0"] * 4))
     assert counted.rows == 16
     assert counted.instructions == 7 / 16
     assert counted.cycles == (2 + 4) / 32 / 16  # the bytes of a warp, 128 in a cycle
     assert counted.macs == 4 * 2048 / 32 / 16
-    assert predict_gpu.counted(LOOP, kernel("FFMA R0, R1, R2, R3")) is None
-    assert predict_gpu.counted(LOOP, kernel("HMMA.16816.F32 R0", name="gemv")) is None
+    assert cuda_counts.counted(LOOP, kernel("FFMA R0, R1, R2, R3")) is None
+    assert cuda_counts.counted(LOOP, kernel("HMMA.16816.F32 R0", name="gemv")) is None
 
 
 @pytest.mark.parametrize(
@@ -60,65 +76,157 @@ def test_a_loop_is_counted_per_weight():
 )
 def test_the_largest_of_four_bounds(costs, bound):
     """Whatever is the bottleneck decides."""
-    entry = predict_gpu.Counted("linear", "lowbit", "gemm", 16, *costs)
-    prediction = predict_gpu.of_loop(H100, entry, 16, 4096, 4096)
+    entry = Counted("linear", "lowbit", "gemm", 16, *costs)
+    prediction = predict_cuda.of_loop(H100, entry, 16, 4096, 4096)
     assert prediction.bound == bound
-    bytes_moved = 4096 * 4096 * predict_gpu.WEIGHT_BYTES + 2 * 16 * 8192
+    bytes_moved = 4096 * 4096 * predict_cuda.WEIGHT_BYTES + 2 * 16 * 8192
     assert prediction.microseconds >= bytes_moved / H100.bandwidth / 1e3 * (1 - 1e-9)
     if bound == "issue":
         per_second = 128 * H100.processors * H100.clock * 1e9
         assert prediction.microseconds == pytest.approx(4096 * 4096 * 50 / per_second * 1e6)
         # Rows beyond 16 mean that W is decoded again.
-        assert predict_gpu.of_loop(H100, entry, 17, 4096, 4096).microseconds == 2 * prediction.microseconds
+        assert predict_cuda.of_loop(H100, entry, 17, 4096, 4096).microseconds == 2 * prediction.microseconds
 
 
 def test_the_fastest_path_is_chosen():
     """Many rows decode once and go to cuBLAS; an operation whose kernels are not built has no prediction."""
     entries = (
-        predict_gpu.Counted("dequantize", "lowbit", "dequantize", 0, 4.5, 0.06, 0.0),
-        predict_gpu.Counted("linear", "lowbit", "gemm", 16, 4.0, 0.03, 4.0),
+        Counted("dequantize", "lowbit", "dequantize", 0, 4.5, 0.06, 0.0),
+        Counted("linear", "lowbit", "gemm", 16, 4.0, 0.03, 4.0),
     )
-    assert predict_gpu.predict(H100, entries, "linear", 8, 4096, 4096).path == "16 rows at once"
-    assert predict_gpu.predict(H100, entries, "linear", 2048, 4096, 4096).path == "dequantize, cuBLAS"
-    assert predict_gpu.predict(H100, entries[:1], "linear", 8, 4096, 4096) is None
+    assert predict_cuda.predict(H100, entries, "linear", 8, 4096, 4096).path == "16 rows"
+    assert predict_cuda.predict(H100, entries, "linear", 2048, 4096, 4096).path == "dequantize, cuBLAS"
+    assert predict_cuda.predict(H100, entries[:1], "linear", 8, 4096, 4096) is None
     theirs = (dataclasses.replace(entries[0], library="bitsandbytes"),)
     # bitsandbytes has no kernel for the backward pass.
-    assert predict_gpu.predict(H100, theirs, "linear_grad_input", 8, 4096, 4096).path == "dequantize, cuBLAS"
+    assert predict_cuda.predict(H100, theirs, "linear_grad_input", 8, 4096, 4096).path == "dequantize, cuBLAS"
 
 
-@pytest.mark.parametrize("source", sorted({loop.source for loop in predict_gpu.LOOPS if loop.library == "lowbit"}))
+@pytest.mark.parametrize("source", sorted({loop.source for loop in cuda_counts.LOOPS if loop.library == "lowbit"}))
 def test_every_pattern_finds_its_kernel(source):
     """A kernel that was renamed would silently leave the table."""
     require_tools()
     if not (ROOT / "csrc" / "cuda" / source).exists():
         pytest.skip(f"{source} is not part of this build")
-    for loop in (loop for loop in predict_gpu.LOOPS if loop.source == source):
-        found = [predict_gpu.counted(loop, each) for each in predict_gpu.kernels_of(source, "sm_90")]
+    for loop in (loop for loop in cuda_counts.LOOPS if loop.source == source):
+        found = [cuda_counts.counted(loop, each) for each in cuda_counts.kernels_of(source, "sm_90")]
         assert any(found), loop.kernel
         for entry in filter(None, found):
             assert 1 < entry.instructions < 10 and 0 < entry.cycles < 0.2, entry
 
 
-@pytest.mark.parametrize(("arch", "rows", "by_mma_sync"), [("sm_80", 8, True), ("sm_90", 128, False)])
-def test_triton_is_counted(arch, rows, by_mma_sync):
+#: A layer of 4096 x 4096, an expert's of 14336 x 4096: rows, or tokens; from...to instructions per weight.
+TRITON_CASES = {
+    "quantize": (0, 30, 48),
+    "dequantize": (0, 4, 7),
+    "int8 dequantize": (0, 4, 9),
+    "linear": (128, 5, 20),
+    "linear with LoRA": (128, 5, 20),
+    "int8 linear": (128, 3, 15),
+    "linear_grad_input": (128, 7, 14),
+    "linear_grad_input with LoRA": (128, 7, 14),
+    "grouped_linear": (256, 5, 14),
+    "grouped_linear_grad_input": (256, 7, 14),
+}
+
+
+def triton_case(operation, m):
+    """The operation at a layer's size."""
+    return operation, m, 14336 if operation.startswith("grouped") else 4096, 4096
+
+
+def test_every_triton_operation_has_a_case():
+    assert TRITON_CASES.keys() == predict_triton.OPERATIONS.keys()
+
+
+@pytest.mark.parametrize("gpu", [A100, H100], ids=lambda gpu: gpu.arch)
+@pytest.mark.parametrize("operation", TRITON_CASES)
+def test_triton_is_counted(operation, gpu):
     """Beside the CUDA kernels; a loop that Triton lays out in another way must not leave the table."""
-    pytest.importorskip("triton")
-    (config,) = predict_gpu.linear_configs(arch, (rows,))
-    entry = predict_gpu.counted_triton(config, arch)
-    assert (entry.library, entry.operation, entry.rows) == (predict_gpu.TRITON, "linear", rows)
-    assert (entry.macs, entry.peak_macs) == ((rows, 0) if by_mma_sync else (0, rows))
-    assert 4 < entry.instructions < 10 and 0.01 < entry.cycles < 0.3
-    gpu = next(gpu for gpu in predict_gpu.GPUS if gpu.arch == arch)
-    tensor_seconds = 4096**2 * rows / (gpu.peak / 2 * 1e12)
-    assert predict_gpu.of_loop(gpu, entry, rows, 4096, 4096).microseconds >= tensor_seconds * 1e6
-    assert predict_gpu.linear_configs(arch, (2048,)) == []  # decoded first
+    require_triton()
+    m, least, most = TRITON_CASES[operation]
+    case = triton_case(operation, m)
+    entry = predict_triton.counted(gpu, *case)[0]
+    assert (entry.library, entry.operation) == (predict_triton.TRITON, operation)
+    assert least < entry.instructions < most and 0.01 < entry.cycles < 0.3
+    # Each weight meets all rows of the tile once, and with 32 rows or more a Hopper's tensor cores are asked by wgmma.
+    by_wgmma = gpu is H100 and entry.rows >= 64
+    assert (entry.macs, entry.peak_macs) == ((0, entry.rows) if by_wgmma else (entry.rows, 0))
+    found = triton_counts.costs(predict_triton.launched(gpu, *case)[0], gpu.arch)
+    assert (found.tile is None) == (m == 0)
+    assert (found.lora is not None) == operation.endswith("LoRA")
+
+    prediction = predict_triton.predict(gpu, *case)
+    _, _, n, k = case
+    tensor_seconds = n * k * (2 * m if n == 14336 else m) / (gpu.peak / 2 * 1e12)
+    weight_seconds = (2 if m == 0 else 0.5) * n * k / (gpu.bandwidth * 1e9)
+    assert prediction.microseconds >= 1e6 * max(tensor_seconds, weight_seconds)
+    assert prediction.microseconds <= 40e6 * max(tensor_seconds, weight_seconds)
+
+
+def test_a_lost_loop_is_an_error():
+    """Not a kernel that passes for a quick one."""
+    tile = triton_counts.Tile(16, 8, 16)
+    step = ("LDGSTS.E.128 [R1], [R2]", "HMMA.16816.F32 R0", "HMMA.16816.F32 R4")
+    found = triton_counts.costs_of(kernel(*step), 4, tile)
+    assert (found.body.instructions, found.body.macs) == (4 * 4, 4 * 2 * 2048)
+    with pytest.raises(ValueError, match="0 main loops"):
+        triton_counts.costs_of(kernel(*step[1:]), 4, tile)
+    with pytest.raises(ValueError, match="0 main loops"):  # code behind the end that jumps back
+        triton_counts.costs_of(kernel(*step, "EXIT"), 4, tile)
+    with pytest.raises(ValueError, match="no tile"):
+        triton_counts.costs_of(kernel(*step), 4, None)
+
+
+@pytest.mark.parametrize("operation", ["linear", "linear_grad_input"])
+def test_triton_splits_for_the_gpu(operation):
+    """The configuration is the backend's, for this many multiprocessors; partial sums stay in L2 if they fit."""
+    require_triton()
+    case = triton_case(operation, 128)
+    small = dataclasses.replace(H100, processors=8)
+    assert len(predict_triton.launched(small, *case)) == 1 and "splits" not in predict_triton.predict(small, *case).path
+    _, adding = predict_triton.launched(H100, *case)
+    assert predict_triton.predict(H100, *case).path.endswith(f", {adding.values['SPLITS']} splits")
+
+    def bytes_moved(l2):
+        slow = dataclasses.replace(H100, bandwidth=1, l2=l2)  # GB/s
+        return predict_triton.predict(slow, *case).microseconds * 1e3
+
+    operands = 4096 * 4096 * predict_cuda.WEIGHT_BYTES + 2 * 128 * 8192
+    assert bytes_moved(50) == pytest.approx(operands, rel=1e-3)
+    sums = 4 * adding.values["SPLITS"] * 128 * 4096
+    assert bytes_moved(0) == pytest.approx(operands + 2 * sums, rel=1e-3)
+
+
+def test_triton_decodes_first():
+    """The backend's choice for many rows."""
+    require_triton()
+    assert predict_triton.launched(H100, *triton_case("linear", 2048)) == ()
+    prediction = predict_triton.predict(H100, *triton_case("linear", 2048))
+    assert prediction.path == "dequantize, cuBLAS"
+    # int8 reads twice the bytes.
+    assert predict_triton.predict(H100, *triton_case("int8 linear", 2048)).microseconds > prediction.microseconds
+
+
+def test_a_mixture_reads_the_experts_that_have_tokens():
+    """Two of eight for one token; an expert's last tile of 64 rows counts as a whole."""
+    require_triton()
+    assert predict_triton.rows_by_expert(1) == [1, 1, 0, 0, 0, 0, 0, 0]
+    slow = dataclasses.replace(H100, bandwidth=1)
+    moved = predict_triton.predict(slow, *triton_case("grouped_linear", 256)).microseconds * 1e3
+    assert moved == pytest.approx(8 * 14336 * 4096 * predict_cuda.WEIGHT_BYTES + 2 * 512 * (14336 + 4096), rel=1e-3)
+    one = predict_triton.predict(slow, *triton_case("grouped_linear", 1)).microseconds * 1e3
+    assert one == pytest.approx(2 * 14336 * 4096 * predict_cuda.WEIGHT_BYTES + 2 * 2 * (14336 + 4096), rel=1e-3)
+    full, more = (predict_triton.predict(H100, *triton_case("grouped_linear", tokens)) for tokens in (256, 257))
+    assert full.bound == more.bound == "L1/shared"
+    assert more.microseconds == pytest.approx(full.microseconds * 10 / 8)
 
 
 def test_counts_of_bitsandbytes():
     """From its wheel: 8.6 instructions per weight for one row, 24 to decode."""
     pytest.importorskip("bitsandbytes")
     theirs = {(e.operation, e.rows): e for e in h100_counts() if e.library == "bitsandbytes"}
-    if predict_gpu.importlib.metadata.version("bitsandbytes") != "0.50.2":
+    if importlib.metadata.version("bitsandbytes") != "0.50.2":
         pytest.skip("the figures are those of version 0.50.2")
     assert theirs["linear", 1].instructions == pytest.approx(8.6, abs=0.15)
     assert theirs["dequantize", 0].instructions == pytest.approx(24, abs=0.5)
@@ -127,13 +235,18 @@ def test_counts_of_bitsandbytes():
 def test_the_report_says_that_it_predicts(tmp_path, capsys):
     """A picture or table that travels alone must not pass for a measurement."""
     h100_counts()
+    layers = ("--layer", "8B q, o", "--layer", "8x7B gate, up")
     files = ("--json", str(tmp_path / "p.json"), "--plot", str(tmp_path / "p.png"))
-    assert predict_gpu.main(["--gpu", "H100 SXM", "--layer", "8B q, o", "--rows", "1,64,2048", *files]) == 0
+    assert predict_gpu.main(["--gpu", "H100 SXM", *layers, "--rows", "128,256", *files]) == 0
     printed = capsys.readouterr().out
     assert "H100 SXM: PREDICTION from counted instructions, not a measurement" in printed
     report = json.loads((tmp_path / "p.json").read_text())
     assert report["what"].startswith("PREDICTION")
     ours = [row for row in report["rows"] if row["operation"] == "linear_grad_input"]
-    assert [row["m"] for row in ours] == [1, 64, 2048]
+    assert [row["m"] for row in ours] == [128, 256]
     assert all(row["lowbit"]["microseconds"] > 0 for row in ours)
+    if predict_triton.is_available():
+        assert all(row[predict_triton.TRITON]["microseconds"] > 0 for row in report["rows"])
+        counted = {entry["operation"] for entry in report["counts"]["sm_90"]}
+        assert counted == predict_triton.OPERATIONS.keys()
     assert (tmp_path / "p.png").stat().st_size > 10_000

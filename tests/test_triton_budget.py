@@ -4,15 +4,10 @@ Whole kernels are counted, with what a program does once. DRAM leaves an H100 21
 decoded to or quantized from 16 bits; a change that takes many more than today fails here.
 """
 
-import importlib
-
 import pytest
 import torch
-from conftest_triton import compiled, compiled_only, launches, machine_code
+from conftest_triton import compiled, compiled_only, function, launches, machine_code, tensor, weight
 from sass import count as count_in
-from triton_calls import tensor, weight
-
-from lowbit.backends import triton as backend
 
 pytestmark = compiled_only
 
@@ -22,13 +17,12 @@ BYTES_PER_ACCESS = 16
 
 
 @pytest.fixture(params=ARCHS)
-def machine_code_of(request, monkeypatch, tmp_path):
+def machine_code_of(request, tmp_path):
     """A function of an op's name and its arguments: the one kernel that the call launches; without spills."""
 
     def kernel_of(op, *arguments):
-        function = getattr(importlib.import_module(f"lowbit.backends.triton.{backend.MODULES[op]}"), op)
-        with launches(monkeypatch, request.param) as made:
-            function(*arguments)
+        with launches(request.param) as made:
+            function(op)(*arguments)
         (launch,) = made
         found = machine_code(compiled(launch, request.param)[0], request.param, tmp_path)
         assert (found.stack, found.local) == (0, 0), found.name

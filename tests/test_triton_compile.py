@@ -38,7 +38,7 @@ def test_compiles(monkeypatch, tmp_path, call, target):
 
     if EVERYTHING:
         monkeypatch.setattr(autotune, "chosen", run_each)
-    with launches(monkeypatch, target) as made:
+    with launches(target) as made:
         call.make()
     assert made
     for launch in made:

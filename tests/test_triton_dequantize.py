@@ -104,8 +104,8 @@ def test_empty_and_scalar(format, shape):
     )
 
 
-def emulated(monkeypatch, parts, shape, dtype):
-    with launches(monkeypatch, "sm_80") as made:
+def emulated(parts, shape, dtype):
+    with launches("sm_80") as made:
         out = module.dequantize(*parts, shape, dtype)
     (launch,) = made
     emulate(launch)
@@ -118,51 +118,51 @@ def emulated(monkeypatch, parts, shape, dtype):
     ("format", "block_size", "double_quant", "numel"),
     [("nf4", 64, True, 8192), ("nf4", 4096, False, 9001), ("fp4", 32, True, 1057), ("fp4", 64, False, 3)],
 )
-def test_machine_instructions(monkeypatch, dtype, format, block_size, double_quant, numel):
+def test_machine_instructions(dtype, format, block_size, double_quant, numel):
     """What NVIDIA's GPUs run is inline assembly that the interpreter never sees: aligned and ragged, bit for bit."""
     parts = quantized(make_weight((numel,)), format, block_size, double_quant)
-    decoded = emulated(monkeypatch, parts, [numel], dtype)
+    decoded = emulated(parts, [numel], dtype)
     assert torch.equal(decoded, reference.dequantize(*parts, [numel], dtype))
 
 
 @compiled_only
 @pytest.mark.parametrize("format", FORMATS)
-def test_machine_instructions_every_code(monkeypatch, format):
+def test_machine_instructions_every_code(format):
     """All 256 bytes at every place in a word."""
     packed = torch.arange(4 * 256).mul(0x9D).to(torch.uint8)
     parts = (packed, torch.ones(32), None, None, format, 64)
-    decoded = emulated(monkeypatch, parts, [2048], torch.float32)
+    decoded = emulated(parts, [2048], torch.float32)
     assert torch.equal(decoded, reference.dequantize(*parts, [2048], torch.float32))
 
 
 @compiled_only
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 1024), (5, 77), (1, 5000)])
-def test_int8_machine_instructions(monkeypatch, shape, dtype):
+def test_int8_machine_instructions(shape, dtype):
     """The same for int8."""
     parts = quantized(make_weight(shape), "int8", 0)
-    decoded = emulated(monkeypatch, parts, list(shape), dtype)
+    decoded = emulated(parts, list(shape), dtype)
     assert torch.equal(decoded, reference.dequantize(*parts, list(shape), dtype))
 
 
 @compiled_only
 @pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_unaligned_memory(monkeypatch, format):
+def test_unaligned_memory(format):
     """A slice of a file mapped into memory begins anywhere; a 16-byte access there would be a fault."""
     parts = quantized(make_weight((2, 256)), format, 64)
     packed, out = unaligned(parts[0]).copy_(parts[0]), unaligned(torch.empty(2, 256, dtype=torch.float16))
-    with launches(monkeypatch, "sm_80") as made:
+    with launches("sm_80") as made:
         module.dequantize_out(packed, *parts[1:], out)
     emulate(made[0])
     assert torch.equal(out, reference.dequantize(*parts, [2, 256], torch.float16))
 
 
 @compiled_only
-def test_more_than_31_bits(monkeypatch):
+def test_more_than_31_bits():
     """A stack of experts may have more elements than 32 bits can number: the last program of such a tensor."""
     numel, end = 2**31 + 16384, 16384
     parts = quantized(make_weight((end,)), "nf4", 4096)
-    with launches(monkeypatch, "sm_80") as made:
+    with launches("sm_80") as made:
         module.dequantize(*meta_weight((numel,), "nf4", 4096), [numel], torch.float16)
     ends = dict(zip(("packed", "absmax", "group_scales", "offset"), parts, strict=False))
     ends |= {"scale_map": fmt.SCALE_MAP, "out": torch.empty(end, dtype=torch.float16)}

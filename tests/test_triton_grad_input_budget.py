@@ -4,9 +4,8 @@ registers, accesses. The sizes are those of a layer of 4096 x 4096; tensors are 
 
 import pytest
 import torch
-import triton_calls
-from conftest_triton import compiled, compiled_only, launches, machine_code
-from sass import count
+from conftest_triton import compiled, compiled_only, launches, machine_code, tensor, weight
+from machine_code import count
 
 from lowbit.backends.triton import shapes_backward as shapes
 from lowbit.backends.triton.gpu import Gpu, shared_bytes_of
@@ -24,12 +23,12 @@ def machine_code_of(
     """(machine code, shared memory) of a call with LoRA and as many rows as the tile."""
     from lowbit.backends.triton import linear_grad_input
 
-    tensor, stack = triton_calls.tensor, ((experts,) if experts else ())
-    weight = triton_calls.weight((max(experts, 1) * N, K), format, 64, double_quant)
+    parts = weight((max(experts, 1) * N, K), format, 64, double_quant)
+    lora = tensor(config.tile_m, 16), tensor(*([experts] if experts else []), 16, K)
     ends = tensor(experts, dtype=torch.int32) if experts else None
     grad, out = (tensor(config.tile_m, columns, dtype=dtype) for columns in (N, K))
-    with launches(monkeypatch, target) as made:
-        linear_grad_input.fused(config, grad, *weight, tensor(config.tile_m, 16), tensor(*stack, 16, K), out, ends)
+    with launches(target) as made:
+        linear_grad_input.fused(config, grad, *parts, *lora, out, ends)
     kernel, _ = compiled(made[0], target)
     return machine_code(kernel, target, folder), kernel.metadata.shared
 

@@ -36,7 +36,7 @@ def interpret(name, *arguments):
 def emulated(target, name, *arguments):
     """(out, launches, what the emulator counted of each), assembly included."""
     module = grouped if name.startswith("grouped_linear") else grouped_products
-    with launches(pytest.MonkeyPatch(), target) as made:
+    with launches(target) as made:
         out = getattr(module, name)(*arguments)
     return out, made, [emulate(launch, target=target) for launch in made]
 
@@ -140,7 +140,7 @@ def test_wrong_ends_stay_inside(monkeypatch, ends):
     ends = torch.tensor(ends, dtype=torch.int32)
     weight = (*q.parts(), "nf4", 64, ends)
     x, grad = torch.randn(7, 128).bfloat16(), torch.randn(7, 64).bfloat16()
-    with launches(monkeypatch, "sm_80") as made:
+    with launches("sm_80") as made:
         grouped.grouped_linear(x, *weight, 64, None, None, None, 1.0)
         grouped.grouped_linear_grad_input(grad, *weight, 128)
         grouped_products.grouped_matmul(x, torch.randn(3, 4, 128), ends)

@@ -266,7 +266,7 @@ def emulated(monkeypatch, case, configs, target="sm_80"):
     monkeypatch.setattr(shapes, "linear_configs", configs)
     from lowbit.backends.triton import linear
 
-    with launches(monkeypatch, target) as made:
+    with launches(target) as made:
         y = linear.linear(*case.arguments())
     y.fill_(float("nan"))
     return y, made, [emulate(launch, target=target, detect_global_waw=True) for launch in made]

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-import triton_calls
-from conftest_triton import compiled, compiled_only, launches, machine_code
-from sass import count
+from conftest_triton import compiled, compiled_only, launches, machine_code, tensor, weight
+from machine_code import count
 
 from lowbit.backends.triton import shapes_forward as shapes
 from lowbit.backends.triton.gpu import Gpu, shared_bytes_of
@@ -20,12 +19,12 @@ def launches_of(monkeypatch, target, config, experts=0, dtype=torch.bfloat16, fo
     """Of a call with as many rows as the tile, LoRA, bias and double-quantized scales."""
     from lowbit.backends.triton import linear
 
-    tensor, rows = triton_calls.tensor, max(experts, 1) * N
-    weight = triton_calls.weight((rows, K), format, block_size)
+    rows = max(experts, 1) * N
+    parts = weight((rows, K), format, block_size)
     ends = tensor(experts, dtype=torch.int32) if experts else None
     x, y = (tensor(config.bm, columns, dtype=dtype) for columns in (K, N))
-    with launches(monkeypatch, target) as made:
-        linear.fused(config, x, *weight, tensor(rows), tensor(config.bm, 16), tensor(rows, 16), 0.5, y, ends)
+    with launches(target) as made:
+        linear.fused(config, x, *parts, tensor(rows), tensor(config.bm, 16), tensor(rows, 16), 0.5, y, ends)
     return made
 
 

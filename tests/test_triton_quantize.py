@@ -148,10 +148,10 @@ def test_int8_equals_the_reference(rows, columns, dtype, magnitude):
         (torch.float32, "nf4", 128, 255),
     ],
 )
-def test_machine_instructions(monkeypatch, dtype, format, block_size, numel):
+def test_machine_instructions(dtype, format, block_size, numel):
     """Divisions, reciprocals and comparisons as NVIDIA's GPUs execute them; an approximate division moves codes."""
     weight = make_weight((numel,), dtype, 1.0)
-    with launches(monkeypatch, "sm_80") as made:
+    with launches("sm_80") as made:
         ours = module.quantize(weight, format, block_size)
     assert len(made) == (numel >= block_size) + (numel % block_size > 0)
     for launch in made:
@@ -160,10 +160,10 @@ def test_machine_instructions(monkeypatch, dtype, format, block_size, numel):
 
 
 @compiled_only
-def test_unaligned_memory(monkeypatch):
+def test_unaligned_memory():
     """A weight may be a slice that begins anywhere; a 16-byte access there would be a fault."""
     weight = make_weight((4096,), torch.bfloat16)
-    with launches(monkeypatch, "sm_80") as made:
+    with launches("sm_80") as made:
         ours = module.quantize(unaligned(weight).copy_(weight), "nf4", 64)
     emulate(made[0])
     assert_same(ours, reference.quantize(weight, "nf4", 64))
@@ -171,10 +171,10 @@ def test_unaligned_memory(monkeypatch):
 
 @compiled_only
 @pytest.mark.parametrize("blocks", [2048, 259])
-def test_scales_machine_instructions(monkeypatch, blocks):
+def test_scales_machine_instructions(blocks):
     """One FMA where the format has a product and a sum would change scales' codes."""
     absmax = torch.randn(blocks, generator=torch.Generator().manual_seed(0)).abs()
-    with launches(monkeypatch, "sm_80") as made:
+    with launches("sm_80") as made:
         ours = module.quantize_scales(absmax, absmax.mean())
     emulate(made[0])
     assert_same(ours, reference.quantize_scales(absmax, absmax.mean()))
@@ -182,25 +182,25 @@ def test_scales_machine_instructions(monkeypatch, blocks):
 
 @compiled_only
 @pytest.mark.parametrize(("shape", "dtype"), [((5, 77), torch.float32), ((3, 5008), torch.bfloat16)])
-def test_int8_machine_instructions(monkeypatch, shape, dtype):
+def test_int8_machine_instructions(shape, dtype):
     """Rounding half to even, which is an addition and a subtraction that no compiler may cancel."""
     weight = make_weight(shape, dtype)
     weight[0] = torch.arange(shape[1]) % 127 + 0.5
     weight[0, 0] = 127  # the scale is 1
-    with launches(monkeypatch, "sm_80") as made:
+    with launches("sm_80") as made:
         ours = module.quantize(weight, "int8", shape[1])
     emulate(made[0])
     assert_same(ours, reference.quantize(weight, "int8", shape[1]))
 
 
 @compiled_only
-def test_more_than_31_bits(monkeypatch):
+def test_more_than_31_bits():
     """A stack of experts may have more elements than 32 bits can number: the last programs of such a tensor."""
     weight = make_weight((4096 + 129,), torch.float16)
     packed, absmax = reference.quantize(weight, "nf4", 4096)
     large = tensor(2**31 + 4096 + 129, dtype=torch.float16)
     ends = {"weight": weight, "packed": torch.zeros_like(packed), "absmax": torch.zeros(2)}
-    with launches(monkeypatch, "sm_80") as made:
+    with launches("sm_80") as made:
         module.quantize(large, "nf4", 4096)
     for launch in made:
         emulate(launch, ends, blocks=[launch.grid[0] - 1])
@@ -208,7 +208,7 @@ def test_more_than_31_bits(monkeypatch):
 
     short, scale = weight[-129:].clone(), absmax[-1:].clone()
     ends = {"weight": short, "scales": scale, "packed": torch.zeros(65, dtype=torch.uint8)}
-    with launches(monkeypatch, "sm_80") as made:
+    with launches("sm_80") as made:
         search.encode(large, tensor(fmt.block_count(large.numel(), 4096)), "nf4", 4096)
     emulate(made[0], ends, blocks=[made[0].grid[0] - 1])
     assert torch.equal(ends["packed"], reference.encode(short, scale, "nf4", 4096))

@@ -102,10 +102,10 @@ def test_public_function():
         ((9, 1), torch.float16, "fp4", 128, True),
     ],
 )
-def test_machine_instructions(monkeypatch, shape, dtype, format, block_size, weighted):
+def test_machine_instructions(shape, dtype, format, block_size, weighted):
     """Products, sums and their order as NVIDIA's GPUs execute them, in short and long blocks; one FMA moves a sum."""
     weight, importance = make_weight(shape, dtype, 1.0), importance_of(shape[1]) if weighted else None
-    with launches(monkeypatch, "sm_80") as made:
+    with launches("sm_80") as made:
         scales = module.search_scales(weight, importance, format, block_size)
     emulate(made[0])
     assert torch.equal(scales, reference.search_scales(weight, importance, format, block_size))
@@ -113,10 +113,10 @@ def test_machine_instructions(monkeypatch, shape, dtype, format, block_size, wei
 
 @compiled_only
 @pytest.mark.parametrize("numel", [4096, 333])
-def test_encode_machine_instructions(monkeypatch, numel):
+def test_encode_machine_instructions(numel):
     """The same for encode."""
     weight, scales = make_weight((numel,), torch.bfloat16, 1.0), scales_of(numel, 64, 1.0)
-    with launches(monkeypatch, "sm_80") as made:
+    with launches("sm_80") as made:
         packed = module.encode(weight, scales, "fp4", 64)
     emulate(made[0])
     assert torch.equal(packed, reference.encode(weight, scales, "fp4", 64))

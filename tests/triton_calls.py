@@ -5,15 +5,12 @@ specialized as for memory aligned to 16 bytes.
 """
 
 import dataclasses
-import functools
-import importlib
 import itertools
 from collections.abc import Callable
 
 import torch
 from cases import BLOCK_SIZES, DTYPES, FORMATS
-
-from lowbit import format as fmt
+from conftest_triton import function, tensor, weight
 
 
 @dataclasses.dataclass
@@ -32,16 +29,9 @@ def add(op: str, *arguments, detail: str = "", every_run: bool = False) -> None:
     """Another call of ``op``, a function of the module that ``lowbit.backends.triton.MODULES`` names."""
 
     def make():
-        from lowbit.backends import triton as backend
-
-        module = importlib.import_module(f"lowbit.backends.triton.{backend.MODULES[op]}")
-        return getattr(module, op)(*arguments)
+        return function(op)(*arguments)
 
     CALLS.append(Call(f"{op} {detail}".strip(), make, every_run))
-
-
-def tensor(*shape: int, dtype=torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def unaligned(like: torch.Tensor) -> torch.Tensor:
@@ -49,20 +39,6 @@ def unaligned(like: torch.Tensor) -> torch.Tensor:
     storage = torch.empty(like.numel() + 16, dtype=like.dtype)
     first = next(i for i in range(1, 17) if storage[i:].data_ptr() % 16 == like.element_size() % 16)
     return storage[first : first + like.numel()].view(like.shape)
-
-
-def weight(shape: tuple[int, ...], format: str, block_size: int = 64, double_quant: bool = True) -> tuple:
-    """The arguments of an op from packed to block_size."""
-    numel = functools.reduce(int.__mul__, shape, 1)
-    if format == "int8":
-        rows, columns = fmt.row_shape(shape)
-        return tensor(numel, dtype=torch.uint8), tensor(rows), None, None, format, columns
-    blocks = fmt.block_count(numel, block_size)
-    packed = tensor((numel + 1) // 2, dtype=torch.uint8)
-    if not double_quant:
-        return packed, tensor(blocks), None, None, format, block_size
-    group_scales = tensor(fmt.block_count(blocks, fmt.GROUP_SIZE))
-    return packed, tensor(blocks, dtype=torch.uint8), group_scales, tensor(), format, block_size
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -128,7 +104,7 @@ for columns, format in ((4096, "nf4"), (4096, "int8"), (4100, "int8")):
     add("lora_linear", x, *weight((1024, columns), format), 1024, None, a, b, 0.5, detail=f"{format} {columns} columns")
 
 for dtype, format in itertools.product(DTYPES, (*FORMATS, "int8")):
-    for rows in (4, 32, 64, 200, 512):
+    for rows in (4, 32, 64, 200):
         add(
             "linear_grad_input",
             tensor(rows, 4096, dtype=dtype),

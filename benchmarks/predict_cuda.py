@@ -1,0 +1,32 @@
+"""Predictions for the CUDA kernels, lowbit's and bitsandbytes': the fastest of the paths that their kernels allow."""
+
+from cuda_counts import LOOPS
+from instruction_costs import Counted
+from roofline import Gpu, Prediction, Work, dense_product, least_time, one_after_another
+
+#: Blocks of 64, double-quantized: 4 bits, 8 bits per block, 32 bits per 256 blocks.
+WEIGHT_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
+def of_loop(gpu: Gpu, entry: Counted, m: int, n: int, k: int) -> Prediction:
+    """A kernel that reads W once for every ``entry.rows`` rows of x, or (0) writes it in 16 bits."""
+    weights = n * k
+    moved = weights * WEIGHT_BYTES + (2 * m * (n + k) if entry.rows else 2 * weights)
+    read = weights * (-(-m // entry.rows) if entry.rows else 1)
+    work = Work(moved, read * entry.instructions / 32, read * entry.cycles, read * entry.macs)
+    return least_time(gpu, f"{entry.rows} rows" if entry.rows else "dequantize", work)
+
+
+def predict(gpu: Gpu, entries: tuple[Counted, ...], operation: str, m: int, n: int, k: int) -> Prediction | None:
+    """The fastest path of one library's ``entries``; None where they lack what :data:`LOOPS` lists for the operation.
+
+    m is not read for dequantize.
+    """
+    paths = [of_loop(gpu, entry, m, n, k) for entry in entries if entry.operation == operation]
+    libraries = {entry.library for entry in entries}
+    if not paths and any(loop.operation == operation and loop.library in libraries for loop in LOOPS):
+        return None
+    if operation != "dequantize":
+        for decoded in (of_loop(gpu, entry, 0, n, k) for entry in entries if entry.operation == "dequantize"):
+            paths.append(one_after_another("dequantize, cuBLAS", [decoded, dense_product(gpu, m, n, k)]))
+    return min(paths, key=lambda path: path.microseconds, default=None)
