@@ -40,8 +40,8 @@ def _has_wgmma(gpu: Gpu) -> bool:
 
 # As for linear: decoding first costs 1.3 ps for each weight of an H100, and 0.0025 for each row. The kernel takes 10
 # instructions for 128 rows with wgmma, 0.0045 ps for each row at 60% of the issue slots: they meet at 650 rows, at half
-# of that where so few tiles fill half of the GPU (4096 x 4096). On an A100, 2.2 + 0.0064 ps, against 12 instructions for
-# 64 rows, 0.016 ps for each: 230 rows.
+# of that for 4096 x 4096, whose tiles fill half of the GPU. On an A100, 2.2 + 0.0064 ps, against 12 instructions for 64
+# rows, 0.016 ps for each: 230 rows.
 MOST_ROWS = 256
 
 # Decoding into fp32 takes 2.5 ps and its product 0.03 for each row; the kernel 42 instructions for 32 rows, 0.07 ps for
