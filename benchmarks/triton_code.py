@@ -7,7 +7,6 @@ code of such a launch for any GPU, with what Triton would specialize it on. The 
 import contextlib
 import dataclasses
 import importlib
-import inspect
 import math
 import sys
 from pathlib import Path
@@ -52,15 +51,11 @@ def _of_gpu(target: str, processors: int | None) -> dict[str, object]:
     """
     is_nvidia = target.startswith("sm_")
     capability = divmod(int(target.removeprefix("sm_")), 10) if is_nvidia else None
-    # Uncached: what is remembered by device would be another target's.
-    uncached = inspect.unwrap(importlib.import_module(f"{backend.__name__}.shapes").gpu_of)
-
-    def gpu_of(*arguments):
-        gpu = uncached(*arguments)
-        return gpu if processors is None else dataclasses.replace(gpu, processors=processors)
-
-    answers = {"PORTABLE": not is_nvidia, "capability": lambda device: capability, "gpu_of": gpu_of}
-    return answers if processors is None else answers | {"processors": lambda device: processors}
+    answers = {"PORTABLE": not is_nvidia, "capability": lambda device: capability}
+    if processors is not None:
+        gpu_of = importlib.import_module(f"{backend.__name__}.gpu").gpu_of
+        answers["gpu_of"] = lambda device: dataclasses.replace(gpu_of(device), processors=processors)
+    return answers
 
 
 def function(op: str):

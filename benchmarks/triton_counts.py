@@ -34,11 +34,7 @@ class Tile:
 
 
 def _forward(constants: dict) -> Tile:
-    return Tile(constants["BM"], constants["BN"], constants["BK"])
-
-
-def _grouped_forward(constants: dict) -> Tile:
-    return Tile(constants["TILE_M"], constants["TILE_N"], 2 * constants["TILE_K"])  # a round is two steps
+    return Tile(constants["BM"], constants["BN"], constants["PRODUCTS"] * constants["BK"])
 
 
 def _backward(constants: dict) -> Tile:
@@ -47,13 +43,7 @@ def _backward(constants: dict) -> Tile:
 
 
 #: By kernel its tile, as a function of the launch's arguments. Kernels that are not here have no loop.
-_TILES: dict[str, Callable[[dict], Tile]] = {
-    "linear_kernel": _forward,
-    "linear_int8_kernel": _forward,
-    "grad_input_kernel": _backward,
-    "grouped_linear_kernel": _grouped_forward,
-    "grouped_grad_input_kernel": _backward,
-}
+_TILES: dict[str, Callable[[dict], Tile]] = {"linear_kernel": _forward, "grad_input_kernel": _backward}
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,12 @@ import torch
 
 from . import format as fmt
 from . import reference
-
-_WEIGHT = "Tensor packed, Tensor absmax, Tensor? group_scales, Tensor? offset, str format, int block_size"
+from .dispatch import WEIGHT, below_autograd, wants_gradient
 
 SCHEMAS = (
-    f"grouped_linear(Tensor x, {_WEIGHT}, Tensor expert_ends, int out_features, Tensor? bias, Tensor? t, "
+    f"grouped_linear(Tensor x, {WEIGHT}, Tensor expert_ends, int out_features, Tensor? bias, Tensor? t, "
     "Tensor? lora_b, float scaling) -> Tensor",
-    f"grouped_linear_grad_input(Tensor grad, {_WEIGHT}, Tensor expert_ends, int in_features, Tensor? grad_t=None, "
+    f"grouped_linear_grad_input(Tensor grad, {WEIGHT}, Tensor expert_ends, int in_features, Tensor? grad_t=None, "
     "Tensor? lora_a=None) -> Tensor",
     "grouped_matmul(Tensor x, Tensor matrices, Tensor expert_ends) -> Tensor",
     "grouped_outer(Tensor a, Tensor b, Tensor expert_ends) -> Tensor",
@@ -151,7 +150,7 @@ class _GroupedMatmul(torch.autograd.Function):
     def forward(ctx, x, matrices, expert_ends, namespace, keyset):
         ctx.save_for_backward(x, matrices, expert_ends)
         ctx.namespace = namespace
-        return _below_autograd(namespace, "grouped_matmul", keyset, x, matrices, expert_ends)
+        return below_autograd(getattr(torch.ops, namespace).grouped_matmul.default, keyset, x, matrices, expert_ends)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -191,7 +190,7 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.options = (None if bias is None else bias.dtype, scaling)
         ctx.weight, ctx.namespace, ctx.in_features = weight, namespace, x.shape[-1]
         arguments = (x, *weight, expert_ends, out_features, bias, t, lora_b, scaling)
-        return _below_autograd(namespace, "grouped_linear", keyset, *arguments)
+        return below_autograd(getattr(torch.ops, namespace).grouped_linear.default, keyset, *arguments)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -235,31 +234,21 @@ class _GroupedLoraLinear(torch.autograd.Function):
         return grad_x, grad_bias, grad_a, grad_b, *[None] * 5
 
 
-def _below_autograd(namespace, name, keyset, *arguments):
-    with torch._C._AutoDispatchBelowAutograd():
-        op = getattr(getattr(torch.ops, namespace), name).default
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
-
-
-def _wanted(*operands) -> bool:
-    return torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in operands)
-
-
 def autograd_kernels(namespace: str) -> dict:
     """Kernels of the Autograd key for the two ops that have a backward; they take the dispatcher's keyset first."""
 
     def grouped_linear(keyset, x, *arguments):
         *weight, ends, out_features, bias, t, lora_b, scaling = arguments
-        if _wanted(x, bias, t, lora_b):
+        if wants_gradient(x, bias, t, lora_b):
             return _GroupedLinear.apply(
                 x, bias, t, lora_b, ends, namespace, keyset, tuple(weight), out_features, scaling
             )
-        return _below_autograd(namespace, "grouped_linear", keyset, x, *arguments)
+        return below_autograd(getattr(torch.ops, namespace).grouped_linear.default, keyset, x, *arguments)
 
     def grouped_matmul(keyset, x, matrices, expert_ends):
-        if _wanted(x, matrices):
+        if wants_gradient(x, matrices):
             return _GroupedMatmul.apply(x, matrices, expert_ends, namespace, keyset)
-        return _below_autograd(namespace, "grouped_matmul", keyset, x, matrices, expert_ends)
+        return below_autograd(getattr(torch.ops, namespace).grouped_matmul.default, keyset, x, matrices, expert_ends)
 
     return {"grouped_linear": grouped_linear, "grouped_matmul": grouped_matmul}
 

@@ -15,25 +15,22 @@ import torch
 from . import format as fmt
 from . import grouped_ops, reference
 from .backends import NAMESPACES, triton
+from .dispatch import WEIGHT, below_autograd, wants_gradient
 
-# A weight in a schema: absmax is fp32 scales, or uint8 codes when group_scales and offset are given (4 bits only). For
-# int8 block_size is the length of a row.
-_WEIGHT = "Tensor packed, Tensor absmax, Tensor? group_scales, Tensor? offset, str format, int block_size"
-
-_LINEAR_ARGUMENTS = f"Tensor x, {_WEIGHT}, int out_features, Tensor? bias, Tensor? t, Tensor? lora_b, float scaling"
+_LINEAR_ARGUMENTS = f"Tensor x, {WEIGHT}, int out_features, Tensor? bias, Tensor? t, Tensor? lora_b, float scaling"
 
 SCHEMAS = (
     "quantize(Tensor weight, str format, int block_size) -> (Tensor, Tensor)",
     "quantize_scales(Tensor absmax, Tensor offset) -> (Tensor, Tensor)",
     "search_scales(Tensor weight, Tensor? importance, str format, int block_size) -> Tensor",
     "encode(Tensor weight, Tensor scales, str format, int block_size) -> Tensor",
-    f"dequantize({_WEIGHT}, int[] shape, ScalarType dtype) -> Tensor",
-    f"dequantize_out({_WEIGHT}, Tensor(a!) out) -> ()",
+    f"dequantize({WEIGHT}, int[] shape, ScalarType dtype) -> Tensor",
+    f"dequantize_out({WEIGHT}, Tensor(a!) out) -> ()",
     f"linear({_LINEAR_ARGUMENTS}) -> Tensor",
     f"linear_approximate({_LINEAR_ARGUMENTS}) -> Tensor",
-    f"lora_linear(Tensor x, {_WEIGHT}, int out_features, Tensor? bias, Tensor lora_a, Tensor lora_b, float scaling)"
+    f"lora_linear(Tensor x, {WEIGHT}, int out_features, Tensor? bias, Tensor lora_a, Tensor lora_b, float scaling)"
     " -> (Tensor, Tensor)",
-    f"linear_grad_input(Tensor grad, {_WEIGHT}, int in_features, Tensor? grad_t=None, Tensor? lora_a=None) -> Tensor",
+    f"linear_grad_input(Tensor grad, {WEIGHT}, int in_features, Tensor? grad_t=None, Tensor? lora_a=None) -> Tensor",
 )
 # Which instruction set the CPU kernels use; no tensors, so no backend but the extension has them.
 NATIVE_SCHEMAS = ("cpu_isa() -> str", "cpu_isas() -> str[]", "set_cpu_isa(str isa) -> ()")
@@ -155,7 +152,7 @@ class _Linear(torch.autograd.Function):
         ctx.options = (x.shape[-1], None if bias is None else bias.dtype, scaling)
         ctx.weight = weight
         ctx.namespace = namespace
-        return _linear_below_autograd(namespace, keyset, x, *weight, bias, t, lora_b, scaling)
+        return below_autograd(_LINEAR[namespace], keyset, x, *weight, bias, t, lora_b, scaling)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -163,12 +160,6 @@ class _Linear(torch.autograd.Function):
         needs = ctx.needs_input_grad[:4]
         gradients = _linear_gradients(ctx.namespace, needs, grad, ctx.weight, *ctx.saved_tensors, *ctx.options)
         return (*gradients, None, None, None, None)
-
-
-def _linear_below_autograd(namespace, keyset, *args):
-    op = _LINEAR[namespace]
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args) if keyset is None else op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
 def _linear_with_autograd(namespace, keyset, x, *args):
@@ -181,7 +172,7 @@ def _linear_with_autograd(namespace, keyset, x, *args):
             or (bias is not None and bias.requires_grad)
         ):
             return _Linear.apply(x, bias, t, lora_b, namespace, keyset, args[:7], scaling)
-    return _linear_below_autograd(namespace, keyset, x, *args)
+    return below_autograd(_LINEAR[namespace], keyset, x, *args)
 
 
 def linear(namespace: str, x: torch.Tensor, *args) -> torch.Tensor:
@@ -199,8 +190,7 @@ def linear_approximate(namespace: str, *args) -> torch.Tensor:
     op = getattr(torch.ops, namespace).linear_approximate.default
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+    return below_autograd(op, None, *args)
 
 
 def _autograd_linear(namespace: str):
@@ -289,14 +279,11 @@ def _inference_only(namespace: str, name: str, operand_positions: tuple[int, ...
     """An Autograd kernel for an op without a backward: an error where one would be needed."""
 
     def kernel(keyset, *args):
-        operands = [args[position] for position in operand_positions]
-        if torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in operands):
+        if wants_gradient(*(args[position] for position in operand_positions)):
             raise RuntimeError(
                 f"{name}: expected inputs that require no gradient, or torch.no_grad(): it has no backward"
             )
-        with torch._C._AutoDispatchBelowAutograd():
-            op = getattr(getattr(torch.ops, namespace), name).default
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        return below_autograd(getattr(getattr(torch.ops, namespace), name).default, keyset, *args)
 
     return kernel
 

@@ -2,10 +2,11 @@
 
 Two ways to run one without a GPU. Under ``TRITON_INTERPRET=1``, a process of its own, Triton's interpreter runs the
 kernels on CPU tensors (``interpreted``). Otherwise ``launches`` collects what a call would launch; ``compiled`` makes
-machine code of such a launch for any GPU, with what the launch would specialize on, and ``emulate`` runs its sm_80
-PTX on the emulator, on the call's own tensors.
+machine code of such a launch for any GPU, with what the launch would specialize on, and ``emulate`` runs its PTX (for
+sm_80 or sm_90) on the emulator, on the call's own tensors.
 """
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ __all__ = [
     "machine_code",
     "spilled",
     "tensor",
+    "tile_of_a_layer",
     "weight",
 ]
 
@@ -54,6 +56,22 @@ SHARED_MEMORY = {
 TARGETS = tuple(SHARED_MEMORY)
 
 
+def tile_of_a_layer(configs, k=4096, **wanted):
+    """A chooser of configurations like ``configs`` (of shapes_forward or shapes_backward) that takes the one with the
+    ``wanted`` fields which the GPU would have for layers of 4096 x k.
+    """
+
+    def chosen(problem, gpu):
+        found = []
+        for rows in (16, 64, 512):
+            layer = dataclasses.replace(problem, m=rows * max(problem.experts, 1), n=4096, k=k)
+            found += [c for c in configs(layer, gpu) if all(getattr(c, name) == wanted[name] for name in wanted)]
+        assert found, f"{gpu} has no tile with {wanted}"
+        return found[:1]
+
+    return chosen
+
+
 def _memory(value):
     """What the emulator takes for an argument: of a tensor with strides the memory that they span."""
     if isinstance(value, torch.Tensor) and not value.is_contiguous():
@@ -62,13 +80,13 @@ def _memory(value):
     return value
 
 
-def emulate(launch: Launch, ends: dict[str, torch.Tensor] | None = None, **options):
-    """Run a launch's sm_80 PTX on the emulator, on the launch's own (CPU) tensors; returns what it counted.
+def emulate(launch: Launch, ends: dict[str, torch.Tensor] | None = None, target: str = "sm_80", **options):
+    """Run a launch's PTX for ``target`` on the emulator, on the launch's own (CPU) tensors; returns what it counted.
 
     ``ends``: by argument the last elements of a tensor, all of it that there is memory for (it may be a meta tensor).
     """
     emulator = pytest.importorskip("emulator")
-    kernel, signature = compiled(launch, "sm_80")
+    kernel, signature = compiled(launch, target)
     arguments = []
     for name, kind in signature.items():
         argument, end = launch.values[name], (ends or {}).get(name)
@@ -83,7 +101,7 @@ def emulate(launch: Launch, ends: dict[str, torch.Tensor] | None = None, **optio
         args=arguments,
         shared=kernel.metadata.shared,
         pad_args=True,
-        device=emulator.Device.for_arch("sm_80"),
+        device=emulator.Device.for_arch(target),
         **options,
     )
     # LLVM builds a word of bytes in steps, the first of them with an undefined register for bytes still to come.

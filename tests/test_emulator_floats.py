@@ -150,6 +150,9 @@ CONVERSIONS = {
     "flush": ("f32", ["f32", "f32"], "add.ftz.f32 d, a, b;"),
     "min": ("f32", ["f32", "f32"], "min.f32 d, a, b;"),
     "min_nan": ("f32", ["f32", "f32"], "min.NaN.f32 d, a, b;"),
+    "min_xorsign": ("f32", ["f32", "f32"], "min.xorsign.abs.f32 d, a, b;"),
+    "max_nan_xorsign": ("f32", ["f32", "f32"], "max.NaN.xorsign.abs.f32 d, a, b;"),
+    "min_abs": ("f32", ["f32", "f32", "f32"], "min.abs.f32 d, a, b, c;"),
     "not_less": ("u32", ["f32", "f32"], ".reg .pred p; setp.geu.f32 p, a, b; selp.u32 d, 1, 0, p;"),
     "test_nan": ("u32", ["f32"], ".reg .pred p; testp.notanumber.f32 p, a; selp.u32 d, 1, 0, p;"),
     "immediate": ("f32", ["f32"], "fma.rn.f32 d, a, 0f3F000000, 0fBF800000;"),
@@ -269,12 +272,25 @@ def test_special_values():
     np.testing.assert_array_equal(convert("min_nan", x, y), np.minimum(x, y))
     zeros = np.array([0.0, -0.0], np.float32)
     assert np.signbit(convert("min", zeros, zeros[::-1].copy())).all()
+    np.testing.assert_array_equal(convert("min_abs", x, y, y[::-1].copy()), np.fmin.reduce(np.abs([x, y, y[::-1]])))
     np.testing.assert_array_equal(convert("not_less", x, y), ~(x < y))
     np.testing.assert_array_equal(convert("test_nan", x), np.isnan(x))
     np.testing.assert_array_equal(convert("immediate", x), (x.astype(np.float64) * 0.5 - 1).astype(np.float32))
     finite = np.isfinite(x)
     bits = x.view(np.uint32)
     np.testing.assert_array_equal(convert("to_tf32", x)[finite], ((bits + 0x1000) & 0xFFFFE000)[finite])
+
+
+@pytest.mark.parametrize(("name", "choose"), [("min_xorsign", np.fmin), ("max_nan_xorsign", np.maximum)])
+def test_min_and_max_with_the_signs_product(name, choose):
+    """What LLVM clamps to +-limit with from sm_86 on: a NaN's sign counts where the other operand is chosen."""
+    x = np.concatenate([some_floats(4), np.copysign(SPECIAL, -SPECIAL)])
+    y = np.roll(x, 5)
+    expected = choose(np.abs(x), np.abs(y))
+    actual, number = convert(name, x, y), ~np.isnan(expected)
+    np.testing.assert_array_equal(np.abs(actual), expected)
+    np.testing.assert_array_equal(np.signbit(actual)[number], (np.signbit(x) ^ np.signbit(y))[number])
+    assert (np.isnan(x) & np.signbit(x) & number).any() == (choose is np.fmin)
 
 
 def test_approximate_instructions_can_be_perturbed():

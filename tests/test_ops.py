@@ -46,6 +46,8 @@ def test_opcheck(ops, dtype):
         ),
         (ops.quantize, (make_weight((7, 9), dtype), "fp4", 32)),
         (ops.quantize_scales, (plain.absmax, plain.absmax.mean())),
+        (ops.search_scales, (make_weight((7, 9), dtype), torch.rand(9), "nf4", 32)),
+        (ops.encode, (make_weight((7, 9), dtype), torch.rand(2), "nf4", 32)),
         (ops.dequantize, (*PARTS, [33, 130], dtype)),
         (ops.dequantize_out, (*PARTS, torch.empty(33, 130, dtype=dtype))),
         (ops.quantize, (make_weight((7, 9), dtype), "int8", 9)),

@@ -1,23 +1,35 @@
-"""linear_grad_input in Triton, interpreted and as sm_80 PTX on the emulator, against fp64 arithmetic.
+"""linear_grad_input in Triton, interpreted and as PTX on the emulator, against fp64 arithmetic.
 
 ``quantized`` gives blocks of different magnitudes: one's scale for another's is far outside of every tolerance.
 """
 
-import math
+import dataclasses
 
 import pytest
 import torch
-from cases import DTYPES, assert_within, block_sizes, dtypes, product_tolerance, scaled_codebook_tolerance
-from conftest_triton import compiled_only, emulate, interpreted, launches
+from cases import (
+    DTYPES,
+    FORMATS,
+    UNIT_ROUNDOFF,
+    assert_within,
+    block_sizes,
+    dtypes,
+    product_tolerance,
+    scaled_codebook_tolerance,
+    tensor_core_tolerance,
+)
+from conftest_triton import compiled_only, emulate, interpreted, launches, tile_of_a_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cuda_grad_input import RANKS, operands, quantized
 
 from lowbit import reference
+from lowbit.backends.triton.shapes import Problem
 from lowbit.ops import rows as flat
 
 linear_grad_input = pytest.importorskip("lowbit.backends.triton.linear_grad_input")
 shapes = pytest.importorskip("lowbit.backends.triton.shapes_backward")
+gpus = pytest.importorskip("lowbit.backends.triton.gpu")
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -27,16 +39,18 @@ def assert_right(out, grad, parts, grad_t=None, lora_a=None):
     rows, k, (format, block_size) = flat(grad), out.shape[-1], parts[4:]
     weight = reference.dequantize(*parts, [grad.shape[-1], k], torch.float32).double()
     exact, magnitude, lora = rows.double() @ weight, rows.double().abs() @ weight.abs(), 0.0
-    terms = rows.shape[1]
+    terms, total = rows.shape[1], rows.double().abs().sum(1, keepdim=True)
     if lora_a is not None:
         exact = exact + flat(grad_t).double() @ lora_a.double()
         lora = flat(grad_t).double().abs() @ lora_a.double().abs()
         magnitude, terms = magnitude + lora, terms + 3 * lora_a.shape[0]
-    if format != "int8" and k % block_size:
+    if grad.dtype == torch.float32:
         tolerance = product_tolerance(magnitude, exact, terms, grad.dtype)
-    else:
-        total = rows.double().abs().sum(1, keepdim=True)
+    elif len(rows) <= shapes.MOST_ROWS and (format == "int8" or k % block_size == 0):
         tolerance = scaled_codebook_tolerance(magnitude, exact, terms, format, grad.dtype, total, lora)
+    else:  # W was decoded first: it is rounded to 16 bits, and so are LoRA's factors and their product
+        tolerance = tensor_core_tolerance(magnitude, exact, terms, grad.dtype, total)
+        tolerance += 3.03 * UNIT_ROUNDOFF[grad.dtype] * lora
     assert out.dtype == grad.dtype
     assert_within(out.reshape(exact.shape), exact, tolerance)
 
@@ -57,14 +71,16 @@ def interpret(grad, parts, k, grad_t=None, lora_a=None):
     block_size=st.one_of(st.sampled_from((32, 64)), block_sizes),
     double_quant=st.booleans(),
     magnitude=st.sampled_from((1e-6, 0.02, 30.0)),
-    processors=st.sampled_from((1, 40)),
+    gpu=st.sampled_from((gpus.Gpu(80, 1), gpus.Gpu(90, 40), gpus.Gpu(0, 40))),
 )
-def test_any_product(m, n, k, rank, dtype, format, block_size, double_quant, magnitude, processors):
+def test_any_product(m, n, k, rank, dtype, format, block_size, double_quant, magnitude, gpu):
     """A wrong column, scale, mask or split would train a layer on another layer's gradient."""
+    if dtype == torch.float16:  # where blocks of the largest magnitude would take the product past 65504
+        magnitude = min(magnitude, 3.0)
     parts = quantized((n, k), format, block_size, double_quant, magnitude)
     grad, grad_t, lora_a = operands(m, n, k, rank, dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_grad_input, "processors", lambda device: processors)
+        patch.setattr(linear_grad_input, "gpu_of", lambda device: gpu)
         out = interpret(grad, parts, k, grad_t, lora_a)
     assert out.shape == (m, k)
     assert_right(out, grad, parts, grad_t, lora_a)
@@ -81,13 +97,24 @@ def test_blocks_and_tiles(block_size, double_quant):
 
 
 @interpreted
-@pytest.mark.parametrize(("m", "capability"), [(130, None), (4, (8, 0)), (70, (8, 0)), (130, (9, 0))])
+@pytest.mark.parametrize(("m", "capability"), [(130, 0), (4, 80), (70, 80), (130, 90)])
 def test_tiles_of_each_gpu(monkeypatch, m, capability):
     """Each GPU's own tiles, several of them: rows in the wrong band would be left unwritten."""
-    monkeypatch.setattr(linear_grad_input, "capability", lambda device: capability)
+    monkeypatch.setattr(linear_grad_input, "gpu_of", lambda device: gpus.Gpu(capability, 4))
     parts = quantized((70, 320), "nf4", 64, True)
     grad, grad_t, lora_a = operands(m, 70, 320, 8, torch.bfloat16)
     assert_right(interpret(grad, parts, 320, grad_t, lora_a), grad, parts, grad_t, lora_a)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n", "k"), [(600, 8, 64), (3, 7, 65), (70, 33, 513)])
+@pytest.mark.parametrize("rank", [0, 8])
+def test_decodes_what_the_kernel_does_not_take(m, n, k, rank, dtype):
+    """More rows than decoding on the way is worth, and blocks that cross rows."""
+    parts = quantized((n, k), "nf4", 64, True)
+    grad, grad_t, lora_a = operands(m, n, k, rank, dtype)
+    assert_right(interpret(grad, parts, k, grad_t, lora_a), grad, parts, grad_t, lora_a)
 
 
 @interpreted
@@ -113,11 +140,11 @@ def test_strides_and_leading_dimensions(lora_dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_sum_does_not_depend_on_the_run(monkeypatch, dtype):
     """Partial sums are added in one order: two runs of one training step have to agree in every bit."""
-    monkeypatch.setattr(linear_grad_input, "processors", lambda device: 40)
+    configs = shapes.grad_input_configs
+    in_parts = lambda problem, gpu: [dataclasses.replace(configs(problem, gpu)[0], splits=4)]  # noqa: E731
+    monkeypatch.setattr(shapes, "grad_input_configs", in_parts)
     parts = quantized((600, 128), "nf4", 64, True)
     grad, grad_t, lora_a = operands(4, 600, 128, 8, dtype)
-    row_bytes = 64
-    assert shapes.grad_input_shape(4, 600, row_bytes, dtype, 40, None).splits > 1
     first = interpret(grad, parts, 128, grad_t, lora_a)
     assert torch.equal(interpret(grad, parts, 128, grad_t, lora_a), first)
     assert_right(first, grad, parts, grad_t, lora_a)
@@ -164,13 +191,23 @@ def test_infinite_lora_spreads_as_in_the_reference():
     assert_lora_spreads(interpret)
 
 
-def run_ptx(grad, parts, k, grad_t=None, lora_a=None):
-    """What the sm_80 PTX makes, assembly included."""
-    with launches("sm_80") as made:
+def emulated(target, grad, parts, k, grad_t, lora_a):
+    """(out, launches, what the emulator counted of each), assembly included."""
+    with launches(target) as made:
         out = linear_grad_input.linear_grad_input(grad, *parts, k, grad_t, lora_a)
-    for launch in made:
-        emulate(launch)
-    return out
+    return out, made, [emulate(launch, target=target) for launch in made]
+
+
+def run_ptx(grad, parts, k, grad_t=None, lora_a=None):
+    """What the sm_80 PTX makes."""
+    return emulated("sm_80", grad, parts, k, grad_t, lora_a)[0]
+
+
+def run_wgmma(grad, parts, k, grad_t=None, lora_a=None):
+    """What the sm_90 PTX makes, and its launch."""
+    out, made, (result, *_) = emulated("sm_90", grad, parts, k, grad_t, lora_a)
+    assert result.count("wgmma.mma_async") and not result.count("mma.sync")
+    return out, made[0]
 
 
 @compiled_only
@@ -185,38 +222,103 @@ def run_ptx(grad, parts, k, grad_t=None, lora_a=None):
         (3, 33, 77, 0, torch.bfloat16, "int8", 32, True, 0.02),
     ],
 )
-def test_ptx(monkeypatch, m, n, k, rank, dtype, format, block_size, double_quant, magnitude):
+def test_ptx(m, n, k, rank, dtype, format, block_size, double_quant, magnitude):
     """The assembly and the layouts of the compiled kernel: the interpreter runs neither."""
-    monkeypatch.setattr(linear_grad_input, "processors", lambda device: 4)
     parts = quantized((n, k), format, block_size, double_quant, magnitude)
     grad, grad_t, lora_a = operands(m, n, k, rank, dtype)
     assert_right(run_ptx(grad, parts, k, grad_t, lora_a), grad, parts, grad_t, lora_a)
 
 
 @compiled_only
-@pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
-def test_non_finite_values_in_ptx(bad):
-    """Scales are split in two, and an infinite one has no second part: the difference of two would be a NaN."""
-    assert_spreads(run_ptx, torch.bfloat16, bad)
+@pytest.mark.parametrize(
+    ("tile", "m", "n", "k", "rank", "dtype", "format", "block_size", "double_quant", "magnitude"),
+    [
+        ({"tile_m": 16}, 5, 100, 320, 17, torch.bfloat16, "nf4", 32, True, 0.02),
+        ({"tile_m": 64, "splits": 2}, 33, 200, 320, 8, torch.float16, "nf4", 64, True, 1e-6),
+        ({"tile_m": 64, "bytes": 64, "splits": 4}, 130, 70, 128, 1, torch.bfloat16, "fp4", 128, False, 30.0),
+        ({"tile_m": 128}, 130, 530, 320, 8, torch.bfloat16, "nf4", 64, True, 0.02),
+        ({"tile_m": 128}, 65, 70, 192, 17, torch.float16, "fp4", 32, False, 0.02),
+        ({"tile_m": 128}, 70, 33, 177, 8, torch.bfloat16, "int8", 32, True, 0.02),
+    ],
+)
+def test_wgmma(monkeypatch, tile, m, n, k, rank, dtype, format, block_size, double_quant, magnitude):
+    """What an H100 runs: larger tiles, and other instructions and layouts than sm_80 has; wrong ones are other columns
+    of the gradient.
+    """
+    columns = 128 if "bytes" in tile else 4096  # W so narrow that the tile is
+    configs = tile_of_a_layer(shapes.grad_input_configs, columns, **{"splits": 1, **tile})
+    monkeypatch.setattr(shapes, "grad_input_configs", configs)
+    parts = quantized((n, k), format, block_size, double_quant, magnitude)
+    grad, grad_t, lora_a = operands(m, n, k, rank, dtype)
+    out, launch = run_wgmma(grad, parts, k, grad_t, lora_a)
+    assert launch.values["TILE_M"] == tile["tile_m"] and launch.values["BYTES"] == tile.get("bytes", 128)
+    assert launch.grid[1] == tile.get("splits", 1)
+    assert_right(out, grad, parts, grad_t, lora_a)
+
+
+#: Runs of a product as PTX for an A100 and an H100.
+RUNS = {"sm_80": run_ptx, "sm_90": lambda *arguments: run_wgmma(*arguments)[0]}
 
 
 @compiled_only
-def test_infinite_lora_in_ptx():
-    """The compiler may not take a difference of infinities for 0."""
-    assert_lora_spreads(run_ptx)
+@pytest.mark.parametrize("target", RUNS)
+@pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
+def test_non_finite_values_in_ptx(bad, target):
+    """Scales are split in two, and an infinite one has no second part: the difference of two would be a NaN."""
+    assert_spreads(RUNS[target], torch.bfloat16, bad)
+
+
+@compiled_only
+@pytest.mark.parametrize("target", RUNS)
+def test_infinite_lora_in_ptx(target):
+    """The compiler may not take a difference of infinities for 0; and it clamps by other instructions for sm_90."""
+    assert_lora_spreads(RUNS[target])
 
 
 @given(
-    m=st.integers(1, 10000),
+    m=st.integers(1, 1024),
     n=st.integers(0, 30000),
-    blocks=st.integers(1, 400),
+    k=st.integers(1, 12800),
     dtype=dtypes,
-    count=st.integers(1, 200),
-    capability=st.sampled_from((None, (8, 0), (9, 0), (12, 0))),
+    format=st.sampled_from((*FORMATS, "int8")),
+    experts=st.sampled_from((0, 0, 1, 8, 60)),
+    gpu=st.builds(gpus.Gpu, st.sampled_from((0, 80, 89, 90, 100, 120)), st.integers(1, 200)),
 )
-def test_splits_cover_every_row_of_w_once(m, n, blocks, dtype, count, capability):
-    """A row of W in no split, or in two, is a wrong gradient; a split without rows is a launch for nothing."""
-    shape = shapes.grad_input_shape(m, n, 16 * blocks, dtype, count, capability)
-    assert shape.split_rows % shape.tile_n == 0
-    assert shape.splits == max(1, math.ceil(n / max(shape.split_rows, 1)))
-    assert shape.bytes % (16 * shape.warps) == 0  # whole fragments for each warp
+def test_configurations_fit(m, n, k, dtype, format, experts, gpu):
+    """A row of W in no split, or in two, is a wrong gradient; more shared memory than there is fails at the launch."""
+    problem = Problem(m, n, k if format == "int8" else 32 * k, dtype, format, 32, experts)
+    found = shapes.grad_input_configs(problem, gpu)
+    assert 1 <= len(found) <= 8 and len(set(found)) == len(found)
+    for config in found:
+        rows = shapes.split_rows(config, n)
+        assert rows % config.tile_n == 0 and config.splits * rows >= n
+        assert config.bytes % (16 * config.warps) == 0  # whole fragments for each warp
+        assert shapes.shared_bytes(config, problem) <= gpus.shared_bytes_of(gpu)
+
+
+@pytest.mark.parametrize(
+    ("problem", "gpu", "expected"),
+    [
+        ((256, 64, 64, torch.bfloat16, "nf4", 64), gpus.Gpu(80, 108), False),
+        ((512, 64, 64, torch.bfloat16, "nf4", 64), gpus.Gpu(80, 108), True),
+        ((512, 64, 64, torch.bfloat16, "nf4", 64), gpus.Gpu(90, 132), False),
+        ((1024, 64, 64, torch.bfloat16, "nf4", 64), gpus.Gpu(90, 132), True),
+        ((1, 64, 96, torch.bfloat16, "nf4", 64), gpus.Gpu(90, 132), True),
+        ((1, 64, 96, torch.bfloat16, "int8", 96), gpus.Gpu(90, 132), False),
+        ((1, 0, 64, torch.bfloat16, "nf4", 64), gpus.Gpu(90, 132), True),
+        ((64, 64, 64, torch.float32, "nf4", 64), gpus.Gpu(90, 132), False),
+        ((128, 64, 64, torch.float32, "nf4", 64), gpus.Gpu(90, 132), True),
+    ],
+)
+def test_what_decodes_first(problem, gpu, expected):
+    """The kernel assumes what it is called for; a wrong choice is wrong numbers or a slow step."""
+    assert shapes.decodes_first(Problem(*problem), gpu) == expected
+
+
+def test_small_grids_are_split():
+    """Sixteen tiles of 4096 columns would leave most of a GPU idle."""
+    for gpu in (gpus.Gpu(80, 108), gpus.Gpu(90, 132), gpus.Gpu(0, 304, 64)):
+        for experts in (0, 8):
+            config = shapes.grad_input_configs(Problem(1, 14336, 4096, torch.bfloat16, "nf4", 64, experts), gpu)[0]
+            assert config.splits > 1
+        assert shapes.grad_input_configs(Problem(16384, 4096, 14336, torch.bfloat16, "nf4", 64, 8), gpu)[0].splits == 1

@@ -1,4 +1,4 @@
-"""The grouped products in Triton, interpreted and as sm_80 PTX on the emulator, against fp64 arithmetic by expert."""
+"""The grouped products in Triton, interpreted and as PTX on the emulator, against fp64 arithmetic by expert."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from cases import (
     product_tolerance,
     scaled_codebook_tolerance,
 )
-from conftest_triton import compiled_only, emulate, interpreted, launches
+from conftest_triton import compiled_only, emulate, interpreted, launches, tile_of_a_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cuda_grad_input import RANKS, quantized
@@ -22,6 +22,8 @@ from lowbit import reference
 
 grouped = pytest.importorskip("lowbit.backends.triton.grouped")
 grouped_products = pytest.importorskip("lowbit.backends.triton.grouped_products")
+shapes_forward = pytest.importorskip("lowbit.backends.triton.shapes_forward")
+shapes_backward = pytest.importorskip("lowbit.backends.triton.shapes_backward")
 
 #: (experts, out_features, in_features): one, ragged tiles, groups of 256 scales that cross experts, blocks that do.
 STACKS = ((1, 1, 32), (3, 33, 64), (4, 70, 160), (7, 16, 256), (3, 5, 7), (3, 17, 130), (2, 0, 64), (2, 4, 0))
@@ -31,15 +33,17 @@ def interpret(name, *arguments):
     return getattr(torch.ops.lowbit_triton, name).default(*arguments)
 
 
-def run_ptx(name, *arguments):
-    """What the sm_80 PTX makes, assembly included."""
-    module = grouped if hasattr(grouped, f"{name}_kernel") or name.startswith("grouped_linear") else grouped_products
-    with launches("sm_80") as made:
+def emulated(target, name, *arguments):
+    """(out, launches, what the emulator counted of each), assembly included."""
+    module = grouped if name.startswith("grouped_linear") else grouped_products
+    with launches(target) as made:
         out = getattr(module, name)(*arguments)
-    assert len(made) <= 1
-    for launch in made:
-        emulate(launch)
-    return out
+    return out, made, [emulate(launch, target=target) for launch in made]
+
+
+def run_ptx(name, *arguments):
+    """What the sm_80 PTX makes."""
+    return emulated("sm_80", name, *arguments)[0]
 
 
 class Case:
@@ -121,9 +125,8 @@ def test_products_with_a_stack(counts, stack, rank, dtype, format, block_size, d
 
 @interpreted
 @pytest.mark.parametrize("counts", [(20, 0, 70), (40, 33, 20)])
-def test_larger_tiles(monkeypatch, counts):
+def test_larger_tiles(counts):
     """The tiles of training batches, ragged at each expert's end: a tile must stop where its expert's tokens do."""
-    monkeypatch.setattr(grouped, "capability", lambda device: (8, 0))
     case = Case(counts, (3, 72, 192), 8, torch.bfloat16)
     case.check_linear(interpret)
     case.check_grad_input(interpret)
@@ -233,6 +236,36 @@ def test_ptx(counts, stack, rank, dtype, format, block_size, double_quant):
     case = Case(counts, stack, rank, dtype, format, block_size, double_quant)
     case.check_linear(run_ptx)
     case.check_grad_input(run_ptx)
+
+
+@compiled_only
+@pytest.mark.parametrize(
+    ("rows", "splits", "counts", "stack", "rank", "dtype", "format", "block_size", "double_quant"),
+    [
+        ((16, 32), 2, (3, 0, 17), (3, 40, 576), 8, torch.bfloat16, "nf4", 64, True),
+        ((64, 64), 1, (37, 0, 70), (3, 72, 192), 17, torch.bfloat16, "nf4", 64, True),
+        ((64, 128), 1, (130, 0, 80), (3, 40, 160), 8, torch.float16, "nf4", 32, False),
+        ((128, 64), 1, (100, 130), (2, 33, 128), 1, torch.bfloat16, "fp4", 128, False),
+        ((64, 128), 1, (70, 66), (2, 40, 72), 8, torch.bfloat16, "int8", 32, True),
+    ],
+)
+def test_wgmma(monkeypatch, rows, splits, counts, stack, rank, dtype, format, block_size, double_quant):
+    """What an H100 runs, forward and backward: other instructions and layouts than sm_80's, at each expert's edges."""
+    case = Case(counts, stack, rank, dtype, format, block_size, double_quant)
+    forward = tile_of_a_layer(shapes_forward.linear_configs, bm=rows[0], splits=splits)
+    backward = tile_of_a_layer(shapes_backward.grad_input_configs, tile_m=rows[1], splits=splits)
+    monkeypatch.setattr(shapes_forward, "linear_configs", forward)
+    monkeypatch.setattr(shapes_backward, "grad_input_configs", backward)
+
+    def run(name, *arguments):
+        out, made, (result, *_) = emulated("sm_90", name, *arguments)
+        assert len(made) == (2 if splits > 1 else 1)
+        wgmma = name != "grouped_linear" or rows[0] >= 64
+        assert bool(result.count("wgmma.mma_async")) == wgmma == (not result.count("mma.sync"))
+        return out
+
+    case.check_linear(run)
+    case.check_grad_input(run)
 
 
 @compiled_only

@@ -1,7 +1,6 @@
 """linear in Triton: against fp64 arithmetic on the decoded weight, by Triton's interpreter and by the emulator."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -17,16 +16,18 @@ from cases import (
     product_tolerance,
     tensor_core_tolerance,
 )
-from conftest_triton import compiled_only, emulate, interpreted, launches
+from conftest_triton import compiled_only, emulate, interpreted, launches, tile_of_a_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowbit
-from lowbit.backends.triton import shapes
+from lowbit.backends.triton import shapes_forward as shapes
+from lowbit.backends.triton.gpu import Gpu, shared_bytes_of
+from lowbit.backends.triton.shapes import Problem, rows_of
 
 ROWS = (1, 2, 5, 16, 17, 33)
 RANKS = (0, 1, 8, 17, 64)
-A100, H100, MI300 = shapes.Gpu(80, 108), shapes.Gpu(90, 132), shapes.Gpu(0, 304, 64)
+A100, H100, MI300 = Gpu(80, 108), Gpu(90, 132), Gpu(0, 304, 64)
 
 
 def normal(*shape, dtype=torch.float32, seed=0):
@@ -156,7 +157,7 @@ def test_int8(shape, dtype):
 def test_decodes_what_the_kernel_does_not_take(shape, dtype, rank):
     """Blocks that cross rows, and more rows than decoding on the way is worth."""
     if shape == (600, 8, 64) and dtype == torch.bfloat16:
-        assert shapes.decodes_first(shapes.Problem(1024, 8, 64, dtype, "nf4", 64), A100)
+        assert shapes.decodes_first(Problem(1024, 8, 64, dtype, "nf4", 64), A100)
     case = Case(*shape, dtype, rank=rank)
     case.check_decoded(triton_linear(case))
 
@@ -217,15 +218,20 @@ def test_lora_of_rank_zero():
     assert torch.equal(triton_linear(case), plain)
 
 
-@interpreted
-@pytest.mark.filterwarnings("ignore:invalid value")
-def test_infinite_lora_stays_infinite():
-    """Split into two bf16, an infinity must not become NaN, nor a finite output."""
+def check_infinite_lora(run):
+    """``run``: linear, of a case whose factors are infinite, together or beside ones that bf16 holds or does not."""
     case = Case(2, 8, 64, rank=1, has_bias=False)
     case.t[0], case.lora_b[:] = float("inf"), 1.0
     case.lora_b[:2] = torch.tensor([[float("inf")], [-0.3]])
     expected = torch.tensor([1.0, -1.0, *[1.0] * 6]) * float("inf")
-    assert torch.equal(triton_linear(case)[0], expected.bfloat16())
+    assert torch.equal(run(case)[0], expected.bfloat16())
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_infinite_lora_stays_infinite():
+    """Split into two bf16, an infinity must not become NaN, nor a finite output."""
+    check_infinite_lora(triton_linear)
 
 
 #: (a tile, a case that it has to get right, ragged) per family.
@@ -236,14 +242,34 @@ EMULATED = {
     "blocks of 32": (shapes.Config(16, 64, 32, 2, 4, True), Case(9, 33, 96, block_size=32, double_quant=False)),
     "32 rows": (shapes.Config(32, 64, 64, 2, 4, True, splits=2), Case(34, 65, 192, torch.float16, rank=0)),
     "64 rows": (shapes.Config(64, 64, 64, 4, 4), Case(65, 65, 192)),
+    "64 rows, W first": (shapes.Config(64, 64, 64, 4, 3, True, products=2), Case(37, 65, 256, rank=17)),
+    "64 rows, W first, blocks of 32": (
+        shapes.Config(64, 128, 32, 8, 3, True, splits=2, products=2),
+        Case(66, 130, 192, torch.float16, "fp4", block_size=32, double_quant=False),
+    ),
     "128 rows": (shapes.Config(128, 128, 64, 8, 3, splits=2), Case(130, 33, 192, rank=1)),
     "fp32, 1 row": (shapes.Config(1, 64, 64, 2, 3), Case(1, 65, 128, torch.float32)),
     "fp32, 4 rows": (shapes.Config(4, 64, 32, 2, 3, splits=2), Case(3, 65, 256, torch.float32, has_bias=False)),
     "fp32, 16 rows": (shapes.Config(16, 64, 32, 2, 3), Case(9, 33, 64, torch.float32, rank=0)),
     "int8": (shapes.Config(16, 64, 64, 2, 4, True, splits=2), Case(5, 65, 272, format="int8")),
     "int8, odd rows": (shapes.Config(16, 64, 64, 2, 4, True), Case(5, 65, 77, torch.float16, "int8")),
+    "int8, 64 rows, W first": (
+        shapes.Config(64, 128, 64, 8, 3, True, splits=2, products=2),
+        Case(66, 70, 300, format="int8"),
+    ),
     "int8, 128 rows": (shapes.Config(128, 128, 64, 8, 3), Case(130, 33, 128, format="int8")),
 }
+
+
+def emulated(monkeypatch, case, configs, target="sm_80"):
+    """(y, launches, what the emulator counted of each) of a call for which ``configs(problem, gpu)`` chooses."""
+    monkeypatch.setattr(shapes, "linear_configs", configs)
+    from lowbit.backends.triton import linear
+
+    with launches(target) as made:
+        y = linear.linear(*case.arguments())
+    y.fill_(float("nan"))
+    return y, made, [emulate(launch, target=target, detect_global_waw=True) for launch in made]
 
 
 @compiled_only
@@ -251,19 +277,47 @@ EMULATED = {
 def test_on_the_emulator(monkeypatch, name):
     """What NVIDIA GPUs run: the assembly, the copies into shared memory, the layouts of tensor cores' operands."""
     config, case = EMULATED[name]
-    monkeypatch.setattr(shapes, "linear_config", lambda problem, gpu: config)
-    from lowbit.backends.triton import linear
-
-    with launches("sm_80") as made:
-        y = linear.linear(*case.arguments())
-    y.fill_(float("nan"))
+    y, made, _ = emulated(monkeypatch, case, lambda problem, gpu: [config])
     assert len(made) == (2 if config.splits > 1 else 1)
-    for launch in made:
-        emulate(launch, detect_global_waw=True)
     case.check(y)
 
 
-@pytest.mark.parametrize("gpu", [A100, H100, shapes.Gpu(89, 128), shapes.Gpu(100, 148), MI300, shapes.Gpu(0, 96)])
+#: (rows and parts of k of an H100's tile, a case that it has to get right, ragged).
+WGMMA = {
+    "64 rows": (64, 1, Case(65, 65, 192, rank=17)),
+    "64 rows, parts of k": (64, 2, Case(37, 70, 320, torch.float16, double_quant=False)),
+    "64 rows, blocks of 32": (64, 1, Case(70, 33, 96, block_size=32, rank=0)),
+    "64 rows, int8, odd rows": (64, 1, Case(65, 33, 77, torch.float16, "int8")),
+    "128 rows": (128, 1, Case(130, 33, 192, rank=1)),
+    "128 rows, parts of k": (128, 2, Case(100, 130, 320, torch.float16, has_bias=False)),
+    "128 rows, blocks of 128": (128, 1, Case(99, 70, 256, format="fp4", block_size=128)),
+    "128 rows, int8": (128, 1, Case(130, 33, 128, format="int8")),
+}
+
+
+@compiled_only
+@pytest.mark.parametrize("name", WGMMA)
+def test_wgmma_on_the_emulator(monkeypatch, name):
+    """What an H100 runs for many rows: other instructions and layouts, W decoded to shared memory. A wrong swizzle
+    there is another weight.
+    """
+    rows, splits, case = WGMMA[name]
+    configs = tile_of_a_layer(shapes.linear_configs, bm=rows, splits=splits)
+    y, made, (result, *_) = emulated(monkeypatch, case, configs, "sm_90")
+    assert len(made) == (2 if splits > 1 else 1) and made[0].values["BM"] == rows
+    assert result.count("wgmma.mma_async") and not result.count("mma.sync")
+    case.check(y)
+
+
+@compiled_only
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_infinite_lora_on_the_emulator(monkeypatch, target):
+    """The compiler may not take a difference of infinities for 0."""
+    configs = tile_of_a_layer(shapes.linear_configs, bm=64, splits=1)
+    check_infinite_lora(lambda case: emulated(monkeypatch, case, configs, target)[0])
+
+
+@pytest.mark.parametrize("gpu", [A100, H100, Gpu(89, 128), Gpu(100, 148), MI300, Gpu(0, 96)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("format", [*FORMATS, "int8"])
 def test_configurations_fit(gpu, dtype, format):
@@ -272,12 +326,11 @@ def test_configurations_fit(gpu, dtype, format):
     """
     for block_size in BLOCK_SIZES if format != "int8" else (0,):
         for m in (1, 2, 8, 16, 32, 64, 256, 1024):
-            problem = shapes.Problem(m, 4096, 4096, dtype, format, block_size)
+            problem = Problem(m, 4096, 4096, dtype, format, block_size)
             found = shapes.linear_configs(problem, gpu)
             assert 1 <= len(found) <= 8 and len(set(found)) == len(found)
-            assert found[0] == shapes.linear_config(problem, gpu)
             for config in found:
-                assert shapes.shared_bytes(config, problem) <= shapes.shared_bytes_of(gpu)
+                assert shapes.shared_bytes(config, problem) <= shared_bytes_of(gpu)
                 assert 4096 % config.bk == 0 and (not block_size or block_size % config.bk == 0)
                 assert config.splits == 1 or 4096 // config.bk >= 4 * config.splits
 
@@ -285,14 +338,17 @@ def test_configurations_fit(gpu, dtype, format):
 def test_small_grids_are_split():
     """One tile of a 4096 x 4096 layer per multiprocessor would leave half of an A100 idle."""
     for gpu in (A100, H100):
-        config = shapes.linear_config(shapes.Problem(1, 1024, 8192, torch.bfloat16, "nf4", 64), gpu)
+        config = shapes.linear_configs(Problem(1, 1024, 8192, torch.bfloat16, "nf4", 64), gpu)[0]
         assert 16 * config.splits >= gpu.processors
-    assert shapes.linear_config(shapes.Problem(512, 28672, 8192, torch.bfloat16, "nf4", 64), H100).splits == 1
+    assert shapes.linear_configs(Problem(512, 28672, 8192, torch.bfloat16, "nf4", 64), H100)[0].splits == 1
 
 
 def test_few_graphs_for_many_batch_sizes():
-    """torch.compile makes a graph for each value of rows_of that it meets."""
-    assert [shapes.rows_of(m) for m in (0, 1, 2, 3, 8, 9, 300, 513, 10**6)] == [1, 1, 2, 4, 8, 16, 512, 1024, 1024]
+    """torch.compile makes a graph for each value of rows_of that it meets, and after 8 of them none, or an error."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        found = [rows_of(m, dtype) for m in range(20000)]
+        assert found == sorted(found) and len(set(found)) < 8
+        assert all(m <= rows for m, rows in enumerate(found) if rows < found[-1])
 
 
 @pytest.mark.parametrize(
@@ -305,76 +361,10 @@ def test_few_graphs_for_many_batch_sizes():
         ((1, 64, 0, torch.bfloat16, "nf4", 64), A100, True),
         ((16, 64, 64, torch.float32, "nf4", 64), A100, False),
         ((32, 64, 64, torch.float32, "nf4", 64), A100, True),
-        ((1, 64, 64, torch.bfloat16, "nf4", 64), shapes.Gpu(75, 40), True),  # no bf16
+        ((1, 64, 64, torch.bfloat16, "nf4", 64), Gpu(75, 40), True),  # no bf16
         ((1, 64, 64, torch.bfloat16, "nf4", 64), MI300, False),
     ],
 )
 def test_what_decodes_first(problem, gpu, expected):
     """The kernel assumes what it is called for; a wrong choice is wrong numbers or a compiler's error."""
-    assert shapes.decodes_first(shapes.Problem(*problem), gpu) == expected
-
-
-@pytest.fixture
-def autotune(monkeypatch, tmp_path):
-    """The module with an empty cache in a folder of its own, and measuring replaced."""
-    from lowbit.backends.triton import autotune
-
-    monkeypatch.setattr(autotune, "cache_path", lambda: tmp_path / "cache" / "found.json")
-    autotune._found.cache_clear()
-    yield autotune
-    autotune._found.cache_clear()
-
-
-PROBLEM = shapes.Problem(8, 64, 256, torch.bfloat16, "nf4", 64)
-CANDIDATES = [shapes.Config(8, 64, 64, 2, stages, True) for stages in (2, 3, 4)]
-
-
-def test_autotune_keeps_the_fastest(autotune, monkeypatch):
-    """Measured once per shape and machine: the next process reads what was found."""
-    measured = []
-    monkeypatch.setattr(autotune, "measure", lambda run: run())
-    run = lambda config: measured.append(config) or abs(config.stages - 3)  # noqa: E731
-    assert autotune.best("linear", PROBLEM, A100, CANDIDATES, run) == CANDIDATES[1]
-    assert measured == CANDIDATES
-    autotune._found.cache_clear()
-    assert autotune.best("linear", PROBLEM, A100, CANDIDATES, run) == CANDIDATES[1]
-    assert autotune.best("linear", PROBLEM, H100, CANDIDATES[:1], run) == CANDIDATES[0]
-    assert len(measured) == 4
-    assert [path.name for path in autotune.cache_path().parent.iterdir()] == ["found.json"]
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}'])
-def test_autotune_searches_again_after_a_broken_file(autotune, monkeypatch, content):
-    """A half-written or foreign file must cost a search, not the training run."""
-    autotune.cache_path().parent.mkdir()
-    autotune.cache_path().write_text(content)
-    monkeypatch.setattr(autotune, "measure", lambda run: run())
-    with pytest.warns(UserWarning, match="found.json: cannot be read"):
-        assert autotune.best("linear", PROBLEM, A100, CANDIDATES, lambda config: config.stages) == CANDIDATES[0]
-    assert len(json.loads(autotune.cache_path().read_text())) == 1
-
-
-def test_autotune_passes_over_what_does_not_run(autotune, monkeypatch):
-    """A configuration that a GPU has too little shared memory for is no reason to stop."""
-    from triton.runtime.errors import OutOfResources
-
-    def run(config):
-        if config.stages < 4:
-            raise OutOfResources(2, 1, "shared memory")
-        return 1.0
-
-    monkeypatch.setattr(autotune, "measure", lambda run: run())
-    assert autotune.best("linear", PROBLEM, A100, CANDIDATES, run) == CANDIDATES[2]
-    with pytest.raises(RuntimeError, match="none of 2 configurations"):
-        autotune.best("linear", PROBLEM, H100, CANDIDATES[:2], run)
-
-
-@compiled_only
-def test_nothing_is_measured_unless_asked(autotune, monkeypatch):
-    """Without the variable the first call must not take seconds, nor numbers depend on a measurement."""
-    from lowbit.backends.triton import linear
-
-    monkeypatch.setattr(autotune, "measure", lambda run: pytest.fail("measured"))
-    with launches("sm_80") as made:
-        linear.linear(*Case(3, 8, 64).arguments())
-    assert len(made) == 1
+    assert shapes.decodes_first(Problem(*problem), gpu) == expected

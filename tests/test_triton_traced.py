@@ -1,12 +1,14 @@
 """torch.compile and the Triton backend: the graph holds the kernels' launches. It can be made without a GPU."""
 
 import importlib
+import math
 import types
 
 import pytest
 import torch
 from conftest_triton import compiled_only, gpu_target
-from torch._functorch.aot_autograd import aot_function
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import aot_function, make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lowbit
@@ -65,6 +67,7 @@ def half(*shape: int) -> torch.Tensor:
 CALLS = {
     "linear": (OPS.linear, (half(5, 128), *WEIGHT, 64, None, torch.randn(5, 4), torch.randn(64, 4), 0.5)),
     "linear of many rows": (OPS.linear, (half(999, 128), *WEIGHT, 64, None, None, None, 1.0)),
+    "linear_grad_input of many rows": (OPS.linear_grad_input, (half(999, 64), *WEIGHT, 128)),
     "linear_grad_input": (OPS.linear_grad_input, (half(5, 64), *WEIGHT, 128)),
     "linear_grad_input with LoRA": (
         OPS.linear_grad_input,
@@ -87,7 +90,7 @@ def test_launches_are_seen(gpu_driver, name):
     names = [str(node.target) for node in nodes if node.op == "call_function"]
     opaque = [n for n in names if n.startswith("lowbit_triton") and "scale_map" not in n and "dequantize" not in n]
     assert not opaque, opaque
-    if name != "linear of many rows":
+    if "many rows" not in name:
         assert "triton_kernel_wrapper_functional" in names
     assert names.count("lowbit_triton.scale_map.default") <= 1
     (output,) = [node for node in nodes if node.op == "output"]
@@ -103,3 +106,113 @@ def test_what_torch_cannot_analyse_is_opaque(gpu_driver):
     nodes = graph_of(function, torch.randn(5, 128), *Q.parts())
     names = [str(node.target) for node in nodes if node.op == "call_function"]
     assert names == ["lowbit_triton.linear.default", "aten.relu.default"]
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+KERNEL = "triton_kernel_wrapper_functional"
+
+
+@pytest.fixture
+def on_cpu(gpu_driver, monkeypatch):
+    """Launches are seen for tensors of a CPU: torch has no autograd for a device that it was not built for."""
+    monkeypatch.setattr(backend, "_SHOWN_ON", ("cpu",))
+    monkeypatch.setattr(backend, "DEVICE_TYPES", ("cpu",))
+    torch.compiler.reset()
+    with FakeTensorMode(allow_non_fake_inputs=True), lowbit.use_backend("triton"):
+        yield
+    torch.compiler.reset()
+
+
+def compiled_whole(function, dynamic=None):
+    """(``function`` as torch.compile makes it on fake tensors, what each of its graphs calls), backward graphs too."""
+    graphs = []
+
+    def compiler(graph_module, arguments):
+        names = [str(node.target) for node in graph_module.graph.nodes if node.op == "call_function"]
+        graphs.append([n for n in names if n == KERNEL or n.startswith("lowbit") and "scale_map" not in n])
+        return make_boxed_func(graph_module)
+
+    collect = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=collect), graphs
+
+
+def empty_weight(*shape: int) -> lowbit.QuantizedTensor:
+    blocks = math.prod(shape) // 64
+    scales = torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks // 256)), torch.empty(())
+    return lowbit.QuantizedTensor(torch.empty(32 * blocks, dtype=torch.uint8), *scales, shape=shape, dtype=BF16)
+
+
+def leaf(*shape: int, dtype=FP32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, requires_grad=True)
+
+
+def lora_operands(rows, n=64, k=128, dtype=BF16):
+    return leaf(rows, k, dtype=dtype), empty_weight(n, k), leaf(8, k), leaf(n, 8)
+
+
+def expert_operands(rows):
+    ends = torch.empty(3, dtype=torch.int32)
+    return leaf(rows, 128, dtype=BF16), empty_weight(3, 64, 128), ends, leaf(3, 8, 128), leaf(3, 64, 8)
+
+
+def lora_linear(*operands):
+    return lowbit.lora_linear(*operands, 0.5)
+
+
+def expert_linear(*operands):
+    return lowbit.grouped_lora_linear(*operands, 0.5)
+
+
+def decoded_product(x, q):
+    return x @ lowbit.dequantize(q, x.dtype).T
+
+
+def names_of(*ops: str) -> list[str]:
+    return [f"lowbit_triton.{op}.default" for op in ops]
+
+
+#: Layer -> (its function, its operands for a number of rows, what the forward's and what the backward's graph calls).
+LAYERS = {
+    "lora_linear": (lora_linear, lora_operands, [KERNEL], [KERNEL]),
+    "lora_linear in fp32": (
+        lora_linear,
+        lambda rows: lora_operands(rows, dtype=FP32),
+        names_of("linear"),
+        names_of("linear_grad_input"),
+    ),
+    "grouped_lora_linear": (
+        expert_linear,
+        expert_operands,
+        names_of("grouped_matmul", "grouped_linear"),
+        names_of("grouped_linear_grad_input", "grouped_matmul", "grouped_outer", "grouped_matmul", "grouped_outer"),
+    ),
+    "dequantize": (decoded_product, lambda rows: lora_operands(rows)[:2], names_of("dequantize"), []),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_one_graph_for_many_batch_sizes(on_cpu, name):
+    """A graph that breaks, or one for each length of a text, makes a compiled model slower than one that is not."""
+    function, make, forward, backward = LAYERS[name]
+    compiled, graphs = compiled_whole(function, dynamic=True)
+    for rows in (5, 7, 8):
+        operands = make(rows)
+        leaves = [a for a in operands if isinstance(a, torch.Tensor) and a.requires_grad]
+        gradients = torch.autograd.grad(compiled(*operands).sum(), leaves)
+        assert [g.shape for g in gradients] == [a.shape for a in leaves]
+    assert sorted(graphs[0]) == sorted(forward) and sorted(graphs[1]) == sorted(backward)
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_layers_of_several_sizes(on_cpu, dynamic):
+    """Where layers that share code differ in size torch.compile has symbols for it: the choice of a kernel must not
+    fail on them.
+    """
+    compiled, graphs = compiled_whole(lora_linear, dynamic)
+    for n, k in ((64, 128), (96, 64), (64, 320)):
+        operands = lora_operands(5, n, k)
+        y = compiled(*operands)
+        assert y.shape == (5, n)
+        assert torch.autograd.grad(y.sum(), operands[0])[0].shape == (5, k)
+    assert graphs == [[KERNEL]] * 6

@@ -80,7 +80,7 @@ for dtype in DTYPES:
         every_run=dtype == torch.bfloat16,
     )
 
-#: Rows of x: one for each tile of lowbit/backends/triton/shapes.py.
+#: Rows of x: one for each tile of lowbit/backends/triton/shapes_forward.py.
 LINEAR_ROWS = (1, 8, 16, 32, 64, 128)
 for rows, dtype, format in itertools.product(LINEAR_ROWS, DTYPES, (*FORMATS, "int8")):
     if dtype == torch.float32 and rows > 16:
@@ -104,7 +104,7 @@ for columns, format in ((4096, "nf4"), (4096, "int8"), (4100, "int8")):
     add("lora_linear", x, *weight((1024, columns), format), 1024, None, a, b, 0.5, detail=f"{format} {columns} columns")
 
 for dtype, format in itertools.product(DTYPES, (*FORMATS, "int8")):
-    for rows in (4, 32, 200, 4096):
+    for rows in (4, 32, 64, 200, 512):
         add(
             "linear_grad_input",
             tensor(rows, 4096, dtype=dtype),
@@ -113,7 +113,7 @@ for dtype, format in itertools.product(DTYPES, (*FORMATS, "int8")):
             detail=f"{format} {name_of(dtype)} m={rows}",
             every_run=(dtype, format, rows) == (torch.bfloat16, "nf4", 200),
         )
-    for rows in (64, 4096):
+    for rows in (64, 256, 4096):
         ends, stack = tensor(8, dtype=torch.int32), weight((8, 4096, 1024), format)
         lora = (tensor(rows, 16), tensor(8, 4096, 16))
         add(
@@ -129,10 +129,10 @@ for dtype, format in itertools.product(DTYPES, (*FORMATS, "int8")):
             every_run=(dtype, format, rows) == (torch.bfloat16, "nf4", 4096),
         )
 for block_size in (32, 4096):
-    many = tensor(4096, 4096, dtype=torch.bfloat16)
+    many = tensor(256, 4096, dtype=torch.bfloat16)
     add(
         "linear_grad_input",
-        *(many, *weight((4096, 4096), "nf4", block_size, False), 4096, tensor(4096, 16), tensor(16, 4096)),
+        *(many, *weight((4096, 4096), "nf4", block_size, False), 4096, tensor(256, 16), tensor(16, 4096)),
         detail=f"LoRA, blocks of {block_size}",
     )
 add("linear_grad_input", tensor(33, 70), *weight((70, 64), "nf4"), 64, detail="narrow")

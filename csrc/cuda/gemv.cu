@@ -60,7 +60,7 @@ template <class T, int kParts, int kTiles>
 struct TensorCores {
   static constexpr int kColumnParts = kParts / kTiles;
   static constexpr int kRows = 8 / kColumnParts;      // of x
-  static constexpr int kAhead = kTiles == 1 ? 2 : 1;  // steps whose weights are on their way: as registers allow
+  static constexpr int kAhead = kTiles == 1 ? 2 : 1;  // steps on their way: as registers allow
   using Table = NarrowPairTable<T>;
 
   float sums[4] = {};

@@ -151,10 +151,9 @@ __device__ __forceinline__ uint32_t shuffle_quad(uint32_t value, int lane) {
 
 // --- bytes
 
-// Byte `b` of `word`, the lowest being number 0.
-// sum + factor times byte `b` of `word`; factor: at most 255. One instruction, IDP, in the pipe of IMAD and about as
-// fast: on a B200 118 TOPS were measured of it, 8 operations each, and 36.5 of IMAD, 2 each (OpenCL-Benchmark's
-// README).
+// sum + factor times byte `b` of `word`, the lowest being number 0; factor: at most 255. One instruction, IDP, in the
+// pipe of IMAD and about as fast: on a B200 118 TOPS were measured of it, 8 operations each, and 36.5 of IMAD, 2 each
+// (OpenCL-Benchmark's README).
 __device__ __forceinline__ uint32_t add_product_of_byte(uint32_t word, int b, uint32_t factor, uint32_t sum) {
   uint32_t v;
   asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(v) : "r"(word), "r"(factor << 8 * b), "r"(sum));

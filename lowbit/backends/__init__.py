@@ -43,7 +43,8 @@ def available() -> dict[str, str | None]:
 def use_backend(name: str) -> Iterator[None]:
     """Run the ops called in this context (and the backward of those calls) on one backend.
 
-    Thread- and async-local; under ``torch.compile`` a change of backend recompiles.
+    Thread- and async-local. Around a function that ``torch.compile`` made, which a change of backend recompiles; not
+    inside of one: it cannot trace this.
 
     Raises:
         ValueError: ``name`` is not "native", "triton" or "reference".

@@ -1,8 +1,8 @@
 """The Triton kernels: NVIDIA GPUs without the compiled CUDA half, AMD and Intel GPUs.
 
 One module per operation, each with its kernels and a function of the op's name and arguments (``lowbit/ops.py``)
-that chooses a configuration (``shapes.py``) and launches (``launch.py``). Triton itself is imported at the first
-call: this file only says whether it can be.
+that chooses a configuration (``shapes.py`` and its two neighbours) and launches (``launch.py``). Triton itself is
+imported at the first call: this file only says whether it can be.
 
 Under ``TRITON_INTERPRET=1`` the same kernels run on CPU tensors too, slowly, which is how they are tested.
 """
@@ -37,10 +37,11 @@ MODULES = {
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-#: Ops whose launches torch.compile gets to see, for x in 16 bits. The others are opaque to it, because torch would take
-#: arguments for written: all of a kernel that decodes to fp32 (assembly that has to stay in place), and the grouped
-#: ones' expert_ends, of which addresses are made.
+#: Ops whose launches torch.compile gets to see, for x in 16 bits on these devices. The others are opaque to it, because
+#: torch would take arguments for written: all of a kernel that decodes to fp32 (assembly that has to stay in place),
+#: and the grouped ones' expert_ends, of which addresses are made.
 _SHOWN = ("linear", "linear_grad_input")
+_SHOWN_ON = ("cuda", "xpu")
 
 #: Whether kernels do without NVIDIA's inline assembly.
 PORTABLE = INTERPRETED or torch.version.cuda is None
@@ -107,7 +108,8 @@ def _show_launches(library, name: str, module: str) -> None:
     kernel = _imported_when_called(name, module)
 
     def decompose(mode, op, types, args, kwargs):
-        if args[0].device.type not in ("cuda", "xpu") or args[0].dtype == torch.float32:
+        x = args[0]
+        if x.device.type not in _SHOWN_ON or x.dtype == torch.float32:
             return mode.__torch_dispatch__(op, types, args, kwargs)
         with mode, _module("launch").traced():
             return kernel(*args, **kwargs)

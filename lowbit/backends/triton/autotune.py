@@ -6,12 +6,15 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 import triton
 
-#: Without it nothing is ever measured: ``shapes.py`` says what runs.
+from .launch import is_traced
+
+#: Without it nothing is ever measured: the first, best predicted configuration runs.
 WANTED = os.environ.get("LOWBIT_TRITON_AUTOTUNE", "0") == "1"
 
 
@@ -50,27 +53,37 @@ def _keep(key: str, config) -> None:
         warnings.warn(f"{path}: cannot be written ({error}); what was found lasts as long as the process", stacklevel=2)
 
 
-def best(operation: str, problem, gpu, candidates: list, run: Callable):
-    """The one of ``candidates`` (dataclasses) with which ``run(candidate)`` is fastest for ``problem`` on ``gpu``.
+def _may_measure() -> bool:
+    """Not while a graph is made, by torch.compile or by a stream's capture: nothing runs then."""
+    return not is_traced() and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
-    What does not compile or fit on this GPU is passed over; an error if that is all of them.
+
+def chosen(operation: str, problem, gpu, configs: Sequence, run: Callable):
+    """The first of ``configs`` (dataclasses); where tuning is wanted, the one with which ``run(config)`` is fastest.
+
+    Measured once for a ``problem`` on a ``gpu``, where it can be. What does not compile or fit is passed over; an error
+    if that is all of them.
     """
+    if not WANTED:
+        return configs[0]
     key = f"{operation} {problem} {gpu}"
     kept = _found().get(key)
-    for candidate in candidates:
-        if kept == dataclasses.asdict(candidate):
-            return candidate
+    for config in configs:
+        if kept == dataclasses.asdict(config):
+            return config
+    if not _may_measure():
+        return configs[0]
     times = {}
-    for position, candidate in enumerate(candidates):
+    for position, config in enumerate(configs):
         try:
-            times[position] = measure(functools.partial(run, candidate))
+            times[position] = measure(functools.partial(run, config))
         except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
             continue
     if not times:
-        raise RuntimeError(f"{key}: none of {len(candidates)} configurations runs on this GPU")
-    chosen = candidates[min(times, key=times.get)]
-    _keep(key, chosen)
-    return chosen
+        raise RuntimeError(f"{key}: none of {len(configs)} configurations runs on this GPU")
+    fastest = configs[min(times, key=times.get)]
+    _keep(key, fastest)
+    return fastest
 
 
 def measure(run: Callable[[], None]) -> float:

@@ -7,70 +7,17 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-from ... import format as fmt
-from . import INTERPRETED, PORTABLE, autotune, shapes
+from . import PORTABLE, autotune, shapes_forward
 from .constants import scale_map
-from .decode import decode_codes, load_scales, scales_of
-from .grid import tile_position
-from .launch import is_traced, launch
-from .rounding import in_two_bf16, round_to
-from .splits import SUM_TILE, sum_splits_kernel
-
-_INTERPRETED = tl.constexpr(INTERPRETED)
-_INT8_UNIT = tl.constexpr(1 / fmt.INT8_MAX)
+from .gpu import gpu_of
+from .grid import expert_of_tile, row_tile_count, tile_position
+from .launch import launch
+from .shapes import Problem, rows_of
+from .splits import add_splits
+from .tiles_forward import add_lora, contract_four_bits, contract_int8, store_tile
 
 
-@triton.jit
-def _dot(a, b, total):
-    """total + a b^T, summed in fp32. Triton's interpreter would multiply the bits of bf16 as integers."""
-    if _INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b.T, total, input_precision="ieee")
-
-
-@triton.jit
-def _tile_of(program, m, n, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr):
-    """(tile of rows, tile of columns, share of k) of a program."""
-    row_tile, column_tile = tile_position(program // SPLITS, tl.cdiv(m, BM), tl.cdiv(n, BN))
-    return row_tile, column_tile, program % SPLITS
-
-
-@triton.jit
-def _lora(acc, t, lora_b, scaling, rows, columns, m, n, rank, summed, EXACT: tl.constexpr):
-    """acc + scaling t B^T over the first ``summed`` of ``rank`` columns.
-
-    On tensor cores each factor is two bf16; low times low is left out (2^-16 of a product).
-    """
-    sums = tl.zeros(acc.shape, tl.float32)
-    for first in tl.range(0, summed, 16, num_stages=1):
-        r = first + tl.arange(0, 16)
-        row_mask = (rows < m)[:, None] & (r < rank)[None, :]
-        column_mask = (columns < n)[:, None] & (r < rank)[None, :]
-        a = tl.load(t + rows.to(tl.int64)[:, None] * rank + r[None, :], mask=row_mask, other=0.0).to(tl.float32)
-        b = tl.load(lora_b + columns.to(tl.int64)[:, None] * rank + r[None, :], mask=column_mask, other=0.0)
-        b = b.to(tl.float32)
-        if EXACT:
-            sums = _dot(a, b, sums)
-        else:
-            a_high, a_low, a_finite = in_two_bf16(a)
-            b_high, b_low, b_finite = in_two_bf16(b)
-            sums = _dot(a_low, b_finite, sums)
-            sums = _dot(a_finite, b_low, sums)
-            sums = _dot(a_high, b_high, sums)
-    return acc + scaling * sums
-
-
-@triton.jit
-def _finish(acc, bias, y, rows, columns, split, m, n, SPLITS: tl.constexpr):
-    """Stores a tile, with its bias and rounded, or as a share of the sums in the workspace [SPLITS, m, n]."""
-    mask = (rows < m)[:, None] & (columns < n)[None, :]
-    row = split.to(tl.int64) * m + rows
-    if bias is not None and SPLITS == 1:
-        acc += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + row[:, None] * n + columns[None, :], round_to(acc, y.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["m"])  # it changes from call to call
+@triton.jit(do_not_specialize=["m", "row_tiles"])  # they change from call to call
 def linear_kernel(
     x,
     packed,
@@ -78,6 +25,8 @@ def linear_kernel(
     group_scales,
     offset,
     scale_map,
+    expert_ends,
+    experts,
     bias,
     t,
     lora_b,
@@ -87,182 +36,133 @@ def linear_kernel(
     n,
     k,
     rank,
+    row_tiles,
     FORMAT: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     DOUBLE_QUANT: tl.constexpr,
     PORTABLE: tl.constexpr,
+    EXPERTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     SPLITS: tl.constexpr,
     COPIES: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
-):
-    """A tile of y, or of its share over a part of k. k is a multiple of BLOCK_SIZE, that of BK.
-
-    The codebook's values meet x on tensor cores; the sums over BK columns, all of one block, are scaled in fp32. W is
-    the right operand: on mma.sync the bytes go from shared memory to the registers which the decoded pairs have to be
-    in. (Joining them is no work: a byte's two codes are neighbours in k.)
-    """
-    DTYPE: tl.constexpr = x.dtype.element_ty
-    EXACT: tl.constexpr = DTYPE == tl.float32
-    row_tile, column_tile, split = _tile_of(tl.program_id(0), m, n, BM, BN, SPLITS)
-    rows, columns = row_tile * BM + tl.arange(0, BM), column_tile * BN + tl.arange(0, BN)
-    # Tiles at the edge read the first row instead of what is not there, and store nothing of it.
-    x_row = tl.where(rows < m, rows, 0).to(tl.int64)
-    w_row = tl.where(columns < n, columns, 0).to(tl.int64)
-    # k is a multiple of 32: written so that the compiler knows rows of packed codes to begin at 16 bytes.
-    x_rows = x + x_row[:, None] * k + tl.arange(0, BK)[None, :]
-    w_rows = packed + w_row[:, None] * (k // 32 * 16) + tl.arange(0, BK // 2)[None, :]
-
-    steps = tl.cdiv(k // BK, SPLITS)
-    begin = split * steps * BK
-    end = min(begin + steps * BK, k)
-    # Scales of fewer columns than there are threads: COPIES of each, or the compiler would have every thread decode
-    # those of all of its sums, instead of one that it passes on.
-    block = tl.broadcast_to((w_row * (k // BLOCK_SIZE))[:, None], (BN, COPIES))
-    has_scale = tl.broadcast_to((columns < n)[:, None], (BN, COPIES))
-    at_first = min(begin, k - BK)  # a last part of k can be empty
-    stored, group_scale = load_scales(absmax, group_scales, block + at_first // BLOCK_SIZE, has_scale, DOUBLE_QUANT)
-    acc = tl.zeros((BN, BM) if WEIGHT_FIRST else (BM, BN), tl.float32)
-    for at in range(begin, end, BK):
-        codes = tl.load(w_rows + at // 2)
-        values = tl.load(x_rows + at)
-        scale = tl.max(scales_of(stored, group_scale, offset, scale_map, DOUBLE_QUANT), axis=1)
-        # A step ahead: nothing else would hide their way from memory.
-        following = min(at + BK, end - BK)
-        stored, group_scale = load_scales(
-            absmax, group_scales, block + following // BLOCK_SIZE, has_scale, DOUBLE_QUANT
-        )
-        high, low = decode_codes(codes, FORMAT, DTYPE, PORTABLE)
-        weight = tl.reshape(tl.join(high, low), (BN, BK))
-        if WEIGHT_FIRST:
-            sums = _dot(weight, values, tl.zeros((BN, BM), tl.float32))
-            acc = tl.fma(sums, tl.broadcast_to(scale[:, None], (BN, BM)), acc)
-        else:
-            sums = _dot(values, weight, tl.zeros((BM, BN), tl.float32))
-            acc = tl.fma(sums, tl.broadcast_to(scale[None, :], (BM, BN)), acc)
-    if WEIGHT_FIRST:
-        acc = acc.T
-
-    if t is not None:
-        own_rank = tl.where(split == 0, rank, 0)
-        acc = _lora(acc, t, lora_b, scaling, rows, columns, m, n, rank, own_rank, EXACT)
-    _finish(acc, bias, y, rows, columns, split, m, n, SPLITS)
-
-
-@triton.jit(do_not_specialize=["m"])
-def linear_int8_kernel(
-    x,
-    codes,
-    absmax,
-    bias,
-    t,
-    lora_b,
-    y,
-    scaling,
-    m,
-    n,
-    k,
-    rank,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    WEIGHT_FIRST: tl.constexpr,
+    PRODUCTS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """The same for int8 codes [n, k], which x's 16 bits hold exactly; the sums are scaled by row at the end.
+    """A tile of y, or of its share over a part of k.
 
-    WHOLE: k is a multiple of BK.
+    ``packed``: int8 [n, k] in that format. WHOLE: k is a multiple of PRODUCTS * BK, as it is for all others.
+    ``expert_ends``: None, or the weight is a stack of matrices, lora_b and bias too (``grouped.py``).
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
-    EXACT: tl.constexpr = DTYPE == tl.float32
-    row_tile, column_tile, split = _tile_of(tl.program_id(0), m, n, BM, BN, SPLITS)
-    rows, columns = row_tile * BM + tl.arange(0, BM), column_tile * BN + tl.arange(0, BN)
-    x_row = tl.where(rows < m, rows, 0).to(tl.int64)
+    program, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    row_tile, column_tile = tile_position(program, row_tiles, tl.cdiv(n, BN))
+    columns = column_tile * BN + tl.arange(0, BN)
+    # Tiles at the edge read the first row instead of what is not there, and store nothing of it.
     w_row = tl.where(columns < n, columns, 0).to(tl.int64)
-    x_rows = x + x_row[:, None] * k + tl.arange(0, BK)[None, :]
-    w_rows = codes + w_row[:, None] * k + tl.arange(0, BK)[None, :]
-
-    steps = tl.cdiv(tl.cdiv(k, BK), SPLITS)
-    begin = split * steps * BK
-    acc = tl.zeros((BN, BM) if WEIGHT_FIRST else (BM, BN), tl.float32)
-    for at in range(begin, min(begin + steps * BK, k), BK):
-        if WHOLE:
-            weight = tl.load(w_rows + at)
-            values = tl.load(x_rows + at)
-        else:
-            inside = (at + tl.arange(0, BK) < k)[None, :]
-            weight = tl.load(w_rows + at, mask=inside, other=0)
-            values = tl.load(x_rows + at, mask=inside, other=0.0)
-        weight = weight.to(tl.float32).to(DTYPE)
-        acc = _dot(weight, values, acc) if WEIGHT_FIRST else _dot(values, weight, acc)
-    if WEIGHT_FIRST:
-        acc = acc.T
-    scale = tl.load(absmax + columns, mask=columns < n, other=0.0) * _INT8_UNIT
-    acc = acc * scale[None, :]
+    first_row, row_end = row_tile * BM, m
+    if expert_ends is not None:
+        expert, first_row, row_end = expert_of_tile(row_tile, expert_ends, experts, m, BM, EXPERTS)
+        if expert >= experts:
+            return
+        w_row += expert.to(tl.int64) * n
+    rows = first_row + tl.arange(0, BM)
+    x_row = tl.where(rows < row_end, rows, first_row).to(tl.int64)
+    x_rows = x + x_row[:, None] * k
+    if FORMAT == "int8":
+        w_rows, scale = packed + w_row[:, None] * k, absmax + w_row
+        total = contract_int8(x_rows, w_rows, scale, k, split, DTYPE, BM, BN, BK, SPLITS, WEIGHT_FIRST, PRODUCTS, WHOLE)
+    else:
+        total = contract_four_bits(
+            x_rows,
+            # k is a multiple of 32: written so that the compiler knows rows of packed codes to begin at 16 bytes.
+            packed + w_row[:, None] * (k // 32 * 16),
+            w_row * (k // BLOCK_SIZE),
+            absmax,
+            group_scales,
+            offset,
+            scale_map,
+            k,
+            split,
+            FORMAT,
+            BLOCK_SIZE,
+            DOUBLE_QUANT,
+            DTYPE,
+            PORTABLE,
+            BM,
+            BN,
+            BK,
+            SPLITS,
+            COPIES,
+            WEIGHT_FIRST,
+            PRODUCTS,
+        )
     if t is not None:
-        own_rank = tl.where(split == 0, rank, 0)
-        acc = _lora(acc, t, lora_b, scaling, rows, columns, m, n, rank, own_rank, EXACT)
-    _finish(acc, bias, y, rows, columns, split, m, n, SPLITS)
+        summed = tl.where(split == 0, rank, 0)
+        total = add_lora(total, t, x_row, lora_b, w_row, scaling, rank, summed, DTYPE == tl.float32)
+    if bias is not None:
+        total += tl.load(bias + w_row, mask=w_row * 0 + split == 0, other=0.0).to(tl.float32)[None, :]
+    store_tile(y, total, rows, row_end, columns, m, n, split)
 
 
-def capability(device: torch.device) -> tuple[int, int] | None:
-    """(major, minor) of an NVIDIA GPU, an A100's where there is none; None on other GPUs."""
-    if device.type == "xpu" or torch.version.hip:
-        return None
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-
-
-def copies_of_scales(config: shapes.Config) -> int:
+def copies_of_scales(config: shapes_forward.Config) -> int:
     """So many that there are as many scales as threads, of which NVIDIA has 32 in a warp."""
     return max(1, 32 * config.warps // config.bn)
 
 
-def _fused(config, x, packed, absmax, group_scales, offset, format, block_size, bias, t, lora_b, scaling, y):
-    """Launches the kernels for x [m, k] and y [m, n] as ``config`` has it."""
+def fused(
+    config, x, packed, absmax, group_scales, offset, format, block_size, bias, t, lora_b, scaling, y, expert_ends=None
+):
+    """Launches the kernels for x [m, k] and y [m, n] as ``config`` has it; all of the operands contiguous.
+
+    With ``expert_ends`` [experts] the rows of x are sorted by expert, whose matrices are those of a stack.
+    """
     (m, k), n = x.shape, y.shape[1]
-    rank = 0 if t is None else t.shape[1]
+    experts = 1 if expert_ends is None else expert_ends.numel()
+    row_tiles = triton.cdiv(m, config.bm) if expert_ends is None else row_tile_count(m, experts, config.bm)
     out = y if config.splits == 1 else x.new_empty([config.splits, m, n], dtype=torch.float32)
-    grid = (triton.cdiv(m, config.bm) * triton.cdiv(n, config.bn) * config.splits,)
-    options = {
-        "BM": config.bm,
-        "BN": config.bn,
-        "BK": config.bk,
-        "SPLITS": config.splits,
-        "WEIGHT_FIRST": config.weight_first,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-    }
-    # A tensor of which a kernel reads nothing is none.
-    bias_there = bias if config.splits == 1 else None
-    tail = (bias_there, t, lora_b, out, scaling, m, n, k, rank)
-    if format == "int8":
-        codes = packed.view(torch.int8)
-        launch(linear_int8_kernel, grid, x, codes, absmax, *tail, WHOLE=k % config.bk == 0, **options)
-    else:
-        launch(
-            linear_kernel,
-            grid,
-            x,
-            packed,
-            absmax,
-            group_scales,
-            offset,
-            scale_map(x.device),
-            *tail,
-            FORMAT=format,
-            BLOCK_SIZE=block_size,
-            DOUBLE_QUANT=group_scales is not None,
-            PORTABLE=PORTABLE,
-            COPIES=copies_of_scales(config),
-            **options,
-        )
+    is_int8 = format == "int8"
+    launch(
+        linear_kernel,
+        (row_tiles * triton.cdiv(n, config.bn) * config.splits,),
+        x,
+        packed.view(torch.int8) if is_int8 else packed,
+        absmax,
+        group_scales,
+        offset,
+        None if group_scales is None else scale_map(x.device),
+        expert_ends,
+        experts,
+        bias,
+        t,
+        lora_b,
+        out,
+        float(scaling),
+        m,
+        n,
+        k,
+        0 if t is None else t.shape[1],
+        row_tiles,
+        FORMAT=format,
+        BLOCK_SIZE=1 if is_int8 else block_size,
+        DOUBLE_QUANT=group_scales is not None,
+        PORTABLE=PORTABLE,
+        EXPERTS=triton.next_power_of_2(experts),
+        BM=config.bm,
+        BN=config.bn,
+        BK=config.bk,
+        SPLITS=config.splits,
+        COPIES=copies_of_scales(config),
+        WEIGHT_FIRST=config.weight_first,
+        PRODUCTS=config.products,
+        WHOLE=k % (config.products * config.bk) == 0,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
     if config.splits > 1:
-        grid = (triton.cdiv(m * n, SUM_TILE),)
-        arguments = (out, bias, y, n, m * n)
-        launch(sum_splits_kernel, grid, *arguments, SPLITS=config.splits, TILE=SUM_TILE, num_warps=4)
+        add_splits(out, y)
 
 
 def _decoded(x, packed, absmax, group_scales, offset, format, block_size, n, bias, t, lora_b, scaling):
@@ -284,7 +184,8 @@ def _decoded(x, packed, absmax, group_scales, offset, format, block_size, n, bia
 def linear(
     x, packed, absmax, group_scales, offset, format, block_size, out_features, bias, t, lora_b, scaling
 ) -> torch.Tensor:
-    k, n = x.shape[-1], out_features
+    # A number, where torch.compile has a symbol: a weight's sizes choose its kernel.
+    k, n = int(x.shape[-1]), out_features
     leading = list(x.shape[:-1])
     m = math.prod(leading)
     x = x.reshape(m, k).contiguous()
@@ -295,19 +196,16 @@ def linear(
         t, lora_b = t.reshape(m, t.shape[-1]).contiguous(), lora_b.contiguous()
     if bias is not None:
         bias = bias.contiguous()
-    gpu = shapes.gpu_of(x.device, capability(x.device))
-    problem = shapes.Problem(shapes.rows_of(m), n, k, x.dtype, format, block_size)
+    gpu = gpu_of(x.device)
+    problem = Problem(rows_of(m, x.dtype), n, k, x.dtype, format, block_size)
     if m == 0 or n == 0:
         return x.new_empty([*leading, n])
-    if shapes.decodes_first(problem, gpu):
+    if shapes_forward.decodes_first(problem, gpu):
         return _decoded(x, *weight, n, bias, t, lora_b, scaling).view(*leading, n)
     y = x.new_empty([m, n])
     arguments = (x, *weight, bias, t, lora_b, scaling, y)
-    config = shapes.linear_config(problem, gpu)
-    if autotune.WANTED and not is_traced():
-        candidates = shapes.linear_configs(problem, gpu)
-        config = autotune.best("linear", problem, gpu, candidates, lambda each: _fused(each, *arguments))
-    _fused(config, *arguments)
+    run = lambda config: fused(config, *arguments)  # noqa: E731
+    run(autotune.chosen("linear", problem, gpu, shapes_forward.linear_configs(problem, gpu), run))
     return y.view(*leading, n)
 
 

@@ -1,4 +1,7 @@
-"""linear_grad_input: grad W + grad_t lora_a, from the packed bytes; the tile itself is in ``tiles_backward.py``."""
+"""linear_grad_input: grad W + grad_t lora_a on the packed weight, and the same after decoding W where that is faster.
+
+The tile itself is in ``tiles_backward.py``.
+"""
 
 import math
 
@@ -6,19 +9,18 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import reference
-from . import PORTABLE
+from . import PORTABLE, autotune, shapes_backward
 from .constants import scale_map
-from .dequantize import dequantize
-from .grid import tile_position
+from .gpu import gpu_of
+from .grid import expert_of_tile, row_tile_count, tile_position
 from .launch import launch
 from .rounding import DTYPES, round_to
-from .shapes_backward import capability, grad_input_shape, processors
-from .splits import SUM_TILE, sum_splits_kernel
+from .shapes import Problem, rows_of
+from .splits import add_splits
 from .tiles_backward import add_lora, columns_per_byte, contract_rows, in_columns
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "row_tiles"])  # they change from call to call
 def grad_input_kernel(
     grad,
     grad_stride,
@@ -27,14 +29,13 @@ def grad_input_kernel(
     group_scales,
     offset,
     scale_map,
+    expert_ends,
+    experts,
     grad_t,
-    grad_t_row,
-    grad_t_column,
     lora_a,
-    lora_a_row,
-    lora_a_column,
     out,
     rows,
+    row_tiles,
     out_features,
     in_features,
     row_bytes,
@@ -46,28 +47,39 @@ def grad_input_kernel(
     DOUBLE_QUANT: tl.constexpr,
     DTYPE: tl.constexpr,
     PORTABLE: tl.constexpr,
-    LORA: tl.constexpr,
+    EXPERTS: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     BYTES: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    """One tile of ``out`` [splits, rows, in_features]: the sum over the rows of W in one split, LoRA in the first."""
+    """One tile of ``out`` [splits, rows, in_features]: the sum over the rows of W in one split, LoRA in the first.
+
+    ``expert_ends``: None, or the weight is a stack of matrices, lora_a too (``grouped.py``).
+    """
     split = tl.program_id(1)
-    row_tile, column_tile = tile_position(tl.program_id(0), tl.cdiv(rows, TILE_M), tl.cdiv(row_bytes, BYTES))
-    m = row_tile.to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
-    valid = tl.where(m < rows, m, 0)  # what is read there is not written
+    row_tile, column_tile = tile_position(tl.program_id(0), row_tiles, tl.cdiv(row_bytes, BYTES))
+    first_row, row_end, matrix_row = row_tile.to(tl.int64) * TILE_M, rows, 0
+    if expert_ends is not None:
+        expert, first_row, row_end = expert_of_tile(row_tile, expert_ends, experts, rows, TILE_M, EXPERTS)
+        if expert >= experts:
+            return
+        matrix_row = expert.to(tl.int64) * out_features
+        if lora_a is not None:
+            lora_a += expert.to(tl.int64) * rank * in_features
+    m = first_row + tl.arange(0, TILE_M)
+    valid = tl.where(m < row_end, m, first_row)  # what is read there is not written
     first = split * split_rows
     high_sum, low_sum = contract_rows(
         grad,
         valid,
         grad_stride,
-        packed,
+        packed + matrix_row * row_bytes,
         absmax,
         group_scales,
         offset,
         scale_map,
-        0,
+        matrix_row * row_blocks,
         first,
         tl.minimum(first + split_rows, out_features),
         out_features,
@@ -84,17 +96,14 @@ def grad_input_kernel(
         BYTES,
         WARPS,
     )
-    if LORA:
+    if grad_t is not None:
         high_sum, low_sum = add_lora(
             high_sum,
             low_sum,
-            valid,
             grad_t,
-            grad_t_row,
-            grad_t_column,
+            valid,
             lora_a,
-            lora_a_row,
-            lora_a_column,
+            rank,
             tl.where(split == 0, rank, 0),
             in_features,
             column_tile,
@@ -108,78 +117,93 @@ def grad_input_kernel(
     COLUMNS: tl.constexpr = BYTES * columns_per_byte(FORMAT)
     k = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     at = (split.to(tl.int64) * rows + m[:, None]) * in_features + k[None, :]
-    mask = (m[:, None] < rows) & (k[None, :] < in_features)
+    mask = (m[:, None] < row_end) & (k[None, :] < in_features)
     tl.store(out + at, round_to(tile_sum, out.dtype.element_ty), mask=mask)
 
 
-def linear_grad_input(
-    grad, packed, absmax, group_scales, offset, format, block_size, in_features, grad_t=None, lora_a=None
-) -> torch.Tensor:
-    out_features, rows = grad.shape[-1], math.prod(grad.shape[:-1])
-    out = grad.new_empty([*grad.shape[:-1], in_features])
-    if out.numel() == 0:
-        return out
-    if format != "int8" and in_features % block_size:
-        shape = [out_features, in_features]
-        weight = dequantize(packed, absmax, group_scales, offset, format, block_size, shape, torch.float32)
-        return reference.dense_grad_input(grad, weight, grad_t, lora_a)
-    grad = grad.reshape(rows, out_features)
-    if grad.stride(1) != 1:
-        grad = grad.contiguous()
-    grad_t = None if grad_t is None else grad_t.reshape(rows, grad_t.shape[-1])
-    row_bytes = in_features if format == "int8" else in_features // 2
-    shape = grad_input_shape(
-        rows, out_features, row_bytes, grad.dtype, processors(grad.device), capability(grad.device)
-    )
-    partial = out
-    if shape.splits > 1:
-        partial = grad.new_empty([shape.splits, rows, in_features], dtype=torch.float32)
+def fused(
+    config, grad, packed, absmax, group_scales, offset, format, block_size, grad_t, lora_a, out, expert_ends=None
+):
+    """Launches the kernels for grad [m, n] and out [m, k] as ``config`` has it.
+
+    All operands are contiguous, but that rows of grad may have any stride. With ``expert_ends`` [experts] the rows are
+    sorted by expert, whose matrices are those of a stack.
+    """
+    (m, n), k = grad.shape, out.shape[1]
+    experts = 1 if expert_ends is None else expert_ends.numel()
+    row_tiles = triton.cdiv(m, config.tile_m) if expert_ends is None else row_tile_count(m, experts, config.tile_m)
+    partial = out if config.splits == 1 else out.new_empty([config.splits, m, k], dtype=torch.float32)
+    is_int8 = format == "int8"
+    row_bytes = k if is_int8 else k // 2
     launch(
         grad_input_kernel,
-        (triton.cdiv(rows, shape.tile_m) * triton.cdiv(row_bytes, shape.bytes), shape.splits),
+        (row_tiles * triton.cdiv(row_bytes, config.bytes), config.splits),
         grad,
         grad.stride(0),
         packed,
         absmax,
         group_scales,
         offset,
-        scale_map(packed.device),
+        None if group_scales is None else scale_map(packed.device),
+        expert_ends,
+        experts,
         grad_t,
-        *((0, 0) if grad_t is None else grad_t.stride()),
         lora_a,
-        *((0, 0) if lora_a is None else lora_a.stride()),
         partial,
-        rows,
-        out_features,
-        in_features,
+        m,
+        row_tiles,
+        n,
+        k,
         row_bytes,
-        1 if format == "int8" else in_features // block_size,
-        0 if lora_a is None else lora_a.shape[0],
-        shape.split_rows,
+        1 if is_int8 else k // block_size,
+        0 if grad_t is None else grad_t.shape[1],
+        shapes_backward.split_rows(config, n),
         FORMAT=format,
-        BLOCK_SIZE=1 if format == "int8" else block_size,
+        BLOCK_SIZE=1 if is_int8 else block_size,
         DOUBLE_QUANT=group_scales is not None,
         DTYPE=DTYPES[grad.dtype],
         PORTABLE=PORTABLE,
-        LORA=grad_t is not None,
-        TILE_M=shape.tile_m,
-        TILE_N=shape.tile_n,
-        BYTES=shape.bytes,
-        WARPS=shape.warps,
-        num_warps=shape.warps,
-        num_stages=shape.stages,
+        EXPERTS=triton.next_power_of_2(experts),
+        TILE_M=config.tile_m,
+        TILE_N=config.tile_n,
+        BYTES=config.bytes,
+        WARPS=config.warps,
+        num_warps=config.warps,
+        num_stages=config.stages,
     )
-    if shape.splits > 1:
-        launch(
-            sum_splits_kernel,
-            (triton.cdiv(out.numel(), SUM_TILE),),
-            partial,
-            None,
-            out,
-            in_features,
-            out.numel(),
-            SPLITS=shape.splits,
-            TILE=SUM_TILE,
-            num_warps=4,
-        )
-    return out
+    if config.splits > 1:
+        add_splits(partial, out)
+
+
+def _decoded(grad, packed, absmax, group_scales, offset, format, block_size, grad_t, lora_a, k):
+    """torch's product of grad [m, n] and the decoded weight, and LoRA's, which it adds in its sums."""
+    weight = torch.ops.lowbit_triton.dequantize.default(
+        packed, absmax, group_scales, offset, format, block_size, [grad.shape[1], k], grad.dtype
+    )
+    if grad_t is None:
+        return grad @ weight
+    return torch.addmm(grad_t.to(grad.dtype) @ lora_a.to(grad.dtype), grad, weight)
+
+
+def linear_grad_input(
+    grad, packed, absmax, group_scales, offset, format, block_size, in_features, grad_t=None, lora_a=None
+) -> torch.Tensor:
+    k, n, m = in_features, int(grad.shape[-1]), math.prod(grad.shape[:-1])  # n: as k in linear
+    leading = list(grad.shape[:-1])
+    if m == 0 or k == 0:
+        return grad.new_empty([*leading, k])
+    grad = grad.reshape(m, n)
+    weight = (packed.contiguous(), absmax.contiguous(), group_scales, offset, format, block_size)
+    if grad_t is not None and grad_t.shape[-1] == 0:
+        grad_t = lora_a = None
+    if grad_t is not None:
+        grad_t, lora_a = grad_t.reshape(m, grad_t.shape[-1]).contiguous(), lora_a.contiguous()
+    gpu = gpu_of(grad.device)
+    problem = Problem(rows_of(m, grad.dtype), n, k, grad.dtype, format, block_size)
+    if shapes_backward.decodes_first(problem, gpu):
+        return _decoded(grad, *weight, grad_t, lora_a, k).view(*leading, k)
+    out = grad.new_empty([m, k])
+    arguments = (grad if grad.stride(1) == 1 else grad.contiguous(), *weight, grad_t, lora_a, out)
+    run = lambda config: fused(config, *arguments)  # noqa: E731
+    run(autotune.chosen("linear_grad_input", problem, gpu, shapes_backward.grad_input_configs(problem, gpu), run))
+    return out.view(*leading, k)

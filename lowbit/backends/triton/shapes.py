@@ -1,45 +1,21 @@
-"""Which configuration of a kernel runs: functions of the sizes and of the GPU, for the host.
+"""What choices of configurations have in common: the sizes they depend on, and the model of costs that orders them.
 
-Nothing is measured here. The figures are of an H100 (132 multiprocessors of 4 schedulers, 1.8 GHz, 3.35 TB/s); they
-scale alike on other GPUs, which only have to be told apart where a choice would change. instructions: counted in
-machine code, tests/test_triton_linear_budget.py.
+``shapes_forward.py`` and ``shapes_backward.py`` choose, for one matrix and for a stack. Nothing is measured here.
 """
 
 import dataclasses
-import functools
+import math
 
 import torch
 
-
-@dataclasses.dataclass(frozen=True)
-class Gpu:
-    """``capability``: 10 major + minor on NVIDIA, else 0. ``lanes``: threads of a warp."""
-
-    capability: int
-    processors: int
-    lanes: int = 32
-
-
-@functools.cache
-def gpu_of(device: torch.device, capability: tuple[int, int] | None) -> Gpu:
-    """``capability``: None unless NVIDIA's. Where there is no GPU (tests, a graph being made), of an A100's size."""
-    processors, lanes = 108, 32
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        processors, lanes = properties.multi_processor_count, getattr(properties, "warp_size", 32)
-    return Gpu(10 * capability[0] + capability[1] if capability else 0, processors, lanes)
-
-
-def shared_bytes_of(gpu: Gpu) -> int:
-    """What a program may have of shared memory. Source: CUDA programming guide, table of compute capabilities."""
-    if gpu.capability == 0:
-        return 64 * 1024
-    return {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(gpu.capability, 99) * 1024
+from .gpu import Gpu, shared_bytes_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A product x [m, k] W [n, k]^T, m of ``rows_of``. ``format``: of W, in blocks of ``block_size`` but for int8."""
+    """A product with W [n, k] of m rows (``rows_of``), forward or backward; or with a stack of ``experts`` such W, of
+    which each has about as many of the rows (0: no stack). ``format``: of W, in blocks of ``block_size`` but for int8.
+    """
 
     m: int
     n: int
@@ -47,152 +23,66 @@ class Problem:
     dtype: torch.dtype
     format: str
     block_size: int
+    experts: int = 0
 
 
-def rows_of(m: int) -> int:
-    """m rounded up to a power of two, 1024 for all above: what choices depend on, so that they are few.
+#: Numbers of rows between which a choice may change; all above the last are one. No more than these, because
+#: torch.compile makes a graph for each, of which it allows 8 (and one row is another for it).
+_ROWS = {torch.float32: (1, 4, 16, 64), torch.float16: (8, 16, 32, 64, 128, 512)}
+_ROWS[torch.bfloat16] = _ROWS[torch.float16]
 
-    By comparisons: where torch.compile has a symbol for m, a graph then serves all of a power's numbers.
+
+def rows_of(m: int, dtype: torch.dtype) -> int:
+    """m rounded up to one of few numbers. By comparisons: where torch.compile has a symbol for m, a graph then serves
+    all numbers in between.
     """
-    rows = 1
-    while rows < m and rows < 1024:
-        rows *= 2
-    return rows
+    for rows in _ROWS[dtype]:
+        if m <= rows:
+            return rows
+    return 2 * _ROWS[dtype][-1]
+
+
+def with_rows(problem: Problem) -> int:
+    """The number of matrices that have rows, if these are spread evenly."""
+    return min(max(problem.experts, 1), problem.m)
+
+
+def rows_each(problem: Problem) -> int:
+    """Rows of each matrix that has any."""
+    return math.ceil(problem.m / max(with_rows(problem), 1))
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """A tile of ``bm`` rows of x and ``bn`` of W, ``bk`` columns at a time, over one of ``splits`` parts of k.
+class Work:
+    """What a configuration makes of a problem: ``programs`` of ``warps``, each with a loop of ``steps``."""
 
-    ``weight_first``: W is the left operand. With mma.sync it costs fewer instructions for few rows of x, and allows 8
-    of them. Not for wgmma, which would take single bytes of W from shared memory.
-    """
-
-    bm: int
-    bn: int
-    bk: int
+    programs: int
+    steps: int
+    instructions: float  # that a program's warps issue in a step, in all
     warps: int
     stages: int
-    weight_first: bool = False
-    splits: int = 1
+    step_bytes: int  # that a program copies from the L2 cache in a step
+    registers: int  # of a thread
+    shared_bytes: int  # of a program, at most
+    workspace: int = 0  # fp32 sums of all splits
 
 
-# fp32 arithmetic takes an FMA for each weight and row; decoding into fp32 moves 8.5 bytes, 2.5 ps for each weight of an
-# H100, and its product runs at 60 TFLOPS, 0.03 ps for each row. The kernel takes 0.1 ps (2.5 instructions): 2.5 / 0.07.
-# As the CUDA kernels, so that results of both agree in how they come about:
-MOST_FMA_ROWS = 16
-
-# Decoding first costs 4.5 bytes of DRAM for each weight, 1.3 ps, before a product at 800 TFLOPS: 0.0025 ps for each
-# row. The kernel on 128 rows takes 9 instructions (sm_90, wgmma) for each weight, 0.0023 ps for each row if every issue
-# slot were used, and about 0.004 at the 60% that Triton's pipelines reach: 1.3 / (0.004 - 0.002) = 650 rows. On an A100
-# 18 instructions (sm_80, mma.sync), 0.0073 ps and 0.012 at 60%, against 2.2 + 0.0064 ps: 390 rows. Between:
-MOST_ROWS = 512
-
-
-def decodes_first(problem: Problem, gpu: Gpu) -> bool:
-    """Whether W is decoded into memory before the product, torch's own."""
-    p = problem
-    if p.k == 0 or 0 < gpu.capability < 80:  # no m16n8k16, no bf16
-        return True
-    if p.format != "int8" and p.k % p.block_size:  # blocks cross rows
-        return True
-    return p.m > (MOST_FMA_ROWS if p.dtype == torch.float32 else MOST_ROWS)
-
-
-def _tiles(problem: Problem, gpu: Gpu) -> list[Config]:
-    """The tiles that can be right for a number of rows, without splits."""
-    p = problem
-    fits_block = p.block_size if p.format != "int8" else 64
-    wide, narrow = min(fits_block, 128), min(fits_block, 64)
-    if p.dtype == torch.float32:
-        if not gpu.capability:  # of few rows gfx942 makes more copies than it has registers for
-            return [Config(4, 64, 32, 4, 2) if p.m <= 4 else Config(16, 32, 32, 4, 2)]
-        # As many FMAs for a weight as the tile has rows: 5 instructions in all for 1 row, 11 for 4, 24 for 16.
-        if p.m == 1:
-            return [Config(1, 64, narrow, 2, 3)]
-        return [Config(4 if p.m <= 4 else 16, 64, 32, 2, 3)]
-    if not gpu.capability:
-        # MFMA, WMMA and DPAS take 16 rows at least; LDS has room for two stages. A warp of 32 lanes spills where sums
-        # of a block and of all take more than 64 registers.
-        if p.m <= 32:
-            return [Config(rows, 64, narrow, 4, 2) for rows in (16, 32) if rows == 16 or p.m > 16]
-        return [Config(64, 64, narrow, 8, 2)] + [Config(128, 128, narrow, 8, 2)] * (gpu.lanes == 64 and p.m > 64)
-    if p.m <= 32:
-        # 2 warps of 32 rows of W each read x from shared memory half as often as 4 of 16 do, and each thread decodes
-        # the scale of one row. More than 16 rows of x in a tile: half the decoding. 128 columns take 4.3 instructions
-        # for a weight where 64 take 5, but for sm_90 and later ptxas then spills; so it does for 8 rows of int8.
-        columns = wide if gpu.capability < 90 else narrow
-        rows = 8 if p.m <= 8 and p.format != "int8" else 16
-        found = [Config(rows, 64, columns, 2, 4, True)]
-        return found + [Config(32, 64, narrow, 2, 4, True)] * (p.m > 16)
-    found = [Config(32, 64, narrow, 2, 4, True), Config(64, 64, narrow, 4, 4)]
-    if p.m > 64:
-        # Sums of a block and those of all take 64 registers each for 8 warps, which is what there is.
-        found.append(Config(128, 128, narrow, 8, 3))
-    return found
-
-
-def shared_bytes(config: Config, problem: Problem) -> int:
-    """An upper bound on a program's shared memory: x and codes in every stage, and W decoded in one."""
-    size = problem.dtype.itemsize
-    code_bits = 8 if problem.format == "int8" else 4
-    stage = config.bm * config.bk * size + config.bn * config.bk * code_bits // 8
-    return config.stages * stage + config.bn * config.bk * size + 4096
-
-
-def instructions(config: Config, problem: Problem, gpu: Gpu) -> float:
-    """About how many a program's warps issue, in all, for a step of bk columns of 16-bit x."""
-    weights = config.bn * config.bk / 32  # of a lane, if one warp decoded them all
-    decoding = 2.0 if problem.format == "int8" else 3.6
-    scaling = config.bm * config.bn / 32
-    if gpu.capability == 90 and config.bm >= 64:  # wgmma
-        return decoding * weights + scaling + 110 * config.warps
-    mma = config.bm / 8 * config.bn / 16 * config.bk / 16
-    if config.weight_first:
-        return decoding * weights + 2 * mma + scaling + 60 * config.warps
-    # Two warps that share rows of W decode them both; operands of x move to where mma.sync wants them.
-    return 2 * decoding * weights + 4 * mma + scaling + 60 * config.warps
-
-
-def predicted_cycles(config: Config, problem: Problem, gpu: Gpu) -> float:
+def predicted_cycles(work: Work, problem: Problem, gpu: Gpu) -> float:
     """Of a multiprocessor: a lower bound that orders configurations, not a prediction of time."""
-    p = problem
-    programs = -(-p.m // config.bm) * -(-p.n // config.bn) * config.splits
-    steps = -(-p.k // (config.bk * config.splits))
-    threads = 32 * config.warps
-    # Registers: about 128 for each thread of a small tile, all of 255 of a large one, of 65536.
-    registers = 255 if config.bm >= 64 else 144
-    resident = max(1, min(65536 // (threads * registers), shared_bytes_of(gpu) // shared_bytes(config, p)))
-    waves = -(-programs // (gpu.processors * resident))
-    together = min(resident, -(-programs // gpu.processors))
-    issue = together * instructions(config, p, gpu) / 4
-    latency = 1200 / (config.stages - 1)  # of DRAM under load, hidden by so many steps on their way
-    cycles = waves * (steps * max(issue, latency) + 2500)
-    code_bytes = 1 if p.format == "int8" else 0.52
-    dram = p.n * p.k * code_bytes / (14 * gpu.processors)  # 14 bytes a cycle for each multiprocessor
-    if config.splits > 1:
-        cycles += 4000 + 8 * config.splits * p.m * p.n / (14 * gpu.processors)  # a launch, and the workspace twice
-    return max(cycles, dram)
+    resident = max(1, min(65536 // (32 * work.warps * work.registers), shared_bytes_of(gpu) // work.shared_bytes))
+    waves = math.ceil(work.programs / (gpu.processors * resident))
+    together = min(resident, math.ceil(work.programs / gpu.processors))
+    issue = together * work.instructions / 4
+    copying = together * work.step_bytes / 32  # of 24 (H100) to 47 (A100) bytes a cycle
+    latency = 1200 / max(work.stages - 1, 1)  # of DRAM under load, hidden by so many steps on their way
+    cycles = waves * (work.steps * max(issue, copying, latency) + 2500)
+    if work.workspace:
+        cycles += 4000 + 8 * work.workspace / (14 * gpu.processors)  # a launch, and the workspace twice
+    weights = with_rows(problem) * problem.n * problem.k
+    code_bytes = 1 if problem.format == "int8" else 0.52
+    return max(cycles, weights * code_bytes / (14 * gpu.processors))  # 14 bytes a cycle for each multiprocessor
 
 
-def linear_configs(problem: Problem, gpu: Gpu) -> list[Config]:
-    """Up to 8 configurations, the best by ``predicted_cycles`` first; never empty.
-
-    Parts of k are whole steps, 4 or more of them; a program then still fills its pipeline.
-    """
-    found = []
-    for tile in _tiles(problem, gpu):
-        for splits in (1, 2, 4, 8, 16):
-            if splits > 1 and problem.k // tile.bk < 4 * splits:
-                break
-            if splits > 1 and tile.bm == 128 and gpu.capability not in (0, 90):
-                break  # with mma.sync no register is left for it
-            config = dataclasses.replace(tile, splits=splits)
-            if shared_bytes(config, problem) <= shared_bytes_of(gpu):
-                found.append(config)
-    return sorted(found, key=lambda config: predicted_cycles(config, problem, gpu))[:8]
-
-
-@functools.lru_cache(maxsize=4096)
-def linear_config(problem: Problem, gpu: Gpu) -> Config:
-    return linear_configs(problem, gpu)[0]
+def splits_of(steps: int) -> tuple[int, ...]:
+    """Into how many parts a contraction of so many steps may go: a program with 4 steps still fills its pipeline."""
+    return tuple(splits for splits in (1, 2, 4, 8, 16) if splits == 1 or steps >= 4 * splits)

@@ -1,16 +1,23 @@
-"""Which tiles a product grad W is made of: one function of its sizes and the GPU."""
+"""Which configuration of ``linear_grad_input`` runs, for one matrix and for a stack, and whether W is decoded first.
+
+instructions: counted in machine code, tests/test_triton_grad_input_budget.py. Figures of GPUs as in
+``shapes_forward.py``.
+"""
 
 import dataclasses
 import functools
+import math
 
 import torch
 
+from .gpu import Gpu, shared_bytes_of
+from .shapes import Problem, Work, predicted_cycles, rows_each, splits_of, with_rows
+
 
 @dataclasses.dataclass(frozen=True)
-class GradInputShape:
-    """A tile of tile_m rows of grad by ``bytes`` bytes of a row of W, summed over tile_n rows of W at a time.
-
-    ``splits`` programs share the sum of a tile, in steps of ``split_rows`` rows of W (a multiple of tile_n).
+class Config:
+    """A tile of tile_m rows of grad by ``bytes`` bytes of a row of W, summed over tile_n rows of W at a time, over one
+    of ``splits`` parts of them.
     """
 
     tile_m: int
@@ -19,74 +26,136 @@ class GradInputShape:
     warps: int
     stages: int
     splits: int = 1
-    split_rows: int = 0
 
 
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors (AMD: compute units) of a GPU; a small one's where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    if device.type == "xpu":
-        return torch.xpu.get_device_properties(device).max_compute_units
-    return 8
+def split_rows(config: Config, n: int) -> int:
+    """How many rows of W (of n) a split sums over: whole steps."""
+    return math.ceil(math.ceil(n / config.tile_n) / config.splits) * config.tile_n
 
 
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
+def _has_wgmma(gpu: Gpu) -> bool:
+    """sm_90's, and what Triton makes of it for sm_100: tcgen05."""
+    return 90 <= gpu.capability < 120
 
 
-@functools.cache
-def capability(device: torch.device) -> tuple[int, int] | None:
-    """An NVIDIA GPU's compute capability; None for another device."""
-    if device.type != "cuda" or torch.version.cuda is None:
-        return None
-    return torch.cuda.get_device_capability(device)
+# As for linear: decoding first costs 1.3 ps for each weight of an H100, and 0.0025 for each row. The kernel takes 10
+# instructions for 128 rows with wgmma, 0.0045 ps for each row at 60% of the issue slots: they meet at 650 rows. On an
+# A100, 2.2 + 0.0064 ps, against 12 instructions for 64 rows, 0.016 ps for each: 230 rows.
+MOST_ROWS_WITH_WGMMA = 512
+MOST_ROWS = 256
+
+# Decoding into fp32 takes 2.5 ps and its product 0.03 for each row; the kernel 42 instructions for 32 rows, 0.07 ps for
+# each at 65% of the issue slots.
+MOST_FMA_ROWS = 64
 
 
-def grad_input_tile(m: int, row_bytes: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> GradInputShape:
-    """The tile for m rows of grad.
+def decodes_first(problem: Problem, gpu: Gpu) -> bool:
+    """Whether W is decoded into memory before the product, torch's own."""
+    p = problem
+    if p.n == 0 or 0 < gpu.capability < 80:  # no m16n8k16, no bf16
+        return True
+    if p.format != "int8" and p.k % p.block_size:  # blocks cross rows
+        return True
+    if p.dtype == torch.float32:
+        return p.m > MOST_FMA_ROWS
+    return p.m > (MOST_ROWS_WITH_WGMMA if _has_wgmma(gpu) else MOST_ROWS)
+
+
+def row_bytes(problem: Problem) -> int:
+    """Bytes of a row of W."""
+    return problem.k if problem.format == "int8" else problem.k // 2
+
+
+def _tiles(problem: Problem, gpu: Gpu) -> list[Config]:
+    """The tiles that can be right for a number of rows, without splits.
 
     16 bits: 64 rows of W at a time, in pieces of 128 bytes. Up to 32 rows of grad, where reading and decoding W is the
     work, four warps: a lane's 4 bytes of a row come with one load, 7.7 to 8.8 instructions a weight on sm_80. More rows
     take eight warps, with 2 bytes to a lane: 64 rows at 12.4 instructions a weight (11.8 where scales are
     double-quantized: those Triton decodes once for all lanes), of which one is an HMMA, 8 cycles of an A100's tensor
-    core. wgmma (sm_90, sm_100) keeps no grad in registers: 128 rows fit without a spill, 10.4 instructions for 8 cycles
-    of an H100's tensor core, where 64 rows would be as many for 4. (On sm_80 128 rows spill.) Narrow matrices take
-    pieces of 64 bytes, the least that four warps divide.
+    core. wgmma keeps no grad in registers: 128 rows fit without a spill, 10.4 instructions for 8 cycles of an H100's
+    tensor core, where 64 rows would be as many for 4. (On sm_80 128 rows spill.) Narrow matrices take pieces of 64
+    bytes, the least that four warps divide.
 
     fp32 multiplies with FMAs, whose operands go through shared memory: small tiles. So does anything but an NVIDIA GPU,
     where codes are decoded by selections, in fp32: gfx1100 spills with larger ones.
+
     """
-    if capability is None:
-        if dtype == torch.float32:
-            return GradInputShape(16, 16, 64, 4, 2)
-        return GradInputShape(16 if m <= 16 else 32 if m <= 32 else 64, 32, 64, 4, 2)
-    if dtype == torch.float32:  # on sm_80 ptxas spills registers of few rows, and of narrow ones, with 32 rows of W
-        small = m <= 16 or row_bytes <= 64
-        return GradInputShape(16, 16, 64, 4, 2) if small else GradInputShape(32, 32, 64, 4, 2)
-    if row_bytes <= 64:
-        return GradInputShape(16 if m <= 16 else 32 if m <= 32 else 64, 64, 64, 4, 3)
-    if m <= 32:
-        return GradInputShape(16 if m <= 16 else 32, 64, 128, 4, 3)
-    wgmma = (9, 0) <= capability < (12, 0)
-    return GradInputShape(128 if m > 64 and wgmma else 64, 64, 128, 8, 3)
+    p, m = problem, rows_each(problem)
+    narrow = row_bytes(p) <= 64
+    if p.dtype == torch.float32:  # on sm_80 ptxas spills registers of few rows, and of narrow ones, with 32 rows of W
+        small = not gpu.capability or narrow or m <= 16
+        return [Config(16, 16, 64, 4, 2) if small else Config(32, 32, 64, 4, 2)]
+    sizes = [rows for rows in (16, 32, 64, 128) if rows == 16 or rows < 2 * m]
+    if not gpu.capability:
+        return [Config(rows, 32, 64, 4, 2) for rows in sizes if rows <= 64]
+    if narrow:
+        return [Config(rows, 64, 64, 4, 3) for rows in sizes if rows <= 64]
+    # int8 has half as many columns in so many bytes: 4 warps then take 6.5 instructions with wgmma, where 8 take 7.9.
+    # sm_120 spills with 8, sm_80 with 4.
+    few_warps = p.format == "int8" and gpu.capability >= 90
+    return [
+        Config(rows, 64, 128, 4 if rows <= 32 or few_warps else 8, 3) for rows in sizes if rows <= 64 or _has_wgmma(gpu)
+    ]
 
 
-def grad_input_shape(
-    m: int, n: int, row_bytes: int, dtype: torch.dtype, count: int, capability: tuple[int, int] | None
-) -> GradInputShape:
-    """The tile, and splits of the sum over n where there are fewer tiles than 2 for each of ``count`` processors.
+def _columns(config: Config, problem: Problem) -> int:
+    return config.bytes * (1 if problem.format == "int8" else 2)
 
-    Two programs on each keep loads in flight while one waits. Each split writes its tile in fp32 and a second kernel
-    reads it: a split sums over 4 tile_n rows of W or more, whose packed bytes and grad are worth that for few rows of
-    grad, and 16 splits are enough.
+
+def step_bytes(config: Config, problem: Problem) -> int:
+    """Of grad and W, for tile_n rows of W."""
+    return config.tile_n * (config.tile_m * problem.dtype.itemsize + config.bytes)
+
+
+def shared_bytes(config: Config, problem: Problem) -> int:
+    """An upper bound on a program's shared memory: grad and codes in every stage, and W decoded in one.
+
+    (Which FMAs and tcgen05 read from there.)
     """
-    shape = grad_input_tile(m, row_bytes, dtype, capability)
-    tiles = _ceil_div(m, shape.tile_m) * _ceil_div(row_bytes, shape.bytes)
-    steps = _ceil_div(n, shape.tile_n)
-    splits = max(1, min(2 * count // max(tiles, 1), steps // 4, 16))
-    split_steps = _ceil_div(steps, splits)
-    return dataclasses.replace(
-        shape, splits=max(1, _ceil_div(steps, max(split_steps, 1))), split_rows=split_steps * shape.tile_n
+    decoded = config.tile_n * _columns(config, problem) * problem.dtype.itemsize
+    return config.stages * step_bytes(config, problem) + decoded + 4096
+
+
+def instructions(config: Config, problem: Problem, gpu: Gpu) -> float:
+    """About how many a program's warps issue, in all, for a step of tile_n rows of W."""
+    columns = _columns(config, problem)
+    weights = config.tile_n * columns / 32
+    if problem.dtype == torch.float32:
+        return (19 + 0.7 * config.tile_m) * weights
+    decoding = 5.1 if problem.format == "int8" else 7.6
+    if config.tile_m >= 64 and _has_wgmma(gpu):
+        return (decoding + 2) * weights
+    # Every warp reads all of grad for its own columns, of which 8 warps have half as many.
+    return (decoding + 0.03 * config.tile_m * 256 / columns * (2 if config.tile_m >= 64 else 1)) * weights
+
+
+def work_of(config: Config, problem: Problem, gpu: Gpu) -> Work:
+    """What predicted_cycles has to know of a configuration."""
+    p = problem
+    row_tiles = with_rows(p) * math.ceil(rows_each(p) / config.tile_m)
+    return Work(
+        programs=row_tiles * math.ceil(p.k / _columns(config, p)) * config.splits,
+        steps=split_rows(config, p.n) // config.tile_n,
+        instructions=instructions(config, p, gpu),
+        warps=config.warps,
+        stages=config.stages,
+        step_bytes=step_bytes(config, p),
+        registers=255 if config.tile_m >= 64 and config.warps == 4 else 168,
+        shared_bytes=shared_bytes(config, p),
+        workspace=config.splits * p.m * p.k if config.splits > 1 else 0,
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def grad_input_configs(problem: Problem, gpu: Gpu) -> tuple[Config, ...]:
+    """Up to 8 configurations, the best by ``predicted_cycles`` first; never empty."""
+    found = []
+    for tile in _tiles(problem, gpu):
+        for splits in splits_of(math.ceil(problem.n / tile.tile_n)):
+            if splits > 1 and tile.tile_m == 128:
+                break  # no register is left for it
+            config = dataclasses.replace(tile, splits=splits)
+            if shared_bytes(config, problem) <= shared_bytes_of(gpu):
+                found.append(config)
+    return tuple(sorted(found, key=lambda config: predicted_cycles(work_of(config, problem, gpu), problem, gpu))[:8])

@@ -228,11 +228,9 @@ def add_product(a, b, total, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _load_lora_a(
-    lora_a, column, in_features, stride, rank, r, TILE_R: tl.constexpr, BYTES: tl.constexpr, WARPS: tl.constexpr
-):
+def _load_lora_a(lora_a, column, in_features, rank, r, TILE_R: tl.constexpr, BYTES: tl.constexpr, WARPS: tl.constexpr):
     mask = (r[:, None] < rank) & (column[None, :] < in_features)
-    a = tl.load(lora_a + column[None, :].to(tl.int64) * stride, mask=mask, other=0.0).to(tl.float32)
+    a = tl.load(lora_a + r[:, None].to(tl.int64) * in_features + column[None, :], mask=mask, other=0.0).to(tl.float32)
     return _to_lanes(a, TILE_R, BYTES, WARPS)
 
 
@@ -240,14 +238,11 @@ def _load_lora_a(
 def add_lora(
     high_sum,
     low_sum,
+    grad_t,  # [rows, rank]
     rows,  # int64 [TILE_M]: of grad_t, all valid
-    grad_t,
-    grad_t_row,
-    grad_t_column,
-    lora_a,  # points to the matrix
-    lora_a_row,
-    lora_a_column,
+    lora_a,  # points to a matrix [rank, in_features]
     rank,
+    summed,
     in_features,
     column_tile,
     FORMAT: tl.constexpr,
@@ -256,21 +251,16 @@ def add_lora(
     WARPS: tl.constexpr,
     TILE_R: tl.constexpr,
 ):
-    """The same accumulators with lora_a^T grad_t^T added."""
+    """The same accumulators with lora_a^T grad_t^T added, over the first ``summed`` of ``rank`` rows of lora_a."""
     PER_BYTE: tl.constexpr = columns_per_byte(FORMAT)
     column = (column_tile * BYTES + tl.arange(0, BYTES)) * PER_BYTE
-    for start in tl.range(0, rank, TILE_R, num_stages=1):
+    for start in tl.range(0, summed, TILE_R, num_stages=1):
         r = start + tl.arange(0, TILE_R)
-        b = tl.load(
-            grad_t + rows[:, None] * grad_t_row + r[None, :].to(tl.int64) * grad_t_column,
-            mask=r[None, :] < rank,
-            other=0.0,
-        ).to(tl.float32)
-        a = lora_a + r[:, None].to(tl.int64) * lora_a_row
-        even = _load_lora_a(a, column, in_features, lora_a_column, rank, r, TILE_R, BYTES, WARPS)
+        b = tl.load(grad_t + rows[:, None] * rank + r[None, :], mask=r[None, :] < rank, other=0.0).to(tl.float32)
+        even = _load_lora_a(lora_a, column, in_features, rank, r, TILE_R, BYTES, WARPS)
         high_sum = add_product(even, b, high_sum, DTYPE)
         if PER_BYTE == 2:
-            odd = _load_lora_a(a, column + 1, in_features, lora_a_column, rank, r, TILE_R, BYTES, WARPS)
+            odd = _load_lora_a(lora_a, column + 1, in_features, rank, r, TILE_R, BYTES, WARPS)
             low_sum = add_product(odd, b, low_sum, DTYPE)
     return high_sum, low_sum
 

@@ -1,5 +1,7 @@
 """Integer and floating-point arithmetic (PTX ISA 9.7.1 to 9.7.5)."""
 
+import functools
+
 import numpy as np
 
 from ..compiler import instruction
@@ -206,13 +208,20 @@ def absolute(build, ins):
 @instruction("min", "max")
 def min_max(build, ins):
     t, is_max = build.types()[-1], ins.parts[0] == "max"
-    if build.has("xorsign") or (build.has("relu") and not t.is_float):
+    if build.has("relu") and not t.is_float:
         raise build.unsupported()
     integers = np.maximum if is_max else np.minimum
     choose = float_min_max(is_max, build.has("NaN")) if t.is_float else integers
-    if len(ins.operands) == 4:
-        return build.elementwise(lambda a, b, c: choose(choose(a, b), c), t, 3)
-    return build.elementwise(choose, t, 2)
+    magnitudes, xorsign = build.has("abs"), build.has("xorsign")
+
+    def run(*values):
+        chosen = functools.reduce(choose, map(np.abs, values) if magnitudes else values)
+        if not xorsign:
+            return chosen
+        negative = np.signbit(values[0]) ^ np.signbit(values[1])  # also of a NaN that was not chosen
+        return np.where(negative & ~np.isnan(chosen), -chosen, chosen)
+
+    return build.elementwise(run, t, len(ins.operands) - 1)
 
 
 @instruction("copysign")
