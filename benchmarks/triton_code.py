@@ -44,18 +44,13 @@ def _modules() -> list[ModuleType]:
     return [module for name, module in sys.modules.items() if name.startswith(f"{backend.__name__}.")]
 
 
-def _of_gpu(target: str, processors: int | None) -> dict[str, object]:
-    """What the backend asks about the GPU, by the name that its modules have for it.
+def _of_gpu(target: str, processors: int) -> dict[str, object]:
+    """What the backend asks about the GPU, by its name there: whether it has NVIDIA's inline assembly, and its size."""
+    from lowbit.backends.triton.gpu import Gpu
 
-    Inline assembly or not, the compute capability (None on AMD's), the number of multiprocessors.
-    """
     is_nvidia = target.startswith("sm_")
-    capability = divmod(int(target.removeprefix("sm_")), 10) if is_nvidia else None
-    answers = {"PORTABLE": not is_nvidia, "capability": lambda device: capability}
-    if processors is not None:
-        gpu_of = importlib.import_module(f"{backend.__name__}.gpu").gpu_of
-        answers["gpu_of"] = lambda device: dataclasses.replace(gpu_of(device), processors=processors)
-    return answers
+    gpu = Gpu(int(target.removeprefix("sm_")) if is_nvidia else 0, processors, gpu_target(target).warp_size)
+    return {"PORTABLE": not is_nvidia, "gpu_of": lambda device: gpu}
 
 
 def function(op: str):
@@ -83,11 +78,10 @@ def weight(shape: tuple[int, ...], format: str, block_size: int = 64, double_qua
 
 
 @contextlib.contextmanager
-def launches(target: str | None = None, processors: int | None = None):
+def launches(target: str | None = None, processors: int = 108):
     """A list of the launches made meanwhile; none is run.
 
-    With a ``target``, "sm_90" or "gfx942", those that its GPU would get; with ``processors`` also in as many parts as
-    one with so many multiprocessors would, otherwise as where there is no GPU.
+    With a ``target``, "sm_90" or "gfx942", those that its GPU with so many multiprocessors (an A100's) would get.
     """
     collected = []
 

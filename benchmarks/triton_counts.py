@@ -43,7 +43,10 @@ def _backward(constants: dict) -> Tile:
 
 
 #: By kernel its tile, as a function of the launch's arguments. Kernels that are not here have no loop.
-_TILES: dict[str, Callable[[dict], Tile]] = {"linear_kernel": _forward, "grad_input_kernel": _backward}
+_TILES: dict[str, Callable[[dict], Tile]] = {
+    "linear_kernel": _forward,
+    "grad_input_kernel": _backward,
+}
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,9 @@ import json
 
 import pytest
 import torch
-import triton_calls
-from conftest_triton import compiled_only, launches
+from conftest_triton import compiled_only, function, launches, tensor, weight
 
-from lowbit.backends.triton import linear_grad_input, shapes_backward
+from lowbit.backends.triton import shapes_backward
 from lowbit.backends.triton import shapes_forward as shapes
 from lowbit.backends.triton.gpu import Gpu
 from lowbit.backends.triton.launch import traced
@@ -85,21 +84,17 @@ def test_measures_nothing_while_a_graph_is_made(autotune, monkeypatch):
 def operands(name: str) -> tuple:
     """A call of 8 rows, or 8 tokens of 4 experts, of a matrix or matrices [1024, 4096]."""
     half = {"dtype": torch.bfloat16}
-    tensor, experts = triton_calls.tensor, 4 if name.startswith("grouped") else 1
+    experts = 4 if name.startswith("grouped") else 1
     x = tensor(8, 1024 if name.endswith("grad_input") else 4096, **half)
     ends = (tensor(experts, dtype=torch.int32),) if experts > 1 else ()
-    weight = triton_calls.weight((experts * 1024, 4096), "nf4")
     tail = (4096,) if name.endswith("grad_input") else (1024, None, None, None, 1.0)
-    return x, *weight, *ends, *tail
+    return x, *weight((experts * 1024, 4096), "nf4"), *ends, *tail
 
 
 @compiled_only
 @pytest.mark.parametrize("name", ["linear", "linear_grad_input", "grouped_linear", "grouped_linear_grad_input"])
 def test_every_product_is_tuned(autotune, monkeypatch, name):
     """An operation left out would run as predicted, whatever its user asked for."""
-    from lowbit.backends import triton as backend
-
-    module = pytest.importorskip(f"lowbit.backends.triton.{backend.MODULES[name]}")
     choices = shapes_backward.grad_input_configs if name.endswith("grad_input") else shapes.linear_configs
     problem = Problem(8, 1024, 4096, torch.bfloat16, "nf4", 64, 4 if name.startswith("grouped") else 0)
     expected = choices(problem, A100)
@@ -107,7 +102,7 @@ def test_every_product_is_tuned(autotune, monkeypatch, name):
     times = iter([*[2.0] * (len(expected) - 1), 1.0])
     monkeypatch.setattr(autotune, "measure", lambda run: run() or next(times))
     with launches("sm_80") as made:
-        getattr(module, name)(*operands(name))
+        function(name)(*operands(name))
     ((key, kept),) = json.loads(autotune.cache_path().read_text()).items()
     assert key == f"{name} {problem} {A100}"
     assert kept == vars(expected[-1])
@@ -121,5 +116,5 @@ def test_nothing_is_measured_unless_asked(autotune, monkeypatch):
     monkeypatch.setattr(autotune, "WANTED", False)
     monkeypatch.setattr(autotune, "measure", lambda run: pytest.fail("measured"))
     with launches("sm_80") as made:
-        linear_grad_input.linear_grad_input(*operands("linear_grad_input"))
+        function("linear_grad_input")(*operands("linear_grad_input"))
     assert [launch.kernel.__name__ for launch in made] == ["grad_input_kernel", "sum_splits_kernel"]

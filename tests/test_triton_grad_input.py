@@ -301,8 +301,8 @@ def test_configurations_fit(m, n, k, dtype, format, experts, gpu):
     [
         ((256, 64, 64, torch.bfloat16, "nf4", 64), gpus.Gpu(80, 108), False),
         ((512, 64, 64, torch.bfloat16, "nf4", 64), gpus.Gpu(80, 108), True),
-        ((512, 64, 64, torch.bfloat16, "nf4", 64), gpus.Gpu(90, 132), False),
-        ((1024, 64, 64, torch.bfloat16, "nf4", 64), gpus.Gpu(90, 132), True),
+        ((256, 64, 64, torch.float16, "int8", 64), gpus.Gpu(0, 304, 64), False),
+        ((512, 64, 64, torch.bfloat16, "nf4", 64), gpus.Gpu(90, 132), True),
         ((1, 64, 96, torch.bfloat16, "nf4", 64), gpus.Gpu(90, 132), True),
         ((1, 64, 96, torch.bfloat16, "int8", 96), gpus.Gpu(90, 132), False),
         ((1, 0, 64, torch.bfloat16, "nf4", 64), gpus.Gpu(90, 132), True),

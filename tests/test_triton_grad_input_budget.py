@@ -4,9 +4,8 @@ registers, accesses. The sizes are those of a layer of 4096 x 4096; tensors are 
 
 import pytest
 import torch
-import triton_calls
-from conftest_triton import compiled, compiled_only, launches, machine_code
-from sass import count
+from conftest_triton import compiled, compiled_only, launches, machine_code, tensor, weight
+from machine_code import count
 
 from lowbit.backends.triton import shapes_backward as shapes
 from lowbit.backends.triton.gpu import Gpu, shared_bytes_of
@@ -18,16 +17,18 @@ N = K = 4096
 EXPERTS = 8
 
 
-def machine_code_of(folder, target, config, experts=0, dtype=torch.bfloat16, format="nf4", double_quant=True):
+def machine_code_of(
+    monkeypatch, folder, target, config, experts=0, dtype=torch.bfloat16, format="nf4", double_quant=True
+):
     """(machine code, shared memory) of a call with LoRA and as many rows as the tile."""
     from lowbit.backends.triton import linear_grad_input
 
-    tensor, stack = triton_calls.tensor, ((experts,) if experts else ())
-    weight = triton_calls.weight((max(experts, 1) * N, K), format, 64, double_quant)
+    parts = weight((max(experts, 1) * N, K), format, 64, double_quant)
+    lora = tensor(config.tile_m, 16), tensor(*([experts] if experts else []), 16, K)
     ends = tensor(experts, dtype=torch.int32) if experts else None
     grad, out = (tensor(config.tile_m, columns, dtype=dtype) for columns in (N, K))
     with launches(target) as made:
-        linear_grad_input.fused(config, grad, *weight, tensor(config.tile_m, 16), tensor(*stack, 16, K), out, ends)
+        linear_grad_input.fused(config, grad, *parts, *lora, out, ends)
     kernel, _ = compiled(made[0], target)
     return machine_code(kernel, target, folder), kernel.metadata.shared
 
@@ -49,13 +50,13 @@ BUDGETS = [
 
 @pytest.mark.parametrize("experts", [0, EXPERTS])
 @pytest.mark.parametrize("budget", BUDGETS, ids=lambda b: f"{b[0]}-{b[1].tile_m}-{b[2]}")
-def test_backward(tmp_path, budget, experts):
+def test_backward(monkeypatch, tmp_path, budget, experts):
     """No spills, 16-byte copies of W and grad, decoded weights in registers: each lost slows every training step."""
     target, config, format, instruction, counted = budget
     problem = Problem(config.tile_m * max(experts, 1), N, K, torch.bfloat16, format, 64, experts)
     gpu = Gpu(int(target[3:]), 100)
     assert config in shapes._tiles(problem, gpu), "no GPU runs it"
-    code, shared = machine_code_of(tmp_path, target, config, experts, torch.bfloat16, format)
+    code, shared = machine_code_of(monkeypatch, tmp_path, target, config, experts, torch.bfloat16, format)
     assert (code.stack, code.local) == (0, 0)
     assert shared <= shapes.shared_bytes(config, problem) <= shared_bytes_of(gpu)
     (loop,) = [body for body in code.loops() if count(body, "LDGSTS")]
@@ -75,8 +76,8 @@ def test_backward(tmp_path, budget, experts):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("experts", [0, EXPERTS])
-def test_no_spills_otherwise(tmp_path, experts, dtype):
+def test_no_spills_otherwise(monkeypatch, tmp_path, experts, dtype):
     """fp32 takes another path, and plain scales other registers."""
     config = C(32, 32, 64, 4, 2) if dtype == torch.float32 else C(64, 64, 128, 8, 3)
-    code, _ = machine_code_of(tmp_path, "sm_80", config, experts, dtype, double_quant=False)
+    code, _ = machine_code_of(monkeypatch, tmp_path, "sm_80", config, experts, dtype, double_quant=False)
     assert (code.stack, code.local) == (0, 0)

@@ -104,7 +104,7 @@ for columns, format in ((4096, "nf4"), (4096, "int8"), (4100, "int8")):
     add("lora_linear", x, *weight((1024, columns), format), 1024, None, a, b, 0.5, detail=f"{format} {columns} columns")
 
 for dtype, format in itertools.product(DTYPES, (*FORMATS, "int8")):
-    for rows in (4, 32, 64, 200, 512):
+    for rows in (4, 32, 64, 200):
         add(
             "linear_grad_input",
             tensor(rows, 4096, dtype=dtype),

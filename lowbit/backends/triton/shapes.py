@@ -28,7 +28,7 @@ class Problem:
 
 #: Numbers of rows between which a choice may change; all above the last are one. No more than these, because
 #: torch.compile makes a graph for each, of which it allows 8 (and one row is another for it).
-_ROWS = {torch.float32: (1, 4, 16, 64), torch.float16: (8, 16, 32, 64, 128, 512)}
+_ROWS = {torch.float32: (1, 4, 16, 64), torch.float16: (8, 16, 32, 64, 256, 512)}
 _ROWS[torch.bfloat16] = _ROWS[torch.float16]
 
 

@@ -39,9 +39,9 @@ def _has_wgmma(gpu: Gpu) -> bool:
 
 
 # As for linear: decoding first costs 1.3 ps for each weight of an H100, and 0.0025 for each row. The kernel takes 10
-# instructions for 128 rows with wgmma, 0.0045 ps for each row at 60% of the issue slots: they meet at 650 rows. On an
-# A100, 2.2 + 0.0064 ps, against 12 instructions for 64 rows, 0.016 ps for each: 230 rows.
-MOST_ROWS_WITH_WGMMA = 512
+# instructions for 128 rows with wgmma, 0.0045 ps for each row at 60% of the issue slots: they meet at 650 rows, at half
+# of that where so few tiles fill half of the GPU (4096 x 4096). On an A100, 2.2 + 0.0064 ps, against 12 instructions for
+# 64 rows, 0.016 ps for each: 230 rows.
 MOST_ROWS = 256
 
 # Decoding into fp32 takes 2.5 ps and its product 0.03 for each row; the kernel 42 instructions for 32 rows, 0.07 ps for
@@ -56,9 +56,7 @@ def decodes_first(problem: Problem, gpu: Gpu) -> bool:
         return True
     if p.format != "int8" and p.k % p.block_size:  # blocks cross rows
         return True
-    if p.dtype == torch.float32:
-        return p.m > MOST_FMA_ROWS
-    return p.m > (MOST_ROWS_WITH_WGMMA if _has_wgmma(gpu) else MOST_ROWS)
+    return p.m > (MOST_FMA_ROWS if p.dtype == torch.float32 else MOST_ROWS)
 
 
 def row_bytes(problem: Problem) -> int:
