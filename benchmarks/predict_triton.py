@@ -119,11 +119,10 @@ def _bytes(gpu: Gpu, made: tuple[Launch, ...], launch: Launch, of_stacks: float)
     return moved
 
 
-def _splits(launch: Launch, found: Costs, m: int, n: int, k: int) -> int:
+def _splits(launch: Launch, found: Costs, n: int, k: int) -> int:
     """Programs that share the sums of a tile. An error where the grid is of other tiles than those counted."""
     # Only the GPU knows how many tiles of rows a mixture has: more programs start, and end at once.
-    row_tiles = launch.values.get("row_tiles", -(-m // found.tile.rows))
-    splits, rest = divmod(math.prod(launch.grid), row_tiles * found.tile.outputs(n, k))
+    splits, rest = divmod(math.prod(launch.grid), launch.values["row_tiles"] * found.tile.outputs(n, k))
     if rest:
         raise ValueError(f"{found.kernel}: a grid {launch.grid} that is not of tiles {found.tile}")
     return splits
@@ -171,7 +170,7 @@ def predict(gpu: Gpu, operation: str, m: int, n: int, k: int) -> Prediction:
         work = _work(_bytes(gpu, made, launch, of_stacks), _bodies(launch, found, rows, n, k))
         steps.append(least_time(gpu, found.kernel.removesuffix("_kernel"), work))
         if found.tile:
-            splits = _splits(launch, found, m, n, k)
+            splits = _splits(launch, found, n, k)
             tiles.append(f"{found.tile.rows} rows" + (f", {splits} splits" if splits > 1 else ""))
     return one_after_another(", ".join(tiles or [step.path for step in steps]), steps)
 

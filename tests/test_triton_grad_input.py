@@ -222,7 +222,7 @@ def run_wgmma(grad, parts, k, grad_t=None, lora_a=None):
         (3, 33, 77, 0, torch.bfloat16, "int8", 32, True, 0.02),
     ],
 )
-def test_ptx(monkeypatch, m, n, k, rank, dtype, format, block_size, double_quant, magnitude):
+def test_ptx(m, n, k, rank, dtype, format, block_size, double_quant, magnitude):
     """The assembly and the layouts of the compiled kernel: the interpreter runs neither."""
     parts = quantized((n, k), format, block_size, double_quant, magnitude)
     grad, grad_t, lora_a = operands(m, n, k, rank, dtype)
