@@ -42,7 +42,7 @@ MOST_FMA_ROWS = 16
 # Decoding first costs 4.5 bytes of DRAM for each weight, 1.3 ps, before a product at 800 TFLOPS: 0.0025 ps for each
 # row. The kernel on 128 rows takes 9 instructions (sm_90, wgmma) for each weight, 0.0023 ps for each row if every issue
 # slot were used, and about 0.004 at the 60% that Triton's pipelines reach: 1.3 / (0.004 - 0.002) = 650 rows. On an A100
-# 18 instructions (sm_80, mma.sync), 0.0073 ps and 0.012 at 60%, against 2.2 + 0.0064 ps: 390 rows. Between:
+# 9.4 for 64 rows (sm_80, mma.sync), 0.0075 ps and 0.0125 at 60%, against 2.2 + 0.0064 ps: 360 rows. Between:
 MOST_ROWS = 512
 
 
