@@ -354,8 +354,10 @@ def test_few_graphs_for_many_batch_sizes():
 @pytest.mark.parametrize(
     ("problem", "gpu", "expected"),
     [
-        ((512, 64, 64, torch.bfloat16, "nf4", 64), A100, False),
-        ((1024, 64, 64, torch.bfloat16, "nf4", 64), A100, True),
+        ((256, 64, 64, torch.bfloat16, "nf4", 64), A100, False),
+        ((512, 64, 64, torch.bfloat16, "nf4", 64), A100, True),
+        ((512, 64, 64, torch.bfloat16, "nf4", 64), H100, False),
+        ((1024, 64, 64, torch.bfloat16, "nf4", 64), H100, True),
         ((1, 64, 96, torch.bfloat16, "nf4", 64), A100, True),
         ((1, 64, 96, torch.bfloat16, "int8", 96), A100, False),
         ((1, 64, 0, torch.bfloat16, "nf4", 64), A100, True),

@@ -14,10 +14,10 @@ import torch
 #: Triton's tile of 128 rows takes 9 instructions, 0.53, in which its 0.32 of wgmma hide.
 ROWS_FOR_WGMMA = 64
 
-#: Up to here Triton's kernel multiplies by packed codes: both decode into memory first for more rows, and take torch's
-#: product. (The CUDA half does from 257 rows on: 1.3 ps before 0.0025 for each row, 2.6 at 512; Triton's 0.004 for
-#: each row are 2.0.)
-MOST_ROWS = 512
+#: By the capability's first number, up to here Triton's kernel multiplies by packed codes: both decode into memory first
+#: for more rows, and take torch's product. (The CUDA half does from 257 rows on. On an H100 that is 1.3 ps before 0.0025
+#: for each row, 2.6 at 512, where Triton's 0.004 for each row are 2.0; on a B200 Triton's does so too.)
+MOST_ROWS = {9: 512, 10: 256}
 
 
 def triton_is_faster(rows: int, dtype: torch.dtype, format: str, capability: tuple[int, int]) -> bool:
@@ -29,6 +29,6 @@ def triton_is_faster(rows: int, dtype: torch.dtype, format: str, capability: tup
     theirs are written for 16-byte loads and the least instructions; fp32 does not go to tensor cores, and int8 decodes
     first.
     """
-    if dtype == torch.float32 or format == "int8" or capability[0] not in (9, 10):
+    if dtype == torch.float32 or format == "int8":
         return False
-    return ROWS_FOR_WGMMA < rows <= MOST_ROWS
+    return ROWS_FOR_WGMMA < rows <= MOST_ROWS.get(capability[0], 0)

@@ -8,9 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
+from .gpu import gpu_of
 from .grid import expert_of_tile, row_tile_count, tile_position
 from .launch import launch
 from .rounding import DTYPES
+from .shapes import splits_to_fill
+from .splits import add_splits
 from .tiles_backward import transposed_dot
 
 
@@ -30,13 +33,18 @@ def grouped_matmul_kernel(
     row_tiles,
     out_features,
     in_features,
+    split_columns,
     DTYPE: tl.constexpr,
     EXPERTS: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
-    """fp32 y [tokens, out_features], TILE_M tokens of one expert by TILE_N columns."""
+    """fp32 y [splits, tokens, out_features], TILE_M tokens of one expert by TILE_N columns.
+
+    A split sums over ``split_columns`` of x, a multiple of TILE_K.
+    """
+    split = tl.program_id(1)
     row_tile, column_tile = tile_position(tl.program_id(0), row_tiles, tl.cdiv(out_features, TILE_N))
     expert, begin, end = expert_of_tile(row_tile, expert_ends, experts, tokens, TILE_M, EXPERTS)
     if expert < experts:
@@ -44,7 +52,8 @@ def grouped_matmul_kernel(
         n = column_tile.to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
         matrix = matrices + expert.to(tl.int64) * matrix_expert
         total = tl.zeros((TILE_M, TILE_N), tl.float32)
-        for start in range(0, in_features, TILE_K):
+        first = split * split_columns
+        for start in range(first, tl.minimum(first + split_columns, in_features), TILE_K):
             k = start + tl.arange(0, TILE_K).to(tl.int64)
             a = tl.load(
                 x + m[None, :] * x_row + k[:, None] * x_column,
@@ -58,7 +67,8 @@ def grouped_matmul_kernel(
             )
             total = transposed_dot(a.to(DTYPE), b.to(DTYPE), total)
         mask = (m[:, None] < end) & (n[None, :] < out_features)
-        tl.store(y + m[:, None] * out_features + n[None, :], total, mask=mask)
+        at = (split.to(tl.int64) * tokens + m[:, None]) * out_features + n[None, :]
+        tl.store(y + at, total, mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -121,11 +131,15 @@ def grouped_matmul(x, matrices, expert_ends) -> torch.Tensor:
     dtype = _product_dtype(x, matrices)
     # Few tokens to an expert: small tiles. fp32 operands pass through shared memory.
     tile_m = 16 if tokens <= 16 * experts or dtype == torch.float32 else 64
-    tile_n = _tile_of(out_features, 64)
+    tile_n, tile_k = _tile_of(out_features, 64), 32 if dtype == torch.float32 else 64
     row_tiles = row_tile_count(tokens, experts, tile_m)
+    programs, steps = row_tiles * triton.cdiv(out_features, tile_n), triton.cdiv(in_features, tile_k)
+    # LoRA's rank is one tile: a token's product with it is one program's for all of in_features, if it is not split.
+    splits = splits_to_fill(programs, steps, gpu_of(x.device))
+    partial = y if splits == 1 else x.new_empty([splits, tokens, out_features], dtype=torch.float32)
     launch(
         grouped_matmul_kernel,
-        (row_tiles * triton.cdiv(out_features, tile_n),),
+        (programs, splits),
         x,
         *x.stride(),
         matrices,
@@ -133,18 +147,21 @@ def grouped_matmul(x, matrices, expert_ends) -> torch.Tensor:
         expert_ends,
         experts,
         tokens,
-        y,
+        partial,
         row_tiles,
         out_features,
         in_features,
+        triton.cdiv(steps, splits) * tile_k,
         DTYPE=DTYPES[dtype],
         EXPERTS=triton.next_power_of_2(experts),
         TILE_M=tile_m,
         TILE_N=tile_n,
-        TILE_K=32 if dtype == torch.float32 else 64,
+        TILE_K=tile_k,
         num_warps=4,
         num_stages=3,
     )
+    if splits > 1:
+        add_splits(partial, y)
     return y
 
 

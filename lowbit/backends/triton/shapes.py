@@ -86,3 +86,9 @@ def predicted_cycles(work: Work, problem: Problem, gpu: Gpu) -> float:
 def splits_of(steps: int) -> tuple[int, ...]:
     """Into how many parts a contraction of so many steps may go: a program with 4 steps still fills its pipeline."""
     return tuple(splits for splits in (1, 2, 4, 8, 16) if splits == 1 or steps >= 4 * splits)
+
+
+def splits_to_fill(programs: int, steps: int, gpu: Gpu) -> int:
+    """The fewest such parts that give every multiprocessor two programs, so that one loads while the other waits."""
+    allowed = splits_of(steps)
+    return next((splits for splits in allowed if programs * splits >= 2 * gpu.processors), allowed[-1])
