@@ -76,13 +76,18 @@ def test_a_wrong_build_option_is_named(name, value, message):
         (512, torch.float16, "fp4", (10, 0), "lowbit_triton"),
         (513, torch.bfloat16, "nf4", (9, 0), "lowbit"),
         (128, torch.float32, "nf4", (9, 0), "lowbit"),
-        (128, torch.bfloat16, "int8", (9, 0), "lowbit"),
+        (4, torch.bfloat16, "int8", (9, 0), "lowbit"),
+        (5, torch.bfloat16, "int8", (8, 0), "lowbit_triton"),
+        (128, torch.float16, "int8", (7, 5), "lowbit"),
+        (128, torch.float32, "int8", (8, 0), "lowbit"),
         (128, torch.bfloat16, "nf4", (8, 0), "lowbit"),
         (128, torch.bfloat16, "nf4", (12, 0), "lowbit"),
     ],
 )
 def test_cuda_or_triton(monkeypatch, rows, dtype, format, capability, expected):
-    """Training batches on Hopper lose 40% without wgmma; everything else would lose by Triton."""
+    """Training batches on Hopper lose 40% without wgmma, and int8 without any tensor cores; everything else would lose
+    by Triton.
+    """
     monkeypatch.setattr(native, "DEVICE_TYPES", ("cpu", "meta", "cuda"))
     monkeypatch.setattr(backends.triton, "_MISSING_REASON", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
