@@ -238,14 +238,15 @@ def test_ptx(m, n, k, rank, dtype, format, block_size, double_quant, magnitude):
         ({"tile_m": 64, "bytes": 64, "splits": 4}, 130, 70, 128, 1, torch.bfloat16, "fp4", 128, False, 30.0),
         ({"tile_m": 128}, 130, 530, 320, 8, torch.bfloat16, "nf4", 64, True, 0.02),
         ({"tile_m": 128}, 65, 70, 192, 17, torch.float16, "fp4", 32, False, 0.02),
-        ({"tile_m": 128}, 70, 33, 177, 8, torch.bfloat16, "int8", 32, True, 0.02),
+        ({"tile_m": 128}, 70, 33, 176, 8, torch.bfloat16, "int8", 32, True, 0.02),
+        ({"tile_m": 64, "bytes": 64, "splits": 4}, 70, 133, 177, 8, torch.bfloat16, "int8", 32, True, 0.02),
     ],
 )
 def test_wgmma(monkeypatch, tile, m, n, k, rank, dtype, format, block_size, double_quant, magnitude):
     """What an H100 runs: larger tiles, and other instructions and layouts than sm_80 has; wrong ones are other columns
     of the gradient.
     """
-    columns = 128 if "bytes" in tile else 4096  # W so narrow that the tile is
+    columns = k if "bytes" in tile else 4096  # W so narrow, or so odd, that the tile is small
     configs = tile_of_a_layer(shapes.grad_input_configs, columns, **{"splits": 1, **tile})
     monkeypatch.setattr(shapes, "grad_input_configs", configs)
     parts = quantized((n, k), format, block_size, double_quant, magnitude)

@@ -102,6 +102,21 @@ for block_size in BLOCK_SIZES:
 for columns, format in ((4096, "nf4"), (4096, "int8"), (4100, "int8")):
     x, a, b = tensor(8, columns, dtype=torch.bfloat16), tensor(8, columns), tensor(1024, 8)
     add("lora_linear", x, *weight((1024, columns), format), 1024, None, a, b, 0.5, detail=f"{format} {columns} columns")
+for rows in (16, 32, 64, 256):
+    x, ragged = tensor(rows, 4100, dtype=torch.bfloat16), weight((1024, 4100), "int8")
+    lora = (tensor(rows, 8), tensor(1024, 8))
+    add("linear", x, *ragged, 1024, tensor(1024), *lora, 0.5, detail=f"int8 4100 columns {rows} rows")
+    add(
+        "linear_grad_input",
+        tensor(rows, 1024, dtype=torch.bfloat16),
+        *ragged,
+        4100,
+        detail=f"int8 4100 columns {rows} rows",
+    )
+    ends, stack = tensor(4, dtype=torch.int32), weight((4, 1024, 4100), "int8")
+    lora = (tensor(rows, 8), tensor(4, 1024, 8))
+    add("grouped_linear", x, *stack, ends, 1024, tensor(4, 1024), *lora, 0.5, detail=f"int8 4100 columns {rows} rows")
+
 
 for dtype, format in itertools.product(DTYPES, (*FORMATS, "int8")):
     for rows in (4, 32, 64, 200):

@@ -87,6 +87,8 @@ def _tiles(problem: Problem, gpu: Gpu) -> list[Config]:
     sizes = [rows for rows in (16, 32, 64, 128) if rows == 16 or rows < 2 * m]
     if not gpu.capability:
         return [Config(rows, 32, 64, 4, 2) for rows in sizes if rows <= 64]
+    if row_bytes(p) % 16:  # int8 of odd widths: copies of few bytes want registers
+        return [Config(rows, 64, 64, 4, 3) for rows in sizes if rows in (16, 64)]
     if narrow:
         return [Config(rows, 64, 64, 4, 3) for rows in sizes if rows <= 64]
     # int8 has half as many columns in so many bytes: 4 warps then take 6.5 instructions with wgmma, where 8 take 7.9.

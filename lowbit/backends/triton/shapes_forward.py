@@ -77,22 +77,24 @@ def _tiles(problem: Problem, gpu: Gpu) -> list[Config]:
         if m <= 32:
             return [Config(rows, 64, narrow, 4, 2) for rows in (16, 32) if rows == 16 or m > 16]
         return [Config(64, 64, narrow, 8, 2)] + [Config(128, 128, narrow, 8, 2)] * (gpu.lanes == 64 and m > 64)
+    ragged = p.k % narrow != 0  # int8's: masks, and copies of a few bytes, want registers
+    few_warps = 4 if ragged else 2
     if m <= 32:
         # 2 warps of 32 rows of W each read x from shared memory half as often as 4 of 16 do, and each thread decodes
         # the scale of one row. More than 16 rows of x in a tile: half the decoding. 128 columns take 4.3 instructions
         # for a weight where 64 take 5, but for sm_90 and later ptxas then spills; so it does for 8 rows of int8.
         columns = wide if gpu.capability < 90 else narrow
         rows = 8 if m <= 8 and p.format != "int8" else 16
-        found = [Config(rows, 64, columns, 2, 4, True)]
-        return found + [Config(32, 64, narrow, 2, 4, True)] * (m > 16)
-    found = [Config(32, 64, narrow, 2, 4, True)]
+        found = [Config(rows, 64, columns, few_warps, 4, True)]
+        return found + [Config(32, 64, narrow, few_warps, 4, True)] * (m > 16)
+    found = [Config(32, 64, narrow, few_warps, 4, True)]
     if 90 <= gpu.capability < 120 or p.k % (2 * narrow):  # wgmma, and tcgen05
         found.append(Config(64, 64, narrow, 4, 4))
     else:  # 9.4 instructions for a weight, where 64 rows as the left operand take 14
         found += [Config(64, 64, narrow, 4, 3, True, products=2), Config(64, 128, narrow, 8, 3, True, products=2)]
     # Sums of a block and those of all take 64 registers each for 8 warps, which is what there is. The search for an
     # expert's rows then has some left for wgmma's operands only, and not for int8's.
-    if m > 64 and (not p.experts or (gpu.capability == 90 and p.format != "int8")):
+    if m > 64 and not ragged and (not p.experts or (gpu.capability == 90 and p.format != "int8")):
         found.append(Config(128, 128, narrow, 8, 3))
     return found
 
