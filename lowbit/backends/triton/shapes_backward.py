@@ -68,16 +68,14 @@ def _tiles(problem: Problem, gpu: Gpu) -> list[Config]:
     """The tiles that can be right for a number of rows, without splits.
 
     16 bits: 64 rows of W at a time, in pieces of 128 bytes. Up to 32 rows of grad, where reading and decoding W is the
-    work, four warps: a lane's 4 bytes of a row come with one load, 7.7 to 8.8 instructions a weight on sm_80. More rows
-    take eight warps, with 2 bytes to a lane: 64 rows at 12.4 instructions a weight (11.8 where scales are
-    double-quantized: those Triton decodes once for all lanes), of which one is an HMMA, 8 cycles of an A100's tensor
-    core. wgmma keeps no grad in registers: 128 rows fit without a spill, 10.4 instructions for 8 cycles of an H100's
-    tensor core, where 64 rows would be as many for 4. (On sm_80 128 rows spill.) Narrow matrices take pieces of 64
-    bytes, the least that four warps divide.
+    work, four warps: a lane's 4 bytes of a row come with one load, 8.0 to 8.8 instructions a weight on sm_80. More rows
+    take eight warps, with 2 bytes to a lane: 64 rows at 11.7 instructions a weight, of which one is an HMMA, 8 cycles
+    of an A100's tensor core. wgmma keeps no grad in registers: 128 rows fit without a spill, 10.0 instructions for 8
+    cycles of an H100's tensor core, where 64 rows are 9.9 for 4. (On sm_80 128 rows spill.) Narrow matrices take pieces
+    of 64 bytes, the least that four warps divide.
 
     fp32 multiplies with FMAs, whose operands go through shared memory: small tiles. So does anything but an NVIDIA GPU,
     where codes are decoded by selections, in fp32: gfx1100 spills with larger ones.
-
     """
     p, m = problem, rows_each(problem)
     narrow = row_bytes(p) <= 64

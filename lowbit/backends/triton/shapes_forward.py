@@ -43,8 +43,8 @@ MOST_FMA_ROWS = 16
 # row. The kernel on 128 rows takes 9 instructions (sm_90, wgmma) for each weight, 0.0023 ps for each row if every issue
 # slot were used, and about 0.004 at the 60% that Triton's pipelines reach: 1.3 / (0.004 - 0.002) = 650 rows. An A100
 # takes 9.4 for 64 rows (sm_80, mma.sync), 0.0125 ps at 60%, against 2.2 + 0.0064 ps: 360 rows. A B200's DRAM decodes in
-# 0.56 ps, and the kernel's 9 instructions are 0.0033 ps for each row against 0.0009: 230 rows. GeForces have a third of
-# an H100's DRAM for each tensor core; AMD's GPUs decode by more instructions.
+# 0.56 ps, and the kernel's 9 instructions are 0.0033 ps for each row against 0.0009: 230 rows. A GeForce has less DRAM
+# for its tensor cores than an H100; AMD's GPUs decode by more instructions.
 _MOST_ROWS = {80: 256, 100: 256, 103: 256, 0: 256}
 MOST_ROWS = 512  # of the others
 
