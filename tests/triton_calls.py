@@ -120,6 +120,8 @@ for rows in (16, 32, 64, 256):
 
 for dtype, format in itertools.product(DTYPES, (*FORMATS, "int8")):
     for rows in (4, 32, 64, 200):
+        if dtype == torch.float32 and rows > 64:
+            continue  # decodes first
         add(
             "linear_grad_input",
             tensor(rows, 4096, dtype=dtype),
