@@ -103,7 +103,8 @@ def linear_kernel(
         summed = tl.where(split == 0, rank, 0)
         total = add_lora(total, t, x_row, lora_b, w_row, scaling, rank, summed, DTYPE == tl.float32)
     if bias is not None:
-        total += tl.load(bias + w_row, mask=(w_row >= 0) & (split == 0), other=0.0).to(tl.float32)[None, :]
+        in_first = w_row * 0 + split == 0  # for each column
+        total += tl.load(bias + w_row, mask=in_first, other=0.0).to(tl.float32)[None, :]
     store_tile(y, total, rows, row_end, columns, m, n, split)
 
 
