@@ -183,7 +183,7 @@ def check_outer(run, a, b, ends):
 @given(
     counts=st.sampled_from(COUNTS),
     experts=st.sampled_from((1, 3, 5)),
-    features=st.sampled_from((0, 1, 40, 130)),
+    features=st.sampled_from((0, 1, 40, 130, 600)),  # the last in parts
     rank=st.sampled_from((1, 8, 17, 64)),
     dtype=dtypes,
     lora_dtype=dtypes,
@@ -269,10 +269,13 @@ def test_wgmma(monkeypatch, rows, splits, counts, stack, rank, dtype, format, bl
 
 
 @compiled_only
+@pytest.mark.parametrize("columns", [40, 800])
 @pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16])
-def test_ptx_of_dense_products(lora_dtype):
-    """As above; bf16 beside fp32 goes to other instructions than bf16 alone."""
-    case = Case((3, 0, 6), (3, 33, 40), 8, torch.bfloat16)
+def test_ptx_of_dense_products(lora_dtype, columns):
+    """As above; bf16 beside fp32 goes to other instructions than bf16 alone, and many columns are summed in parts."""
+    case = Case((3, 0, 6), (3, 33, columns), 8, torch.bfloat16, block_size=32)
+    _, made, _ = emulated("sm_80", "grouped_matmul", case.x, case.lora_a.to(lora_dtype), case.ends)
+    assert len(made) == (2 if columns > 400 else 1)
     check_dense(run_ptx, case.x, case.lora_a.to(lora_dtype), case.ends, lora_dtype == torch.bfloat16)
     check_outer(run_ptx, case.grad, case.t.to(lora_dtype), case.ends)
 
