@@ -30,18 +30,18 @@ demo: .venv-demo/package.stamp .venv-demo/data.stamp
 	.venv-demo/bin/python examples/train_qlora_text_classifier.py $(DEMO_ARGS)
 
 # `pytest`, not `python -m pytest`: the latter would import the source folder instead of what was installed.
-# The tests of the GPU kernels run beside the others, and their output follows; those that want Triton's interpreter in
-# a process of their own, which has it either on or off. (5 says that TEST_ARGS leaves a run without tests; 5
-# three times is an error.)
+# Beside the others run the tests of the CUDA kernels and of the emulator, and those that want Triton's interpreter in a
+# process of their own, which has it either on or off; their output follows. (5 says that TEST_ARGS leaves a run without
+# tests; 5 three times is an error.)
 test: .venv-test/package.stamp .venv-test/data.stamp
 	@mkdir -p build && rm -f build/test.status
-	@{ .venv-test/bin/pytest -m "gpu_kernels and not interpreted" $(TEST_ARGS); kernels=$$?; \
-	TRITON_INTERPRET=1 .venv-test/bin/pytest -m interpreted $(TEST_ARGS); echo $$kernels $$? > build/test.status; } \
-	> build/test-gpu-kernels.log 2>&1 & \
-	.venv-test/bin/pytest -m "not gpu_kernels" $(TEST_ARGS); others=$$?; \
-	wait; cat build/test-gpu-kernels.log; read kernels interpreted < build/test.status || exit 1; \
-	for status in $$others $$kernels $$interpreted; do [ $$status = 0 ] || [ $$status = 5 ] || exit $$status; done; \
-	[ "$$others $$kernels $$interpreted" != "5 5 5" ]
+	@{ .venv-test/bin/pytest -m "cuda_kernels" $(TEST_ARGS); cuda=$$?; \
+	TRITON_INTERPRET=1 .venv-test/bin/pytest -m interpreted $(TEST_ARGS); echo $$cuda $$? > build/test.status; } \
+	> build/test-beside.log 2>&1 & \
+	.venv-test/bin/pytest -m "not cuda_kernels" $(TEST_ARGS); others=$$?; \
+	wait; cat build/test-beside.log; read cuda interpreted < build/test.status || exit 1; \
+	for status in $$others $$cuda $$interpreted; do [ $$status = 0 ] || [ $$status = 5 ] || exit $$status; done; \
+	[ "$$others $$cuda $$interpreted" != "5 5 5" ]
 
 # The kernels without torch: what can run here, then the same with every access and every arithmetic step watched.
 DRIVER_SOURCES := tests/native/driver.cpp $(wildcard csrc/cpu/*.cpp)

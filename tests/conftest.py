@@ -1,4 +1,4 @@
-"""Marks for `make test`: what of it is about GPU kernels, and what wants a process with Triton's interpreter."""
+"""Marks for `make test`: what of it is about CUDA kernels, and what wants a process with Triton's interpreter."""
 
 import pytest
 
@@ -7,8 +7,8 @@ from lowbit.backends import triton
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.name.startswith(("test_triton_", "test_cuda_", "test_emulator_")):
-            item.add_marker("gpu_kernels")
+        if item.path.name.startswith(("test_cuda_", "test_emulator_")):
+            item.add_marker("cuda_kernels")
 
 
 def pytest_runtest_setup(item):
