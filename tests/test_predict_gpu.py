@@ -209,7 +209,7 @@ def test_triton_decodes_first():
 
 
 def test_a_mixture_reads_the_experts_that_have_tokens():
-    """Two of eight for one token; an expert's last tile of 64 rows counts as a whole."""
+    """Two of eight for one token; an expert's last tile counts as a whole."""
     require_triton()
     assert predict_triton.rows_by_expert(1) == [1, 1, 0, 0, 0, 0, 0, 0]
     slow = dataclasses.replace(H100, bandwidth=1)

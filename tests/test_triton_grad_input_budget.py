@@ -17,9 +17,7 @@ N = K = 4096
 EXPERTS = 8
 
 
-def machine_code_of(
-    monkeypatch, folder, target, config, experts=0, dtype=torch.bfloat16, format="nf4", double_quant=True
-):
+def machine_code_of(folder, target, config, experts=0, dtype=torch.bfloat16, format="nf4", double_quant=True):
     """(machine code, shared memory) of a call with LoRA and as many rows as the tile."""
     from lowbit.backends.triton import linear_grad_input
 
@@ -50,13 +48,13 @@ BUDGETS = [
 
 @pytest.mark.parametrize("experts", [0, EXPERTS])
 @pytest.mark.parametrize("budget", BUDGETS, ids=lambda b: f"{b[0]}-{b[1].tile_m}-{b[2]}")
-def test_backward(monkeypatch, tmp_path, budget, experts):
+def test_backward(tmp_path, budget, experts):
     """No spills, 16-byte copies of W and grad, decoded weights in registers: each lost slows every training step."""
     target, config, format, instruction, counted = budget
     problem = Problem(config.tile_m * max(experts, 1), N, K, torch.bfloat16, format, 64, experts)
     gpu = Gpu(int(target[3:]), 100)
     assert config in shapes._tiles(problem, gpu), "no GPU runs it"
-    code, shared = machine_code_of(monkeypatch, tmp_path, target, config, experts, torch.bfloat16, format)
+    code, shared = machine_code_of(tmp_path, target, config, experts, torch.bfloat16, format)
     assert (code.stack, code.local) == (0, 0)
     assert shared <= shapes.shared_bytes(config, problem) <= shared_bytes_of(gpu)
     (loop,) = [body for body in code.loops() if count(body, "LDGSTS")]
@@ -76,8 +74,8 @@ def test_backward(monkeypatch, tmp_path, budget, experts):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("experts", [0, EXPERTS])
-def test_no_spills_otherwise(monkeypatch, tmp_path, experts, dtype):
+def test_no_spills_otherwise(tmp_path, experts, dtype):
     """fp32 takes another path, and plain scales other registers."""
     config = C(32, 32, 64, 4, 2) if dtype == torch.float32 else C(64, 64, 128, 8, 3)
-    code, _ = machine_code_of(monkeypatch, tmp_path, "sm_80", config, experts, dtype, double_quant=False)
+    code, _ = machine_code_of(tmp_path, "sm_80", config, experts, dtype, double_quant=False)
     assert (code.stack, code.local) == (0, 0)

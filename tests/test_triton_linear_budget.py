@@ -15,7 +15,7 @@ N = K = 4096
 EXPERTS = 8
 
 
-def launches_of(monkeypatch, target, config, experts=0, dtype=torch.bfloat16, format="nf4", block_size=64):
+def launches_of(target, config, experts=0, dtype=torch.bfloat16, format="nf4", block_size=64):
     """Of a call with as many rows as the tile, LoRA, bias and double-quantized scales."""
     from lowbit.backends.triton import linear
 
@@ -28,9 +28,9 @@ def launches_of(monkeypatch, target, config, experts=0, dtype=torch.bfloat16, fo
     return made
 
 
-def main_loop(monkeypatch, folder, target, config, *options):
+def main_loop(folder, target, config, *options):
     """(kernel, its loop over k, its shared memory) of such a call."""
-    kernel, _ = compiled(launches_of(monkeypatch, target, config, *options)[0], target)
+    kernel, _ = compiled(launches_of(target, config, *options)[0], target)
     code = machine_code(kernel, target, folder)
     # Copies of the next step's tiles are in no other loop.
     (loop,) = [body for body in code.loops() if count(body, "LDGSTS")]
@@ -72,7 +72,7 @@ BUDGETS = [
 
 @pytest.mark.parametrize("experts", [0, EXPERTS])
 @pytest.mark.parametrize("budget", BUDGETS, ids=lambda b: f"{b[0]}-{b[1].bm}x{b[1].bn}x{b[1].bk}")
-def test_four_bits(monkeypatch, tmp_path, budget, experts):
+def test_four_bits(tmp_path, budget, experts):
     """DRAM leaves each weight 4.6 issue slots on an H100. Decoded weights go from register to tensor core.
 
     A few percent above what is counted today: a compiler that no longer finds the layout takes far more.
@@ -82,7 +82,7 @@ def test_four_bits(monkeypatch, tmp_path, budget, experts):
     gpu = Gpu(int(target[3:]), 100)
     if config not in shapes._tiles(problem, gpu):
         pytest.skip("a tile that a stack does not get")
-    code, loop, shared = main_loop(monkeypatch, tmp_path, target, config, experts, torch.bfloat16, "nf4", block_size)
+    code, loop, shared = main_loop(tmp_path, target, config, experts, torch.bfloat16, "nf4", block_size)
     wgmma = has_wgmma(target, config)
 
     assert (code.stack, code.local) == (0, 0)
@@ -115,9 +115,9 @@ def test_four_bits(monkeypatch, tmp_path, budget, experts):
     ],
     ids=lambda value: value if isinstance(value, str) else f"{getattr(value, 'bm', value)}",
 )
-def test_int8(monkeypatch, tmp_path, target, config, limit, experts):
+def test_int8(tmp_path, target, config, limit, experts):
     """DRAM leaves 9.2 issue slots for a byte on an H100."""
-    code, loop, _ = main_loop(monkeypatch, tmp_path, target, config, experts, torch.bfloat16, "int8")
+    code, loop, _ = main_loop(tmp_path, target, config, experts, torch.bfloat16, "int8")
     wgmma = has_wgmma(target, config)
     assert (code.stack, code.local) == (0, 0)
     assert per_weight(loop, config) <= 1.03 * limit, f"{per_weight(loop, config):.2f}"
@@ -130,9 +130,9 @@ def test_int8(monkeypatch, tmp_path, target, config, limit, experts):
 @pytest.mark.parametrize(
     ("config", "limit"), [(C(1, 64, 64, 2, 3), 5.3), (C(4, 64, 32, 2, 3), 11.8), (C(16, 64, 32, 2, 3), 24.3)]
 )
-def test_fp32(monkeypatch, tmp_path, config, limit):
+def test_fp32(tmp_path, config, limit):
     """An FMA for each row of the tile, and W through shared memory: FMAs of one weight come from many threads."""
-    code, loop, _ = main_loop(monkeypatch, tmp_path, "sm_80", config, 0, torch.float32)
+    code, loop, _ = main_loop(tmp_path, "sm_80", config, 0, torch.float32)
     assert (code.stack, code.local) == (0, 0)
     assert per_weight(loop, config) <= 1.03 * limit
     weights = config.bn * config.bk // (32 * config.warps)
@@ -142,9 +142,9 @@ def test_fp32(monkeypatch, tmp_path, config, limit):
     assert not count(loop, "LDS.U8") and not count(loop, "STS.U8")
 
 
-def test_split_k_sum(monkeypatch, tmp_path):
+def test_split_k_sum(tmp_path):
     """The parts of k are added by 16-byte loads: this kernel is all memory."""
-    made = launches_of(monkeypatch, "sm_80", C(8, 64, 64, 2, 4, True, splits=8))
+    made = launches_of("sm_80", C(8, 64, 64, 2, 4, True, splits=8))
     kernel, _ = compiled(made[1], "sm_80")
     code = [text for _, text in machine_code(kernel, "sm_80", tmp_path).instructions]
     assert count(code, "LDG") == count(code, "LDG.128") > 0

@@ -18,28 +18,15 @@ class Gpu:
 
 
 @functools.cache
-def capability(device: torch.device) -> tuple[int, int] | None:
-    """(major, minor) of an NVIDIA GPU, an A100's where there is no GPU (tests); None on other GPUs."""
-    if device.type == "xpu" or torch.version.hip:
-        return None
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-
-
-@functools.cache
-def _processors_and_lanes(device: torch.device) -> tuple[int, int]:
-    """Of an A100's size where there is no GPU."""
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU that ``device`` is; an A100 where there is none (tests)."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return properties.multi_processor_count, getattr(properties, "warp_size", 32)
+        major, minor = (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
+        return Gpu(10 * major + minor, properties.multi_processor_count, getattr(properties, "warp_size", 32))
     if device.type == "xpu":
-        return torch.xpu.get_device_properties(device).max_compute_units, 32
-    return 108, 32
-
-
-def gpu_of(device: torch.device) -> Gpu:
-    """The GPU that ``device`` is."""
-    major, minor = capability(device) or (0, 0)
-    return Gpu(10 * major + minor, *_processors_and_lanes(device))
+        return Gpu(0, torch.xpu.get_device_properties(device).max_compute_units)
+    return Gpu(0, 108) if torch.version.hip else Gpu(80, 108)
 
 
 def shared_bytes_of(gpu: Gpu) -> int:

@@ -12,26 +12,13 @@ from . import autotune, linear, linear_grad_input, shapes_backward, shapes_forwa
 from .dequantize import dequantize
 from .gpu import gpu_of
 from .grouped_products import grouped_matmul
-from .shapes import Problem
+from .operands import contiguous, lora_factors
+from .shapes import Problem, has_whole_blocks
 
 
 def _expert_of_row(expert_ends: torch.Tensor, rows: int) -> torch.Tensor:
     found = torch.searchsorted(expert_ends, torch.arange(rows, device=expert_ends.device), right=True)
     return found.clamp(max=expert_ends.numel() - 1)
-
-
-def _contiguous(*operands: torch.Tensor | None) -> tuple:
-    return tuple(None if operand is None else operand.contiguous() for operand in operands)
-
-
-def _has_whole_blocks(in_features: int, format: str, block_size: int) -> bool:
-    """Whether the kernels take it: rows that no block crosses, and that are there."""
-    return in_features > 0 and (format == "int8" or in_features % block_size == 0)
-
-
-def _lora(low: torch.Tensor | None, up: torch.Tensor | None) -> tuple:
-    """The operands if there are any, contiguous."""
-    return (None, None) if low is None or low.shape[-1] == 0 else _contiguous(low, up)
 
 
 def grouped_linear(
@@ -53,7 +40,9 @@ def grouped_linear(
     y = x.new_empty([tokens, out_features])
     if y.numel() == 0:
         return y
-    if not _has_whole_blocks(in_features, format, block_size):
+    rows = triton.next_power_of_2(tokens)
+    problem = Problem(rows, out_features, in_features, x.dtype, format, block_size, experts)
+    if in_features == 0 or not has_whole_blocks(problem):
         shape = [experts, out_features, in_features]
         weight = dequantize(packed, absmax, group_scales, offset, format, block_size, shape, torch.float32)
         y = grouped_matmul(x, weight, expert_ends)
@@ -62,11 +51,9 @@ def grouped_linear(
         if bias is not None:
             y += bias[_expert_of_row(expert_ends, tokens)]
         return y.to(x.dtype)
-    x, bias = _contiguous(x, bias)
     weight = (packed, absmax, group_scales, offset, format, block_size)
-    arguments = (x, *weight, bias, *_lora(t, lora_b), scaling, y, expert_ends)
-    rows, gpu = triton.next_power_of_2(tokens), gpu_of(x.device)
-    problem = Problem(rows, out_features, in_features, x.dtype, format, block_size, experts)
+    arguments = (x.contiguous(), *weight, contiguous(bias), *lora_factors(t, lora_b), scaling, y, expert_ends)
+    gpu = gpu_of(x.device)
     run = lambda config: linear.fused(config, *arguments)  # noqa: E731
     run(autotune.chosen("grouped_linear", problem, gpu, shapes_forward.linear_configs(problem, gpu), run))
     return y
@@ -79,7 +66,9 @@ def grouped_linear_grad_input(
     out = grad.new_empty([tokens, in_features])
     if out.numel() == 0:
         return out
-    if not _has_whole_blocks(in_features, format, block_size):
+    rows = triton.next_power_of_2(tokens)
+    problem = Problem(rows, out_features, in_features, grad.dtype, format, block_size, experts)
+    if not has_whole_blocks(problem):
         shape = [experts, out_features, in_features]
         weight = dequantize(packed, absmax, group_scales, offset, format, block_size, shape, torch.float32)
         out = grouped_matmul(grad, weight.transpose(1, 2), expert_ends)
@@ -88,9 +77,8 @@ def grouped_linear_grad_input(
         return out.to(grad.dtype)
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     weight = (packed, absmax, group_scales, offset, format, block_size)
-    arguments = (grad, *weight, *_lora(grad_t, lora_a), out, expert_ends)
-    rows, gpu = triton.next_power_of_2(tokens), gpu_of(grad.device)
-    problem = Problem(rows, out_features, in_features, grad.dtype, format, block_size, experts)
+    arguments = (grad, *weight, *lora_factors(grad_t, lora_a), out, expert_ends)
+    gpu = gpu_of(grad.device)
     run = lambda config: linear_grad_input.fused(config, *arguments)  # noqa: E731
     configs = shapes_backward.grad_input_configs(problem, gpu)
     run(autotune.chosen("grouped_linear_grad_input", problem, gpu, configs, run))

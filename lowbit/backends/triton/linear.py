@@ -12,6 +12,7 @@ from .constants import scale_map
 from .gpu import gpu_of
 from .grid import expert_of_tile, row_tile_count, tile_position
 from .launch import launch
+from .operands import contiguous, lora_factors
 from .shapes import Problem, rows_of
 from .splits import add_splits
 from .tiles_forward import add_lora, contract_four_bits, contract_int8, store_tile
@@ -191,12 +192,7 @@ def linear(
     m = math.prod(leading)
     x = x.reshape(m, k).contiguous()
     weight = (packed.contiguous(), absmax.contiguous(), group_scales, offset, format, block_size)
-    if t is not None and t.shape[-1] == 0:
-        t = lora_b = None
-    if t is not None:
-        t, lora_b = t.reshape(m, t.shape[-1]).contiguous(), lora_b.contiguous()
-    if bias is not None:
-        bias = bias.contiguous()
+    bias, (t, lora_b) = contiguous(bias), lora_factors(t, lora_b)
     gpu = gpu_of(x.device)
     problem = Problem(rows_of(m, x.dtype), n, k, x.dtype, format, block_size)
     if m == 0 or n == 0:

@@ -14,6 +14,7 @@ from .constants import scale_map
 from .gpu import gpu_of
 from .grid import expert_of_tile, row_tile_count, tile_position
 from .launch import launch
+from .operands import lora_factors
 from .rounding import DTYPES, round_to
 from .shapes import Problem, rows_of
 from .splits import add_splits
@@ -194,10 +195,7 @@ def linear_grad_input(
         return grad.new_empty([*leading, k])
     grad = grad.reshape(m, n)
     weight = (packed.contiguous(), absmax.contiguous(), group_scales, offset, format, block_size)
-    if grad_t is not None and grad_t.shape[-1] == 0:
-        grad_t = lora_a = None
-    if grad_t is not None:
-        grad_t, lora_a = grad_t.reshape(m, grad_t.shape[-1]).contiguous(), lora_a.contiguous()
+    grad_t, lora_a = lora_factors(grad_t, lora_a)
     gpu = gpu_of(grad.device)
     problem = Problem(rows_of(m, grad.dtype), n, k, grad.dtype, format, block_size)
     if shapes_backward.decodes_first(problem, gpu):

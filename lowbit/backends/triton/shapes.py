@@ -5,6 +5,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -40,6 +41,11 @@ def rows_of(m: int, dtype: torch.dtype) -> int:
         if m <= rows:
             return rows
     return 2 * _ROWS[dtype][-1]
+
+
+def has_whole_blocks(problem: Problem) -> bool:
+    """Whether no block crosses rows of W."""
+    return problem.format == "int8" or problem.k % problem.block_size == 0
 
 
 def with_rows(problem: Problem) -> int:
@@ -86,6 +92,21 @@ def predicted_cycles(work: Work, problem: Problem, gpu: Gpu) -> float:
 def splits_of(steps: int) -> tuple[int, ...]:
     """Into how many parts a contraction of so many steps may go: a program with 4 steps still fills its pipeline."""
     return tuple(splits for splits in (1, 2, 4, 8, 16) if splits == 1 or steps >= 4 * splits)
+
+
+def best_first(tiles: list, steps_of: Callable, may_split: Callable, work_of: Callable, problem: Problem, gpu: Gpu):
+    """Up to 8 configurations, the best by :func:`predicted_cycles` first; never empty.
+
+    They are the ``tiles`` that the GPU has shared memory for, each in every number of parts that its steps allow.
+    """
+    found = []
+    for tile in tiles:
+        for splits in splits_of(steps_of(tile)) if may_split(tile) else (1,):
+            config = dataclasses.replace(tile, splits=splits)
+            work = work_of(config, problem, gpu)
+            if work.shared_bytes <= shared_bytes_of(gpu):
+                found.append((predicted_cycles(work, problem, gpu), config))
+    return tuple(config for _, config in sorted(found, key=lambda each: each[0]))[:8]
 
 
 def splits_to_fill(programs: int, steps: int, gpu: Gpu) -> int:

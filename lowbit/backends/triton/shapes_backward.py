@@ -10,8 +10,8 @@ import math
 
 import torch
 
-from .gpu import Gpu, shared_bytes_of
-from .shapes import Problem, Work, predicted_cycles, rows_each, splits_of, with_rows
+from .gpu import Gpu
+from .shapes import Problem, Work, best_first, has_whole_blocks, rows_each, with_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +52,7 @@ MOST_FMA_ROWS = 64
 def decodes_first(problem: Problem, gpu: Gpu) -> bool:
     """Whether W is decoded into memory before the product, torch's own."""
     p = problem
-    if p.n == 0 or 0 < gpu.capability < 80:  # no m16n8k16, no bf16
-        return True
-    if p.format != "int8" and p.k % p.block_size:  # blocks cross rows
+    if p.n == 0 or not has_whole_blocks(p) or 0 < gpu.capability < 80:  # no m16n8k16, no bf16
         return True
     return p.m > (MOST_FMA_ROWS if p.dtype == torch.float32 else MOST_ROWS)
 
@@ -147,13 +145,7 @@ def work_of(config: Config, problem: Problem, gpu: Gpu) -> Work:
 
 @functools.lru_cache(maxsize=4096)
 def grad_input_configs(problem: Problem, gpu: Gpu) -> tuple[Config, ...]:
-    """Up to 8 configurations, the best by ``predicted_cycles`` first; never empty."""
-    found = []
-    for tile in _tiles(problem, gpu):
-        for splits in splits_of(math.ceil(problem.n / tile.tile_n)):
-            if splits > 1 and tile.tile_m == 128:
-                break  # no register is left for it
-            config = dataclasses.replace(tile, splits=splits)
-            if shared_bytes(config, problem) <= shared_bytes_of(gpu):
-                found.append(config)
-    return tuple(sorted(found, key=lambda config: predicted_cycles(work_of(config, problem, gpu), problem, gpu))[:8])
+    """``best_first`` of them."""
+    steps_of = lambda tile: math.ceil(problem.n / tile.tile_n)  # noqa: E731
+    may_split = lambda tile: tile.tile_m < 128  # of 128 rows no register is left for it  # noqa: E731
+    return best_first(_tiles(problem, gpu), steps_of, may_split, work_of, problem, gpu)
