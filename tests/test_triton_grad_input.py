@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from test_cuda_grad_input import RANKS, operands, quantized
 
 from lowbit import reference
-from lowbit.backends.triton.shapes import Problem
+from lowbit.backends.triton.shapes import Problem, rows_of
 from lowbit.ops import rows as flat
 
 linear_grad_input = pytest.importorskip("lowbit.backends.triton.linear_grad_input")
@@ -36,8 +36,9 @@ HALF = (torch.float16, torch.bfloat16)
 
 def assert_right(out, grad, parts, grad_t=None, lora_a=None):
     """Within the bound for what the format and the shape make the kernels do."""
-    rows, k, (format, block_size) = flat(grad), out.shape[-1], parts[4:]
-    weight = reference.dequantize(*parts, [grad.shape[-1], k], torch.float32).double()
+    rows, n, k, (format, block_size) = flat(grad), grad.shape[-1], out.shape[-1], parts[4:]
+    weight = reference.dequantize(*parts, [n, k], torch.float32).double()
+    problem = Problem(rows_of(len(rows), grad.dtype), n, k, grad.dtype, format, block_size)
     exact, magnitude, lora = rows.double() @ weight, rows.double().abs() @ weight.abs(), 0.0
     terms, total = rows.shape[1], rows.double().abs().sum(1, keepdim=True)
     if lora_a is not None:
@@ -46,11 +47,11 @@ def assert_right(out, grad, parts, grad_t=None, lora_a=None):
         magnitude, terms = magnitude + lora, terms + 3 * lora_a.shape[0]
     if grad.dtype == torch.float32:
         tolerance = product_tolerance(magnitude, exact, terms, grad.dtype)
-    elif len(rows) <= shapes.MOST_ROWS and (format == "int8" or k % block_size == 0):
-        tolerance = scaled_codebook_tolerance(magnitude, exact, terms, format, grad.dtype, total, lora)
-    else:  # W was decoded first: it is rounded to 16 bits, and so are LoRA's factors and their product
+    elif shapes.decodes_first(problem, gpus.Gpu(80, 108)):  # W is rounded to 16 bits, LoRA's factors and product too
         tolerance = tensor_core_tolerance(magnitude, exact, terms, grad.dtype, total)
         tolerance += 3.03 * UNIT_ROUNDOFF[grad.dtype] * lora
+    else:
+        tolerance = scaled_codebook_tolerance(magnitude, exact, terms, format, grad.dtype, total, lora)
     assert out.dtype == grad.dtype
     assert_within(out.reshape(exact.shape), exact, tolerance)
 
