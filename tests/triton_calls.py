@@ -117,6 +117,19 @@ for rows in (16, 32, 64, 256):
     lora = (tensor(rows, 8), tensor(4, 1024, 8))
     add("grouped_linear", x, *stack, ends, 1024, tensor(4, 1024), *lora, 0.5, detail=f"int8 4100 columns {rows} rows")
 
+# One number as the result, of a sum in parts: Triton makes a constant of an argument that is 1.
+for op in ("linear", "linear_grad_input"):
+    row = tensor(1, 4096, dtype=torch.bfloat16)
+    shape, ends = (1, 4096) if op == "linear" else (4096, 1), tensor(1, dtype=torch.int32)
+    no_lora = (None, None, None, 1.0) if op == "linear" else ()
+    add(op, row, *weight(shape, "int8"), 1, *no_lora, detail="one number", every_run=True)
+    add(f"grouped_{op}", row, *weight((1, *shape), "int8"), ends, 1, *no_lora, detail="one number", every_run=True)
+add(
+    "grouped_matmul",
+    *(tensor(1, 4096, dtype=torch.bfloat16), tensor(1, 1, 4096), tensor(1, dtype=torch.int32)),
+    detail="one number",
+    every_run=True,
+)
 
 for dtype, format in itertools.product(DTYPES, (*FORMATS, "int8")):
     for rows in (4, 32, 64, 200):

@@ -15,9 +15,10 @@ def sum_splits_kernel(workspace, y, numel, SPLITS: tl.constexpr, TILE: tl.conste
     """y from the shares [SPLITS, numel], added in order: bits do not depend on which program was first."""
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     mask = at < numel
-    total = tl.zeros((TILE,), tl.float32)
-    for split in range(SPLITS):
-        total += tl.load(workspace + split * numel.to(tl.int64) + at, mask=mask, other=0.0)
+    total, share = tl.zeros((TILE,), tl.float32), workspace + at
+    for _ in range(SPLITS):
+        total += tl.load(share, mask=mask, other=0.0)
+        share += numel
     tl.store(y + at, round_to(total, y.dtype.element_ty), mask=mask)
 
 
