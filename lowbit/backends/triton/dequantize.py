@@ -13,6 +13,7 @@ from . import PORTABLE
 from .constants import scale_map
 from .decode import decode_codes, decode_scales
 from .launch import launch
+from .operands import check_float, check_size, weight_of, wrong
 from .rounding import DTYPES, round_to
 
 _WARPS = 4
@@ -85,6 +86,12 @@ def int8_tile(columns: int) -> tuple[int, int]:
 
 
 def dequantize_out(packed, absmax, group_scales, offset, format, block_size, out) -> None:
+    check_float("out", out.dtype)
+    if not out.is_contiguous():
+        raise wrong("out", "a contiguous tensor", f"strides {out.stride()}")
+    packed, absmax, group_scales, offset, format, block_size = weight_of(
+        out.shape, out, packed, absmax, group_scales, offset, format, block_size
+    )
     numel, dtype = out.numel(), DTYPES[out.dtype]
     if numel == 0:
         return
@@ -128,6 +135,9 @@ def dequantize_out(packed, absmax, group_scales, offset, format, block_size, out
 
 
 def dequantize(packed, absmax, group_scales, offset, format, block_size, shape, dtype) -> torch.Tensor:
+    check_float("dtype", dtype)
+    for size in shape:
+        check_size("shape", size)
     out = packed.new_empty(shape, dtype=dtype)
     dequantize_out(packed, absmax, group_scales, offset, format, block_size, out)
     return out

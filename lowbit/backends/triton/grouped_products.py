@@ -11,6 +11,7 @@ import triton.language as tl
 from .gpu import gpu_of
 from .grid import expert_of_tile, row_tile_count, tile_position
 from .launch import launch
+from .operands import check_dimensions, check_float, expert_ends_of, rows_of_floats, wrong
 from .rounding import DTYPES
 from .shapes import splits_to_fill
 from .splits import add_splits
@@ -124,7 +125,15 @@ def _tile_of(features: int, largest: int) -> int:
 
 
 def grouped_matmul(x, matrices, expert_ends) -> torch.Tensor:
-    (tokens, in_features), out_features, experts = x.shape, matrices.shape[1], expert_ends.numel()
+    tokens, experts = rows_of_floats("x", x), expert_ends.numel()
+    check_dimensions("x", x, 2)
+    check_dimensions("matrices", matrices, 3)
+    in_features, out_features = x.shape[1], matrices.shape[1]
+    check_float("matrices", matrices.dtype)
+    if matrices.shape != (experts, out_features, in_features) or matrices.device != x.device:
+        expected = f"{experts} (experts) x out_features x {in_features} (x's) on {x.device}"
+        raise wrong("matrices", expected, f"{tuple(matrices.shape)} on {matrices.device}")
+    expert_ends = expert_ends_of(expert_ends, tokens, x)
     y = x.new_empty([tokens, out_features], dtype=torch.float32)
     if y.numel() == 0:
         return y
@@ -166,7 +175,14 @@ def grouped_matmul(x, matrices, expert_ends) -> torch.Tensor:
 
 
 def grouped_outer(a, b, expert_ends) -> torch.Tensor:
-    (tokens, a_features), b_features, experts = a.shape, b.shape[1], expert_ends.numel()
+    tokens, experts = rows_of_floats("a", a), expert_ends.numel()
+    check_dimensions("a", a, 2)
+    check_dimensions("b", b, 2)
+    check_float("b", b.dtype)
+    if b.shape[0] != tokens or b.device != a.device:
+        raise wrong("b", f"{tokens} rows (a's) on {a.device}", f"{b.shape[0]} on {b.device}")
+    a_features, b_features = a.shape[1], b.shape[1]
+    expert_ends = expert_ends_of(expert_ends, tokens, a)
     out = a.new_empty([experts, a_features, b_features], dtype=torch.float32)
     dtype = _product_dtype(a, b)
     tile_p, tile_q = _tile_of(a_features, 64), _tile_of(b_features, 64)

@@ -1,7 +1,5 @@
 """linear: x W^T + scaling t B^T + bias on the packed weight, and the same after decoding W where that is faster."""
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +10,7 @@ from .constants import scale_map
 from .gpu import gpu_of
 from .grid import expert_of_tile, row_tile_count, tile_position
 from .launch import launch
-from .operands import contiguous, lora_factors
+from .operands import check_dimensions, check_size, checked, lora_factors, optional, rows_of_floats, weight_of
 from .shapes import Problem, rows_of
 from .splits import add_splits
 from .tiles_forward import add_lora, contract_four_bits, contract_int8, store_tile
@@ -186,13 +184,14 @@ def _decoded(x, packed, absmax, group_scales, offset, format, block_size, n, bia
 def linear(
     x, packed, absmax, group_scales, offset, format, block_size, out_features, bias, t, lora_b, scaling
 ) -> torch.Tensor:
-    # A number, where torch.compile has a symbol: a weight's sizes choose its kernel.
-    k, n = int(x.shape[-1]), out_features
+    m, n = rows_of_floats("x", x), out_features
+    check_size("out_features", n)
+    k = int(x.shape[-1])  # a number, where torch.compile has a symbol: a weight's sizes choose its kernel
     leading = list(x.shape[:-1])
-    m = math.prod(leading)
+    weight = weight_of((n, k), x, packed, absmax, group_scales, offset, format, block_size)
+    bias = optional("bias", bias, n, x)
+    t, lora_b = lora_factors(("t", "lora_b"), t, lora_b, m, n, x)
     x = x.reshape(m, k).contiguous()
-    weight = (packed.contiguous(), absmax.contiguous(), group_scales, offset, format, block_size)
-    bias, (t, lora_b) = contiguous(bias), lora_factors(t, lora_b)
     gpu = gpu_of(x.device)
     problem = Problem(rows_of(m, x.dtype), n, k, x.dtype, format, block_size)
     if m == 0 or n == 0:
@@ -206,9 +205,15 @@ def linear(
     return y.view(*leading, n)
 
 
+#: On a GPU nothing is faster than the exact product.
+linear_approximate = linear
+
+
 def lora_linear(
     x, packed, absmax, group_scales, offset, format, block_size, out_features, bias, lora_a, lora_b, scaling
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    t = functional.linear(x.float(), lora_a.float())
+    rows_of_floats("x", x)
+    check_dimensions("lora_a", lora_a, 2)
+    t = functional.linear(x.float(), checked("lora_a", lora_a, lora_a.shape[0] * x.shape[-1], x).float())
     weight = (packed, absmax, group_scales, offset, format, block_size)
     return linear(x, *weight, out_features, bias, t, lora_b, scaling), t

@@ -3,8 +3,6 @@
 The tile itself is in ``tiles_backward.py``.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +12,7 @@ from .constants import scale_map
 from .gpu import gpu_of
 from .grid import expert_of_tile, row_tile_count, tile_position
 from .launch import launch
-from .operands import lora_factors
+from .operands import check_size, lora_factors, rows_of_floats, weight_of
 from .rounding import DTYPES, round_to
 from .shapes import Problem, rows_of
 from .splits import add_splits
@@ -189,13 +187,14 @@ def _decoded(grad, packed, absmax, group_scales, offset, format, block_size, gra
 def linear_grad_input(
     grad, packed, absmax, group_scales, offset, format, block_size, in_features, grad_t=None, lora_a=None
 ) -> torch.Tensor:
-    k, n, m = in_features, int(grad.shape[-1]), math.prod(grad.shape[:-1])  # n: as k in linear
-    leading = list(grad.shape[:-1])
+    m, k = rows_of_floats("grad", grad), in_features
+    check_size("in_features", k)
+    n, leading = int(grad.shape[-1]), list(grad.shape[:-1])  # n: as k in linear
+    weight = weight_of((n, k), grad, packed, absmax, group_scales, offset, format, block_size)
+    grad_t, lora_a = lora_factors(("grad_t", "lora_a"), grad_t, lora_a, m, k, grad)
     if m == 0 or k == 0:
         return grad.new_empty([*leading, k])
     grad = grad.reshape(m, n)
-    weight = (packed.contiguous(), absmax.contiguous(), group_scales, offset, format, block_size)
-    grad_t, lora_a = lora_factors(grad_t, lora_a)
     gpu = gpu_of(grad.device)
     problem = Problem(rows_of(m, grad.dtype), n, k, grad.dtype, format, block_size)
     if shapes_backward.decodes_first(problem, gpu):

@@ -9,6 +9,7 @@ import triton.language as tl
 from ... import format as fmt
 from .encode import encode_pairs, largest_magnitude, raised
 from .launch import launch
+from .operands import check_float, check_format, checked
 
 #: Elements of a program: a thread stores 16 bytes at a time, which are 32 codes.
 _TILE = 4096
@@ -111,6 +112,8 @@ def int8_tile(columns: int) -> tuple[int, int]:
 
 
 def quantize(weight, format, block_size) -> tuple[torch.Tensor, torch.Tensor]:
+    check_float("weight", weight.dtype)
+    check_format(format, block_size, fmt.row_shape(weight.shape)[1])
     weight = weight.detach().contiguous()
     numel = weight.numel()
     if format == "int8":
@@ -161,7 +164,8 @@ def _quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def quantize_scales(absmax, offset) -> tuple[torch.Tensor, torch.Tensor]:
-    absmax = absmax.contiguous()
+    absmax = checked("absmax", absmax, absmax.numel(), absmax, torch.float32)
+    offset = checked("offset", offset, 1, absmax, torch.float32)
     groups = fmt.block_count(absmax.numel(), fmt.GROUP_SIZE)
     codes = absmax.new_empty(absmax.shape, dtype=torch.uint8)
     group_scales = absmax.new_empty([groups])

@@ -13,6 +13,7 @@ import triton.language as tl
 from ... import format as fmt
 from .encode import TINY_ABSMAX, encode_pairs, largest_magnitude, nearest_value
 from .launch import launch
+from .operands import check_float, check_format, checked, optional
 
 _WARPS = 4
 #: Blocks that a program searches, with four of each sixteen elements in a thread.
@@ -118,6 +119,10 @@ def scale_factors(device: torch.device) -> torch.Tensor:
 
 
 def search_scales(weight, importance, format, block_size) -> torch.Tensor:
+    check_float("weight", weight.dtype)
+    check_format(format, block_size, None)
+    columns = weight.shape[-1] if weight.dim() else 1
+    importance = optional("importance", importance, columns, weight)
     weight = weight.detach().contiguous()
     blocks = fmt.block_count(weight.numel(), block_size)
     scales = weight.new_empty([blocks], dtype=torch.float32)
@@ -125,11 +130,11 @@ def search_scales(weight, importance, format, block_size) -> torch.Tensor:
         search_scales_kernel,
         (triton.cdiv(blocks, _BLOCKS),),
         weight,
-        None if importance is None else importance.detach().float().contiguous(),
+        None if importance is None else importance.detach().float(),
         scale_factors(weight.device),
         scales,
         weight.numel(),
-        weight.shape[-1] if weight.dim() else 1,
+        columns,
         FORMAT=format,
         BLOCK_SIZE=block_size,
         BLOCKS=_BLOCKS,
@@ -140,13 +145,16 @@ def search_scales(weight, importance, format, block_size) -> torch.Tensor:
 
 
 def encode(weight, scales, format, block_size) -> torch.Tensor:
+    check_float("weight", weight.dtype)
+    check_format(format, block_size, None)
+    scales = checked("scales", scales, fmt.block_count(weight.numel(), block_size), weight, torch.float32)
     weight = weight.detach().contiguous()
     packed = weight.new_empty([triton.cdiv(weight.numel(), 2)], dtype=torch.uint8)
     launch(
         encode_kernel,
         (triton.cdiv(weight.numel(), _TILE),),
         weight,
-        scales.contiguous(),
+        scales,
         packed,
         weight.numel(),
         packed.numel(),
