@@ -387,5 +387,6 @@ STABLE_TORCH_LIBRARY_IMPL(LOWBIT_CUDA_NAMESPACE, LOWBIT_CUDA_KEY, library) {
   library.impl("dequantize", TORCH_BOX(&dequantize));
   library.impl("dequantize_out", TORCH_BOX(&dequantize_out));
   library.impl("linear", TORCH_BOX(&linear));
+  library.impl("linear_approximate", TORCH_BOX(&linear));  // nothing is faster than the exact product
   library.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
 }

@@ -130,7 +130,8 @@ def linear(
     ``precision="int8"`` computes approximately, for inference: activations rounded to int8 with one scale per 64 of a
     row, the codebook to multiples of 1 / 127, integer products. The error of y is about 1% of its norm where
     activations are normally distributed, more where a few of each 64 are far larger than the rest. It is faster for a
-    few rows of x; for many the exact product is. int8 weights and in_features that are not a multiple of 64 stay exact.
+    few rows of x; for many the exact product is. int8 weights and in_features that are not a multiple of 64 stay exact,
+    and so does everything on a GPU, where nothing is faster than the exact kernels.
 
     Args:
         x: [..., in_features], float32, float16 or bfloat16; any leading dimensions, also zero rows.

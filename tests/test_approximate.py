@@ -145,3 +145,12 @@ def test_errors():
         lowbit.linear(x, q, precision="int8")
     with pytest.raises(RuntimeError, match="linear_approximate: expected inputs that require no gradient"):
         torch.ops.lowbit.linear_approximate(x, *q.parts(), q.format, q.block_size, 8, None, None, None, 1.0)
+
+
+@pytest.mark.interpreted
+def test_triton_multiplies_exactly():
+    """Chosen by name, Triton must not hand the product to the slow reference; exact is within the stated error."""
+    q = lowbit.quantize(make_weight((33, 128)))
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+    with lowbit.use_backend("triton"):
+        assert torch.equal(approximate(x, q), lowbit.linear(x, q))

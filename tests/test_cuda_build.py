@@ -19,7 +19,7 @@ needs_cuda_half = pytest.mark.skipif(
 
 OPS = (
     *("quantize", "quantize_scales", "search_scales", "encode"),
-    *("dequantize", "dequantize_out", "linear", "linear_grad_input"),
+    *("dequantize", "dequantize_out", "linear", "linear_approximate", "linear_grad_input"),
 )
 
 
@@ -46,9 +46,11 @@ def test_a_build_without_cuda_says_what_to_install(monkeypatch, selected):
     monkeypatch.setattr(native, "DEVICE_TYPES", ("cpu", "meta"))
     monkeypatch.setattr(backends.triton, "_MISSING_REASON", "Triton is not installed; `pip install triton`")
     with pytest.raises(
-        RuntimeError, match="CUDA tensor.*CUDA toolkit.*LOWBIT_CUDA=1 pip install.*pip install triton.*reference"
+        RuntimeError, match="on 'cuda'.*CUDA toolkit.*LOWBIT_CUDA=1 pip install.*pip install triton.*reference"
     ):
         backends.namespace_for("cuda", selected)
+    with pytest.raises(RuntimeError, match="on 'xpu'.*pip install triton.*reference"):
+        backends.namespace_for("xpu", selected)
     assert backends.namespace_for("cuda", "reference") == "lowbit_reference"
     lowbit.quantize(torch.ones(64))  # the CPU is served as before
 

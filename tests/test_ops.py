@@ -1,8 +1,11 @@
 """The torch ops: registration, compilation, autocast, checkpointing, and wrong direct calls."""
 
 import asyncio
+import importlib.metadata
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -213,8 +216,10 @@ def test_triton_does_not_serve_a_cpu(monkeypatch):
     ("found", "version", "message"),
     [
         (None, "", "Triton is not installed; `pip install triton`"),
-        (object(), "3.1.0", "Triton 3.1.0 is too old: expected 3.6 or newer; `pip install -U triton`"),
-        (object(), "3.6.0+git1", None),
+        (ModuleSpec("triton", None), "", "Triton is not installed"),  # a folder of that name
+        (ModuleSpec("triton", None, origin="__init__.py"), "3.1.0", "Triton 3.1.0 is too old: expected 3.6 or newer"),
+        (ModuleSpec("triton", None, origin="__init__.py"), "3.10.0rc1", None),
+        (ModuleSpec("triton", None, origin="__init__.py"), "3.6.0+git1", None),
     ],
 )
 def test_missing_or_old_triton_is_one_message(monkeypatch, found, version, message):
@@ -223,6 +228,24 @@ def test_missing_or_old_triton_is_one_message(monkeypatch, found, version, messa
     monkeypatch.setattr(triton_backend.importlib.metadata, "version", lambda name: version)
     reason = triton_backend._missing_reason()
     assert reason is None if message is None else reason.startswith(message)
+
+
+@pytest.mark.parametrize(("version", "message"), [("3.5.0", "Triton 3.5.0 is too old"), ("3.7.1+rocm", None)])
+def test_triton_of_another_name(monkeypatch, version, message):
+    """ROCm's, Intel's and Windows' Triton is imported as triton and installed as something else: lowbit, CPU and all,
+    must not fail to import there.
+    """
+
+    def unknown(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(triton_backend.importlib.util, "find_spec", lambda name: ModuleSpec(name, None, origin="a.py"))
+    monkeypatch.setattr(triton_backend.importlib.metadata, "version", unknown)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
+    reason = triton_backend._missing_reason()
+    assert reason is None if message is None else reason.startswith(message)
+    monkeypatch.setitem(sys.modules, "triton", None)  # as if it could not be loaded
+    assert triton_backend._missing_reason().startswith("Triton cannot be imported")
 
 
 def test_triton_refuses_an_old_gpu(monkeypatch):
@@ -245,7 +268,14 @@ def test_triton_serves_a_gpu_that_nothing_was_compiled_for(monkeypatch):
         assert lowbit.backends.namespace_for(device_type, "reference") == "lowbit_reference"
 
 
-@needs_native
+#: Those with kernels that would read and write out of bounds.
+CHECKING_OPS = [
+    pytest.param(torch.ops.lowbit, marks=needs_native),
+    pytest.param(torch.ops.lowbit_triton, marks=pytest.mark.interpreted),
+]
+
+
+@pytest.mark.parametrize("ops", CHECKING_OPS, ids=str)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -260,22 +290,22 @@ def test_triton_serves_a_gpu_that_nothing_was_compiled_for(monkeypatch):
         ({5: "nf5"}, "format: expected nf4, fp4 or int8, got nf5"),
         ({6: 48}, "block_size: expected a power of two"),
         ({7: 34}, "packed: expected"),
-        ({7: 2**60}, "out_features: expected sizes whose product fits 63 bits"),
+        ({7: 2**60}, "out_features: expected sizes whose product fits 63 bits|packed: expected"),
         ({8: torch.ones(3)}, "bias: expected 33 elements, got 3"),
         ({9: torch.ones(2, 4)}, "t, lora_b: expected both"),
         ({9: torch.ones(2, 4), 10: torch.ones(33, 5)}, "lora_b: expected 132 elements, got 165"),
     ],
 )
-def test_wrong_direct_calls_raise(change, message):
-    """A wrong call of torch.ops.lowbit must not read out of bounds."""
+def test_wrong_direct_calls_raise(ops, change, message):
+    """A wrong call of an op must not read out of bounds."""
     arguments = [torch.ones(2, 130), *PARTS, 33, None, None, None, 1.0]
     for index, value in change.items():
         arguments[index] = value
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.lowbit.linear(*arguments)
+        ops.linear(*arguments)
 
 
-@needs_native
+@pytest.mark.parametrize("ops", CHECKING_OPS, ids=str)
 @pytest.mark.parametrize(
     ("out", "message"),
     [
@@ -284,10 +314,90 @@ def test_wrong_direct_calls_raise(change, message):
         (torch.empty(33, 130).double(), "out: expected dtype float32, float16 or bfloat16, got float64"),
     ],
 )
-def test_wrong_out_of_a_direct_call_raises(out, message):
+def test_wrong_out_of_a_direct_call_raises(ops, out, message):
     """As above, for what is written."""
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.lowbit.dequantize_out(*PARTS, out)
+        ops.dequantize_out(*PARTS, out)
+
+
+WEIGHT = torch.ones(4, 64)
+GROUPED = lowbit.quantize(make_weight((3, 5, 64)), double_quant=False)
+ENDS = torch.tensor([1, 2, 4], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("ops", CHECKING_OPS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("quantize", (WEIGHT.double(), "nf4", 64), "weight: expected dtype float32, float16 or bfloat16, got float64"),
+        ("quantize", (WEIGHT, "nf5", 64), "format: expected nf4, fp4 or int8, got nf5"),
+        ("quantize", (WEIGHT, "nf4", 8192), "block_size: expected a power of two from 32 to 4096, got 8192"),
+        ("quantize", (WEIGHT, "int8", 63), "block_size: expected 64 .the length of a row. for int8, got 63"),
+        ("quantize_scales", (torch.ones(300), torch.ones(2)), "offset: expected 1 elements, got 2"),
+        ("quantize_scales", (torch.ones(300).half(), torch.ones(1)), "absmax: expected dtype float32, got float16"),
+        ("search_scales", (WEIGHT, torch.ones(3), "nf4", 64), "importance: expected 64 elements, got 3"),
+        ("search_scales", (WEIGHT, None, "int8", 64), "format: expected nf4 or fp4, got int8"),
+        ("encode", (WEIGHT, torch.ones(1), "nf4", 64), "scales: expected 4 elements, got 1"),
+        ("dequantize", (*PARTS, [34, 130], torch.float32), "packed: expected 2210 elements, got 2145"),
+        ("dequantize", (*PARTS, [33, 130], torch.float64), "dtype: expected dtype float32, float16 or bfloat16"),
+        ("linear_grad_input", (torch.ones(2, 32), *PARTS, 130), "packed: expected 2080 elements, got 2145"),
+        ("linear_grad_input", (torch.ones(2, 33), *PARTS, 130, torch.ones(2, 4)), "grad_t, lora_a: expected both"),
+        ("lora_linear", (torch.ones(2, 130), *PARTS, 33, None, torch.ones(4, 129), torch.ones(33, 4), 1.0), "lora_a"),
+        (
+            "grouped_linear",
+            (WEIGHT, *GROUPED.parts(), "nf4", 64, ENDS.long(), 5, None, None, None, 1.0),
+            "expert_ends: expected dtype int32, got int64",
+        ),
+        (
+            "grouped_linear",
+            (WEIGHT, *GROUPED.parts(), "nf4", 64, ENDS[:0], 5, None, None, None, 1.0),
+            "expert_ends: expected the last to be 4, the rows|packed",
+        ),
+        (
+            "grouped_linear",
+            (WEIGHT, *GROUPED.parts(), "nf4", 64, ENDS, 5, torch.ones(14), None, None, 1.0),
+            "bias: expected 15 elements, got 14",
+        ),
+        (
+            "grouped_linear_grad_input",
+            (torch.ones(4, 4), *GROUPED.parts(), "nf4", 64, ENDS, 64),
+            "packed: expected 384 elements, got 480",
+        ),
+    ],
+)
+def test_wrong_direct_calls_of_the_other_ops_raise(ops, name, arguments, message):
+    """As above; nothing of another tensor may end up in a weight, a gradient or a mixture's output."""
+    with pytest.raises(RuntimeError, match=message):
+        getattr(ops, name)(*arguments)
+
+
+def strided(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The same values at every second place of memory."""
+    return None if tensor is None else torch.stack([tensor, tensor], -1)[..., 0]
+
+
+@pytest.mark.parametrize("ops", OPS, ids=str)
+def test_parts_with_strides(ops):
+    """A slice of a larger checkpoint is a weight too: read as if it were contiguous, every scale is another's."""
+    q = lowbit.quantize(make_weight((3, 5, 64)), block_size=32)
+    parts = (*(strided(part) for part in q.parts()), "nf4", 32)
+    contiguous = (*q.parts(), "nf4", 32)
+    x, grad = torch.randn(4, 64), torch.randn(4, 15)
+    dense = ([15, 64], torch.float32)
+    assert torch.equal(ops.dequantize(*parts, *dense), ops.dequantize(*contiguous, *dense))
+    plain = (15, None, None, None, 1.0)
+    assert torch.equal(ops.linear(x, *parts, *plain), ops.linear(x, *contiguous, *plain))
+    assert torch.equal(ops.linear_grad_input(grad, *parts, 64), ops.linear_grad_input(grad, *contiguous, 64))
+    options = (5, strided(torch.ones(3, 5)), strided(torch.ones(4, 2)), strided(torch.ones(3, 5, 2)), 1.0)
+    assert torch.equal(
+        ops.grouped_linear(x, *parts, strided(ENDS), *options), ops.grouped_linear(x, *contiguous, ENDS, *options)
+    )
+    assert torch.equal(
+        ops.grouped_linear_grad_input(grad[:, :5], *parts, strided(ENDS), 64),
+        ops.grouped_linear_grad_input(grad[:, :5], *contiguous, ENDS, 64),
+    )
+    matrices = torch.randn(3, 2, 64)
+    assert torch.equal(ops.grouped_matmul(x, matrices, strided(ENDS)), ops.grouped_matmul(x, matrices, ENDS))
 
 
 def test_self_test_passes_and_can_fail(monkeypatch):

@@ -62,11 +62,15 @@ def use_backend(name: str) -> Iterator[None]:
         _SELECTED.reset(token)
 
 
+#: Devices that there are kernels for, if not in this installation.
+_GPUS = ("cuda", "xpu")
+
+
 def _without_native(device_type: str) -> str:
-    if device_type in ("cuda", "xpu") and triton.missing_reason() is None:
+    if device_type in _GPUS and triton.missing_reason() is None:
         return "triton"
     # Only on a GPU the reference would stand in for kernels that its user expects.
-    expects_native = device_type == "cuda" and native.missing_reason() is None
+    expects_native = device_type in _GPUS and native.missing_reason() is None
     return "native" if expects_native else "reference"
 
 
@@ -88,10 +92,12 @@ def namespace_for(device_type: str, selected: str | None) -> str:
             "and cpu, interpreted, where TRITON_INTERPRET=1 was set before lowbit was imported)"
         )
     if selected == "native" and device_type not in native.DEVICE_TYPES:
-        if device_type == "cuda":
+        if device_type in _GPUS:
+            compiled = native.missing_cuda_reason() if device_type == "cuda" else "compiled are those for CPUs and CUDA"
+            portable = triton.missing_reason() or "use_backend('triton') has some"
             raise RuntimeError(
-                f"no kernels for a CUDA tensor: {native.missing_cuda_reason()}. {triton.missing_reason()}. "
-                "use_backend('reference') serves it, slowly"
+                f"no kernels for a tensor on {device_type!r}: {compiled}. {portable}. use_backend('reference') serves "
+                "it, slowly"
             )
         raise RuntimeError(
             f"backend 'native' has no kernels for device {device_type!r} in this build (it serves: "

@@ -14,6 +14,7 @@ import os
 import sys
 
 import torch
+from torch.torch_version import TorchVersion
 
 #: What torch 2.10 brings along; older ones lack what the kernels use.
 OLDEST_TRITON = (3, 6)
@@ -27,6 +28,7 @@ MODULES = {
     "dequantize": "dequantize",
     "dequantize_out": "dequantize",
     "linear": "linear",
+    "linear_approximate": "linear",
     "lora_linear": "linear",
     "linear_grad_input": "linear_grad_input",
     "grouped_linear": "grouped",
@@ -51,10 +53,18 @@ DEVICE_TYPES = ("cuda", "xpu", "meta", *(("cpu",) if INTERPRETED else ()))
 
 
 def _missing_reason() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:  # any folder of that name would be found, without an origin
         return "Triton is not installed; `pip install triton` (torch for CUDA and ROCm brings it along)"
-    version = importlib.metadata.version("triton")
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        # Distributed under another name: triton-rocm, pytorch-triton-xpu, triton-windows, ...
+        try:
+            version = importlib.import_module("triton").__version__
+        except ImportError as error:
+            return f"Triton cannot be imported ({error}); reinstall torch, or Triton as torch's own instructions say"
+    if TorchVersion(version) < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
         return f"Triton {version} is too old: expected {oldest} or newer; `pip install -U triton`"
     return None
