@@ -1,11 +1,19 @@
 """LOWBIT_TRITON_AUTOTUNE=1: which configurations are measured, when, and what is kept of it. No GPU is needed."""
 
+import contextlib
+import dataclasses
 import json
+import os
+import pathlib
+import stat
 
 import pytest
 import torch
-from conftest_triton import compiled_only, function, launches, tensor, weight
+from conftest_triton import compiled_only, function, interpreted, launches, tensor, weight
+from triton.compiler.errors import CompilationError, CompileTimeAssertionFailure
+from triton.runtime.errors import OutOfResources, PTXASError
 
+import lowbit
 from lowbit.backends.triton import shapes_backward
 from lowbit.backends.triton import shapes_forward as shapes
 from lowbit.backends.triton.gpu import Gpu
@@ -23,11 +31,30 @@ def autotune(monkeypatch, tmp_path):
     from lowbit.backends.triton import autotune
 
     monkeypatch.setattr(autotune, "WANTED", True)
-    monkeypatch.setattr(autotune, "cache_path", lambda: tmp_path / "cache" / "found.json")
+    monkeypatch.setattr(autotune, "INTERPRETED", False)
+    monkeypatch.setattr(autotune, "cache_folder", lambda: tmp_path / "cache" / "found")
     monkeypatch.setattr(autotune, "measure", lambda run: run())
-    autotune._found.cache_clear()
-    yield autotune
-    autotune._found.cache_clear()
+    monkeypatch.setattr(autotune, "_KNOWN", {})
+    return autotune
+
+
+@contextlib.contextmanager
+def process(autotune, known: dict | None = None):
+    """As in another process, which knows only ``known`` (nothing, if it is new) and what it reads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autotune, "_KNOWN", {} if known is None else known)
+        yield
+
+
+def search(autotune, problem=PROBLEM, best=3):
+    """The chosen configuration, where that with ``best`` stages is the fastest."""
+    return autotune.chosen("linear", problem, A100, CONFIGS, lambda config: abs(config.stages - best))
+
+
+def kept(autotune, problem=PROBLEM):
+    """What a new process chooses, which must not measure."""
+    with process(autotune):
+        return autotune.chosen("linear", problem, A100, CONFIGS, lambda config: pytest.fail("measured"))
 
 
 def test_keeps_the_fastest(autotune):
@@ -36,35 +63,147 @@ def test_keeps_the_fastest(autotune):
     run = lambda config: measured.append(config) or abs(config.stages - 3)  # noqa: E731
     assert autotune.chosen("linear", PROBLEM, A100, CONFIGS, run) == CONFIGS[1]
     assert measured == CONFIGS
-    autotune._found.cache_clear()
-    assert autotune.chosen("linear", PROBLEM, A100, CONFIGS, run) == CONFIGS[1]
+    with process(autotune):
+        assert autotune.chosen("linear", PROBLEM, A100, CONFIGS, run) == CONFIGS[1]
     assert autotune.chosen("linear", PROBLEM, H100, CONFIGS[:1], run) == CONFIGS[0]
     assert len(measured) == 4
-    assert [path.name for path in autotune.cache_path().parent.iterdir()] == ["found.json"]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}'])
+def test_reads_a_file_once(autotune):
+    """Every product of every layer asks: from the second time on it must not cost a look at the disk."""
+    search(autotune)
+    with process(autotune):
+        assert search(autotune) == CONFIGS[1]
+        for path in autotune.cache_folder().iterdir():
+            path.unlink()
+        assert search(autotune, best=4) == CONFIGS[1]
+
+
+def test_processes_keep_each_others_finds(autotune):
+    """Two that tune at the same time, a training run on each GPU: else the later to write drops what the other found,
+    and every start searches again.
+    """
+    wider = dataclasses.replace(PROBLEM, n=128)
+    first, second = {}, {}
+    for known, problem, best in ((first, PROBLEM, 3), (second, wider, 4)):
+        with process(autotune, known):
+            assert search(autotune, problem, best).stages == best
+    assert (kept(autotune), kept(autotune, wider)) == (CONFIGS[1], CONFIGS[2])
+    with process(autotune, first):
+        assert search(autotune, wider, best=2) == CONFIGS[2]  # what the other has found is used while both run
+
+
+BROKEN = {
+    "half of it": b'{"key": "linear',
+    "a list": b"[]",
+    "no key": b'{"config": {}}',
+    "another key": b'{"key": "another", "config": {}}',
+    "no fields": b'{"key": "KEY", "config": 3}',
+    "deeply nested": b"[" * 200_000,
+    "binary": b"\xff\xfe\x00",
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
 def test_searches_again_after_a_broken_file(autotune, content):
     """A half-written or foreign file must cost a search, not the training run."""
-    autotune.cache_path().parent.mkdir()
-    autotune.cache_path().write_text(content)
-    with pytest.warns(UserWarning, match="found.json: cannot be read"):
-        assert autotune.chosen("linear", PROBLEM, A100, CONFIGS, lambda config: config.stages) == CONFIGS[0]
-    assert len(json.loads(autotune.cache_path().read_text())) == 1
+    search(autotune)
+    (path,) = autotune.cache_folder().iterdir()
+    path.write_bytes(content.replace(b"KEY", json.loads(path.read_text())["key"].encode()))
+    with process(autotune), pytest.warns(UserWarning, match=f"{path.name}: cannot be read"):
+        assert search(autotune, best=4) == CONFIGS[2]
+    assert kept(autotune) == CONFIGS[2]
 
 
-def test_passes_over_what_does_not_run(autotune):
-    """A configuration that a GPU has too little shared memory for is no reason to stop."""
-    from triton.runtime.errors import OutOfResources
+def test_searches_again_for_a_configuration_that_is_no_more(autotune):
+    """A file that an older version wrote: its fields, or their values, may be none of this one's."""
+    search(autotune)
+    (path,) = autotune.cache_folder().iterdir()
+    path.write_text(path.read_text().replace('"stages": 3', '"stages": 9'))
+    with process(autotune):
+        assert search(autotune, best=4) == CONFIGS[2]
+    assert kept(autotune) == CONFIGS[2]
+
+
+@pytest.mark.parametrize("fails", [(os, "replace"), (pathlib.Path, "write_text")], ids=["replace", "write"])
+def test_a_failed_write_leaves_nothing(autotune, monkeypatch, fails):
+    """On a full or odd disk each new shape would leave one more file behind; and the search itself must not be lost."""
+    owner, name = fails
+
+    def refuse(path, *rest):
+        pathlib.Path(path).touch()  # a disk may be full after half of it was written
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, refuse)
+        with pytest.warns(UserWarning, match="cannot be written .no space left"):
+            assert search(autotune) == CONFIGS[1]
+    assert list(autotune.cache_folder().iterdir()) == []
+    assert search(autotune, best=4) == CONFIGS[1]
+
+
+def test_a_folder_that_cannot_be_is_no_error(autotune):
+    """A cache directory on a read-only disk must not end a training run."""
+    autotune.cache_folder().parent.write_text("a file in its place")
+    with pytest.warns(match="cannot be read"), pytest.warns(match="cannot be written"):
+        assert search(autotune) == CONFIGS[1]
+
+
+def test_others_may_read_what_is_kept(autotune):
+    """A cache directory that users of a machine share: a file of mode 0600 is a warning and a search for all others."""
+    mask = os.umask(0o022)
+    try:
+        search(autotune)
+    finally:
+        os.umask(mask)
+    (path,) = autotune.cache_folder().iterdir()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+DO_NOT_RUN = [
+    OutOfResources(2, 1, "shared memory"),
+    CompilationError(None, None, "no such tile"),
+    CompileTimeAssertionFailure(None, None, "no such tile"),
+    PTXASError("ptxas fatal"),
+]
+
+
+@pytest.mark.parametrize("error", DO_NOT_RUN, ids=lambda error: type(error).__name__)
+def test_passes_over_what_does_not_run(autotune, error):
+    """A configuration that a GPU has too little shared memory for, or that a compiler refuses, is no reason to stop."""
 
     def run(config):
         if config.stages < 4:
-            raise OutOfResources(2, 1, "shared memory")
+            raise error
         return 1.0
 
     assert autotune.chosen("linear", PROBLEM, A100, CONFIGS, run) == CONFIGS[2]
     with pytest.raises(RuntimeError, match="none of 2 configurations"):
         autotune.chosen("linear", PROBLEM, H100, CONFIGS[:2], run)
+
+
+def test_other_errors_are_told(autotune):
+    """A fault of the kernel, such as an illegal address, must not be hidden as a slow configuration."""
+
+    def run(config):
+        raise RuntimeError("an illegal memory access")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        autotune.chosen("linear", PROBLEM, A100, CONFIGS, run)
+
+
+@interpreted
+def test_nothing_is_measured_by_the_interpreter(monkeypatch):
+    """There is no GPU, whose driver a measurement asks for: the variable set for all runs would end those on a CPU."""
+    from lowbit.backends.triton import autotune
+
+    monkeypatch.setattr(autotune, "WANTED", True)
+    monkeypatch.setattr(autotune, "measure", lambda run: pytest.fail("measured"))
+    eye = torch.eye(64)
+    with lowbit.use_backend("triton"):
+        y = lowbit.linear(eye.bfloat16(), lowbit.quantize(eye, double_quant=False))
+    assert torch.equal(y, eye.bfloat16())
 
 
 def test_measures_nothing_while_a_graph_is_made(autotune, monkeypatch):
@@ -103,9 +242,8 @@ def test_every_product_is_tuned(autotune, monkeypatch, name):
     monkeypatch.setattr(autotune, "measure", lambda run: run() or next(times))
     with launches("sm_80") as made:
         function(name)(*operands(name))
-    ((key, kept),) = json.loads(autotune.cache_path().read_text()).items()
-    assert key == f"{name} {problem} {A100}"
-    assert kept == vars(expected[-1])
+    (path,) = autotune.cache_folder().iterdir()
+    assert json.loads(path.read_text()) == {"key": f"{name} {problem} {A100}", "config": vars(expected[-1])}
     kernels = [launch for launch in made if "SPLITS" not in launch.values or "packed" in launch.values]
     assert len(kernels) == len(expected) + 1  # each configuration once, then the fastest
 

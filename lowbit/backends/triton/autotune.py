@@ -2,53 +2,72 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
-import tempfile
+import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import triton
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
+from . import INTERPRETED
 from .launch import is_traced
 
 #: Without it nothing is ever measured: the first, best predicted configuration runs.
 WANTED = os.environ.get("LOWBIT_TRITON_AUTOTUNE", "0") == "1"
 
+#: What a configuration is passed over for, as Triton's own autotuner does (of CompilationError: a failed assertion).
+_DOES_NOT_RUN = (OutOfResources, CompilationError, PTXASError)
 
-def cache_path() -> Path:
-    """The file of what was found, in Triton's own cache directory."""
-    return Path(triton.knobs.cache.dir) / "lowbit-autotune.json"
+#: By key the fields of its configuration: what this process has found, or read once.
+_KNOWN: dict[str, dict] = {}
 
 
-@functools.cache
-def _found() -> dict[str, dict]:
-    """By shape the fields of its configuration; what is read once is then kept up by ``_keep``."""
-    path = cache_path()
+def cache_folder() -> Path:
+    """Where finds are kept, in Triton's own cache directory."""
+    return Path(triton.knobs.cache.dir) / "lowbit-autotune"
+
+
+def _path(key: str) -> Path:
+    """A file for each key: processes that tune at the same time have nothing to merge, and none to lose."""
+    return cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+
+
+def _kept(key: str) -> dict | None:
+    """The fields of what was found for ``key``, by whichever process."""
+    if key in _KNOWN:
+        return _KNOWN[key]
+    path = _path(key)
     try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict) or not all(isinstance(fields, dict) for fields in found.values()):
-            raise ValueError("expected an object of objects")
-        return found
+        kept = json.loads(path.read_text())
+        if not isinstance(kept, dict) or kept.get("key") != key or not isinstance(kept.get("config"), dict):
+            raise ValueError(f"expected the key {key!r} and its config")
     except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
+        return None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: also of JSON's syntax, and of what is no text
         warnings.warn(f"{path}: cannot be read ({error}); configurations are searched again", stacklevel=2)
-        return {}
+        return None
+    _KNOWN[key] = kept["config"]
+    return kept["config"]
 
 
 def _keep(key: str, config) -> None:
-    """Written beside the file and renamed: a reader, or another process that writes, never sees half of it."""
-    found = _found()
-    found[key] = dataclasses.asdict(config)
-    path = cache_path()
+    """Written beside its file and renamed: a reader never sees half of it."""
+    _KNOWN[key] = dataclasses.asdict(config)
+    path = _path(key)
+    own = path.with_suffix(f".{uuid.uuid4().hex}")  # not by pid: threads share one, and so may containers
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-            json.dump(found, file, indent=1)
-        os.replace(file.name, path)
+        try:
+            own.write_text(json.dumps({"key": key, "config": _KNOWN[key]}, indent=1))
+            os.replace(own, path)
+        finally:
+            own.unlink(missing_ok=True)
     except OSError as error:
         warnings.warn(f"{path}: cannot be written ({error}); what was found lasts as long as the process", stacklevel=2)
 
@@ -61,13 +80,14 @@ def _may_measure() -> bool:
 def chosen(operation: str, problem, gpu, configs: Sequence, run: Callable):
     """The first of ``configs`` (dataclasses); where tuning is wanted, the one with which ``run(config)`` is fastest.
 
-    Measured once for a ``problem`` on a ``gpu``, where it can be. What does not compile or fit is passed over; an error
-    if that is all of them.
+    Measured once for a ``problem`` on a ``gpu``. What does not compile or fit is passed over; an error if that is all
+    of them. Under torch.compile and in the capture of a CUDA graph nothing is measured: what an eager call found before
+    is used, else the first. So call once eagerly. Triton's interpreter, which has no GPU to measure, takes the first.
     """
-    if not WANTED:
+    if INTERPRETED or not WANTED:
         return configs[0]
     key = f"{operation} {problem} {gpu}"
-    kept = _found().get(key)
+    kept = _kept(key)
     for config in configs:
         if kept == dataclasses.asdict(config):
             return config
@@ -77,7 +97,7 @@ def chosen(operation: str, problem, gpu, configs: Sequence, run: Callable):
     for position, config in enumerate(configs):
         try:
             times[position] = measure(functools.partial(run, config))
-        except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
+        except _DOES_NOT_RUN:
             continue
     if not times:
         raise RuntimeError(f"{key}: none of {len(configs)} configurations runs on this GPU")
