@@ -8,11 +8,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bindings.h"
@@ -211,6 +213,10 @@ void dequantize_out(Tensor packed, Tensor absmax, std::optional<Tensor> group_sc
   launch(lowbit::cuda::dequantize, {view(weight), float_data(out, dtype, "out"), dtype}, "dequantize_out");
 }
 
+Tensor converted(const Tensor& tensor, ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+}
+
 // A small operand (bias, t, lora_b, ...), contiguous; its reader says in which dtype.
 class Operand {
  public:
@@ -224,27 +230,14 @@ class Operand {
   // For a kernel, while this lives; null where there is none.
   const float* fp32() {
     if (!tensor_) return nullptr;
-    tensor_ = as(ScalarType::Float);
+    tensor_ = converted(*tensor_, ScalarType::Float);
     return aligned(pointer<float>(*tensor_), name_);
   }
 
-  Tensor as(ScalarType type) const { return converted(*tensor_, type); }
-
-  // Multiplied in fp32, then rounded to `type`. (The stable ABI passes no Scalar to torch's mul.)
-  Tensor scaled(double factor, ScalarType type) const {
-    if (factor == 1) return as(type);
-    const int64_t one = 1;
-    const Tensor zero = torch::stable::new_zeros(*tensor_, IntHeaderOnlyArrayRef(&one, 1), ScalarType::Float);
-    return converted(torch::stable::subtract(zero, *tensor_, -factor), type);
-  }
-
+  const Tensor& operator*() const { return *tensor_; }
   explicit operator bool() const { return tensor_.has_value(); }
 
  private:
-  static Tensor converted(const Tensor& tensor, ScalarType type) {
-    return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
-  }
-
   const char* name_;
   std::optional<Tensor> tensor_;
 };
@@ -253,14 +246,44 @@ Tensor reshaped(const Tensor& tensor, const std::vector<int64_t>& sizes) {
   return torch::stable::view(tensor, IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
 }
 
+// An op of torch that takes no Scalar: the stable ABI passes none.
+template <class... Args>
+Tensor torch_op(const char* name, const char* overload, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);  // the result is ours to release
+}
+
+Tensor number(double value, const Tensor& like) {
+  return torch::stable::fill_(empty(like, 1, ScalarType::Float), value);
+}
+
+// low[m, rank] and up[n, rank], whose product becomes that times scaling, rounded to `type` for cuBLAS. Only fp16 has
+// too small a range for low, whose size is x's or the loss scale's: there the other factor, which is small, takes over
+// what of it is beyond 2^15, and a large scaling. (As lowbit/backends/triton/operands.py does it.)
+std::pair<Tensor, Tensor> rounded_factors(Tensor low, Tensor up, ScalarType type, double scaling) {
+  if (scaling != 1) low = torch_op("aten::mul", "Tensor", low, number(scaling, low));
+  if (type == ScalarType::Half) {
+    low = converted(low, ScalarType::Float);
+    // Per component of the rank. What is not finite stays so in its own row, and does not count for the others. At most
+    // 2^15: up, below 2 in any LoRA, would be infinite for all rows because of one far beyond fp16.
+    const std::optional<double> zero = 0;
+    const Tensor finite = torch_op("aten::nan_to_num", "", low, zero, zero, zero);
+    const Tensor largest = torch::stable::amax(torch_op("aten::abs", "", finite), 0);
+    const std::optional<Tensor> least = number(std::max(1., std::abs(scaling)), low), most = number(0x1p15, low);
+    const Tensor moved =
+        torch_op("aten::clamp", "Tensor", torch_op("aten::mul", "Tensor", largest, number(0x1p-15, low)), least, most);
+    low = torch_op("aten::div", "Tensor", low, moved);
+    up = torch_op("aten::mul", "Tensor", up, moved);
+  }
+  return {converted(low, type), converted(up, type)};
+}
+
 // out[m, n] = x[m, k] w[n, k]^T (+ addend) by cuBLAS: an addmm where there is an addend, which is a bias [n], or [m, n]
 // and may be out. (An op that is given its result: autocast, which may be on in a backward, changes the dtypes of the
 // others.)
 void multiply(const Tensor& x, const Tensor& w, const std::optional<Tensor>& addend, const Tensor& out) {
-  std::array<StableIValue, 4> stack{torch::stable::detail::from(x), torch::stable::detail::from(w),
-                                    torch::stable::detail::from(addend), torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // the result is ours to release
+  torch_op("aten::linear", "out", x, w, addend, out);
 }
 
 Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> group_scales, std::optional<Tensor> offset,
@@ -315,16 +338,14 @@ Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> grou
     }
   }
 
-  // LoRA's product first, into y: that of x adds it to its own fp32 sums. Its factors are rounded to x's dtype, so a
-  // large scaling multiplies lora_b, which is small, and not t, whose size is x's and which fp16 would not hold then.
-  // A small one multiplies t: lora_b would lose bits among the subnormal numbers of fp16.
+  // LoRA's product first, into y: that of x adds it to its own fp32 sums.
   const Tensor out = reshaped(y, {m, n});
   std::optional<Tensor> addend;
-  if (bias_operand) addend = bias_operand.as(type);
+  if (bias_operand) addend = converted(*bias_operand, type);
   if (t_operand && rank > 0) {
-    const bool large = std::abs(scaling) > 1;
-    multiply(reshaped(t_operand.scaled(large ? 1 : scaling, type), {m, rank}),
-             reshaped(lora_b_operand.scaled(large ? scaling : 1, type), {n, rank}), addend, out);
+    const auto [low, up] =
+        rounded_factors(reshaped(*t_operand, {m, rank}), reshaped(*lora_b_operand, {n, rank}), type, scaling);
+    multiply(low, up, addend, out);
     addend = out;
   }
   const int64_t weight_sizes[] = {n, k};
@@ -362,8 +383,9 @@ Tensor linear_grad_input(Tensor grad, Tensor packed, Tensor absmax, std::optiona
     const Tensor out = reshaped(grad_x, {m, k});
     std::optional<Tensor> addend;
     if (rank > 0) {
-      const Tensor lora_a_rows = reshaped(lora_a_operand.as(type), {rank, k});
-      multiply(reshaped(grad_t_operand.as(type), {m, rank}), torch::stable::transpose(lora_a_rows, 0, 1), {}, out);
+      const Tensor lora_a_columns = torch::stable::transpose(reshaped(*lora_a_operand, {rank, k}), 0, 1);
+      const auto [low, up] = rounded_factors(reshaped(*grad_t_operand, {m, rank}), lora_a_columns, type, 1);
+      multiply(low, up, {}, out);
       addend = out;
     }
     multiply(reshaped(source, {m, n}), torch::stable::transpose(dense, 0, 1), addend, out);

@@ -226,6 +226,14 @@ def test_lora_in_the_range_of_fp16(scaling, lora_dtype):
         assert kernel in check_linear(rows, 24, 128, torch.float16, **lora)
 
 
+@pytest.mark.parametrize("size", [1e5, 1e7])
+@pytest.mark.parametrize("scaling", [0.7, 16.0])
+def test_t_beyond_the_range_of_fp16(scaling, size):
+    """t is fp32, and where its product with a small lora_b is an fp16, an infinite output would end the training."""
+    for rows, k, kernel in ((3, 128, "gemv"), (20, 128, "gemm"), (260, 128, "dequantize"), (20, 70, "dequantize")):
+        assert kernel in check_linear(rows, 24, k, torch.float16, scaling=scaling, sizes=(size, 30 / size))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_linear_without_lora(double_quant, dtype):
@@ -329,6 +337,37 @@ def test_linear_grad_input_with_lora(dtype, lora_dtype):
         out = run("linear_grad_input", grad, *parts, k, grad_t, lora_a)
         assert name in launchers().launches[-1].kernel
         assert_grad_input_is_right(out, grad, parts, k, grad_t, lora_a)
+
+
+@pytest.mark.parametrize("size", [1e5, 1e7])
+def test_grad_t_beyond_the_range_of_fp16(size):
+    """grad_t holds scaling times the loss scale: with it rounded to inf, every step would be skipped."""
+    parts = (*REFERENCE.quantize(make_weight((40, 96)), "nf4", 32), None, None, "nf4", 32)
+    generator = torch.Generator().manual_seed(0)
+    lora_a = torch.randn(5, 96, generator=generator) * 30 / size
+    for rows, name in ((3, "grad_input"), (250, "dequantize")):
+        grad = torch.randn(rows, 40, generator=generator).half()
+        grad_t = torch.randn(rows, 5, generator=generator) * size
+        out = run("linear_grad_input", grad, *parts, 96, grad_t, lora_a)
+        assert name in launchers().launches[-1].kernel
+        assert_grad_input_is_right(out, grad, parts, 96, grad_t, lora_a)
+
+
+@pytest.mark.parametrize(("bad", "size"), [(float("inf"), 4.0), (float("nan"), 1e5), (1e30, 4.0)])
+def test_rows_of_fp16_are_apart(bad, size):
+    """A row that went wrong, or far out of range, must not spoil those of other sequences in the batch."""
+    parts = (*REFERENCE.quantize(make_weight((16, 64)), "nf4", 64), None, None, "nf4", 64)
+    x, _, t, lora_b = operands(300, 16, 64, 4, torch.float16, torch.float32)
+    grad, _, _, lora_a = operands(300, 64, 16, 4, torch.float16, torch.float32)
+    t *= size
+    t[1, 0] = bad
+    forward = (x, *parts, 16, None, t, lora_b / size, 0.7)
+    backward = (grad, *parts, 64, t, lora_a.T.contiguous() / size)
+    for op, arguments in (("linear", forward), ("linear_grad_input", backward)):
+        out = run(op, *arguments)
+        assert "dequantize" in launchers().launches[-1].kernel
+        assert not out[1].isfinite().any() and out[0].isfinite().all() and out[2:].isfinite().all()
+        torch.testing.assert_close(out, getattr(REFERENCE, op)(*arguments), rtol=2e-3, atol=0.03, equal_nan=True)
 
 
 @pytest.mark.parametrize(

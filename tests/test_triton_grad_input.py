@@ -119,6 +119,40 @@ def test_decodes_what_the_kernel_does_not_take(m, n, k, rank, dtype):
 
 
 @interpreted
+@pytest.mark.parametrize(("m", "n", "k"), [(600, 8, 64), (3, 7, 65)])
+@pytest.mark.parametrize("size", [1.0, 1e5, 1e7])
+def test_decoded_fp16_holds_a_large_grad_t(m, n, k, size):
+    """grad_t holds scaling times the loss scale: with it rounded to inf, every step would be skipped."""
+    parts = quantized((n, k), "nf4", 64, True)
+    grad, grad_t, lora_a = operands(m, n, k, 8, torch.float16)
+    grad_t[:, ::2] *= size
+    lora_a[::2] *= 30 / size
+    assert_right(interpret(grad, parts, k, grad_t, lora_a), grad, parts, grad_t, lora_a)
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize(("m", "n", "k"), [(600, 8, 64), (3, 7, 65)])
+@pytest.mark.parametrize(
+    ("bad", "of_t", "of_a"),
+    [(float("inf"), 1.0, 10.0), (float("nan"), 1.0, 10.0), (float("nan"), 1e5, 1e-3), (1e30, 1.0, 0.5)],
+)
+def test_decoded_fp16_rows_are_apart(m, n, k, bad, of_t, of_a):
+    """A gradient that overflowed has to be seen where it did, and nowhere else."""
+    parts = quantized((n, k), "nf4", 64, True)
+    grad, grad_t, lora_a = operands(m, n, k, 8, torch.float16)
+    grad_t, lora_a = grad_t * of_t, lora_a * of_a
+    wrong = grad_t.clone()
+    wrong[1, 0] = bad
+    out = interpret(grad, parts, k, wrong, lora_a)
+    expected = reference.linear_grad_input(grad, *parts, k, wrong, lora_a)
+    assert not out[1].isfinite().any()
+    assert torch.equal(out[1].nan_to_num(), expected[1].nan_to_num())
+    out[1] = interpret(grad, parts, k, grad_t, lora_a)[1]
+    assert_right(out, grad, parts, grad_t, lora_a)
+
+
+@interpreted
 @pytest.mark.parametrize("lora_dtype", DTYPES)
 def test_strides_and_leading_dimensions(lora_dtype):
     """Gradients come as views of anything; operands read as if they were contiguous would be other numbers."""

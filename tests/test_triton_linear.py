@@ -173,6 +173,39 @@ def test_fp16_holds_what_is_scaled(scaling):
 
 
 @interpreted
+@pytest.mark.parametrize("shape", [(600, 8, 64), (3, 7, 65)])
+@pytest.mark.parametrize("scaling", [0.7, 16.0])
+@pytest.mark.parametrize("size", [1.0, 1e5, 1e7])
+def test_decoded_fp16_holds_a_large_t(shape, scaling, size):
+    """t is fp32, and where its product with a small lora_b is an fp16, an infinite output would end the training."""
+    case = Case(*shape, torch.float16, scaling=scaling)
+    case.t[:, ::2] *= size
+    case.lora_b[:, ::2] *= 30 / size
+    case.check_decoded(triton_linear(case))
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("shape", [(600, 8, 64), (3, 7, 65)])
+@pytest.mark.parametrize(
+    ("bad", "of_t", "of_b"),
+    [(float("inf"), 1.0, 10.0), (float("nan"), 1.0, 10.0), (float("nan"), 1e5, 1e-3), (1e30, 1.0, 0.5)],
+)
+def test_decoded_fp16_rows_are_apart(shape, bad, of_t, of_b):
+    """A token that went wrong, or far out of range, must not spoil those of other sequences in the batch."""
+    case = Case(*shape, torch.float16)
+    case.t *= of_t
+    case.lora_b *= of_b
+    right, good = triton_linear(case), case.t[1, 0].item()
+    case.t[1, 0] = bad
+    y, expected = triton_linear(case), torch.ops.lowbit_reference.linear(*case.arguments())
+    assert not y[1].isfinite().any()
+    assert torch.equal(y[1].nan_to_num(), expected[1].nan_to_num())
+    case.t[1, 0], y[1] = good, right[1]
+    case.check_decoded(y)
+
+
+@interpreted
 @pytest.mark.parametrize("shape", [(0, 8, 64), (3, 0, 64), (3, 4, 0)])
 def test_empty(shape):
     """A batch without tokens is normal; k = 0 leaves LoRA and bias."""

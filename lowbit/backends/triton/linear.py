@@ -10,7 +10,16 @@ from .constants import scale_map
 from .gpu import gpu_of
 from .grid import expert_of_tile, row_tile_count, tile_position
 from .launch import launch
-from .operands import check_dimensions, check_size, checked, lora_factors, optional, rows_of_floats, weight_of
+from .operands import (
+    check_dimensions,
+    check_size,
+    checked,
+    lora_factors,
+    optional,
+    rounded_factors,
+    rows_of_floats,
+    weight_of,
+)
 from .shapes import Problem, rows_of
 from .splits import add_splits
 from .tiles_forward import add_lora, contract_four_bits, contract_int8, store_tile
@@ -169,10 +178,7 @@ def _decoded(x, packed, absmax, group_scales, offset, format, block_size, n, bia
     """torch's product of x [m, k] and the decoded weight; LoRA's product first, which torch then adds in its sums."""
     addend = None if bias is None else bias.to(x.dtype)
     if t is not None:
-        # A large scaling multiplies lora_b, which is small, and not t, whose size is x's and which fp16 would not hold.
-        of_t, of_b = (1.0, scaling) if abs(scaling) > 1 else (scaling, 1.0)
-        t, lora_b = ((factor.float() * by).to(x.dtype) for factor, by in ((t, of_t), (lora_b, of_b)))
-        addend = functional.linear(t, lora_b, addend)
+        addend = functional.linear(*rounded_factors(t, lora_b, x.dtype, scaling), addend)
     weight = torch.ops.lowbit_triton.dequantize.default(
         packed, absmax, group_scales, offset, format, block_size, [n, x.shape[1]], x.dtype
     )

@@ -12,7 +12,7 @@ from .constants import scale_map
 from .gpu import gpu_of
 from .grid import expert_of_tile, row_tile_count, tile_position
 from .launch import launch
-from .operands import check_size, lora_factors, rows_of_floats, weight_of
+from .operands import check_size, lora_factors, rounded_factors, rows_of_floats, weight_of
 from .rounding import DTYPES, round_to
 from .shapes import Problem, rows_of
 from .splits import add_splits
@@ -181,7 +181,8 @@ def _decoded(grad, packed, absmax, group_scales, offset, format, block_size, gra
     )
     if grad_t is None:
         return grad @ weight
-    return torch.addmm(grad_t.to(grad.dtype) @ lora_a.to(grad.dtype), grad, weight)
+    grad_t, a_columns = rounded_factors(grad_t, lora_a.T, grad.dtype)
+    return torch.addmm(grad_t @ a_columns.T, grad, weight)
 
 
 def linear_grad_input(
