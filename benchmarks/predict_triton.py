@@ -27,6 +27,8 @@ LORA_RANK = 16
 EXPERTS, EXPERTS_OF_TOKEN = 8, 2
 #: The arguments of a kernel that hold a matrix of each expert, of which those without tokens are not read.
 _STACKS = ("packed", "absmax", "group_scales")
+#: Kernels that only prepare operands of torch's product, small beside it.
+_PREPARING = ("rounded_factors_kernel",)
 
 
 def _x(*shape: int) -> torch.Tensor:
@@ -92,7 +94,7 @@ def launched(gpu: Gpu, operation: str, m: int, n: int, k: int) -> tuple[Launch, 
     """What the backend launches on a GPU; nothing where it decodes W and leaves the product to torch."""
     with launches(gpu.arch, gpu.processors) as made:
         OPERATIONS[operation].call(m, n, k)
-    return tuple(made)
+    return tuple(launch for launch in made if launch.kernel.__name__ not in _PREPARING)
 
 
 def is_available() -> bool:

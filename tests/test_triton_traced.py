@@ -67,11 +67,19 @@ def half(*shape: int) -> torch.Tensor:
 CALLS = {
     "linear": (OPS.linear, (half(5, 128), *WEIGHT, 64, None, torch.randn(5, 4), torch.randn(64, 4), 0.5)),
     "linear of many rows": (OPS.linear, (half(999, 128), *WEIGHT, 64, None, None, None, 1.0)),
+    "linear of many rows with LoRA": (
+        OPS.linear,
+        (half(999, 128), *WEIGHT, 64, None, torch.randn(999, 4), torch.randn(64, 4), 0.5),
+    ),
     "linear_grad_input of many rows": (OPS.linear_grad_input, (half(999, 64), *WEIGHT, 128)),
     "linear_grad_input": (OPS.linear_grad_input, (half(5, 64), *WEIGHT, 128)),
     "linear_grad_input with LoRA": (
         OPS.linear_grad_input,
         (half(70, 64), *WEIGHT, 128, torch.randn(70, 4), torch.randn(4, 128)),
+    ),
+    "linear_grad_input of many rows with LoRA": (
+        OPS.linear_grad_input,
+        (half(999, 64).half(), *WEIGHT, 128, torch.randn(999, 4), torch.randn(4, 128)),
     ),
 }
 
@@ -90,8 +98,9 @@ def test_launches_are_seen(gpu_driver, name):
     names = [str(node.target) for node in nodes if node.op == "call_function"]
     opaque = [n for n in names if n.startswith("lowbit_triton") and "scale_map" not in n and "dequantize" not in n]
     assert not opaque, opaque
-    if "many rows" not in name:
-        assert "triton_kernel_wrapper_functional" in names
+    decoded = "many rows" in name
+    assert names.count("triton_kernel_wrapper_functional") == (not decoded or "LoRA" in name)
+    assert ("lowbit_triton.dequantize.default" in names) == decoded
     assert names.count("lowbit_triton.scale_map.default") <= 1
     (output,) = [node for node in nodes if node.op == "output"]
     assert len(output.args[0]) == 1, "a weight is written to"

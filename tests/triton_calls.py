@@ -166,6 +166,13 @@ for block_size in (32, 4096):
         detail=f"LoRA, blocks of {block_size}",
     )
 add("linear_grad_input", tensor(33, 70), *weight((70, 64), "nf4"), 64, detail="narrow")
+# Decoded first, where LoRA's factors are rounded by a kernel.
+for dtype, often in ((torch.float16, True), (torch.bfloat16, False), (torch.float32, False)):
+    many, lora = weight((4096, 4100), "nf4"), (tensor(512, 16), tensor(4096, 16, dtype=torch.bfloat16), 0.5)
+    detail = f"LoRA of {name_of(dtype)}, decoded first"
+    add("linear", tensor(512, 4100, dtype=dtype), *many, 4096, None, *lora, detail=detail, every_run=often)
+    lora = (tensor(512, 16), tensor(16, 4100))
+    add("linear_grad_input", tensor(512, 4096, dtype=dtype), *many, 4100, *lora, detail=detail, every_run=often)
 for dtype, lora_dtype in ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32,) * 2):
     many, ends = tensor(4096, 1024, dtype=dtype), tensor(8, dtype=torch.int32)
     detail, often = f"{name_of(dtype)} by {name_of(lora_dtype)}", dtype != lora_dtype

@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from . import PORTABLE, autotune, shapes_forward
 from .constants import scale_map
+from .factors import rounded_factors
 from .gpu import gpu_of
 from .grid import expert_of_tile, row_tile_count, tile_position
 from .launch import launch
@@ -16,7 +17,6 @@ from .operands import (
     checked,
     lora_factors,
     optional,
-    rounded_factors,
     rows_of_floats,
     weight_of,
 )

@@ -9,10 +9,11 @@ import triton.language as tl
 
 from . import PORTABLE, autotune, shapes_backward
 from .constants import scale_map
+from .factors import rounded_factors
 from .gpu import gpu_of
 from .grid import expert_of_tile, row_tile_count, tile_position
 from .launch import launch
-from .operands import check_size, lora_factors, rounded_factors, rows_of_floats, weight_of
+from .operands import check_size, lora_factors, rows_of_floats, weight_of
 from .rounding import DTYPES, round_to
 from .shapes import Problem, rows_of
 from .splits import add_splits

@@ -119,22 +119,3 @@ def expert_ends_of(expert_ends: torch.Tensor, rows: int, like: torch.Tensor) -> 
     if rows and not expert_ends.numel():
         raise wrong("expert_ends", f"the last to be {rows}, the rows", "no experts")
     return checked("expert_ends", expert_ends, expert_ends.numel(), like, torch.int32)
-
-
-def rounded_factors(
-    low: torch.Tensor, up: torch.Tensor, dtype: torch.dtype, scaling: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(low [m, rank], up [n, rank]) in ``dtype``, whose product low up^T is scaling times that of the given ones.
-
-    Only fp16 has too small a range for low, whose size is x's or the loss scale's: there the other factor, which is
-    small, takes over what of it is beyond 2^15, and a large scaling.
-    """
-    if scaling != 1:
-        low = low.float() * scaling
-    if dtype == torch.float16:
-        # Per component of the rank. What is not finite stays so in its own row, and does not count for the others. At
-        # most 2^15: up, below 2 in any LoRA, would be infinite for all rows because of one far beyond fp16.
-        largest = torch.linalg.vector_norm(low.float().nan_to_num(0.0, 0.0, 0.0), math.inf, 0)
-        moved = (largest / 2**15).clamp(max(1.0, abs(scaling)), 2.0**15)
-        low, up = low / moved, up * moved
-    return low.to(dtype), up.to(dtype)
