@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -246,44 +245,33 @@ Tensor reshaped(const Tensor& tensor, const std::vector<int64_t>& sizes) {
   return torch::stable::view(tensor, IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
 }
 
-// An op of torch that takes no Scalar: the stable ABI passes none.
-template <class... Args>
-Tensor torch_op(const char* name, const char* overload, const Args&... args) {
-  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);  // the result is ours to release
-}
-
-Tensor number(double value, const Tensor& like) {
-  return torch::stable::fill_(empty(like, 1, ScalarType::Float), value);
-}
-
-// low[m, rank] and up[n, rank], whose product becomes that times scaling, rounded to `type` for cuBLAS. Only fp16 has
-// too small a range for low, whose size is x's or the loss scale's: there the other factor, which is small, takes over
-// what of it is beyond 2^15, and a large scaling. (As lowbit/backends/triton/operands.py does it.)
-std::pair<Tensor, Tensor> rounded_factors(Tensor low, Tensor up, ScalarType type, double scaling) {
-  if (scaling != 1) low = torch_op("aten::mul", "Tensor", low, number(scaling, low));
-  if (type == ScalarType::Half) {
-    low = converted(low, ScalarType::Float);
-    // Per component of the rank. What is not finite stays so in its own row, and does not count for the others. At most
-    // 2^15: up, below 2 in any LoRA, would be infinite for all rows because of one far beyond fp16.
-    const std::optional<double> zero = 0;
-    const Tensor finite = torch_op("aten::nan_to_num", "", low, zero, zero, zero);
-    const Tensor largest = torch::stable::amax(torch_op("aten::abs", "", finite), 0);
-    const std::optional<Tensor> least = number(std::max(1., std::abs(scaling)), low), most = number(0x1p15, low);
-    const Tensor moved =
-        torch_op("aten::clamp", "Tensor", torch_op("aten::mul", "Tensor", largest, number(0x1p-15, low)), least, most);
-    low = torch_op("aten::div", "Tensor", low, moved);
-    up = torch_op("aten::mul", "Tensor", up, moved);
-  }
-  return {converted(low, type), converted(up, type)};
+// low[m, rank] and up, which is [n, rank] or the transpose of that, both contiguous: so that their product becomes that
+// times scaling, rounded to `type` for cuBLAS.
+std::pair<Tensor, Tensor> rounded_factors(const Launch& launch, const Tensor& low, const Tensor& up, bool is_transposed,
+                                          ScalarType type, double scaling, const char* op) {
+  const bool are_of_type = low.scalar_type() == type && up.scalar_type() == type;
+  if (are_of_type && scaling == 1 && type != ScalarType::Half) return {low, up};
+  const int64_t m = low.size(0), rank = low.size(1), n = up.size(is_transposed ? 1 : 0);
+  const Dtype dtype = dtype_of(type, op);
+  const Dtype low_dtype = dtype_of(low.scalar_type(), op), up_dtype = dtype_of(up.scalar_type(), op);
+  const Tensor low_out = torch::stable::new_empty(low, low.sizes(), type);
+  const Tensor up_out = torch::stable::new_empty(up, up.sizes(), type);
+  launch(lowbit::cuda::rounded_factors,
+         {float_data(low, low_dtype, op), low_dtype, float_data(up, up_dtype, op), up_dtype, is_transposed ? 1 : rank,
+          is_transposed ? n : 1, static_cast<float>(scaling), m, n, rank, float_data(low_out, dtype, op),
+          float_data(up_out, dtype, op), dtype},
+         op);
+  return {low_out, up_out};
 }
 
 // out[m, n] = x[m, k] w[n, k]^T (+ addend) by cuBLAS: an addmm where there is an addend, which is a bias [n], or [m, n]
 // and may be out. (An op that is given its result: autocast, which may be on in a backward, changes the dtypes of the
 // others.)
 void multiply(const Tensor& x, const Tensor& w, const std::optional<Tensor>& addend, const Tensor& out) {
-  torch_op("aten::linear", "out", x, w, addend, out);
+  std::array<StableIValue, 4> stack{torch::stable::detail::from(x), torch::stable::detail::from(w),
+                                    torch::stable::detail::from(addend), torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // the result is ours to release
 }
 
 Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> group_scales, std::optional<Tensor> offset,
@@ -343,8 +331,8 @@ Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> grou
   std::optional<Tensor> addend;
   if (bias_operand) addend = converted(*bias_operand, type);
   if (t_operand && rank > 0) {
-    const auto [low, up] =
-        rounded_factors(reshaped(*t_operand, {m, rank}), reshaped(*lora_b_operand, {n, rank}), type, scaling);
+    const auto [low, up] = rounded_factors(launch, reshaped(*t_operand, {m, rank}),
+                                           reshaped(*lora_b_operand, {n, rank}), false, type, scaling, "linear");
     multiply(low, up, addend, out);
     addend = out;
   }
@@ -376,18 +364,19 @@ Tensor linear_grad_input(Tensor grad, Tensor packed, Tensor absmax, std::optiona
       float_data(source, dtype, "grad"),   dtype,  view(weight), nullptr, nullptr, m, n, k, rank,
       float_data(grad_x, dtype, "grad_x"), nullptr};
   if (lowbit::cuda::linear_grad_input_decodes_first(args)) {
+    // LoRA's product first, as in linear.
     const ScalarType type = grad.scalar_type();
-    const int64_t dense_sizes[] = {n, k};
-    const Tensor dense = torch::stable::new_empty(grad, IntHeaderOnlyArrayRef(dense_sizes, 2), type);
-    launch(lowbit::cuda::dequantize, {args.weight, float_data(dense, dtype, "dense"), dtype}, "linear_grad_input");
     const Tensor out = reshaped(grad_x, {m, k});
     std::optional<Tensor> addend;
     if (rank > 0) {
-      const Tensor lora_a_columns = torch::stable::transpose(reshaped(*lora_a_operand, {rank, k}), 0, 1);
-      const auto [low, up] = rounded_factors(reshaped(*grad_t_operand, {m, rank}), lora_a_columns, type, 1);
-      multiply(low, up, {}, out);
+      const auto [low, up] = rounded_factors(launch, reshaped(*grad_t_operand, {m, rank}),
+                                             reshaped(*lora_a_operand, {rank, k}), true, type, 1, "linear_grad_input");
+      multiply(low, torch::stable::transpose(up, 0, 1), {}, out);
       addend = out;
     }
+    const int64_t dense_sizes[] = {n, k};
+    const Tensor dense = torch::stable::new_empty(grad, IntHeaderOnlyArrayRef(dense_sizes, 2), type);
+    launch(lowbit::cuda::dequantize, {args.weight, float_data(dense, dtype, "dense"), dtype}, "linear_grad_input");
     multiply(reshaped(source, {m, n}), torch::stable::transpose(dense, 0, 1), addend, out);
     return grad_x;
   }

@@ -1,5 +1,7 @@
 """Shapes, dtypes and tolerances of the tests, listed once."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -169,6 +171,40 @@ def make_weight(shape, dtype=torch.float32, magnitude=0.02, seed=0) -> torch.Ten
         weight.view(-1)[64:128] = 0
     limit = torch.finfo(dtype).max / 2
     return weight.clamp(-limit, limit).to(dtype)
+
+
+def rounded_factors(low, up, dtype, scaling=1.0):
+    """What the backends have to make of LoRA's factors [m, rank] and [n, rank] for a product in ``dtype``, bit for bit:
+    in fp16 up takes over what of a component of low is beyond 2^15, and a large scaling.
+    """
+    if scaling != 1:
+        low = low.float() * scaling
+    if dtype == torch.float16:
+        largest = torch.linalg.vector_norm(low.float().nan_to_num(0.0, 0.0, 0.0), math.inf, 0)
+        moved = (largest / 2**15).clamp(max(1.0, abs(scaling)), 2.0**15)
+        low, up = low / moved, up * moved
+    return low.to(dtype), up.to(dtype)
+
+
+def factors(m, n, rank, low_dtype, up_dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of LoRA of which some are beyond fp16, infinite, NaN, negative zeros or tiny."""
+    generator = torch.Generator().manual_seed(m + 7 * n + rank)
+    low, up = (torch.randn(rows, rank, generator=generator) for rows in (m, n))
+    low *= 10.0 ** (torch.arange(rank) % 6 * 2 - 3)
+    low[m // 2, ::3], low[m // 3, 1::4], low[-1, 2::5], low[0, 5::7] = math.inf, math.nan, -math.inf, 3e38
+    low[1:2], up[1:2] = -0.0, 1e-42
+    up[n // 2, ::2], up[-1, 1::2] = math.inf, math.nan
+    return low.to(low_dtype), up.to(up_dtype)
+
+
+def assert_same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """The same dtype, shape and elements; signs of zeros too, but not what a NaN carries."""
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+    ours, theirs = ours.contiguous(), theirs.contiguous()
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    bits = torch.int32 if ours.dtype == torch.float32 else torch.int16
+    number = ~theirs.isnan()
+    assert torch.equal(ours.view(bits)[number], theirs.view(bits)[number])
 
 
 class kernels:

@@ -60,6 +60,24 @@ struct DequantizeArgs {
 };
 int dequantize(const DequantizeArgs& args, Stream stream);
 
+// LoRA's factors rounded to `dtype`: the product low_out up_out^T is scaling low up^T. Only fp16 has too small a range
+// for low, whose size is x's or the loss scale's: there up, which is small, takes over, per component of the rank, what
+// of low is beyond 2^15, and a large scaling. What is not finite stays so in its own row of low, and does not count for
+// the others.
+struct RoundedFactorsArgs {
+  const void* low;  // [m, rank]
+  Dtype low_dtype;
+  const void* up;  // [n, rank], with these strides
+  Dtype up_dtype;
+  int64_t up_row_stride, up_component_stride;
+  float scaling;
+  int64_t m, n, rank;
+  void* low_out;  // as low
+  void* up_out;   // as up, strides too
+  Dtype dtype;
+};
+int rounded_factors(const RoundedFactorsArgs& args, Stream stream);
+
 // y[m, n] = x[m, k] W[n, k]^T + scaling t[m, rank] lora_b[n, rank]^T + bias[n]
 struct LinearArgs {
   const void* x;
