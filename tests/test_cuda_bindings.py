@@ -370,6 +370,29 @@ def test_rows_of_fp16_are_apart(bad, size):
         torch.testing.assert_close(out, getattr(REFERENCE, op)(*arguments), rtol=2e-3, atol=0.03, equal_nan=True)
 
 
+@pytest.mark.parametrize("lora_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_one_launch_for_both_factors(dtype, lora_dtype):
+    """A chain of torch's ops, of two microseconds each, took as long as the product of a batch of 512 rows."""
+    parts = (*REFERENCE.quantize(make_weight((16, 64)), "nf4", 64), None, None, "nf4", 64)
+    x, _, t, lora_b = operands(300, 16, 64, 4, dtype, lora_dtype)
+    grad, _, _, lora_a = operands(300, 64, 16, 4, dtype, lora_dtype)
+    for op, arguments in (
+        ("linear", (x, *parts, 16, None, t, lora_b, 0.7)),
+        ("linear_grad_input", (grad, *parts, 64, t, lora_a.T.contiguous())),
+    ):
+        launchers().launches.clear()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            run(op, *arguments)
+        kernels = [launch.kernel for launch in launchers().launches]
+        is_right = op == "linear_grad_input" and dtype == lora_dtype == torch.bfloat16
+        assert sum("rounded_factors" in kernel for kernel in kernels) == (not is_right)
+        assert "dequantize" in kernels[-1] and len(kernels) == 2 - is_right
+        called = {event.name for event in profile.events()}
+        assert "aten::linear" in called
+        assert not called & {f"aten::{name}" for name in ("mul", "div", "abs", "amax", "clamp", "fill_", "_to_copy")}
+
+
 @pytest.mark.parametrize(
     ("dtype", "capability", "most"),
     [
