@@ -178,7 +178,8 @@ def _decoded(x, packed, absmax, group_scales, offset, format, block_size, n, bia
     """torch's product of x [m, k] and the decoded weight; LoRA's product first, which torch then adds in its sums."""
     addend = None if bias is None else bias.to(x.dtype)
     if t is not None:
-        addend = functional.linear(*rounded_factors(t, lora_b, x.dtype, scaling), addend)
+        factors = rounded_factors(t, lora_b.view(n, t.shape[1]), x.dtype, scaling)
+        addend = functional.linear(*factors, addend)
     weight = torch.ops.lowbit_triton.dequantize.default(
         packed, absmax, group_scales, offset, format, block_size, [n, x.shape[1]], x.dtype
     )

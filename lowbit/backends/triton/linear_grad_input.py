@@ -182,7 +182,7 @@ def _decoded(grad, packed, absmax, group_scales, offset, format, block_size, gra
     )
     if grad_t is None:
         return grad @ weight
-    grad_t, a_columns = rounded_factors(grad_t, lora_a.T, grad.dtype)
+    grad_t, a_columns = rounded_factors(grad_t, lora_a.view(grad_t.shape[1], k).T, grad.dtype)
     return torch.addmm(grad_t @ a_columns.T, grad, weight)
 
 
