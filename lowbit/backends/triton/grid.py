@@ -43,3 +43,12 @@ def expert_of_tile(row_tile, expert_ends, experts, tokens, TILE_M: tl.constexpr,
 def row_tile_count(rows: int, experts: int, tile_m: int) -> int:
     """An upper bound: each expert's last tile may be short."""
     return min(triton.cdiv(rows, tile_m) + experts, rows)
+
+
+def int8_tile(columns: int, elements: int) -> tuple[int, int]:
+    """(rows, columns) that a program takes of an int8 weight at a time: a piece of one long row, or several short rows.
+
+    ``elements``: of the tile, a power of two of at least 64.
+    """
+    width = min(elements, max(64, triton.next_power_of_2(columns)))
+    return elements // width, width

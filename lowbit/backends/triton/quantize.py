@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ... import format as fmt
 from .encode import encode_pairs, largest_magnitude, raised
+from .grid import int8_tile
 from .launch import launch
 from .operands import check_float, check_format, checked
 
@@ -105,12 +106,6 @@ def scale_code_table(device: torch.device) -> torch.Tensor:
     return fmt.SCALE_CODE_TABLE.to(device)
 
 
-def int8_tile(columns: int) -> tuple[int, int]:
-    """(rows, columns) that a program takes of a weight at a time: a piece of one long row, or several short rows."""
-    width = min(_INT8_TILE, max(64, triton.next_power_of_2(columns)))
-    return _INT8_TILE // width, width
-
-
 def quantize(weight, format, block_size) -> tuple[torch.Tensor, torch.Tensor]:
     check_float("weight", weight.dtype)
     check_format(format, block_size, fmt.row_shape(weight.shape)[1])
@@ -147,7 +142,7 @@ def _quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = fmt.row_shape(weight.shape)
     codes = weight.new_empty([weight.numel()], dtype=torch.uint8)
     absmax = weight.new_empty([rows], dtype=torch.float32)
-    tile_rows, tile_columns = int8_tile(columns)
+    tile_rows, tile_columns = int8_tile(columns, _INT8_TILE)
     launch(
         quantize_int8_kernel,
         (triton.cdiv(rows, tile_rows),),
