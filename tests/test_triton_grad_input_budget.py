@@ -90,7 +90,6 @@ def test_eight_bytes_a_load(tmp_path, target):
     assert config in shapes._tiles(Problem(16, N, K, torch.float32, "nf4", 64), Gpu(int(target[3:]), 100))
     code, _ = machine_code_of(tmp_path, target, config, dtype=torch.float32)
     (loop,) = [body for body in code.loops() if count(body, "LDGSTS")]
-    copies_of_each = 1  # of W and of grad, 1024 bytes of each
     assert (code.stack, code.local) == (0, 0)
     # One of W and one of grad: 1024 bytes of each.
     assert count(loop, "LDGSTS.64") == 2 and not count(loop, "LDGSTS.128")

@@ -16,11 +16,21 @@ from cases import (
     product_tolerance,
     tensor_core_tolerance,
 )
-from conftest_triton import A100, compiled_only, emulate, every_kind, interpreted, launches, tile_of_a_layer
+from conftest_triton import (
+    A100,
+    compiled_only,
+    emulate,
+    every_kind,
+    function,
+    interpreted,
+    launches,
+    tile_of_a_layer,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowbit
+from lowbit import reference
 from lowbit.backends.triton import shapes_forward as shapes
 from lowbit.backends.triton.gpu import Gpu, shared_bytes_of
 from lowbit.backends.triton.shapes import Problem, rows_of
@@ -290,6 +300,30 @@ def test_wgmma_on_the_emulator(monkeypatch, name):
     assert len(made) == (2 if splits > 1 else 1) and made[0].values["BM"] == rows
     assert result.count("wgmma.mma_async") and not result.count("mma.sync")
     case.check(y)
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("of_x", "of_weight"), [(1e-39, 1.0), (1.0, 1e-39)], ids=["x", "weight"])
+def test_subnormal_numbers_on_the_emulator(monkeypatch, of_x, of_weight, dtype):
+    """bf16 has numbers below 1.2e-38, which the interpreter widens to others. On a GPU a model's smallest weights and
+    activations may be neither those nor 0.
+    """
+    case = Case(5, 70, 256, dtype, double_quant=False, rank=0, has_bias=False)
+    case.x = (case.x.double() * of_x).to(dtype)
+    weight = (normal(70, 256, seed=1).double() * of_weight).to(torch.bfloat16)
+    with launches("sm_80") as made:
+        packed, absmax = function("quantize")(weight, "nf4", 64)
+        decoded = function("dequantize")(packed, absmax, None, None, "nf4", 64, (70, 256), dtype)
+    for launch in made:
+        emulate(launch)
+    case.q = lowbit.quantize(weight, double_quant=False)
+    assert torch.equal(packed, case.q.parts()[0]) and torch.equal(absmax, case.q.parts()[1])
+    assert torch.equal(decoded, reference.dequantize(packed, absmax, None, None, "nf4", 64, [70, 256], dtype))
+    y, *_ = emulated(monkeypatch, case, shapes.linear_configs)
+    case.check(y)
+    with pytest.raises(pytest.fail.Exception):
+        case.check(torch.zeros_like(y))
 
 
 @compiled_only
