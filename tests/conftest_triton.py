@@ -96,10 +96,9 @@ class Kind:
 def every_kind(configs, decodes_first, masked_beyond: int, experts: int = 0) -> list[Kind]:
     """Each kind of code that ``configs`` (of shapes_forward or shapes_backward) has an A100 run, first or for autotune.
 
-    They are asked for so many sizes that no tile is left out. A sum in more than two parts is the same code as in two.
-    For 4-bit weights, one matrix and 16 bits a tile comes in one part and in two; else once, in two parts for a stack
-    and for ragged rows of int8. bf16 and fp16 are other instructions, formats other numbers in a table, which have
-    tests of their own: here fp16 and fp4 are for what is in parts.
+    They are asked for so many sizes that no tile is left out. Each comes once: of one matrix with the sum in one part,
+    of a stack, and for ragged rows of int8, in two where it may be (more are the same code). bf16 and fp16 are other
+    instructions, formats other numbers in a table, which have their own tests: fp16 and fp4 are for what is in parts.
 
     ``masked_beyond``: rows of int8 need a mask for the columns beyond multiples of it.
     """
@@ -115,20 +114,17 @@ def every_kind(configs, decodes_first, masked_beyond: int, experts: int = 0) -> 
         for config in configs(problem, A100):
             config = dataclasses.replace(config, splits=min(config.splits, 2))
             code = [dataclasses.replace(config, splits=1), is_fp32, is_int8]
-            if is_int8 and not experts:
-                code += [k % 16 == 0, k % masked_beyond == 0]  # how wide its loads are, and whether they have masks
-            elif not is_fp32 and not experts:
-                code.append(config.splits)
+            if is_int8 and not experts:  # how wide its loads are, and whether 16 bits have masks
+                code += [k % 16 == 0, k % masked_beyond == 0 or is_fp32]
             kind = Kind(config, dtype, format, block_size, k % 64 if is_int8 else 0)
             kinds.setdefault(tuple(code), []).append(kind)
 
     def distance(kind):
-        """From the weight to take: in blocks of 64, of 128 in parts, of 32 in a stack."""
+        """From the one to take. Blocks of 128 are several steps of some tiles."""
         in_parts = kind.config.splits > 1
-        block_size = 32 if experts else 128 if in_parts else 64
         return (
             in_parts != bool(experts or kind.more_columns),
-            abs(kind.block_size - block_size),
+            abs(kind.block_size - (128 if experts else 64)),
             (kind.dtype == torch.float16) != in_parts,
             (kind.format == "fp4") != in_parts,
         )
