@@ -7,15 +7,20 @@ sm_80 or sm_90) on the emulator, on the call's own tensors.
 """
 
 import dataclasses
+import itertools
+import math
 import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from cases import BLOCK_SIZES, DTYPES, FORMATS
 from conftest_cuda import ROOT
 
 from lowbit.backends import triton as backend
+from lowbit.backends.triton.gpu import Gpu
+from lowbit.backends.triton.shapes import Problem, has_whole_blocks
 
 sys.path.append(str(ROOT / "benchmarks"))  # where predict_gpu.py counts with the same code
 from machine_code import resources  # noqa: E402
@@ -24,11 +29,14 @@ from triton_code import Launch, compiled, function, gpu_target, launches, machin
 pytest.importorskip("triton", reason="Triton is not installed")
 
 __all__ = [
+    "A100",
     "SHARED_MEMORY",
     "TARGETS",
+    "Kind",
     "compiled",
     "compiled_only",
     "emulate",
+    "every_kind",
     "function",
     "gpu_target",
     "interpreted",
@@ -54,6 +62,74 @@ SHARED_MEMORY = {
     "gfx1100": 64 * 1024,
 }
 TARGETS = tuple(SHARED_MEMORY)
+
+A100 = Gpu(80, 108)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Code that an A100 may run: a configuration, and a weight that it is chosen for.
+
+    ``more_columns``: those of a row of W beyond whole tiles.
+    """
+
+    config: object
+    dtype: torch.dtype
+    format: str
+    block_size: int
+    more_columns: int
+
+    def __str__(self):
+        tile = "x".join(str(size) for size in dataclasses.astuple(self.config)[:3])
+        products = f"x{self.config.products}" if getattr(self.config, "products", 1) > 1 else ""
+        name = f"{tile}{products}-{self.config.warps}_warps-{str(self.dtype).removeprefix('torch.')}-{self.format}"
+        blocks = f"-blocks_of_{self.block_size}" if self.format != "int8" else ""
+        ragged = f"-{self.more_columns}_more_columns" if self.more_columns else ""
+        return f"{name}{blocks}{ragged}{'-in_parts' if self.config.splits > 1 else ''}"
+
+    def columns(self, least: int, multiple: int) -> int:
+        """Columns of a small W of this kind: at least so many in whole tiles and blocks, and those beyond."""
+        whole = math.lcm(multiple, max(self.block_size, 1))
+        return math.ceil(least / whole) * whole + self.more_columns
+
+
+def every_kind(configs, decodes_first, masked_beyond: int, experts: int = 0) -> list[Kind]:
+    """Each kind of code that ``configs`` (of shapes_forward or shapes_backward) has an A100 run, first or for autotune.
+
+    They are asked for so many sizes that no tile is left out. Each comes once: of one matrix with the sum in one part,
+    of a stack, and for ragged rows of int8, in two where it may be (more are the same code). bf16 and fp16 are other
+    instructions, formats other numbers in a table, which have their own tests: fp16 and fp4 are for what is in parts.
+
+    ``masked_beyond``: rows of int8 need a mask for the columns beyond multiples of it.
+    """
+    weights = [(format, size) for size in BLOCK_SIZES for format in FORMATS] + [("int8", 0)]
+    kinds = {}
+    for dtype, (format, block_size), k, rows, n in itertools.product(
+        DTYPES, weights, (64, 96, 4096, 4160, 4128, 4101), (1, 4, 8, 16, 32, 64, 256), (512, 4096)
+    ):
+        problem = Problem(rows * max(experts, 1), n, k, dtype, format, block_size, experts)
+        if not has_whole_blocks(problem) or (not experts and decodes_first(problem, A100)):
+            continue
+        is_int8, is_fp32 = format == "int8", dtype == torch.float32
+        for config in configs(problem, A100):
+            config = dataclasses.replace(config, splits=min(config.splits, 2))
+            code = [dataclasses.replace(config, splits=1), is_fp32, is_int8]
+            if is_int8 and not experts:  # how wide its loads are, and whether 16 bits have masks
+                code += [k % 16 == 0, k % masked_beyond == 0 or is_fp32]
+            kind = Kind(config, dtype, format, block_size, k % 64 if is_int8 else 0)
+            kinds.setdefault(tuple(code), []).append(kind)
+
+    def distance(kind):
+        """From the one to take. Blocks of 128 are several steps of some tiles."""
+        in_parts = kind.config.splits > 1
+        return (
+            in_parts != bool(experts or kind.more_columns),
+            abs(kind.block_size - (128 if experts else 64)),
+            (kind.dtype == torch.float16) != in_parts,
+            (kind.format == "fp4") != in_parts,
+        )
+
+    return [min(found, key=distance) for found in kinds.values()]
 
 
 def tile_of_a_layer(configs, k=4096, **wanted):

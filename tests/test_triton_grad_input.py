@@ -18,7 +18,7 @@ from cases import (
     scaled_codebook_tolerance,
     tensor_core_tolerance,
 )
-from conftest_triton import compiled_only, emulate, interpreted, launches, tile_of_a_layer
+from conftest_triton import compiled_only, emulate, every_kind, interpreted, launches, tile_of_a_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cuda_grad_input import RANKS, operands, quantized
@@ -262,6 +262,22 @@ def test_ptx(m, n, k, rank, dtype, format, block_size, double_quant, magnitude):
     parts = quantized((n, k), format, block_size, double_quant, magnitude)
     grad, grad_t, lora_a = operands(m, n, k, rank, dtype)
     assert_right(run_ptx(grad, parts, k, grad_t, lora_a), grad, parts, grad_t, lora_a)
+
+
+@compiled_only
+@pytest.mark.parametrize("kind", every_kind(shapes.grad_input_configs, shapes.decodes_first, masked_beyond=1), ids=str)
+def test_every_tile_in_ptx(monkeypatch, kind):
+    """A tile whose compiled layouts are wrong is a wrong gradient for just those layers and batches that get it."""
+    config = kind.config
+    monkeypatch.setattr(shapes, "grad_input_configs", lambda problem, gpu: [config])
+    # Tiles that lack a row, the second one most of its columns. In one part more steps than the pipeline has stages.
+    m, n = config.tile_m - 1, config.tile_n * (2 if config.splits > 1 else config.stages) + 5
+    k = kind.columns(config.bytes * (1 if kind.format == "int8" else 2) + 16, 16)
+    parts = quantized((n, k), kind.format, kind.block_size, kind.dtype != torch.float16)
+    grad, grad_t, lora_a = operands(m, n, k, 17, kind.dtype)
+    out, made, _ = emulated("sm_80", grad, parts, k, grad_t, lora_a)
+    assert len(made) == config.splits  # another launch adds the parts
+    assert_right(out, grad, parts, grad_t, lora_a)
 
 
 @compiled_only

@@ -11,7 +11,7 @@ from cases import (
     product_tolerance,
     scaled_codebook_tolerance,
 )
-from conftest_triton import compiled_only, emulate, interpreted, launches, tile_of_a_layer
+from conftest_triton import compiled_only, emulate, every_kind, interpreted, launches, tile_of_a_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cuda_grad_input import RANKS, quantized
@@ -236,6 +236,39 @@ def test_ptx(counts, stack, rank, dtype, format, block_size, double_quant):
     case = Case(counts, stack, rank, dtype, format, block_size, double_quant)
     case.check_linear(run_ptx)
     case.check_grad_input(run_ptx)
+
+
+def case_of(kind, tile_rows, out_features, in_features):
+    """Of a tile and one row more for one expert, none for another."""
+    sizes = (tile_rows + 1, 0, 5), (3, out_features, in_features), 17
+    return Case(*sizes, kind.dtype, kind.format, kind.block_size, kind.dtype != torch.float16)
+
+
+@compiled_only
+@pytest.mark.parametrize(
+    "kind",
+    every_kind(shapes_forward.linear_configs, shapes_forward.decodes_first, masked_beyond=64, experts=8),
+    ids=str,
+)
+def test_every_tile_of_a_stack_in_ptx(monkeypatch, kind):
+    """A tile that is wrong for a stack is a wrong answer for just those numbers of tokens that get it."""
+    config = kind.config
+    monkeypatch.setattr(shapes_forward, "linear_configs", lambda problem, gpu: [config])
+    step = config.products * config.bk
+    case_of(kind, config.bm, 37, kind.columns(3 * step, step)).check_linear(run_ptx)
+
+
+@compiled_only
+@pytest.mark.parametrize(
+    "kind",
+    every_kind(shapes_backward.grad_input_configs, shapes_backward.decodes_first, masked_beyond=1, experts=8),
+    ids=str,
+)
+def test_every_tile_of_a_stack_backward_in_ptx(monkeypatch, kind):
+    """The same of the gradient."""
+    config = kind.config
+    monkeypatch.setattr(shapes_backward, "grad_input_configs", lambda problem, gpu: [config])
+    case_of(kind, config.tile_m, 2 * config.tile_n + 5, kind.columns(72, 8)).check_grad_input(run_ptx)
 
 
 @compiled_only

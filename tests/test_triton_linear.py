@@ -16,18 +16,28 @@ from cases import (
     product_tolerance,
     tensor_core_tolerance,
 )
-from conftest_triton import compiled_only, emulate, interpreted, launches, tile_of_a_layer
+from conftest_triton import (
+    A100,
+    compiled_only,
+    emulate,
+    every_kind,
+    function,
+    interpreted,
+    launches,
+    tile_of_a_layer,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowbit
+from lowbit import reference
 from lowbit.backends.triton import shapes_forward as shapes
 from lowbit.backends.triton.gpu import Gpu, shared_bytes_of
 from lowbit.backends.triton.shapes import Problem, rows_of
 
 ROWS = (1, 2, 5, 16, 17, 33)
 RANKS = (0, 1, 8, 17, 64)
-A100, H100, MI300 = Gpu(80, 108), Gpu(90, 132), Gpu(0, 304, 64)
+H100, MI300 = Gpu(90, 132), Gpu(0, 304, 64)
 
 
 def normal(*shape, dtype=torch.float32, seed=0):
@@ -267,33 +277,6 @@ def test_infinite_lora_stays_infinite():
     check_infinite_lora(triton_linear)
 
 
-#: (a tile, a case that it has to get right, ragged) per family.
-EMULATED = {
-    "8 rows": (shapes.Config(8, 64, 64, 2, 4, True), Case(5, 70, 256, rank=17)),
-    "8 rows, parts of k": (shapes.Config(8, 64, 64, 2, 4, True, splits=3), Case(3, 70, 448, torch.float16)),
-    "blocks of 128": (shapes.Config(16, 64, 128, 2, 4, True), Case(11, 65, 384, block_size=128, format="fp4")),
-    "blocks of 32": (shapes.Config(16, 64, 32, 2, 4, True), Case(9, 33, 96, block_size=32, double_quant=False)),
-    "32 rows": (shapes.Config(32, 64, 64, 2, 4, True, splits=2), Case(34, 65, 192, torch.float16, rank=0)),
-    "64 rows": (shapes.Config(64, 64, 64, 4, 4), Case(65, 65, 192)),
-    "64 rows, W first": (shapes.Config(64, 64, 64, 4, 3, True, products=2), Case(37, 65, 256, rank=17)),
-    "64 rows, W first, blocks of 32": (
-        shapes.Config(64, 128, 32, 8, 3, True, splits=2, products=2),
-        Case(66, 130, 192, torch.float16, "fp4", block_size=32, double_quant=False),
-    ),
-    "128 rows": (shapes.Config(128, 128, 64, 8, 3, splits=2), Case(130, 33, 192, rank=1)),
-    "fp32, 1 row": (shapes.Config(1, 64, 64, 2, 3), Case(1, 65, 128, torch.float32)),
-    "fp32, 4 rows": (shapes.Config(4, 64, 32, 2, 3, splits=2), Case(3, 65, 256, torch.float32, has_bias=False)),
-    "fp32, 16 rows": (shapes.Config(16, 64, 32, 2, 3), Case(9, 33, 64, torch.float32, rank=0)),
-    "int8": (shapes.Config(16, 64, 64, 2, 4, True, splits=2), Case(5, 65, 272, format="int8")),
-    "int8, odd rows": (shapes.Config(16, 64, 64, 2, 4, True), Case(5, 65, 77, torch.float16, "int8")),
-    "int8, 64 rows, W first": (
-        shapes.Config(64, 128, 64, 8, 3, True, splits=2, products=2),
-        Case(66, 70, 300, format="int8"),
-    ),
-    "int8, 128 rows": (shapes.Config(128, 128, 64, 8, 3), Case(130, 33, 128, format="int8")),
-}
-
-
 def emulated(monkeypatch, case, configs, target="sm_80"):
     """(y, launches, what the emulator counted of each) of a call for which ``configs(problem, gpu)`` chooses."""
     monkeypatch.setattr(shapes, "linear_configs", configs)
@@ -306,12 +289,22 @@ def emulated(monkeypatch, case, configs, target="sm_80"):
 
 
 @compiled_only
-@pytest.mark.parametrize("name", EMULATED)
-def test_on_the_emulator(monkeypatch, name):
-    """What NVIDIA GPUs run: the assembly, the copies into shared memory, the layouts of tensor cores' operands."""
-    config, case = EMULATED[name]
+@pytest.mark.parametrize("kind", every_kind(shapes.linear_configs, shapes.decodes_first, masked_beyond=64), ids=str)
+def test_every_tile_on_the_emulator(monkeypatch, kind):
+    """What NVIDIA GPUs run: the assembly, the copies into shared memory, the layouts of tensor cores' operands. A tile
+    that is wrong is a wrong answer for just those layers and batches that get it.
+    """
+    config = kind.config
+    # Tiles that lack a row, the second one most of its columns. In one part more steps than the pipeline has stages.
+    steps = 3 if config.splits > 1 else config.stages + 1
+    step = config.products * config.bk
+    case = Case(
+        *(max(config.bm - 1, 1), config.bn + 5, kind.columns(steps * step, step)),
+        *(kind.dtype, kind.format, kind.block_size, kind.dtype != torch.float16),
+        rank=17,
+    )
     y, made, _ = emulated(monkeypatch, case, lambda problem, gpu: [config])
-    assert len(made) == (2 if config.splits > 1 else 1)
+    assert len(made) == config.splits  # another launch adds the parts
     case.check(y)
 
 
@@ -340,6 +333,30 @@ def test_wgmma_on_the_emulator(monkeypatch, name):
     assert len(made) == (2 if splits > 1 else 1) and made[0].values["BM"] == rows
     assert result.count("wgmma.mma_async") and not result.count("mma.sync")
     case.check(y)
+
+
+@compiled_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("of_x", "of_weight"), [(1e-39, 1.0), (1.0, 1e-39)], ids=["x", "weight"])
+def test_subnormal_numbers_on_the_emulator(monkeypatch, of_x, of_weight, dtype):
+    """bf16 has numbers below 1.2e-38, which the interpreter widens to others. On a GPU a model's smallest weights and
+    activations may be neither those nor 0.
+    """
+    case = Case(5, 70, 256, dtype, double_quant=False, rank=0, has_bias=False)
+    case.x = (case.x.double() * of_x).to(dtype)
+    weight = (normal(70, 256, seed=1).double() * of_weight).to(torch.bfloat16)
+    with launches("sm_80") as made:
+        packed, absmax = function("quantize")(weight, "nf4", 64)
+        decoded = function("dequantize")(packed, absmax, None, None, "nf4", 64, (70, 256), dtype)
+    for launch in made:
+        emulate(launch)
+    case.q = lowbit.quantize(weight, double_quant=False)
+    assert torch.equal(packed, case.q.parts()[0]) and torch.equal(absmax, case.q.parts()[1])
+    assert torch.equal(decoded, reference.dequantize(packed, absmax, None, None, "nf4", 64, [70, 256], dtype))
+    y, *_ = emulated(monkeypatch, case, shapes.linear_configs)
+    case.check(y)
+    with pytest.raises(pytest.fail.Exception):
+        case.check(torch.zeros_like(y))
 
 
 @compiled_only

@@ -99,6 +99,8 @@ for block_size in BLOCK_SIZES:
     x = tensor(8, 4096, dtype=torch.bfloat16)
     arguments = (*weight((1024, 4096), "nf4", block_size, double_quant=False), 1024, None, None, None, 1.0)
     add("linear", x, *arguments, detail=f"blocks of {block_size}, in parts")
+x = tensor(1, 4096, dtype=torch.bfloat16)
+add("linear_approximate", x, *weight((1024, 4096), "nf4"), 1024, None, None, None, 1.0, detail="(exact)")
 for columns, format in ((4096, "nf4"), (4096, "int8"), (4100, "int8")):
     x, a, b = tensor(8, columns, dtype=torch.bfloat16), tensor(8, columns), tensor(1024, 8)
     add("lora_linear", x, *weight((1024, columns), format), 1024, None, a, b, 0.5, detail=f"{format} {columns} columns")

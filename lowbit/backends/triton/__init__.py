@@ -37,7 +37,8 @@ MODULES = {
     "grouped_outer": "grouped_products",
 }
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+#: As Triton reads it.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 #: Ops whose launches torch.compile gets to see, for x in 16 bits on these devices. The others are opaque to it, because
 #: torch would take arguments for written: all of a kernel that decodes to fp32 (assembly that has to stay in place),

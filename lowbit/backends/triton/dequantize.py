@@ -12,6 +12,7 @@ from ... import format as fmt
 from . import PORTABLE
 from .constants import scale_map
 from .decode import decode_codes, decode_scales
+from .grid import ceil_div, int8_tile
 from .launch import launch
 from .operands import check_float, check_size, weight_of, wrong
 from .rounding import DTYPES, round_to
@@ -79,12 +80,6 @@ def dequantize_int8_kernel(
     tl.store(out + at, round_to(values, DTYPE), mask=mask)
 
 
-def int8_tile(columns: int) -> tuple[int, int]:
-    """(rows, columns) that a program takes of an int8 weight: one long row's piece, or several short rows."""
-    width = min(_INT8_TILE, max(64, triton.next_power_of_2(columns)))
-    return _INT8_TILE // width, width
-
-
 def dequantize_out(packed, absmax, group_scales, offset, format, block_size, out) -> None:
     check_float("out", out.dtype)
     if not out.is_contiguous():
@@ -97,10 +92,10 @@ def dequantize_out(packed, absmax, group_scales, offset, format, block_size, out
         return
     if format == "int8":
         rows, columns = fmt.row_shape(out.shape)
-        tile_rows, tile_columns = int8_tile(columns)
+        tile_rows, tile_columns = int8_tile(columns, _INT8_TILE)
         launch(
             dequantize_int8_kernel,
-            (triton.cdiv(rows, tile_rows), triton.cdiv(columns, tile_columns)),
+            (ceil_div(rows, tile_rows), ceil_div(columns, tile_columns)),
             packed,
             absmax,
             out,
@@ -112,10 +107,10 @@ def dequantize_out(packed, absmax, group_scales, offset, format, block_size, out
             num_warps=_WARPS,
         )
         return
-    packed_bytes, tile = triton.cdiv(numel, 2), _TILES[out.dtype]
+    packed_bytes, tile = ceil_div(numel, 2), _TILES[out.dtype]
     launch(
         dequantize_kernel,
-        (triton.cdiv(packed_bytes, tile),),
+        (ceil_div(packed_bytes, tile),),
         packed,
         absmax,
         group_scales,

@@ -40,6 +40,25 @@ def expert_of_tile(row_tile, expert_ends, experts, tokens, TILE_M: tl.constexpr,
     return expert, begin.to(tl.int64) + (row_tile - first_tile).to(tl.int64) * TILE_M, end
 
 
+def ceil_div(a: int, b: int) -> int:
+    """triton.cdiv, which kernels may call too, takes 5 us of Python for it, and so does its next_power_of_2."""
+    return -(-a // b)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest that is at least ``number`` (and 1)."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
 def row_tile_count(rows: int, experts: int, tile_m: int) -> int:
     """An upper bound: each expert's last tile may be short."""
-    return min(triton.cdiv(rows, tile_m) + experts, rows)
+    return min(ceil_div(rows, tile_m) + experts, rows)
+
+
+def int8_tile(columns: int, elements: int) -> tuple[int, int]:
+    """(rows, columns) that a program takes of an int8 weight at a time: a piece of one long row, or several short rows.
+
+    ``elements``: of the tile, a power of two of at least 64.
+    """
+    width = min(elements, max(64, next_power_of_2(columns)))
+    return elements // width, width

@@ -6,11 +6,11 @@ last tile end at once. An expert without tokens has no tile: its weight is never
 """
 
 import torch
-import triton
 
 from . import autotune, linear, linear_grad_input, shapes_backward, shapes_forward
 from .dequantize import dequantize
 from .gpu import gpu_of
+from .grid import next_power_of_2
 from .grouped_products import grouped_matmul
 from .operands import check_dimensions, check_size, expert_ends_of, lora_factors, optional, rows_of_floats, weight_of
 from .shapes import Problem, has_whole_blocks
@@ -48,7 +48,7 @@ def grouped_linear(
     y = x.new_empty([tokens, out_features])
     if y.numel() == 0:
         return y
-    rows = triton.next_power_of_2(tokens)
+    rows = next_power_of_2(tokens)
     problem = Problem(rows, out_features, in_features, x.dtype, format, block_size, experts)
     if in_features == 0 or not has_whole_blocks(problem):
         y = grouped_matmul(x, dequantize(*weight, shape, torch.float32), expert_ends)
@@ -78,7 +78,7 @@ def grouped_linear_grad_input(
     out = grad.new_empty([tokens, in_features])
     if out.numel() == 0:
         return out
-    rows = triton.next_power_of_2(tokens)
+    rows = next_power_of_2(tokens)
     problem = Problem(rows, out_features, in_features, grad.dtype, format, block_size, experts)
     if not has_whole_blocks(problem):
         decoded = dequantize(*weight, shape, torch.float32)

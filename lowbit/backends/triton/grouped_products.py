@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .gpu import gpu_of
-from .grid import expert_of_tile, row_tile_count, tile_position
+from .grid import ceil_div, expert_of_tile, next_power_of_2, row_tile_count, tile_position
 from .launch import launch
 from .operands import check_dimensions, check_float, expert_ends_of, rows_of_floats, wrong
 from .rounding import DTYPES
@@ -121,7 +121,7 @@ def _product_dtype(a: torch.Tensor, b: torch.Tensor) -> torch.dtype:
 
 
 def _tile_of(features: int, largest: int) -> int:
-    return min(largest, max(16, triton.next_power_of_2(features)))
+    return min(largest, max(16, next_power_of_2(features)))
 
 
 def grouped_matmul(x, matrices, expert_ends) -> torch.Tensor:
@@ -142,7 +142,7 @@ def grouped_matmul(x, matrices, expert_ends) -> torch.Tensor:
     tile_m = 16 if tokens <= 16 * experts or dtype == torch.float32 else 64
     tile_n, tile_k = _tile_of(out_features, 64), 32 if dtype == torch.float32 else 64
     row_tiles = row_tile_count(tokens, experts, tile_m)
-    programs, steps = row_tiles * triton.cdiv(out_features, tile_n), triton.cdiv(in_features, tile_k)
+    programs, steps = row_tiles * ceil_div(out_features, tile_n), ceil_div(in_features, tile_k)
     # LoRA's rank is one tile: a token's product with it is one program's for all of in_features, if it is not split.
     splits = splits_to_fill(programs, steps, gpu_of(x.device))
     partial = y if splits == 1 else x.new_empty([splits, tokens, out_features], dtype=torch.float32)
@@ -160,9 +160,9 @@ def grouped_matmul(x, matrices, expert_ends) -> torch.Tensor:
         row_tiles,
         out_features,
         in_features,
-        triton.cdiv(steps, splits) * tile_k,
+        ceil_div(steps, splits) * tile_k,
         DTYPE=DTYPES[dtype],
-        EXPERTS=triton.next_power_of_2(experts),
+        EXPERTS=next_power_of_2(experts),
         TILE_M=tile_m,
         TILE_N=tile_n,
         TILE_K=tile_k,
@@ -188,7 +188,7 @@ def grouped_outer(a, b, expert_ends) -> torch.Tensor:
     tile_p, tile_q = _tile_of(a_features, 64), _tile_of(b_features, 64)
     launch(
         grouped_outer_kernel,
-        (experts * triton.cdiv(a_features, tile_p) * triton.cdiv(b_features, tile_q),),
+        (experts * ceil_div(a_features, tile_p) * ceil_div(b_features, tile_q),),
         a,
         *a.stride(),
         b,

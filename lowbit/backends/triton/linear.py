@@ -9,7 +9,7 @@ from . import PORTABLE, autotune, shapes_forward
 from .constants import scale_map
 from .factors import rounded_factors
 from .gpu import gpu_of
-from .grid import expert_of_tile, row_tile_count, tile_position
+from .grid import ceil_div, expert_of_tile, next_power_of_2, row_tile_count, tile_position
 from .launch import launch
 from .operands import (
     check_dimensions,
@@ -130,12 +130,12 @@ def fused(
     """
     (m, k), n = x.shape, y.shape[1]
     experts = 1 if expert_ends is None else expert_ends.numel()
-    row_tiles = triton.cdiv(m, config.bm) if expert_ends is None else row_tile_count(m, experts, config.bm)
+    row_tiles = ceil_div(m, config.bm) if expert_ends is None else row_tile_count(m, experts, config.bm)
     out = y if config.splits == 1 else x.new_empty([config.splits, m, n], dtype=torch.float32)
     is_int8 = format == "int8"
     launch(
         linear_kernel,
-        (row_tiles * triton.cdiv(n, config.bn) * config.splits,),
+        (row_tiles * ceil_div(n, config.bn) * config.splits,),
         x,
         packed.view(torch.int8) if is_int8 else packed,
         absmax,
@@ -158,7 +158,7 @@ def fused(
         BLOCK_SIZE=1 if is_int8 else block_size,
         DOUBLE_QUANT=group_scales is not None,
         PORTABLE=PORTABLE,
-        EXPERTS=triton.next_power_of_2(experts),
+        EXPERTS=next_power_of_2(experts),
         BM=config.bm,
         BN=config.bn,
         BK=config.bk,

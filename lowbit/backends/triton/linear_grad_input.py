@@ -11,7 +11,7 @@ from . import PORTABLE, autotune, shapes_backward
 from .constants import scale_map
 from .factors import rounded_factors
 from .gpu import gpu_of
-from .grid import expert_of_tile, row_tile_count, tile_position
+from .grid import ceil_div, expert_of_tile, next_power_of_2, row_tile_count, tile_position
 from .launch import launch
 from .operands import check_size, lora_factors, rows_of_floats, weight_of
 from .rounding import DTYPES, round_to
@@ -131,13 +131,13 @@ def fused(
     """
     (m, n), k = grad.shape, out.shape[1]
     experts = 1 if expert_ends is None else expert_ends.numel()
-    row_tiles = triton.cdiv(m, config.tile_m) if expert_ends is None else row_tile_count(m, experts, config.tile_m)
+    row_tiles = ceil_div(m, config.tile_m) if expert_ends is None else row_tile_count(m, experts, config.tile_m)
     partial = out if config.splits == 1 else out.new_empty([config.splits, m, k], dtype=torch.float32)
     is_int8 = format == "int8"
     row_bytes = k if is_int8 else k // 2
     launch(
         grad_input_kernel,
-        (row_tiles * triton.cdiv(row_bytes, config.bytes), config.splits),
+        (row_tiles * ceil_div(row_bytes, config.bytes), config.splits),
         grad,
         grad.stride(0),
         packed,
@@ -163,7 +163,7 @@ def fused(
         DOUBLE_QUANT=group_scales is not None,
         DTYPE=DTYPES[grad.dtype],
         PORTABLE=PORTABLE,
-        EXPERTS=triton.next_power_of_2(experts),
+        EXPERTS=next_power_of_2(experts),
         TILE_M=config.tile_m,
         TILE_N=config.tile_n,
         BYTES=config.bytes,

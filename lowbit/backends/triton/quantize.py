@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ... import format as fmt
 from .encode import encode_pairs, largest_magnitude, raised
+from .grid import ceil_div, int8_tile
 from .launch import launch
 from .operands import check_float, check_format, checked
 
@@ -105,12 +106,6 @@ def scale_code_table(device: torch.device) -> torch.Tensor:
     return fmt.SCALE_CODE_TABLE.to(device)
 
 
-def int8_tile(columns: int) -> tuple[int, int]:
-    """(rows, columns) that a program takes of a weight at a time: a piece of one long row, or several short rows."""
-    width = min(_INT8_TILE, max(64, triton.next_power_of_2(columns)))
-    return _INT8_TILE // width, width
-
-
 def quantize(weight, format, block_size) -> tuple[torch.Tensor, torch.Tensor]:
     check_float("weight", weight.dtype)
     check_format(format, block_size, fmt.row_shape(weight.shape)[1])
@@ -118,7 +113,7 @@ def quantize(weight, format, block_size) -> tuple[torch.Tensor, torch.Tensor]:
     numel = weight.numel()
     if format == "int8":
         return _quantize_int8(weight)
-    packed = weight.new_empty([triton.cdiv(numel, 2)], dtype=torch.uint8)
+    packed = weight.new_empty([ceil_div(numel, 2)], dtype=torch.uint8)
     absmax = weight.new_empty([fmt.block_count(numel, block_size)], dtype=torch.float32)
     full_blocks = numel // block_size
     for first, blocks, tile_blocks in (
@@ -127,7 +122,7 @@ def quantize(weight, format, block_size) -> tuple[torch.Tensor, torch.Tensor]:
     ):
         launch(
             quantize_kernel,
-            (triton.cdiv(blocks - first, tile_blocks),),
+            (ceil_div(blocks - first, tile_blocks),),
             weight,
             packed,
             absmax,
@@ -147,10 +142,10 @@ def _quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = fmt.row_shape(weight.shape)
     codes = weight.new_empty([weight.numel()], dtype=torch.uint8)
     absmax = weight.new_empty([rows], dtype=torch.float32)
-    tile_rows, tile_columns = int8_tile(columns)
+    tile_rows, tile_columns = int8_tile(columns, _INT8_TILE)
     launch(
         quantize_int8_kernel,
-        (triton.cdiv(rows, tile_rows),),
+        (ceil_div(rows, tile_rows),),
         weight,
         codes,
         absmax,
@@ -171,7 +166,7 @@ def quantize_scales(absmax, offset) -> tuple[torch.Tensor, torch.Tensor]:
     group_scales = absmax.new_empty([groups])
     launch(
         quantize_scales_kernel,
-        (triton.cdiv(groups, _GROUPS),),
+        (ceil_div(groups, _GROUPS),),
         absmax,
         offset,
         scale_code_table(absmax.device),

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ... import format as fmt
 from .encode import TINY_ABSMAX, encode_pairs, largest_magnitude, nearest_value
+from .grid import ceil_div
 from .launch import launch
 from .operands import check_float, check_format, checked, optional
 
@@ -128,7 +129,7 @@ def search_scales(weight, importance, format, block_size) -> torch.Tensor:
     scales = weight.new_empty([blocks], dtype=torch.float32)
     launch(
         search_scales_kernel,
-        (triton.cdiv(blocks, _BLOCKS),),
+        (ceil_div(blocks, _BLOCKS),),
         weight,
         None if importance is None else importance.detach().float(),
         scale_factors(weight.device),
@@ -149,10 +150,10 @@ def encode(weight, scales, format, block_size) -> torch.Tensor:
     check_format(format, block_size, None)
     scales = checked("scales", scales, fmt.block_count(weight.numel(), block_size), weight, torch.float32)
     weight = weight.detach().contiguous()
-    packed = weight.new_empty([triton.cdiv(weight.numel(), 2)], dtype=torch.uint8)
+    packed = weight.new_empty([ceil_div(weight.numel(), 2)], dtype=torch.uint8)
     launch(
         encode_kernel,
-        (triton.cdiv(weight.numel(), _TILE),),
+        (ceil_div(weight.numel(), _TILE),),
         weight,
         scales,
         packed,

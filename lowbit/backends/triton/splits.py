@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .grid import ceil_div
 from .launch import launch
 from .rounding import round_to
 
@@ -24,5 +25,5 @@ def sum_splits_kernel(workspace, y, numel, SPLITS: tl.constexpr, TILE: tl.conste
 
 def add_splits(workspace: torch.Tensor, y: torch.Tensor) -> None:
     """y [...] = the sum of fp32 ``workspace`` [splits, ...], both contiguous, rounded to y's dtype."""
-    grid = (triton.cdiv(y.numel(), _TILE),)
+    grid = (ceil_div(y.numel(), _TILE),)
     launch(sum_splits_kernel, grid, workspace, y, y.numel(), SPLITS=workspace.shape[0], TILE=_TILE, num_warps=4)
