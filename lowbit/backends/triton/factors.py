@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .grid import ceil_div
 from .launch import launch
 from .rounding import round_to
 
@@ -83,7 +84,7 @@ def rounded_factors(
     up_out = up.new_empty_strided(up.shape, up.stride(), dtype=dtype)
     launch(
         rounded_factors_kernel,
-        (rank, max(1, min(_PROGRAMS // rank, triton.cdiv(n, _TILE)))),
+        (rank, max(1, min(_PROGRAMS // rank, ceil_div(n, _TILE)))),
         low,
         up,
         low_out,
