@@ -301,8 +301,7 @@ def check_block_size(block_size: int) -> None:
     """TypeError/ValueError unless ``block_size`` is a power of two in 32...4096."""
     if not isinstance(block_size, int) or isinstance(block_size, bool):
         raise TypeError(f"block_size: expected an int, got {block_size!r}")
-    in_range = fmt.MIN_BLOCK_SIZE <= block_size <= fmt.MAX_BLOCK_SIZE
-    if not in_range or block_size & (block_size - 1):
+    if not fmt.is_block_size(block_size):
         raise ValueError(
             f"block_size: expected a power of two from {fmt.MIN_BLOCK_SIZE} to {fmt.MAX_BLOCK_SIZE}, got {block_size}"
         )

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowbit
 from lowbit import format as fmt
@@ -205,6 +206,25 @@ def assert_same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     bits = torch.int32 if ours.dtype == torch.float32 else torch.int16
     number = ~theirs.isnan()
     assert torch.equal(ours.view(bits)[number], theirs.view(bits)[number])
+
+
+class CalledOps(TorchDispatchMode):
+    """Context: notes torch's ops that are called. ``into``: a namespace whose ops' CPU kernels are looked into."""
+
+    def __init__(self, into: str | None = None):
+        super().__init__()
+        self.into, self.ops = into, []
+
+    @property
+    def names(self) -> list[str]:
+        return [op.name() for op in self.ops]
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.ops.append(op)
+        if op.namespace != self.into:
+            return op(*args, **(kwargs or {}))
+        with self:
+            return op._op_dk(torch._C.DispatchKey.CPU, *args)
 
 
 class kernels:

@@ -19,6 +19,7 @@ from cases import (
     DTYPES,
     FORMATS,
     UNIT_ROUNDOFF,
+    CalledOps,
     assert_within,
     make_weight,
     product_tolerance,
@@ -26,7 +27,6 @@ from cases import (
     weight_error_cuda,
 )
 from conftest_cuda import CSRC, ROOT, SOURCES, emulator, launchers, require_nvcc
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit import ops
 
@@ -371,21 +371,6 @@ def test_rows_of_fp16_are_apart(bad, size):
         torch.testing.assert_close(out, getattr(REFERENCE, op)(*arguments), rtol=2e-3, atol=0.03, equal_nan=True)
 
 
-class Called(TorchDispatchMode):
-    """Notes the names of torch's ops that an op of the stub calls."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.name())
-        if func.namespace != "lowbit_stub":
-            return func(*args, **(kwargs or {}))
-        with self:
-            return func._op_dk(torch._C.DispatchKey.CPU, *args)
-
-
 @pytest.mark.parametrize("lora_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_one_launch_for_both_factors(dtype, lora_dtype):
@@ -398,7 +383,7 @@ def test_one_launch_for_both_factors(dtype, lora_dtype):
         ("linear_grad_input", (grad, *parts, 64, t, lora_a.T.contiguous())),
     ):
         launchers().launches.clear()
-        with Called() as called:
+        with CalledOps(into="lowbit_stub") as called:
             run(op, *arguments)
         kernels = [launch.kernel for launch in launchers().launches]
         is_right = op == "linear_grad_input" and dtype == lora_dtype == torch.bfloat16

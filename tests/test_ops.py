@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import make_weight
-from torch.utils._python_dispatch import TorchDispatchMode
+from cases import CalledOps, make_weight
 from torch.utils.checkpoint import checkpoint
 
 import lowbit
@@ -95,12 +94,6 @@ def test_compiles_without_graph_break(dtype):
     torch.testing.assert_close(compiled, eager, **tolerance)
     for a, b in zip(torch.autograd.grad(compiled, leaves, grad), torch.autograd.grad(eager, leaves, grad), strict=True):
         torch.testing.assert_close(a, b, **tolerance)
-
-
-class CalledOps(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names = [*getattr(self, "names", []), func.name()]
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("grad", [True, False])

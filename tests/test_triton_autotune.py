@@ -9,7 +9,7 @@ import stat
 
 import pytest
 import torch
-from conftest_triton import compiled_only, function, interpreted, launches, tensor, weight
+from conftest_triton import A100, compiled_only, function, interpreted, launches, tensor, weight
 from triton.compiler.errors import CompilationError, CompileTimeAssertionFailure
 from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -20,7 +20,7 @@ from lowbit.backends.triton.gpu import Gpu
 from lowbit.backends.triton.launch import traced
 from lowbit.backends.triton.shapes import Problem
 
-A100, H100 = Gpu(80, 108), Gpu(90, 132)
+H100 = Gpu(90, 132)
 PROBLEM = Problem(8, 64, 256, torch.bfloat16, "nf4", 64)
 CONFIGS = [shapes.Config(8, 64, 64, 2, stages, True) for stages in (2, 3, 4)]
 

@@ -18,7 +18,7 @@ from cases import (
     scaled_codebook_tolerance,
     tensor_core_tolerance,
 )
-from conftest_triton import compiled_only, emulate, every_kind, interpreted, launches, tile_of_a_layer
+from conftest_triton import A100, compiled_only, emulate, every_kind, interpreted, launches, tile_of_a_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cuda_grad_input import RANKS, operands, quantized
@@ -47,7 +47,7 @@ def assert_right(out, grad, parts, grad_t=None, lora_a=None):
         magnitude, terms = magnitude + lora, terms + 3 * lora_a.shape[0]
     if grad.dtype == torch.float32:
         tolerance = product_tolerance(magnitude, exact, terms, grad.dtype)
-    elif shapes.decodes_first(problem, gpus.Gpu(80, 108)):  # W is rounded to 16 bits, LoRA's factors and product too
+    elif shapes.decodes_first(problem, A100):  # W is rounded to 16 bits, LoRA's factors and product too
         tolerance = tensor_core_tolerance(magnitude, exact, terms, grad.dtype, total)
         tolerance += 3.03 * UNIT_ROUNDOFF[grad.dtype] * lora
     else:
@@ -351,8 +351,8 @@ def test_configurations_fit(m, n, k, dtype, format, experts, gpu):
 @pytest.mark.parametrize(
     ("problem", "gpu", "expected"),
     [
-        ((256, 64, 64, torch.bfloat16, "nf4", 64), gpus.Gpu(80, 108), False),
-        ((512, 64, 64, torch.bfloat16, "nf4", 64), gpus.Gpu(80, 108), True),
+        ((256, 64, 64, torch.bfloat16, "nf4", 64), A100, False),
+        ((512, 64, 64, torch.bfloat16, "nf4", 64), A100, True),
         ((256, 64, 64, torch.float16, "int8", 64), gpus.Gpu(0, 304, 64), False),
         ((512, 64, 64, torch.bfloat16, "nf4", 64), gpus.Gpu(90, 132), True),
         ((1, 64, 96, torch.bfloat16, "nf4", 64), gpus.Gpu(90, 132), True),
@@ -369,7 +369,7 @@ def test_what_decodes_first(problem, gpu, expected):
 
 def test_small_grids_are_split():
     """Sixteen tiles of 4096 columns would leave most of a GPU idle."""
-    for gpu in (gpus.Gpu(80, 108), gpus.Gpu(90, 132), gpus.Gpu(0, 304, 64)):
+    for gpu in (A100, gpus.Gpu(90, 132), gpus.Gpu(0, 304, 64)):
         for experts in (0, 8):
             config = shapes.grad_input_configs(Problem(1, 14336, 4096, torch.bfloat16, "nf4", 64, experts), gpu)[0]
             assert config.splits > 1

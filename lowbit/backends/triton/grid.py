@@ -1,4 +1,4 @@
-"""Which tile a program computes: the order of tiles, and the expert that a tile of rows belongs to."""
+"""Tiles: how many there are and of what size, in which order, and the expert that a tile of rows belongs to."""
 
 import triton
 import triton.language as tl

@@ -12,8 +12,6 @@ import torch
 from ... import format as fmt
 from .rounding import DTYPES
 
-_FOUR_BITS = ("nf4", "fp4")
-
 
 def wrong(name: str, expected: object, got: object) -> RuntimeError:
     return RuntimeError(f"{name}: expected {expected}, got {got}")
@@ -34,10 +32,10 @@ def check_format(format: str, block_size: int, columns: int | None) -> None:
         if max(block_size, 1) != max(columns, 1):
             raise wrong("block_size", f"{columns} (the length of a row) for int8", block_size)
         return
-    if format not in _FOUR_BITS:
+    if format not in fmt.CODEBOOKS:
         raise wrong("format", "nf4 or fp4" if columns is None else "nf4, fp4 or int8", format)
-    if not 32 <= block_size <= 4096 or block_size & (block_size - 1):
-        raise wrong("block_size", "a power of two from 32 to 4096", block_size)
+    if not fmt.is_block_size(block_size):
+        raise wrong("block_size", f"a power of two from {fmt.MIN_BLOCK_SIZE} to {fmt.MAX_BLOCK_SIZE}", block_size)
 
 
 def check_size(name: str, value: int) -> None:
