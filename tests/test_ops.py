@@ -16,18 +16,19 @@ import lowbit
 from lowbit.backends import NAMESPACES
 from lowbit.backends import native as native_backend
 from lowbit.backends import triton as triton_backend
+from lowbit.ops import OPS
 
 needs_native = pytest.mark.skipif(native_backend.missing_reason() is not None, reason="no compiled extension")
 # Triton's ops have their kernels on CPU tensors only in its interpreter.
-OPS = [
+NAMESPACES_OF_OPS = [
     pytest.param(getattr(torch.ops, namespace), marks=[pytest.mark.interpreted] * (name == "triton"))
     for name, namespace in NAMESPACES.items()
 ]
 Q = lowbit.quantize(make_weight((33, 130)))
-PARTS = (*Q.parts(), "nf4", 64)
+PARTS = Q.operands()
 
 
-@pytest.mark.parametrize("ops", OPS, ids=str)
+@pytest.mark.parametrize("ops", NAMESPACES_OF_OPS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(ops, dtype):
     """A wrong schema, fake kernel or autograd registration breaks torch.compile and export."""
@@ -38,7 +39,7 @@ def test_opcheck(ops, dtype):
     eight = lowbit.quantize(make_weight((33, 130)), format="int8")
     calls = (
         (ops.linear, (x, *PARTS, 33, bias, t, lora_b, 0.5)),
-        (ops.linear, (x, *plain.parts(), "nf4", 64, 33, None, None, None, 1.0)),
+        (ops.linear, (x, *plain.operands(), 33, None, None, None, 1.0)),
         (ops.linear_approximate, (x.detach(), *PARTS, 33, None, None, None, 1.0)),
         (ops.lora_linear, (x.detach(), *PARTS, 33, bias.detach(), torch.randn(4, 130), lora_b.detach(), 0.5)),
         (ops.linear_grad_input, (torch.randn(5, 33).to(dtype), *PARTS, 130)),
@@ -46,27 +47,29 @@ def test_opcheck(ops, dtype):
             ops.linear_grad_input,
             (torch.randn(5, 33).to(dtype), *PARTS, 130, torch.randn(5, 4), torch.randn(4, 130)),
         ),
-        (ops.quantize, (make_weight((7, 9), dtype), "fp4", 32)),
+        (ops.quantize, (make_weight((7, 9), dtype), "fp4:32")),
         (ops.quantize_scales, (plain.absmax, plain.absmax.mean())),
-        (ops.search_scales, (make_weight((7, 9), dtype), torch.rand(9), "nf4", 32)),
-        (ops.encode, (make_weight((7, 9), dtype), torch.rand(2), "nf4", 32)),
+        (ops.search_scales, (make_weight((7, 9), dtype), torch.rand(9), "nf4:32")),
+        (ops.encode, (make_weight((7, 9), dtype), torch.rand(2), "nf4:32:double_quant")),
         (ops.dequantize, (*PARTS, [33, 130], dtype)),
         (ops.dequantize_out, (*PARTS, torch.empty(33, 130, dtype=dtype))),
-        (ops.quantize, (make_weight((7, 9), dtype), "int8", 9)),
-        (ops.dequantize, (*eight.parts(), "int8", 130, [33, 130], dtype)),
-        (ops.dequantize_out, (*eight.parts(), "int8", 130, torch.empty(33, 130, dtype=dtype))),
-        (ops.linear, (x, *eight.parts(), "int8", 130, 33, bias, t, lora_b, 0.5)),
-        (ops.linear_grad_input, (torch.randn(5, 33).to(dtype), *eight.parts(), "int8", 130, 130)),
+        (ops.quantize, (make_weight((7, 9), dtype), "int8")),
+        (ops.dequantize, (*eight.operands(), [33, 130], dtype)),
+        (ops.dequantize_out, (*eight.operands(), torch.empty(33, 130, dtype=dtype))),
+        (ops.linear, (x, *eight.operands(), 33, bias, t, lora_b, 0.5)),
+        (ops.linear_grad_input, (torch.randn(5, 33).to(dtype), *eight.operands(), 130)),
     )
     stack, ends = lowbit.quantize(make_weight((3, 33, 130))), torch.tensor([2, 2, 5], dtype=torch.int32)
     rows, matrices, down = torch.randn(5, 130).to(dtype).requires_grad_(), torch.randn(3, 33, 4), torch.randn(5, 4)
-    weight = (*stack.parts(), "nf4", 64, ends)
+    weight = (*stack.operands(), ends)
     calls += (
         (ops.grouped_linear, (rows, *weight, 33, torch.randn(3, 33), down, matrices.requires_grad_(), 0.5)),
         (ops.grouped_linear_grad_input, (torch.randn(5, 33).to(dtype), *weight, 130, down, torch.randn(3, 4, 130))),
+        (ops.grouped_lora_linear, (rows, *weight, 33, None, torch.randn(3, 4, 130), matrices, 0.5)),
         (ops.grouped_matmul, (rows, torch.randn(3, 4, 130, requires_grad=True), ends)),
         (ops.grouped_outer, (down, rows.detach(), ends)),
     )
+    assert {op._qualified_op_name.partition("::")[2] for op, _ in calls} == set(OPS), "an op without a call"
     for op, arguments in calls:
         results = torch.library.opcheck(op.default, arguments)
         assert set(results.values()) == {"SUCCESS"}, (op, results)
@@ -262,7 +265,7 @@ def test_triton_serves_a_gpu_that_nothing_was_compiled_for(monkeypatch):
 
 
 #: Those with kernels that would read and write out of bounds.
-CHECKING_OPS = [
+CHECKING_NAMESPACES_OF_OPS = [
     pytest.param(torch.ops.lowbit, marks=needs_native),
     pytest.param(torch.ops.lowbit_triton, marks=pytest.mark.interpreted),
 ]
@@ -280,13 +283,15 @@ CHECKING_OPS = [
         ({2: Q.absmax.float()}, "absmax: expected dtype uint8, got float32"),
         ({3: None}, "group_scales, offset: expected both"),
         ({3: torch.ones(0)}, "group_scales: expected 1 elements, got 0"),
-        ({5: "nf5"}, "format: expected nf4, fp4 or int8, got nf5"),
-        ({6: 48}, "block_size: expected a power of two"),
-        ({7: 34}, "packed: expected"),
-        ({7: 2**60}, "out_features: expected sizes whose product fits 63 bits|packed: expected"),
-        ({8: torch.ones(3)}, "bias: expected 33 elements, got 3"),
-        ({9: torch.ones(2, 4)}, "t, lora_b: expected both"),
-        ({9: torch.ones(2, 4), 10: torch.ones(33, 5)}, "lora_b: expected 132 elements, got 165"),
+        ({5: "nf5:64"}, "spec: .*nf4, fp4.* int8.*nf5"),
+        ({5: "nf4:48"}, "spec: .*block_size: expected a power of two"),
+        ({5: "nf4:64"}, "group_scales, offset: expected neither|absmax: expected dtype float32"),
+        ({5: "nf4"}, "spec: .*nf4"),
+        ({6: 34}, "packed: expected"),
+        ({6: 2**60}, "out_features: expected sizes whose product fits 63 bits|packed: expected"),
+        ({7: torch.ones(3)}, "bias: expected 33 elements, got 3"),
+        ({8: torch.ones(2, 4)}, "t, lora_b: expected both"),
+        ({8: torch.ones(2, 4), 9: torch.ones(33, 5)}, "lora_b: expected 132 elements, got 165"),
     ],
 )
 def test_wrong_direct_calls_raise(ops, change, message):
@@ -322,15 +327,15 @@ ENDS = torch.tensor([1, 2, 4], dtype=torch.int32)
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("quantize", (WEIGHT.double(), "nf4", 64), "weight: expected dtype float32, float16 or bfloat16, got float64"),
-        ("quantize", (WEIGHT, "nf5", 64), "format: expected nf4, fp4 or int8, got nf5"),
-        ("quantize", (WEIGHT, "nf4", 8192), "block_size: expected a power of two from 32 to 4096, got 8192"),
-        ("quantize", (WEIGHT, "int8", 63), "block_size: expected 64 .the length of a row. for int8, got 63"),
+        ("quantize", (WEIGHT.double(), "nf4:64"), "weight: expected dtype float32, float16 or bfloat16, got float64"),
+        ("quantize", (WEIGHT, "nf5:64"), "spec: .*nf4, fp4.* int8.*nf5"),
+        ("quantize", (WEIGHT, "nf4:8192"), "block_size: expected a power of two from 32 to 4096, got 8192"),
+        ("quantize", (WEIGHT, "int8:64"), "spec: expected .*int8.*, got .int8:64"),
         ("quantize_scales", (torch.ones(300), torch.ones(2)), "offset: expected 1 elements, got 2"),
         ("quantize_scales", (torch.ones(300).half(), torch.ones(1)), "absmax: expected dtype float32, got float16"),
-        ("search_scales", (WEIGHT, torch.ones(3), "nf4", 64), "importance: expected 64 elements, got 3"),
-        ("search_scales", (WEIGHT, None, "int8", 64), "format: expected nf4 or fp4, got int8"),
-        ("encode", (WEIGHT, torch.ones(1), "nf4", 64), "scales: expected 4 elements, got 1"),
+        ("search_scales", (WEIGHT, torch.ones(3), "nf4:64"), "importance: expected 64 elements, got 3"),
+        ("search_scales", (WEIGHT, None, "int8"), "spec: expected nf4 or fp4, got int8"),
+        ("encode", (WEIGHT, torch.ones(1), "nf4:64"), "scales: expected 4 elements, got 1"),
         ("dequantize", (*PARTS, [34, 130], torch.float32), "packed: expected 2210 elements, got 2145"),
         ("dequantize", (*PARTS, [33, 130], torch.float64), "dtype: expected dtype float32, float16 or bfloat16"),
         ("linear_grad_input", (torch.ones(2, 32), *PARTS, 130), "packed: expected 2080 elements, got 2145"),
@@ -338,22 +343,22 @@ ENDS = torch.tensor([1, 2, 4], dtype=torch.int32)
         ("lora_linear", (torch.ones(2, 130), *PARTS, 33, None, torch.ones(4, 129), torch.ones(33, 4), 1.0), "lora_a"),
         (
             "grouped_linear",
-            (WEIGHT, *GROUPED.parts(), "nf4", 64, ENDS.long(), 5, None, None, None, 1.0),
+            (WEIGHT, *GROUPED.operands(), ENDS.long(), 5, None, None, None, 1.0),
             "expert_ends: expected dtype int32, got int64",
         ),
         (
             "grouped_linear",
-            (WEIGHT, *GROUPED.parts(), "nf4", 64, ENDS[:0], 5, None, None, None, 1.0),
+            (WEIGHT, *GROUPED.operands(), ENDS[:0], 5, None, None, None, 1.0),
             "expert_ends: expected the last to be 4, the rows|packed",
         ),
         (
             "grouped_linear",
-            (WEIGHT, *GROUPED.parts(), "nf4", 64, ENDS, 5, torch.ones(14), None, None, 1.0),
+            (WEIGHT, *GROUPED.operands(), ENDS, 5, torch.ones(14), None, None, 1.0),
             "bias: expected 15 elements, got 14",
         ),
         (
             "grouped_linear_grad_input",
-            (torch.ones(4, 4), *GROUPED.parts(), "nf4", 64, ENDS, 64),
+            (torch.ones(4, 4), *GROUPED.operands(), ENDS, 64),
             "packed: expected 384 elements, got 480",
         ),
     ],
@@ -369,12 +374,12 @@ def strided(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else torch.stack([tensor, tensor], -1)[..., 0]
 
 
-@pytest.mark.parametrize("ops", OPS, ids=str)
+@pytest.mark.parametrize("ops", NAMESPACES_OF_OPS, ids=str)
 def test_parts_with_strides(ops):
     """A slice of a larger checkpoint is a weight too: read as if it were contiguous, every scale is another's."""
     q = lowbit.quantize(make_weight((3, 5, 64)), block_size=32)
-    parts = (*(strided(part) for part in q.parts()), "nf4", 32)
-    contiguous = (*q.parts(), "nf4", 32)
+    contiguous = q.operands()
+    parts = (*(strided(part) for part in q.parts()), q.spec.text)
     x, grad = torch.randn(4, 64), torch.randn(4, 15)
     dense = ([15, 64], torch.float32)
     assert torch.equal(ops.dequantize(*parts, *dense), ops.dequantize(*contiguous, *dense))
