@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import CalledOps, make_weight
+from cases import CalledOps, assert_within, make_weight, product_tolerance
 from torch.utils.checkpoint import checkpoint
 
 import lowbit
@@ -17,6 +17,7 @@ from lowbit.backends import NAMESPACES
 from lowbit.backends import native as native_backend
 from lowbit.backends import triton as triton_backend
 from lowbit.ops import OPS
+from lowbit.ops.samples import EXPERTS, IN, OUT, RANK, samples
 
 needs_native = pytest.mark.skipif(native_backend.missing_reason() is not None, reason="no compiled extension")
 # Triton's ops have their kernels on CPU tensors only in its interpreter.
@@ -28,51 +29,93 @@ Q = lowbit.quantize(make_weight((33, 130)))
 PARTS = Q.operands()
 
 
+#: Which arguments of an op have gradients, where it has any.
+DIFFERENTIABLE = {
+    "linear": ("x", "bias", "t", "lora_b"),
+    "lora_linear": ("x", "bias", "lora_a", "lora_b"),
+    "grouped_linear": ("x", "bias", "t", "lora_b"),
+    "grouped_lora_linear": ("x", "bias", "lora_a", "lora_b"),
+    "grouped_matmul": ("x", "matrices"),
+}
+
+
 @pytest.mark.parametrize("ops", NAMESPACES_OF_OPS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(ops, dtype):
     """A wrong schema, fake kernel or autograd registration breaks torch.compile and export."""
-    x = torch.randn(2, 3, 130).to(dtype).requires_grad_()
-    t, lora_b = torch.randn(2, 3, 4, requires_grad=True), torch.randn(33, 4, requires_grad=True)
-    bias = torch.randn(33, requires_grad=True)
-    plain = lowbit.quantize(make_weight((33, 130)), double_quant=False)
-    eight = lowbit.quantize(make_weight((33, 130)), format="int8")
-    calls = (
-        (ops.linear, (x, *PARTS, 33, bias, t, lora_b, 0.5)),
-        (ops.linear, (x, *plain.operands(), 33, None, None, None, 1.0)),
-        (ops.linear_approximate, (x.detach(), *PARTS, 33, None, None, None, 1.0)),
-        (ops.lora_linear, (x.detach(), *PARTS, 33, bias.detach(), torch.randn(4, 130), lora_b.detach(), 0.5)),
-        (ops.linear_grad_input, (torch.randn(5, 33).to(dtype), *PARTS, 130)),
-        (
-            ops.linear_grad_input,
-            (torch.randn(5, 33).to(dtype), *PARTS, 130, torch.randn(5, 4), torch.randn(4, 130)),
-        ),
-        (ops.quantize, (make_weight((7, 9), dtype), "fp4:32")),
-        (ops.quantize_scales, (plain.absmax, plain.absmax.mean())),
-        (ops.search_scales, (make_weight((7, 9), dtype), torch.rand(9), "nf4:32")),
-        (ops.encode, (make_weight((7, 9), dtype), torch.rand(2), "nf4:32:double_quant")),
-        (ops.dequantize, (*PARTS, [33, 130], dtype)),
-        (ops.dequantize_out, (*PARTS, torch.empty(33, 130, dtype=dtype))),
-        (ops.quantize, (make_weight((7, 9), dtype), "int8")),
-        (ops.dequantize, (*eight.operands(), [33, 130], dtype)),
-        (ops.dequantize_out, (*eight.operands(), torch.empty(33, 130, dtype=dtype))),
-        (ops.linear, (x, *eight.operands(), 33, bias, t, lora_b, 0.5)),
-        (ops.linear_grad_input, (torch.randn(5, 33).to(dtype), *eight.operands(), 130)),
-    )
-    stack, ends = lowbit.quantize(make_weight((3, 33, 130))), torch.tensor([2, 2, 5], dtype=torch.int32)
-    rows, matrices, down = torch.randn(5, 130).to(dtype).requires_grad_(), torch.randn(3, 33, 4), torch.randn(5, 4)
-    weight = (*stack.operands(), ends)
-    calls += (
-        (ops.grouped_linear, (rows, *weight, 33, torch.randn(3, 33), down, matrices.requires_grad_(), 0.5)),
-        (ops.grouped_linear_grad_input, (torch.randn(5, 33).to(dtype), *weight, 130, down, torch.randn(3, 4, 130))),
-        (ops.grouped_lora_linear, (rows, *weight, 33, None, torch.randn(3, 4, 130), matrices, 0.5)),
-        (ops.grouped_matmul, (rows, torch.randn(3, 4, 130, requires_grad=True), ends)),
-        (ops.grouped_outer, (down, rows.detach(), ends)),
-    )
-    assert {op._qualified_op_name.partition("::")[2] for op, _ in calls} == set(OPS), "an op without a call"
-    for op, arguments in calls:
-        results = torch.library.opcheck(op.default, arguments)
-        assert set(results.values()) == {"SUCCESS"}, (op, results)
+    calls = list(samples(dtype))
+    assert {name for name, _, _ in calls} == set(OPS), "an op without a sample: add one to lowbit/ops/samples.py"
+    for name, what, arguments in calls:
+        if what.startswith(("fp4", "nf4:32")):  # the same schemas and kernels
+            continue
+        op = getattr(ops, name).default
+        names = [argument.name for argument in op._schema.arguments]
+        arguments = tuple(
+            value.clone().requires_grad_() if value is not None and of in DIFFERENTIABLE.get(name, ()) else value
+            for of, value in zip(names, arguments, strict=True)
+        )
+        results = torch.library.opcheck(op, arguments)
+        assert set(results.values()) == {"SUCCESS"}, (name, what, results)
+
+
+@pytest.mark.parametrize("name", sorted(DIFFERENTIABLE))
+def test_gradients_equal_those_of_dense_arithmetic(name):
+    """An op's backward that forgets a term trains to something else."""
+    op = getattr(torch.ops.lowbit_reference, name).default
+    names = [argument.name for argument in op._schema.arguments]
+    for sampled, what, arguments in samples():
+        if sampled != name:
+            continue
+        given = dict(zip(names, arguments, strict=True))
+        leaves = {of: given[of].clone().requires_grad_() for of in DIFFERENTIABLE[name] if given[of] is not None}
+        ours = op(*(given | leaves).values())
+        y = ours[0] if isinstance(ours, tuple) else ours
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        actual = torch.autograd.grad(y, list(leaves.values()), grad)
+        expected, magnitudes = (
+            gradients_in_fp64(name, given, list(leaves), grad, change) for change in (torch.Tensor.double, absolute)
+        )
+        for of, ours, exact, magnitude in zip(leaves, actual, expected, magnitudes, strict=True):
+            # The chain from grad through lora_b or W, and then lora_a, or the sum over rows.
+            tolerance = product_tolerance(magnitude, exact, OUT + IN + RANK, torch.float32)
+            assert_within(ours, exact, tolerance)
+
+
+def absolute(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double().abs()
+
+
+def gradients_in_fp64(name: str, given: dict, leaves: list[str], grad: torch.Tensor, change) -> tuple:
+    """Gradients of :func:`dense` for the leaves, every factor having gone through ``change``."""
+    floats = ("x", "bias", "t", "lora_a", "lora_b", "matrices")
+    changed = given | {of: change(given[of]) for of in floats if given.get(of) is not None}
+    for of in leaves:
+        changed[of].requires_grad_()
+    return torch.autograd.grad(dense(name, changed, change), [changed[of] for of in leaves], change(grad))
+
+
+def dense(name: str, given: dict, change) -> torch.Tensor:
+    """What the op computes, in fp64 on the decoded weight, row by row."""
+    if name == "grouped_matmul":
+        experts = torch.bucketize(torch.arange(given["x"].shape[0]), given["expert_ends"], right=True)
+        return torch.einsum("mk,mpk->mp", given["x"], given["matrices"][experts])
+    weight = [given[part] for part in ("packed", "absmax", "group_scales", "offset", "spec")]
+    grouped = name.startswith("grouped")
+    shape = [EXPERTS, OUT, IN] if grouped else [OUT, IN]
+    w = change(torch.ops.lowbit_reference.dequantize(*weight, shape, torch.float32))
+    x, rows = given["x"], given["x"].shape[0]
+    experts = torch.bucketize(torch.arange(rows), given["expert_ends"], right=True) if grouped else torch.zeros(rows, dtype=torch.long)
+
+    def of_row(stack):
+        return (stack if grouped else stack[None])[experts]
+
+    y = torch.einsum("mk,mnk->mn", x, of_row(w))
+    if given["bias"] is not None:
+        y = y + of_row(given["bias"])
+    t = given["t"] if "t" in given else torch.einsum("mk,mrk->mr", x, of_row(given["lora_a"]))
+    if t is not None:
+        y = y + given["scaling"] * torch.einsum("mr,mnr->mn", t, of_row(given["lora_b"]))
+    return y
 
 
 def lora_call(x, lora_a, lora_b):
@@ -265,7 +308,7 @@ def test_triton_serves_a_gpu_that_nothing_was_compiled_for(monkeypatch):
 
 
 #: Those with kernels that would read and write out of bounds.
-CHECKING_NAMESPACES_OF_OPS = [
+CHECKING_OPS = [
     pytest.param(torch.ops.lowbit, marks=needs_native),
     pytest.param(torch.ops.lowbit_triton, marks=pytest.mark.interpreted),
 ]
