@@ -26,8 +26,8 @@ def require_nvcc() -> None:
 
 
 def emulator(module: str):
-    """A module of tests/emulator."""
-    return pytest.importorskip(f"emulator.{module}")
+    """A module of tools/ptxemu."""
+    return pytest.importorskip(f"ptxemu.{module}")
 
 
 def nvcc(*args) -> None:

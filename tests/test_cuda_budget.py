@@ -7,8 +7,8 @@ today fails here.
 import re
 
 import pytest
+from codegen.sass import ARCHS, Kernel, count, kernels
 from conftest_cuda import CSRC, SOURCES
-from sass import ARCHS, Kernel, count, kernels
 
 CUDA = CSRC / "cuda"
 BYTES_PER_ACCESS = 16

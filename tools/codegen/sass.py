@@ -1,15 +1,13 @@
 """The machine code that nvcc makes of a kernel: its instructions, its loops, its registers."""
 
 import functools
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest_cuda import ROOT, nvcc
 
-sys.path.append(str(ROOT / "benchmarks"))  # where predict_gpu.py counts with the same code
-from machine_code import Kernel, count, cuobjdump, disassemble, resources  # noqa: E402
+from .machine_code import Kernel, count, cuobjdump, disassemble, resources
 
 __all__ = ["ARCHS", "Kernel", "count", "disassemble", "kernels", "resources"]
 

@@ -7,10 +7,10 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from instruction_costs import Counted, data_path_cycles, mma_macs
-from machine_code import Kernel, count, disassemble
+from .instruction_costs import Counted, data_path_cycles, mma_macs
+from .machine_code import Kernel, count, disassemble
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CUDA, BITSANDBYTES = "lowbit", "bitsandbytes"
 
 
