@@ -4,7 +4,7 @@
 PYTHON ?= python3
 # The first call of torch's installer decides its size: a plain `torch` may bring several GB of CUDA libraries.
 TORCH ?= torch==2.13.0
-BUILD_TOOLS = "setuptools>=77" wheel ninja
+BUILD_TOOLS = "setuptools>=77" ninja
 DEMO_ARGS ?= --output out/demo
 TEST_ARGS ?= -q
 

@@ -24,14 +24,14 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 CPU_BINDINGS = ROOT / "csrc" / "bindings.cpp"
 CUDA_BINDINGS = ROOT / "csrc" / "bindings_cuda.cpp"
-#: On Windows setuptools compiles with MSVC, which cannot build the kernels: they are GNU C++, as g++ and clang++ read it.
+#: On Windows setuptools compiles with MSVC, which cannot build the kernels: they are C++ for g++ and clang++.
 COMPILERS = ("cl",) if os.name == "nt" else ("c++", "g++", "clang++")
 #: What the extension needs of a compiler, and Python's headers.
 PROBE = """
 #include <Python.h>
 #include <bit>
 #if !defined(__GNUC__)
-#error "the kernels are GNU C++"
+#error "the kernels are C++ for g++ and clang++"
 #endif
 constexpr int log2_of_64 = std::countr_zero(64u);
 static_assert(log2_of_64 == 6);
@@ -59,7 +59,7 @@ def choice(name: str) -> str:
 
 
 def has_limited_api() -> bool:
-    """Whether this Python has a limited API, so that one extension serves every later Python; free-threaded ones lack it."""
+    """Whether this Python has a limited API (one extension for every later Python): free-threaded ones have none."""
     return not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
@@ -96,7 +96,7 @@ def missing_native_reason() -> str | None:
         return None
     said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
     said = next((line for line in said if "error" in line), said[0] if said else f"exit status {done.returncode}")
-    return f"the C++ compiler {compiler} cannot compile C++20 as g++ and clang++ do, with Python.h ({said.strip()})"
+    return f"the C++ compiler {compiler} cannot build them, which need g++ or clang++, C++20, Python.h ({said.strip()})"
 
 
 def find_nvcc() -> Path | None:

@@ -29,9 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--self-test", action="store_true", help="run the checks (also without this option)")
     parser.parse_args(arguments)
 
-    # In a clone, `python -m` imports the sources. Who just installed lowbit asks about what was installed.
+    # In a clone, `python -m` imports the sources. Whoever has just installed lowbit asks about what was installed.
     if (copy := backends.native.installed_copy()) is not None:
-        print(f"The sources in {backends.native.PACKAGE} are not built; this is about the installed lowbit:", flush=True)
+        print(f"The sources in {backends.native.PACKAGE} are not built. The installed lowbit:", flush=True)
         options = sys.argv[1:] if arguments is None else arguments
         return subprocess.run([sys.executable, "-m", "lowbit", *options], cwd=copy.parent).returncode
 

@@ -50,7 +50,7 @@ def run_pip(*arguments: str) -> str:
 
 
 def newest_version() -> str:
-    """The newest torch that pip would install, as "2.13.0"; asked once a day, because pip fetches a wheel to know it."""
+    """The newest torch that pip would install, as "2.13.0". Asked once a day: pip fetches the wheel to know."""
     remembered = FOLDER / "newest"
     if remembered.exists() and time.time() - remembered.stat().st_mtime < 24 * 3600:
         return remembered.read_text()

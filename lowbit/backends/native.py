@@ -61,8 +61,8 @@ def missing_reason() -> str | None:
         )
     if (copy := installed_copy()) is not None:
         return (
-            f"lowbit was imported from {PACKAGE}, which has no C++ extension lowbit._C; the installed one in {copy} has: "
-            "start Python in another folder, or build the extension here with `python setup.py build_ext --inplace`"
+            f"lowbit was imported from {PACKAGE}, which has no C++ extension lowbit._C; that in {copy} has "
+            "one: start Python in another folder, or build it here with `python setup.py build_ext --inplace`"
         )
     if (PACKAGE.parent / "setup.py").exists():
         return (
