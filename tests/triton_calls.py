@@ -50,18 +50,18 @@ def name_of(dtype: torch.dtype) -> str:
 for dtype, format in itertools.product(DTYPES, FORMATS):
     model_weight, detail = tensor(4096, 4096, dtype=dtype), f"{format} {name_of(dtype)}"
     often = (dtype, format) == (torch.bfloat16, "nf4")
-    add("quantize", model_weight, format, 64, detail=detail, every_run=often)
-    add("search_scales", model_weight, None, format, 64, detail=detail)
-    add("search_scales", model_weight, tensor(4096), format, 64, detail=f"{detail} weighted", every_run=often)
-    add("encode", model_weight, tensor(4096 * 64), format, 64, detail=detail, every_run=often)
+    add("quantize", model_weight, f"{format}:64", detail=detail, every_run=often)
+    add("search_scales", model_weight, None, f"{format}:64", detail=detail)
+    add("search_scales", model_weight, tensor(4096), f"{format}:64", detail=f"{detail} weighted", every_run=often)
+    add("encode", model_weight, tensor(4096 * 64), f"{format}:64", detail=detail, every_run=often)
 for block_size in BLOCK_SIZES:
-    add("quantize", tensor(33, 131, dtype=torch.float16), "nf4", block_size, detail=f"ragged blocks of {block_size}")
-    scales = tensor(block_count(33 * 131, block_size))
-    add("encode", tensor(33, 131), scales, "nf4", block_size, detail=f"ragged blocks of {block_size}")
-add("search_scales", tensor(131, 1), tensor(1), "nf4", 32, detail="one column")
+    spec, detail = f"nf4:{block_size}", f"ragged blocks of {block_size}"
+    add("quantize", tensor(33, 131, dtype=torch.float16), spec, detail=detail)
+    add("encode", tensor(33, 131), tensor(block_count(33 * 131, block_size)), spec, detail=detail)
+add("search_scales", tensor(131, 1), tensor(1), "nf4:32", detail="one column")
 for dtype in DTYPES:
-    add("quantize", tensor(4096, 4096, dtype=dtype), "int8", 4096, detail=f"int8 {name_of(dtype)}")
-add("quantize", tensor(33, 131), "int8", 131, detail="int8 ragged")
+    add("quantize", tensor(4096, 4096, dtype=dtype), "int8", detail=f"int8 {name_of(dtype)}")
+add("quantize", tensor(33, 131), "int8", detail="int8 ragged")
 add("quantize_scales", tensor(4096 * 64), tensor(), every_run=True)
 add("quantize_scales", tensor(131), tensor(), detail="ragged")
 
@@ -83,7 +83,7 @@ for dtype in DTYPES:
         every_run=dtype == torch.bfloat16,
     )
 
-#: Rows of x: one for each tile of lowbit/backends/triton/shapes_forward.py.
+#: Rows of x: one for each tile of linear in lowbit/backends/triton/shapes.py.
 LINEAR_ROWS = (1, 8, 16, 32, 64, 128)
 for rows, dtype, format in itertools.product(LINEAR_ROWS, DTYPES, (*FORMATS, "int8")):
     if dtype == torch.float32 and rows > 16:

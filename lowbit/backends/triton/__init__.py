@@ -1,7 +1,7 @@
 """The Triton kernels: NVIDIA GPUs without the compiled CUDA half, AMD and Intel GPUs.
 
-One module per operation, each with its kernels and a function of the op's name and arguments (``lowbit/ops.py``)
-that chooses a configuration (``shapes.py`` and its two neighbours) and launches (``launch.py``). Triton itself is
+One module per operation, each with its kernels and a function of the op's name and arguments (``lowbit/ops``) that
+checks them (``operands.py``), chooses a configuration (``shapes.py``) and launches (``launch.py``). Triton itself is
 imported at the first call: this file only says whether it can be.
 
 Under ``TRITON_INTERPRET=1`` the same kernels run on CPU tensors too, slowly, which is how they are tested.
@@ -23,8 +23,8 @@ OLDEST_TRITON = (3, 6)
 MODULES = {
     "quantize": "quantize",
     "quantize_scales": "quantize",
-    "search_scales": "search",
-    "encode": "search",
+    "search_scales": "quantize",
+    "encode": "quantize",
     "dequantize": "dequantize",
     "dequantize_out": "dequantize",
     "linear": "linear",
@@ -33,8 +33,8 @@ MODULES = {
     "linear_grad_input": "linear_grad_input",
     "grouped_linear": "grouped",
     "grouped_linear_grad_input": "grouped",
-    "grouped_matmul": "grouped_products",
-    "grouped_outer": "grouped_products",
+    "grouped_matmul": "grouped",
+    "grouped_outer": "grouped",
 }
 
 #: As Triton reads it.
@@ -43,7 +43,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 #: Ops whose launches torch.compile gets to see, for x in 16 bits on these devices. The others are opaque to it, because
 #: torch would take arguments for written: all of a kernel that decodes to fp32 (assembly that has to stay in place),
 #: and the grouped ones' expert_ends, of which addresses are made.
-_SHOWN = ("linear", "linear_grad_input")
+_SHOWN = ("linear", "lora_linear", "linear_grad_input")
 _SHOWN_ON = ("cuda", "xpu")
 
 #: Whether kernels do without NVIDIA's inline assembly.
@@ -84,7 +84,7 @@ def register(library) -> None:
     if missing_reason() is not None:
         return
     library.define("scale_map(Device device) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl("scale_map", _imported_when_called("copy_of_scale_map", "constants"), "CompositeExplicitAutograd")
+    library.impl("scale_map", _imported_when_called("copy_of_scale_map", "decode"), "CompositeExplicitAutograd")
     fake = lambda device: torch.empty(256, device=device)  # noqa: E731
     torch.library.register_fake(f"{library.ns}::scale_map", fake, lib=library)
     keys = {"cuda": "CUDA", "xpu": "XPU", "cpu": "CPU"}
