@@ -134,7 +134,7 @@ def every_kind(op: str, masked_beyond: int, experts: int = 0) -> list[Kind]:
 
 
 def tile_of_a_layer(k=4096, **wanted):
-    """A chooser like ``shapes.configs`` that takes the one with the ``wanted`` fields which the GPU would have for layers
+    """A chooser like ``shapes.configs`` of the one with the ``wanted`` fields which the GPU would have for layers
     of 4096 x k. A field that is a dictionary is wanted by op.
     """
     configs = shapes.configs  # a test replaces it by what is returned

@@ -1,7 +1,8 @@
-"""Calls that together launch every Triton kernel in each way it is compiled: what test_triton_compile.py compiles.
+"""What tests of Triton's kernels call them with.
 
-One entry of :data:`CALLS` per call. Tensors are on the meta device, so shapes may be those of real models; launches are
-specialized as for memory aligned to 16 bytes.
+:data:`CALLS` together launch every kernel in each way it is compiled: what test_triton_compile.py compiles. Their
+tensors are on the meta device, so shapes may be those of real models; launches are specialized as for memory aligned to
+16 bytes. The functions before it make small operands, for tests that look at numbers.
 """
 
 import dataclasses
@@ -9,10 +10,57 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from cases import BLOCK_SIZES, DTYPES, FORMATS
+from cases import BLOCK_SIZES, DTYPES, FORMATS, make_weight
 from conftest_triton import function, tensor, weight
 
-from lowbit.format import block_count
+from lowbit import reference
+from lowbit.format import WeightSpec, block_count
+
+RANKS = (0, 1, 8, 17, 64)
+#: Rows of each expert: none at all, some without any, one with all, few and many.
+COUNTS = ((0,), (1,), (0, 3), (2, 0, 1), (5, 0, 0, 9), (0, 0, 0, 0, 4), (1, 1, 1, 1, 1, 1, 1), (13, 40, 7))
+
+
+def parts_of(weight: torch.Tensor, format="nf4", block_size=64, double_quant=True) -> tuple:
+    """The arguments of an op from packed to spec, as the reference quantizes ``weight``."""
+    spec = WeightSpec(format, block_size, double_quant)
+    packed, absmax = reference.quantize(weight, str(spec))
+    if not spec.double_quant:
+        return packed, absmax, None, None, str(spec)
+    offset = absmax.mean() if absmax.numel() else torch.zeros(())
+    return packed, *reference.quantize_scales(absmax, offset), offset, str(spec)
+
+
+def varied_parts(shape, format="nf4", block_size=64, double_quant=True, magnitude=0.02) -> tuple:
+    """The same of blocks of different magnitudes: one's scale for another's is far outside of every tolerance."""
+    weight = make_weight(shape, torch.float32, magnitude)
+    weight *= 2.0 ** (torch.arange(weight.numel()) // 32 * 5 % 7).view(shape)
+    return parts_of(weight, format, block_size, double_quant)
+
+
+def grad_operands(m: int, n: int, k: int, rank: int, dtype: torch.dtype) -> tuple:
+    """grad [m, n], grad_t [m, rank], lora_a [rank, k]; of rank 0 None for the last two."""
+    generator = torch.Generator().manual_seed(m + n + k)
+    grad, grad_t, lora_a = (torch.randn(size, generator=generator) for size in ((m, n), (m, rank), (rank, k)))
+    return (grad.to(dtype), grad_t, lora_a) if rank else (grad.to(dtype), None, None)
+
+
+def ends_of(counts, experts: int) -> torch.Tensor:
+    """expert_ends for so many experts: counts repeated."""
+    return torch.tensor([counts[i % len(counts)] for i in range(experts)]).cumsum(0).to(torch.int32)
+
+
+def expert_product(x, weight, ends, transposed=False) -> torch.Tensor:
+    """Each expert's rows times its matrix, in the operands' own dtype."""
+    parts = [x[at] @ (weight[e] if transposed else weight[e].T) for e, at in enumerate(reference.expert_rows(ends))]
+    return torch.cat([x.new_zeros(0, weight.shape[2 if transposed else 1]), *parts])
+
+
+def unaligned(like: torch.Tensor) -> torch.Tensor:
+    """CPU memory for a tensor such as ``like`` that begins one element after a multiple of 16 bytes."""
+    storage = torch.empty(like.numel() + 16, dtype=like.dtype)
+    first = next(i for i in range(1, 17) if storage[i:].data_ptr() % 16 == like.element_size() % 16)
+    return storage[first : first + like.numel()].view(like.shape)
 
 
 @dataclasses.dataclass
@@ -34,13 +82,6 @@ def add(op: str, *arguments, detail: str = "", every_run: bool = False) -> None:
         return function(op)(*arguments)
 
     CALLS.append(Call(f"{op} {detail}".strip(), make, every_run))
-
-
-def unaligned(like: torch.Tensor) -> torch.Tensor:
-    """CPU memory for a tensor such as ``like`` that begins one element after a multiple of 16 bytes."""
-    storage = torch.empty(like.numel() + 16, dtype=like.dtype)
-    first = next(i for i in range(1, 17) if storage[i:].data_ptr() % 16 == like.element_size() % 16)
-    return storage[first : first + like.numel()].view(like.shape)
 
 
 def name_of(dtype: torch.dtype) -> str:

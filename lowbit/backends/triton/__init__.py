@@ -19,30 +19,23 @@ from torch.torch_version import TorchVersion
 #: What torch 2.10 brings along; older ones lack what the kernels use.
 OLDEST_TRITON = (3, 6)
 
-#: Which module of this package implements an op. Where torch has no Triton kernel to call, the reference serves.
-MODULES = {
-    "quantize": "quantize",
-    "quantize_scales": "quantize",
-    "search_scales": "quantize",
-    "encode": "quantize",
-    "dequantize": "dequantize",
-    "dequantize_out": "dequantize",
-    "linear": "linear",
-    "linear_approximate": "linear",
-    "lora_linear": "linear",
-    "linear_grad_input": "linear_grad_input",
-    "grouped_linear": "grouped",
-    "grouped_linear_grad_input": "grouped",
-    "grouped_matmul": "grouped",
-    "grouped_outer": "grouped",
+#: By module of this package the ops that it implements. Where torch has no Triton kernel to call, the reference serves.
+_OPS = {
+    "quantize": ("quantize", "quantize_scales", "search_scales", "encode"),
+    "dequantize": ("dequantize", "dequantize_out"),
+    "linear": ("linear", "linear_approximate", "lora_linear"),
+    "linear_grad_input": ("linear_grad_input",),
+    "grouped": ("grouped_linear", "grouped_linear_grad_input", "grouped_matmul", "grouped_outer"),
 }
+#: The module of each op.
+MODULES = {op: module for module, ops in _OPS.items() for op in ops}
 
 #: As Triton reads it.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 #: Ops whose launches torch.compile gets to see, for x in 16 bits on these devices. The others are opaque to it, because
-#: torch would take arguments for written: all of a kernel that decodes to fp32 (assembly that has to stay in place),
-#: and the grouped ones' expert_ends, of which addresses are made.
+#: torch takes arguments of their kernels for written: all of a kernel that decodes to fp32 (assembly that has to stay in
+#: place), and the grouped ones' expert_ends, of which addresses are made.
 _SHOWN = ("linear", "lora_linear", "linear_grad_input")
 _SHOWN_ON = ("cuda", "xpu")
 

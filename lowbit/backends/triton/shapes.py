@@ -14,7 +14,7 @@ from ...format import WeightSpec
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's cdiv, which kernels may call too, costs 5 us of Python; so does its next_power_of_2."""
+    """a / b, rounded up. In Python, Triton's cdiv costs 5 us, and so does its next_power_of_2."""
     return -(-a // b)
 
 
