@@ -36,7 +36,7 @@ def _x(*shape: int) -> torch.Tensor:
 
 
 def _quantize(m: int, n: int, k: int) -> None:
-    _, absmax = function("quantize")(_x(n, k), "nf4", 64)
+    _, absmax = function("quantize")(_x(n, k), "nf4:64")
     function("quantize_scales")(absmax, tensor())
 
 

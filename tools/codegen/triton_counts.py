@@ -34,12 +34,11 @@ class Tile:
 
 
 def _forward(constants: dict) -> Tile:
-    return Tile(constants["BM"], constants["BN"], constants["PRODUCTS"] * constants["BK"])
+    return Tile(constants["TILE_M"], constants["TILE_N"], constants["PRODUCTS"] * constants["TILE_K"])
 
 
 def _backward(constants: dict) -> Tile:
-    weights_per_byte = 1 if constants["FORMAT"] == "int8" else 2
-    return Tile(constants["TILE_M"], constants["TILE_N"], constants["BYTES"] * weights_per_byte, True)
+    return Tile(constants["TILE_M"], constants["TILE_N"], constants["TILE_K"], True)
 
 
 #: By kernel its tile, as a function of the launch's arguments. Kernels that are not here have no loop.
