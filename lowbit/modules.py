@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -59,7 +58,7 @@ def quantize_(
             "encoder.layer.0").
 
     Returns:
-        ``model``. DistributedDataParallel does not send the quantized weights where it wraps ``model`` itself.
+        ``model``.
 
     Raises:
         TypeError: an argument of the wrong type; a weight that is not float32, float16 or bfloat16 (it is named).
@@ -127,7 +126,6 @@ def replace_weights(model: nn.Module, replacements: dict[nn.Parameter, nn.Parame
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter in replacements:
                 module._parameters[name] = replacements[parameter]
-    ignore_in_ddp(model)
     return model
 
 
@@ -148,25 +146,4 @@ def dequantize_(model: nn.Module) -> nn.Module:
     for q, places in owners.items():
         for module, name in places:
             module._parameters[name] = dense[q]
-    ignore_in_ddp(model)
     return model
-
-
-@torch.no_grad()
-def ignore_in_ddp(model: nn.Module) -> None:
-    """Put the quantized weights of ``model`` on the list of what DistributedDataParallel(model) does not send.
-
-    Call it again on a module that was put around a quantized one, before that goes into DistributedDataParallel:
-    the list holds names as that module sees them.
-    """
-    names = [n for n, p in model.named_parameters(remove_duplicate=False) if isinstance(p, QuantizedTensor)]
-    others = [n for n in getattr(model, "_ddp_params_and_buffers_to_ignore", []) if not _is_parameter(model, n)]
-    model._ddp_params_and_buffers_to_ignore = [*others, *names]
-
-
-def _is_parameter(model: nn.Module, name: str) -> bool:
-    owner, _, last = name.rpartition(".")
-    try:
-        return last in model.get_submodule(owner)._parameters
-    except AttributeError:
-        return False
