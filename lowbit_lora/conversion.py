@@ -14,12 +14,16 @@ import torch
 from torch import nn
 
 from lowbit import QuantizedTensor
-from lowbit.modules import decoded_weights, find_weights, ignore_in_ddp, quantized_weights, replace_weights
+from lowbit.modules import decoded_weights, find_weights, quantized_weights, replace_weights
 
 from . import dense, hf
 from .config import LoraConfig, QLoRAConfig
 from .layers import LoRABaseLayer, LoRALinear
 from .targets import find_saved, find_targets
+
+#: Where nn.Module keeps the hooks of a module; a layer with LoRA calls those of its base.
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks")
+_HOOKS += ("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook")
 
 
 class Conversion:
@@ -57,8 +61,8 @@ class Conversion:
         heads |= {sub for name in head_names for sub in getattr(model, name).modules()}
         if _quantized_parameters(inside_saved):
             raise ValueError(
-                f"modules_to_save: expected dense weights in {', '.join(self.saved)}, got a quantized one, which cannot "
-                "train; leave the module dense (skip=[...] of lowbit.quantize_)"
+                f"modules_to_save: expected dense weights in {', '.join(self.saved)}, got a quantized one, which "
+                "cannot train; leave the module dense (skip=[...] of lowbit.quantize_)"
             )
         targets = find_targets(model, config.target_modules, inside_saved, heads)
         resolved = config.target_modules
@@ -89,6 +93,8 @@ class Conversion:
             use_rslora=config.use_rslora,
             freeze=False,
         )
+        for name in _HOOKS:  # the very dictionaries, so that the hooks' handles go on working
+            setattr(layer, name, getattr(module, name))
         return layer.train(module.training)
 
     def apply(self, trainable: bool = True) -> "Restore":
@@ -175,7 +181,8 @@ def merge_all(model: nn.Module, *, decode: bool) -> None:
     layers = [module for module in model.modules() if isinstance(module, LoRABaseLayer)]
     bases = {layer.base_layer for layer in layers}
     merged = {layer: nn.Parameter(layer.merged_weight(), requires_grad=False) for layer in layers}
-    dense_weights = decoded_weights(_quantized_parameters(m for m in model.modules() if m not in bases) if decode else [])
+    others = (module for module in model.modules() if decode and module not in bases)
+    dense_weights = decoded_weights(_quantized_parameters(others))
     _warn_of_untying(model, bases)
     for layer, weight in merged.items():
         layer.base_layer.weight = weight

@@ -106,8 +106,8 @@ class AdaptedWeight(torch.Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func in _MEMORY:
             raise RuntimeError(
-                "weight: expected the layer to be called, but its memory was asked for, which LoRA is not in; leave the "
-                "layer out of target_modules"
+                "weight: expected the layer to be called, but its memory was asked for, which LoRA is not in; leave "
+                "the layer out of target_modules"
             )
         if func in _DESCRIPTION:
             with torch._C.DisableTorchFunctionSubclass():
