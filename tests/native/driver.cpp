@@ -72,8 +72,6 @@ struct Random {
   uint8_t byte() { return static_cast<uint8_t>(engine()); }
 };
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 const char* name_of(Dtype dtype) { return dtype == Dtype::f32 ? "fp32" : dtype == Dtype::f16 ? "fp16" : "bf16"; }
 
 // A tensor of one of the three dtypes.
@@ -109,14 +107,15 @@ struct Values {
 // A random quantized weight, [n, k], and what it decodes to.
 struct Weight {
   Buffer<uint8_t> packed, codes;
-  Buffer<float> absmax, group_scales, decoded;
+  Buffer<float> absmax, group_scales, offset, decoded;
   QuantizedWeight view;
 
   Weight(int64_t n, int64_t k, const Format* format, int64_t block_size, bool double_quant, Random& random)
-      : packed(format ? ceil_div(n * k, 2) : n * k),
-        codes(format && double_quant ? ceil_div(n * k, block_size) : 0),
-        absmax(format ? (double_quant ? 0 : ceil_div(n * k, block_size)) : n),
+      : packed(format->packed_bytes(n * k)),
+        codes(double_quant ? ceil_div(n * k, block_size) : 0),
+        absmax(format->has_row_scales ? n : double_quant ? 0 : ceil_div(n * k, block_size)),
         group_scales(ceil_div(codes.size(), kGroupSize)),
+        offset(1),
         decoded(n * k) {
     for (int64_t i = 0; i < packed.size(); ++i) packed[i] = random.byte();
     for (int64_t i = 0; i < codes.size(); ++i) codes[i] = random.byte();
@@ -127,16 +126,16 @@ struct Weight {
       if (i % 3 == 2) absmax[i] = float_of((bits_of(absmax[i]) & 0xffffe000) | 0x1000);
     }
     for (int64_t i = 0; i < group_scales.size(); ++i) group_scales[i] = 0.01f * std::fabs(random.normal());
-    view = {packed.data(),
-            double_quant && format ? nullptr : absmax.data(),
-            codes.data(),
-            group_scales.data(),
-            0.013f,
-            format,
-            format ? block_size : k,
-            n * k};
+    offset[0] = 0.013f;
+    const ScaleKind kind = format->has_row_scales ? ScaleKind::row
+                           : double_quant         ? ScaleKind::double_quant
+                                                  : ScaleKind::block;
+    const Scales scales =
+        double_quant ? Scales{kind, nullptr, codes.data(), group_scales.data(), offset.data()}
+                     : Scales{kind, absmax.data(), nullptr, nullptr, nullptr};
+    view = {packed.data(), scales, format, format->has_row_scales ? k : block_size, n * k};
     for (int64_t i = 0; i < n * k; ++i) {
-      if (!format) {
+      if (format->bits == 8) {
         decoded[i] = static_cast<float>(static_cast<int8_t>(packed[i])) * absmax[i / k] * kInt8Unit;
         continue;
       }
@@ -144,7 +143,7 @@ struct Weight {
       float scale = 0;
       if (double_quant) {
         const volatile float product = kScaleMap.entries[codes[block]] * group_scales[block / kGroupSize];
-        scale = product + view.offset;  // volatile: the product is rounded before the sum
+        scale = product + offset[0];  // volatile: the product is rounded before the sum
       } else {
         scale = absmax[block];
       }
@@ -166,7 +165,7 @@ bool near(float actual, double exact, double magnitude, int64_t terms, Dtype dty
 
 // Relative error of the codebook in bf16, which AVX2 uses for up to four rows of bf16.
 double codebook_error(const std::string& isa, const Format* format, Dtype dtype, int64_t m, int64_t k) {
-  if (isa != "avx2" || !format || dtype != Dtype::bf16 || m > 4 || k % 64) return 0;
+  if (isa != "avx2" || format->bits != 4 || dtype != Dtype::bf16 || m > 4 || k % 64) return 0;
   double worst = 0;
   for (const float value : format->codebook) {
     Bf16 rounded;
@@ -179,11 +178,11 @@ double codebook_error(const std::string& isa, const Format* format, Dtype dtype,
 // Whether a product rounds the decoded weights to bf16 before it multiplies: the gemm of AVX512-BF16, to which more
 // than four rows of bf16 go, and fewer where the flat weight's chunks of 64 cross rows.
 bool rounds_weights(const std::string& isa, const Format* format, Dtype dtype, int64_t m, int64_t k) {
-  return isa == "avx512bf16" && dtype == Dtype::bf16 && (m > 4 || (format && k % 64));
+  return isa == "avx512bf16" && dtype == Dtype::bf16 && (m > 4 || (format->bits == 4 && k % 64));
 }
 // The same for the product with W itself, where few rows times int8 go to the gemm too.
 bool rounds_weights_backward(const std::string& isa, const Format* format, Dtype dtype, int64_t m, int64_t k) {
-  return isa == "avx512bf16" && dtype == Dtype::bf16 && (m > 4 || !format || k % 64);
+  return isa == "avx512bf16" && dtype == Dtype::bf16 && (m > 4 || format->bits == 8 || k % 64);
 }
 
 std::string shape_text(int64_t m, int64_t n, int64_t k) {
@@ -198,9 +197,9 @@ struct Case {
   Dtype dtype;
   int64_t rank;
   bool has_bias;
+  float scaling = 1.0f;  // of LoRA's product
   std::string text(const char* isa, const char* operation) const {
-    const char* name = format == &kNf4 ? "nf4" : format == &kFp4 ? "fp4" : "int8";
-    return std::string(isa) + " " + operation + " " + shape_text(m, n, k) + " " + name + " block " +
+    return std::string(isa) + " " + operation + " " + shape_text(m, n, k) + " " + format->name + " block " +
            std::to_string(block_size) + (double_quant ? " dq " : " ") + name_of(dtype) + " rank " +
            std::to_string(rank) + (has_bias ? " bias" : "");
   }
@@ -224,7 +223,7 @@ void check_product(const std::string& text, const Values& y, const Case& c, cons
         magnitude += std::fabs(a * b);
       };
       for (int64_t k = 0; k < c.k; ++k) add(x.at(m * c.k + k), multiplied(n * c.k + k));
-      for (int64_t r = 0; r < c.rank; ++r) add(t[m * c.rank + r], lora_b[n * c.rank + r]);
+      for (int64_t r = 0; r < c.rank; ++r) add(c.scaling * t[m * c.rank + r], lora_b[n * c.rank + r]);
       if (c.has_bias) add(bias[n], 1);
       const float actual = y.at(m * c.n + n);
       if (std::isnan(exact) ? std::isnan(actual) : near(actual, exact, magnitude, c.k + c.rank, c.dtype, weight_error))
@@ -290,6 +289,7 @@ void check_linear(const Kernels& kernels, const Case& c, Random& random) {
                       c.has_bias ? bias.data() : nullptr,
                       c.rank ? t.data() : nullptr,
                       c.rank ? lora_b.data() : nullptr,
+                      c.scaling,
                       c.m,
                       c.n,
                       c.k,
@@ -316,7 +316,7 @@ void check_linear(const Kernels& kernels, const Case& c, Random& random) {
   };
   kernels.linear_grad_input(grad_arguments(grad_x), serial());
   Case transposed = c;
-  transposed.n = c.k, transposed.k = c.n, transposed.has_bias = false;
+  transposed.n = c.k, transposed.k = c.n, transposed.has_bias = false, transposed.scaling = 1;
   Weight turned(0, 0, c.format, c.block_size, false, random);
   turned.decoded = Buffer<float>(c.n * c.k);
   for (int64_t n = 0; n < c.n; ++n)
@@ -383,7 +383,8 @@ void check_quantize(const Kernels& kernels, int64_t numel, const Format& format,
 
   Buffer<uint8_t> packed(ceil_div(numel, 2)), expected(packed.size());
   Buffer<float> absmax(blocks), expected_absmax(blocks);
-  kernels.quantize({weight.data(), dtype, numel, &format, block_size, packed.data(), absmax.data()}, on_threads(2));
+  kernels.quantize({weight.data(), dtype, numel, &format, block_size, blocks, packed.data(), absmax.data()},
+                   on_threads(2));
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = block * block_size, count = std::min(block_size, numel - first);
     float largest = 0;
@@ -419,26 +420,29 @@ void check_quantize(const Kernels& kernels, int64_t numel, const Format& format,
   report(packed == expected, text + ", encode");
 
   Buffer<uint8_t> codes(blocks), expected_codes(blocks);
+  Buffer<float> offset(1);
+  offset[0] = 0.5f * magnitude;
   Buffer<float> groups(ceil_div(blocks, kGroupSize)), expected_groups(groups.size());
-  kernels.quantize_scales({absmax.data(), 0.5f * magnitude, blocks, codes.data(), groups.data()}, on_threads(2));
+  kernels.quantize_scales({absmax.data(), offset.data(), blocks, codes.data(), groups.data()}, on_threads(2));
   kScalarKernels.quantize_scales(
-      {absmax.data(), 0.5f * magnitude, blocks, expected_codes.data(), expected_groups.data()}, serial());
+      {absmax.data(), offset.data(), blocks, expected_codes.data(), expected_groups.data()}, serial());
   report(codes == expected_codes && groups == expected_groups, text + ", quantize_scales");
 
   // int8: rows of a third.
   const int64_t rows = numel / columns;
-  Buffer<int8_t> eight(rows * columns), expected_eight(rows * columns);
+  Buffer<uint8_t> eight(rows * columns), expected_eight(rows * columns);
   Buffer<float> row_absmax(rows);
-  kernels.quantize_int8({weight.data(), dtype, rows, columns, eight.data(), row_absmax.data()}, on_threads(2));
+  kernels.quantize({weight.data(), dtype, rows * columns, &kInt8, columns, rows, eight.data(), row_absmax.data()},
+                   on_threads(2));
   for (int64_t row = 0; row < rows; ++row) {
     float largest = 0;
     for (int64_t i = 0; i < columns; ++i) largest = std::max(largest, std::fabs(weight.at(row * columns + i)));
     const float scale = 1.0f / largest * 127.0f;
     for (int64_t i = 0; i < columns; ++i)
-      expected_eight[row * columns + i] =
-          static_cast<int8_t>(std::isinf(scale) ? 0.0f : std::nearbyint(weight.at(row * columns + i) * scale));
+      expected_eight[row * columns + i] = static_cast<uint8_t>(
+          static_cast<int8_t>(std::isinf(scale) ? 0.0f : std::nearbyint(weight.at(row * columns + i) * scale)));
   }
-  report(eight == expected_eight, text + ", quantize_int8");
+  report(eight == expected_eight, text + ", int8");
 }
 
 // The scale of a block, or a row, with NaN or inf in it is not finite: that is how a caller finds them.
@@ -449,13 +453,13 @@ void check_not_finite(const Kernels& kernels, const Format& format, Dtype dtype,
       Values weight(dtype, kNumel);
       for (int64_t i = 0; i < kNumel; ++i) weight.set(i, random.normal());
       weight.set(at, bad);
-      Buffer<uint8_t> packed(ceil_div(kNumel, 2));
-      Buffer<int8_t> eight(kNumel);
+      Buffer<uint8_t> packed(ceil_div(kNumel, 2)), eight(kNumel);
       Buffer<float> scales(kBlocks), searched(kBlocks), row(1);
-      kernels.quantize({weight.data(), dtype, kNumel, &format, kBlockSize, packed.data(), scales.data()}, serial());
+      kernels.quantize({weight.data(), dtype, kNumel, &format, kBlockSize, kBlocks, packed.data(), scales.data()},
+                       serial());
       kernels.search_scales({weight.data(), dtype, kNumel, &format, kBlockSize, nullptr, kNumel, searched.data()},
                             serial());
-      kernels.quantize_int8({weight.data(), dtype, 1, kNumel, eight.data(), row.data()}, serial());
+      kernels.quantize({weight.data(), dtype, kNumel, &kInt8, kNumel, 1, eight.data(), row.data()}, serial());
       bool right = !std::isfinite(row[0]);
       for (int64_t block = 0; block < kBlocks; ++block)
         for (const float scale : {scales[block], searched[block]})
@@ -481,12 +485,13 @@ int main(int argc, char** argv) {
     for (const auto& [n, k] : shapes) {
       for (const int64_t m : rows) {
         if (m * n * k > (quick ? 200'000 : 2'000'000)) continue;
-        for (const Format* format : {&kNf4, &kFp4, static_cast<const Format*>(nullptr)}) {
+        for (const Format* format : kFormats) {
           for (const Dtype dtype : dtypes) {
             // Block sizes, double quantization, LoRA and bias take turns over the cases.
             const int64_t block_size = kMinBlockSize << (turn % 8);
             const int64_t rank = (turn / 2) % 4 ? 0 : 1 + turn % 17;
-            const Case c = {m, n, k, format, block_size, turn % 3 != 0 && format, dtype, rank, turn % 5 == 0};
+            const Case c = {m, n, k, format, block_size, turn % 3 != 0 && format->bits == 4, dtype, rank, turn % 5 == 0,
+                            turn % 2 ? 0.7f : 1.0f};
             check_linear(*kernels, c, random);
             if (m == 1) check_dequantize(*kernels, c, random);
             ++turn;
