@@ -2,23 +2,33 @@
 
 import warnings
 
-from . import backends
+from . import aten, backends, files, functions
 from .backends import use_backend
-from .functional import dequantize, linear, lora_linear, quantize
+from .format import WeightSpec
+from .functional import dequantize, linear, lora_linear
 from .grouped import grouped_linear, grouped_lora_linear
+from .modules import dequantize_, ignore_in_ddp, quantize_
+from .quantizers import quantize
 from .tensor import QuantizedTensor
 
 __version__ = "0.1.0"
 __all__ = [
     "QuantizedTensor",
+    "WeightSpec",
     "dequantize",
+    "dequantize_",
+    "files",
     "grouped_linear",
     "grouped_lora_linear",
+    "ignore_in_ddp",
     "linear",
     "lora_linear",
     "quantize",
+    "quantize_",
     "use_backend",
 ]
+
+del aten, functions  # imported for what they add to QuantizedTensor
 
 if (_reason := backends.native.missing_reason()) is not None:
     warnings.warn(f"lowbit runs on its slow pure-torch reference backend: {_reason}", RuntimeWarning, stacklevel=2)

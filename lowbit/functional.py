@@ -1,106 +1,14 @@
 """The public functions: arguments checked here, work done by the ops of the chosen backend."""
 
-import math
-import weakref
-
 import torch
 import torch.nn.functional as F
 
-from . import backends, ops
+from . import backends
 from . import format as fmt
-from .search import check_importance, search
-from .tensor import FLOAT_DTYPES, QuantizedTensor, check_block_size, check_float_dtype, check_format
-
-
-def quantize(
-    weight: torch.Tensor,
-    *,
-    format: str = "nf4",
-    block_size: int = 64,
-    double_quant: bool = True,
-    scale: str = "absmax",
-    importance: torch.Tensor | None = None,
-) -> QuantizedTensor:
-    """Store ``weight`` in 4 bits: blocks of ``block_size`` elements of the row-major weight share one scale.
-
-    In "int8" it takes 8 bits instead, and one fp32 scale a row (along the last dimension); block_size and double_quant
-    are then ignored.
-
-    Args:
-        weight: float32, float16 or bfloat16, any shape; finite.
-        format: "nf4", "fp4" or "int8".
-        block_size: power of two, 32 to 4096.
-        double_quant: store the scales in 8 bits (0.516 bytes a weight at block size 64; 0.563 without).
-        scale: "absmax", the largest magnitude of each block, or "search": the signed scale among 36 around +-absmax
-            that minimises the block's squared error; codes are chosen again for what double quantization makes of it.
-            Any reader decodes it. Slower to quantize; the products are the same.
-        importance: with "search", one number of at least 0 per input column (the last dimension): the squared errors'
-            weights. The mean square of that activation over a few calibration batches is a good choice.
-
-    Raises:
-        TypeError: ``weight`` is not a tensor, or not of those dtypes.
-        ValueError: another argument is out of range, or ``weight`` holds NaN or inf.
-
-    Source: Dettmers et al., "QLoRA", 2023 (arXiv 2305.14314), and for int8 "LLM.int8()", 2022 (arXiv 2208.07339);
-    the bytes are bitsandbytes 0.50's.
-    """
-    if not isinstance(weight, torch.Tensor):
-        raise TypeError(f"weight: expected a torch.Tensor, got {type(weight).__name__}")
-    check_float_dtype("weight", weight.dtype)
-    check_format(format)
-    if format == "int8":
-        block_size, double_quant = fmt.row_shape(weight.shape)[1], False
-    else:
-        check_block_size(block_size)
-    if scale not in ("absmax", "search"):
-        raise ValueError(f"scale: expected 'absmax' or 'search', got {scale!r}")
-    if scale == "search" and format == "int8":
-        raise ValueError("scale: expected 'absmax' for format 'int8', whose scales are not searched, got 'search'")
-    if importance is not None:
-        if scale != "search":
-            raise ValueError(f"importance: expected scale='search' with it, got scale={scale!r}")
-        check_importance(importance, weight)
-
-    op = getattr(torch.ops, backends.namespace_for(weight.device.type, backends.selected))
-    weight = weight.detach()
-    encode = None
-    if scale == "search":
-        absmax, encode = search(op, weight, importance, format, block_size)
-    else:
-        packed, absmax = op.quantize.default(weight, format, block_size)
-    offset = absmax.mean(dtype=torch.float64) if double_quant and absmax.numel() else None
-    # The kernels let NaN and inf through to absmax, and the mean does: finding them costs no pass over the weight.
-    if not weight.is_meta and absmax.numel():
-        _check_finite(absmax.amax() if offset is None else offset, weight)
-    group_scales = None
-    if double_quant:
-        offset = absmax.new_zeros(()) if offset is None else offset.float()
-        absmax, group_scales = op.quantize_scales.default(absmax, offset)
-    if encode is not None:
-        packed = encode(absmax, group_scales, offset)
-    return QuantizedTensor(
-        packed,
-        absmax,
-        group_scales,
-        offset,
-        shape=weight.shape,
-        dtype=weight.dtype,
-        format=format,
-        block_size=block_size,
-    )
-
-
-def _check_finite(summary: torch.Tensor, weight: torch.Tensor) -> None:
-    """ValueError unless ``summary`` is finite, which it is where all of ``weight`` is."""
-    if math.isfinite(summary.item()):
-        return
-    flat = weight.reshape(-1)
-    bad = (~torch.isfinite(flat)).nonzero()
-    first = int(bad[0])
-    raise ValueError(
-        f"weight: expected finite values, got {bad.numel()} NaN or inf (the first is {flat[first].item()} at flat "
-        f"index {first})"
-    )
+from .format import FLOAT_DTYPES, check_float_dtype
+from .ops import linear as products
+from .ops.record import op_of
+from .tensor import QuantizedTensor
 
 
 def dequantize(
@@ -118,7 +26,7 @@ def dequantize(
         TypeError: an argument of the wrong type, or another dtype.
         ValueError: ``out`` does not fit q, is not contiguous, or requires gradients.
     """
-    _check_quantized(q)
+    check_quantized(q)
     return q.dequantize(dtype, out=out)
 
 
@@ -146,15 +54,10 @@ def linear(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes or devices that do not fit, an unknown precision, or "int8" where a gradient is wanted.
     """
-    _check_linear(x, q, bias)
+    weight = _checked_weight(q, x, bias)
     if precision != "exact":
         _check_precision(precision, x, bias)
-    device_type = x.device.type
-    if not _autocasts(device_type):
-        return _linear(device_type, x, q, bias, precision=precision)
-    x = x.to(torch.get_autocast_dtype(device_type))
-    with torch.autocast(device_type, enabled=False):
-        return _linear(device_type, x, q, bias, precision=precision)
+    return outside_autocast(_linear, x, q, weight, bias, precision)
 
 
 def lora_linear(
@@ -193,70 +96,116 @@ def lora_linear(
 
     Source: Hu et al., "LoRA", 2021 (arXiv 2106.09685).
     """
-    _check_lora_linear(x, q, lora_a, lora_b, bias, dropout_p)
+    weight = _checked_weight(q, x, bias)
+    _check_lora(q, lora_a, lora_b, dropout_p)
     if precision != "exact":
         _check_precision(precision, x, bias, lora_a, lora_b)
-    device_type = x.device.type
-    if not _autocasts(device_type):
-        return _lora_linear(device_type, x, q, lora_a, lora_b, scaling, bias, dropout_p, training, precision)
-    x = x.to(torch.get_autocast_dtype(device_type))
+    dropout_p = dropout_p if training else 0.0
     # Autocast would lower fp32 LoRA weights, and t with them, to 16 bits.
+    return outside_autocast(_lora_linear, x, q, weight, lora_a, lora_b, float(scaling), bias, dropout_p, precision)
+
+
+def embedding(ids: torch.Tensor, q: QuantizedTensor) -> torch.Tensor:
+    """The decoded rows ``ids`` [...] of a weight [rows, features], in its dtype [..., features].
+
+    Only these rows are decoded.
+
+    Raises:
+        IndexError: an id is out of range.
+    """
+    layout, flat = q.stored, ids.reshape(-1)
+    spec, (count, features) = layout.spec, layout.shape
+    if not layout.keeps_rows or q.packed.dim() != 2:
+        return _rows_across_blocks(flat, q).view(*ids.shape, features)
+    if flat.numel() and not flat.is_meta and flat.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_ids(flat, count)
+    codes, scales = q.packed[flat], q.absmax[flat]
+    if spec.double_quant:
+        blocks = features // spec.block_size
+        block = flat[:, None] * blocks + torch.arange(blocks, device=flat.device)
+        scales = fmt.SCALE_MAP.to(flat.device)[scales.int()] * q.group_scales[block // fmt.GROUP_SIZE] + q.offset
+    text = spec.without_double_quant().text
+    op = op_of(backends.namespace_for(flat.device.type, backends.selected), "dequantize")
+    return op(codes, scales, None, None, text, [flat.numel(), features], layout.dtype).view(*ids.shape, features)
+
+
+def _rows_across_blocks(ids: torch.Tensor, q: QuantizedTensor) -> torch.Tensor:
+    """Rows that begin inside a byte or a block: each element looks up its own code and scale."""
+    layout = q.stored
+    count, features = layout.shape
+    if ids.numel() and not ids.is_meta and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_ids(ids, count)
+    element = ids[:, None] * features + torch.arange(features, device=ids.device)
+    codes = q.packed.view(-1)[element // 2]
+    codes = torch.where(element % 2 == 0, codes >> 4, codes & 15)
+    values = fmt.codebook(layout.spec.format, ids.device)[codes.int()]
+    return (values * q.scales()[element // layout.spec.block_size]).to(layout.dtype)
+
+
+def _check_ids(ids: torch.Tensor, count: int) -> None:
+    low, high = ids.aminmax()
+    if low < 0 or high >= count:
+        raise IndexError(f"ids: expected indices from 0 to {count - 1}, got {int(low)} to {int(high)}")
+
+
+def outside_autocast(product, x: torch.Tensor, *arguments) -> torch.Tensor:
+    """``product(x, *arguments)``; where autocast is on, with x in its dtype and autocast off inside."""
+    device_type = x.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # which raises for "meta"
+        return product(x, *arguments)
     with torch.autocast(device_type, enabled=False):
-        return _lora_linear(device_type, x, q, lora_a, lora_b, scaling, bias, dropout_p, training, precision)
+        return product(x.to(torch.get_autocast_dtype(device_type)), *arguments)
 
 
-def _autocasts(device_type: str) -> bool:
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # which raises for "meta"
-
-
-def _lora_linear(device_type, x, q, lora_a, lora_b, scaling, bias, dropout_p, training, precision) -> torch.Tensor:
-    drops = training and dropout_p > 0
-    if not drops and precision == "exact":
-        namespace = backends.namespace_for_product(device_type, x, q.format, backends.selected)
-        weight = (*q.parts(), q.format, q.block_size, q.shape[0])
-        y = ops.lora_linear(namespace, x, weight, bias, lora_a, lora_b, float(scaling))
-        if y is not None:
-            return y
-    t = _lora_down(F.dropout(x, dropout_p, True) if drops else x, lora_a)
-    return _linear(device_type, x, q, bias, t, lora_b, float(scaling), precision)
-
-
-def _linear(device_type, x, q, bias, t=None, lora_b=None, scaling=1.0, precision="exact") -> torch.Tensor:
-    namespace = backends.namespace_for_product(device_type, x, q.format, backends.selected)
-    arguments = (x, *q.parts(), q.format, q.block_size, q.shape[0], bias, t, lora_b, scaling)
+def _linear(x, q, weight, bias, precision) -> torch.Tensor:
+    namespace, features = _namespace(x, q), q.stored.shape[0]
     if precision == "exact":
-        return ops.linear(namespace, *arguments)
-    return ops.linear_approximate(namespace, *arguments)
+        return products.linear(namespace, x, weight, features, bias)
+    return _approximate(namespace, x, weight, features, bias)
 
 
-def _lora_down(x: torch.Tensor, lora_a: torch.Tensor) -> torch.Tensor:
-    """t = x A^T in the wider of the two dtypes; on a CPU in fp32 (see ``ops.product_dtype``)."""
-    if x.dtype == lora_a.dtype == ops.product_dtype(x, lora_a):
-        return F.linear(x, lora_a)
-    return _MixedLoraDown.apply(x, lora_a)
+def _lora_linear(x, q, weight, lora_a, lora_b, scaling, bias, dropout_p, precision) -> torch.Tensor:
+    namespace, features = _namespace(x, q), q.stored.shape[0]
+    if not dropout_p and precision == "exact":
+        return products.lora_linear(namespace, x, weight, features, bias, lora_a, lora_b, scaling)
+    t = _LoraDown.apply(F.dropout(x, dropout_p, True) if dropout_p else x, lora_a)
+    if precision == "exact":
+        return products.linear(namespace, x, weight, features, bias, t, lora_b, scaling)
+    return _approximate(namespace, x, weight, features, bias, t, lora_b, scaling)
 
 
-class _MixedLoraDown(torch.autograd.Function):
-    """x A^T computed in another dtype than x's or A's; unlike F.linear on casts, it saves x in x's own dtype."""
+def _namespace(x: torch.Tensor, q: QuantizedTensor) -> str:
+    return backends.namespace_for_product(x.device.type, x, q.stored.spec.format, backends.selected)
+
+
+def _approximate(namespace, x, weight, features, bias, t=None, lora_b=None, scaling=1.0) -> torch.Tensor:
+    return op_of(namespace, "linear_approximate")(x, *weight, features, bias, t, lora_b, scaling)
+
+
+class _LoraDown(torch.autograd.Function):
+    """t = x A^T of a dropped x, in ``product_dtype``. Unlike F.linear on casts, it saves x in x's own dtype."""
 
     @staticmethod
     def forward(ctx, x, lora_a):
         ctx.save_for_backward(x, lora_a)
-        return ops.lora_down(x, lora_a)
+        return products.Product("", ()).matmul(x, lora_a)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, lora_a = ctx.saved_tensors
-        return ops.lora_down_gradients(grad, x, lora_a, *ctx.needs_input_grad)
+        product = products.Product("", ())
+        grad_x = product.matmul(grad, lora_a.T).to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_a = product.outer(grad, x).to(lora_a.dtype) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_a
 
 
-def _check_quantized(q: QuantizedTensor) -> None:
+def check_quantized(q: QuantizedTensor) -> None:
     if not isinstance(q, QuantizedTensor):
         raise TypeError(f"q: expected a lowbit.QuantizedTensor (see lowbit.quantize), got {type(q).__name__}")
 
 
-def _check_operand(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+def check_operand(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOAT_DTYPES:
@@ -267,45 +216,33 @@ def _check_operand(name: str, tensor: torch.Tensor, shape: tuple[int, ...], devi
         raise ValueError(f"{name}: expected device {device} (that of q), got {tensor.device}")
 
 
-def _check_linear(x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None) -> None:
-    _check_quantized(q)
-    if len(q.shape) != 2:
-        raise ValueError(f"q: expected a weight of 2 dimensions (out, in), got shape {tuple(q.shape)}")
-    out_features, in_features = q.shape
-    device = q.packed.device
+def _checked_weight(q: QuantizedTensor, x: torch.Tensor, bias: torch.Tensor | None) -> tuple:
+    """The op's arguments from packed to spec; an error unless x and bias fit the weight."""
+    check_quantized(q)
+    layout = q.stored
+    if len(layout.shape) != 2:
+        raise ValueError(f"q: expected a weight of 2 dimensions (out, in), got shape {layout.logical_shape}")
+    if layout.transposed:
+        raise ValueError("q: expected a weight (out, in), got a transposed one; use x @ q, or q.T")
+    weight = q.operands()
+    if weight is None:
+        raise ValueError(
+            f"q: expected a weight that begins with a block of its own, got a slice that begins inside one ({q!r}); use "
+            "F.linear, which decodes it"
+        )
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    out_features, in_features = layout.shape
     shape = x.shape
     if not shape:
         raise ValueError(f"x: expected at least 1 dimension, the last of size {in_features}, got a scalar")
     if shape[-1] != in_features:
         shape = (*shape[:-1], in_features)
-    _check_operand("x", x, shape, device)
+    device = weight[0].device
+    check_operand("x", x, shape, device)
     if bias is not None:
-        _check_operand("bias", bias, (out_features,), device)
-
-
-def _check_lora_linear(x, q, lora_a, lora_b, bias, dropout_p) -> None:
-    # A layer passes the same parameters again and again: what fitted q before is known by identity. (Whoever puts data
-    # of another shape into them meets the op's own checks.)
-    fitting = None if torch.compiler.is_compiling() else getattr(q, "_fitting", None)
-    if (
-        fitting is not None
-        and fitting[0]() is lora_a
-        and fitting[1]() is lora_b
-        and (bias is None or fitting[2]() is bias)
-        and isinstance(x, torch.Tensor)
-        and x.dtype in FLOAT_DTYPES
-        and x.device == q.packed.device
-        and x.dim()
-        and x.shape[-1] == q.shape[1]
-        and 0 <= dropout_p < 1
-    ):
-        return
-    _check_linear(x, q, bias)
-    _check_lora(q, lora_a, lora_b, dropout_p)
-    if not torch.compiler.is_compiling():
-        q._fitting = (weakref.ref(lora_a), weakref.ref(lora_b), weakref.ref(lora_b if bias is None else bias))
+        check_operand("bias", bias, (out_features,), device)
+    return weight
 
 
 def _check_precision(precision: str, *operands: torch.Tensor | None) -> None:
@@ -316,15 +253,15 @@ def _check_precision(precision: str, *operands: torch.Tensor | None) -> None:
 
 
 def _check_lora(q, lora_a, lora_b, dropout_p) -> None:
-    out_features, in_features = q.shape
+    out_features, in_features = q.stored.shape
     device = q.packed.device
     if not isinstance(lora_a, torch.Tensor) or lora_a.dim() != 2:
         raise ValueError(f"lora_a: expected a tensor of shape (rank, {in_features}), got {_describe(lora_a)}")
     rank = lora_a.shape[0]
     if rank == 0:
         raise ValueError(f"lora_a: expected a rank of at least 1, got shape {tuple(lora_a.shape)}")
-    _check_operand("lora_a", lora_a, (rank, in_features), device)
-    _check_operand("lora_b", lora_b, (out_features, rank), device)
+    check_operand("lora_a", lora_a, (rank, in_features), device)
+    check_operand("lora_b", lora_b, (out_features, rank), device)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
 

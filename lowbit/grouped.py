@@ -3,8 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-from . import backends, grouped_ops
-from .functional import _autocasts, _check_operand, _check_quantized
+from . import backends
+from .functional import check_operand, check_quantized, outside_autocast
+from .ops import grouped as products
+from .ops.record import op_of
 from .tensor import QuantizedTensor
 
 
@@ -30,8 +32,8 @@ def grouped_linear(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes or devices that do not fit; ``expert_ends`` out of order or not ending at the rows.
     """
-    _check(x, q, expert_ends, bias)
-    return _autocast(x, lambda x: _linear(x, q, expert_ends, bias))
+    weight = _checked_stack(x, q, expert_ends, bias)
+    return outside_autocast(_linear, x, q, weight, expert_ends, bias)
 
 
 def grouped_lora_linear(
@@ -65,68 +67,65 @@ def grouped_lora_linear(
 
     Source: Hu et al., "LoRA", 2021 (arXiv 2106.09685).
     """
-    _check(x, q, expert_ends, bias)
-    experts, out_features, in_features = q.shape
+    weight = _checked_stack(x, q, expert_ends, bias)
+    experts, out_features, in_features = q.stored.shape
     if not isinstance(lora_a, torch.Tensor) or lora_a.dim() != 3 or lora_a.shape[1] == 0:
         shape = tuple(lora_a.shape) if isinstance(lora_a, torch.Tensor) else type(lora_a).__name__
         raise ValueError(f"lora_a: expected a tensor of shape ({experts}, rank, {in_features}), got {shape}")
     rank = lora_a.shape[1]
-    _check_operand("lora_a", lora_a, (experts, rank, in_features), q.device)
-    _check_operand("lora_b", lora_b, (experts, out_features, rank), q.device)
+    check_operand("lora_a", lora_a, (experts, rank, in_features), q.packed.device)
+    check_operand("lora_b", lora_b, (experts, out_features, rank), q.packed.device)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
-    drops = training and dropout_p > 0
-    return _autocast(
-        x, lambda x: _lora_linear(x, q, expert_ends, lora_a, lora_b, float(scaling), bias, dropout_p if drops else 0.0)
-    )
+    dropout_p = dropout_p if training else 0.0
+    return outside_autocast(_lora_linear, x, q, weight, expert_ends, lora_a, lora_b, float(scaling), bias, dropout_p)
 
 
-def _autocast(x, body) -> torch.Tensor:
-    device_type = x.device.type
-    if not _autocasts(device_type):
-        return body(x)
-    x = x.to(torch.get_autocast_dtype(device_type))
-    with torch.autocast(device_type, enabled=False):
-        return body(x)
+def _linear(x, q, weight, expert_ends, bias, t=None, lora_b=None, scaling=1.0) -> torch.Tensor:
+    op = op_of(backends.namespace_for_experts(x.device.type, backends.selected), "grouped_linear")
+    return op(x, *weight, expert_ends, q.stored.shape[1], bias, t, lora_b, scaling)
 
 
-def _linear(x, q, expert_ends, bias, t=None, lora_b=None, scaling=1.0) -> torch.Tensor:
-    ops = getattr(torch.ops, backends.namespace_for_experts(x.device.type, backends.selected))
-    weight = (*q.parts(), q.format, q.block_size)
-    return ops.grouped_linear.default(x, *weight, expert_ends, q.shape[1], bias, t, lora_b, scaling)
-
-
-def _lora_linear(x, q, expert_ends, lora_a, lora_b, scaling, bias, dropout_p) -> torch.Tensor:
+def _lora_linear(x, q, weight, expert_ends, lora_a, lora_b, scaling, bias, dropout_p) -> torch.Tensor:
     namespace = backends.namespace_for_experts(x.device.type, backends.selected)
     if dropout_p:
-        t = getattr(torch.ops, namespace).grouped_matmul.default(F.dropout(x, dropout_p, True), lora_a, expert_ends)
-        return _linear(x, q, expert_ends, bias, t, lora_b, scaling)
-    weight = (*q.parts(), q.format, q.block_size)
-    return grouped_ops.lora_linear(namespace, x, weight, expert_ends, q.shape[1], lora_a, lora_b, scaling, bias)
+        t = op_of(namespace, "grouped_matmul")(F.dropout(x, dropout_p, True), lora_a, expert_ends)
+        return _linear(x, q, weight, expert_ends, bias, t, lora_b, scaling)
+    features = q.stored.shape[1]
+    return products.grouped_lora_linear(namespace, x, weight, expert_ends, features, bias, lora_a, lora_b, scaling)
 
 
-def _check(x, q, expert_ends, bias) -> None:
-    _check_quantized(q)
-    if len(q.shape) != 3:
-        raise ValueError(f"q: expected weights of 3 dimensions (experts, out, in), got shape {tuple(q.shape)}")
-    experts, out_features, in_features = q.shape
+def _checked_stack(x, q, expert_ends, bias) -> tuple:
+    """The op's arguments from packed to spec; an error unless the operands fit the stack."""
+    check_quantized(q)
+    layout = q.stored
+    if len(layout.shape) != 3 or layout.transposed:
+        kind = "transposed ones" if layout.transposed else "weights"
+        raise ValueError(
+            f"q: expected weights of 3 dimensions (experts, out, in), got {kind} of shape {layout.logical_shape}"
+        )
+    experts, out_features, in_features = layout.shape
+    weight = q.operands()
+    if weight is None:
+        raise ValueError(f"q: expected a stack that begins with a block of its own, got a slice of one ({q!r})")
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
     if x.dim() != 2:
         raise ValueError(f"x: expected shape (rows, {in_features}), got {tuple(x.shape)}")
-    _check_operand("x", x, (x.shape[0], in_features), q.device)
+    check_operand("x", x, (x.shape[0], in_features), q.packed.device)
     if bias is not None:
-        _check_operand("bias", bias, (experts, out_features), q.device)
+        check_operand("bias", bias, (experts, out_features), q.packed.device)
     if not isinstance(expert_ends, torch.Tensor):
         raise TypeError(f"expert_ends: expected a torch.Tensor, got {type(expert_ends).__name__}")
     if expert_ends.dtype != torch.int32:
         raise TypeError(f"expert_ends: expected torch.int32, got {expert_ends.dtype}")
     if expert_ends.shape != (experts,):
         raise ValueError(f"expert_ends: expected shape ({experts},), got {tuple(expert_ends.shape)}")
-    if expert_ends.device != q.device:
-        raise ValueError(f"expert_ends: expected device {q.device} (that of q), got {expert_ends.device}")
+    if expert_ends.device != q.packed.device:
+        raise ValueError(f"expert_ends: expected device {q.packed.device} (that of q), got {expert_ends.device}")
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_ends(expert_ends, x.shape[0])
+    return weight
 
 
 def _check_ends(expert_ends: torch.Tensor, rows: int) -> None:

@@ -5,23 +5,39 @@ backends are tested against this file: bytes and decoded weights bit for bit, pr
 ``tests/cases.py``. It runs on any device torch runs on. Arguments are taken as checked.
 """
 
+import math
+
 import torch
 
 from . import format as fmt
+from .format import WeightSpec
 
 
-def quantize(weight: torch.Tensor, format: str, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(packed uint8 [ceil(n/2)], absmax fp32 [ceil(n/block_size)])`` of a float weight of any shape.
+def quantize(weight: torch.Tensor, spec: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(packed uint8, absmax)`` of a float weight of any shape; absmax as stored before double quantization.
 
-    A block that holds NaN or inf gets a non-finite absmax, and arbitrary codes. For int8 ``block_size`` is the length
-    of a row: ``(codes uint8 [n], absmax fp32 [rows])``.
+    A block that holds NaN or inf gets a non-finite absmax, and arbitrary codes.
     """
-    if format == "int8":
-        return _quantize_int8(weight.detach().float())
-    flat = weight.detach().reshape(-1).float()
+    how = WeightSpec.parse(spec)
+    weight = weight.detach().float()
+    if how.format == "int8":
+        return _quantize_int8(weight)
+    if how.record.scales.encode is not None:
+        absmax = how.record.scales.encode(_absmax(weight, how.block_size))
+        return encode(weight, decode_scales(absmax, None, None, spec), spec), absmax
+    return _quantize_codebook(weight, how)
+
+
+def _absmax(weight: torch.Tensor, block_size: int) -> torch.Tensor:
+    blocks = _blocks(weight, block_size)
+    return blocks.abs().amax(1) if blocks.numel() else blocks.new_zeros(0)
+
+
+def _quantize_codebook(weight: torch.Tensor, how: WeightSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    flat, block_size = weight.reshape(-1), how.block_size
     numel = flat.numel()
     full = numel - numel % block_size
-    midpoints, code_of_rank = (table.to(flat.device) for table in fmt.thresholds(format))
+    midpoints, code_of_rank = (table.to(flat.device) for table in fmt.thresholds(how.format))
 
     blocks = flat[:full].view(-1, block_size)
     absmax = blocks.abs().amax(dim=1)
@@ -67,23 +83,24 @@ def _sum_in_order(terms: torch.Tensor) -> torch.Tensor:
     return partial[:, 0]
 
 
-def search_scales(weight: torch.Tensor, importance: torch.Tensor | None, format: str, block_size: int) -> torch.Tensor:
+def search_scales(weight: torch.Tensor, importance: torch.Tensor | None, spec: str) -> torch.Tensor:
     """The signed scale of each block, fp32 [b], with the least squared error among absmax * SCALE_FACTORS.
 
     Each element's squared error is weighted by ``importance`` [columns] of its column, unless that is zero for a whole
     block. A block whose absmax is below 1e-38 or above 3e38 keeps it; one with NaN or inf gets a non-finite scale.
     """
+    how = WeightSpec.parse(spec)
     columns = weight.shape[-1] if weight.dim() else 1
-    blocks = _blocks(weight.detach().float(), block_size)
-    absmax = blocks.abs().amax(1) if blocks.numel() else blocks.new_zeros(0)
+    blocks = _blocks(weight.detach().float(), how.block_size)
+    absmax = _absmax(weight.detach().float(), how.block_size)
     values = blocks * (1.0 / absmax)[:, None]
     weights = torch.ones_like(blocks)
     if importance is not None and blocks.numel():
-        weights = _blocks(importance.float().repeat(weight.numel() // columns), block_size)
+        weights = _blocks(importance.float().repeat(weight.numel() // columns), how.block_size)
         weights = torch.where((weights > 0).any(1, keepdim=True), weights, 1.0)
 
-    midpoints, code_of_rank = (table.to(weight.device) for table in fmt.thresholds(format))
-    ordered = fmt.codebook(format, weight.device)[code_of_rank.int()]
+    midpoints, code_of_rank = (table.to(weight.device) for table in fmt.thresholds(how.format))
+    ordered = fmt.codebook(how.format, weight.device)[code_of_rank.int()]
     best, least = torch.ones_like(absmax), torch.full_like(absmax, float("inf"))
     for factor in torch.tensor(fmt.SCALE_FACTORS, dtype=torch.float32, device=weight.device):
         rank = torch.bucketize(values * (1.0 / factor), midpoints)
@@ -95,15 +112,15 @@ def search_scales(weight: torch.Tensor, importance: torch.Tensor | None, format:
     return torch.where(searched, absmax * best, absmax)
 
 
-def encode(weight: torch.Tensor, scales: torch.Tensor, format: str, block_size: int) -> torch.Tensor:
+def encode(weight: torch.Tensor, scales: torch.Tensor, spec: str) -> torch.Tensor:
     """packed uint8 [ceil(n/2)]: the code nearest to each element times fl(1 / scale), for given fp32 scales [b].
 
     Where |scale| is below 1e-38 (its inverse could overflow) that of zero.
     """
-    numel = weight.numel()
-    midpoints, code_of_rank = (table.to(weight.device) for table in fmt.thresholds(format))
+    how, numel = WeightSpec.parse(spec), weight.numel()
+    midpoints, code_of_rank = (table.to(weight.device) for table in fmt.thresholds(how.format))
     inverse = torch.where(scales.abs() >= fmt.TINY_ABSMAX, 1.0 / scales, 0.0)
-    scaled = (_blocks(weight.detach().float(), block_size) * inverse[:, None]).reshape(-1)
+    scaled = (_blocks(weight.detach().float(), how.block_size) * inverse[:, None]).reshape(-1)
     scaled = torch.cat([scaled[:numel], scaled.new_zeros(numel % 2)])
     codes = code_of_rank[torch.bucketize(scaled, midpoints).clamp(max=15)]
     return (codes[0::2] << 4) | codes[1::2]
@@ -125,13 +142,26 @@ def quantize_scales(absmax: torch.Tensor, offset: torch.Tensor) -> tuple[torch.T
     return codes.reshape(-1)[:blocks].contiguous(), group_scales
 
 
-def decode_scales(absmax: torch.Tensor, group_scales: torch.Tensor | None, offset: torch.Tensor | None) -> torch.Tensor:
-    """The fp32 scale of each block, [b]: ``absmax`` itself, or its double-quantized codes decoded."""
-    if group_scales is None:
-        return absmax
-    entries = fmt.SCALE_MAP.to(absmax.device)[absmax.int()]
-    group = torch.arange(absmax.numel(), device=absmax.device) // fmt.GROUP_SIZE
-    return entries * group_scales[group] + offset
+def decode_scales(
+    absmax: torch.Tensor, group_scales: torch.Tensor | None, offset: torch.Tensor | None, spec: str
+) -> torch.Tensor:
+    """The fp32 scale of each block or row, flat: ``absmax`` itself, or its codes decoded."""
+    how, absmax = WeightSpec.parse(spec), absmax.reshape(-1)
+    if how.double_quant:
+        entries = fmt.SCALE_MAP.to(absmax.device)[absmax.int()]
+        group = torch.arange(absmax.numel(), device=absmax.device) // fmt.GROUP_SIZE
+        return entries * group_scales[group] + offset
+    decode = how.record.scales.decode
+    return absmax if decode is None else decode(absmax)
+
+
+def decode_codes(packed: torch.Tensor, spec: str) -> torch.Tensor:
+    """The value of each code in units of its scale, fp32, flat; of an odd number of weights also the code that pads."""
+    record, packed = WeightSpec.parse(spec).record, packed.reshape(-1)
+    if record.codebook is None:
+        return packed.view(torch.int8).float()
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1) if record.bits == 4 else packed
+    return fmt.codebook(record.name, packed.device)[codes.int()]
 
 
 def dequantize(
@@ -139,22 +169,17 @@ def dequantize(
     absmax: torch.Tensor,
     group_scales: torch.Tensor | None,
     offset: torch.Tensor | None,
-    format: str,
-    block_size: int,
+    spec: str,
     shape: list[int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The decoded weight: fp32 product of codebook value and block scale, rounded once to ``dtype``."""
-    numel = 1
-    for size in shape:
-        numel *= size
-    if format == "int8":
-        codes = packed.view(torch.int8).reshape(fmt.row_shape(shape))
-        return (codes * absmax[:, None] * (1 / fmt.INT8_MAX)).to(dtype).reshape(shape)
-    codes = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[:numel]
-    block = torch.arange(numel, device=packed.device) // block_size
-    scales = decode_scales(absmax, group_scales, offset)
-    values = fmt.codebook(format, packed.device)[codes.int()] * scales[block]
+    how, numel = WeightSpec.parse(spec), math.prod(shape)
+    values, scales = decode_codes(packed, spec)[:numel], decode_scales(absmax, group_scales, offset, spec)
+    if how.record.scales.per_row:
+        values = values.reshape(fmt.row_shape(shape)) * scales[:, None] * (1 / fmt.INT8_MAX)
+    else:
+        values = values * scales[torch.arange(numel, device=packed.device) // how.block_size]
     return values.to(dtype).reshape(shape)
 
 
@@ -163,12 +188,11 @@ def dequantize_out(
     absmax: torch.Tensor,
     group_scales: torch.Tensor | None,
     offset: torch.Tensor | None,
-    format: str,
-    block_size: int,
+    spec: str,
     out: torch.Tensor,
 ) -> None:
     """Writes what :func:`dequantize` returns into ``out``, of its shape and dtype."""
-    out.copy_(dequantize(packed, absmax, group_scales, offset, format, block_size, list(out.shape), out.dtype))
+    out.copy_(dequantize(packed, absmax, group_scales, offset, spec, list(out.shape), out.dtype))
 
 
 def linear(
@@ -177,8 +201,7 @@ def linear(
     absmax: torch.Tensor,
     group_scales: torch.Tensor | None,
     offset: torch.Tensor | None,
-    format: str,
-    block_size: int,
+    spec: str,
     out_features: int,
     bias: torch.Tensor | None,
     t: torch.Tensor | None,
@@ -187,7 +210,7 @@ def linear(
 ) -> torch.Tensor:
     """``x W^T + scaling * t lora_b^T + bias`` in fp32, rounded once to x's dtype; x [..., K] -> [..., N]."""
     shape = [out_features, x.shape[-1]]
-    weight = dequantize(packed, absmax, group_scales, offset, format, block_size, shape, torch.float32)
+    weight = dequantize(packed, absmax, group_scales, offset, spec, shape, torch.float32)
     return dense_linear(x, weight, bias, t, lora_b, scaling)
 
 
@@ -214,8 +237,7 @@ def linear_approximate(
     absmax: torch.Tensor,
     group_scales: torch.Tensor | None,
     offset: torch.Tensor | None,
-    format: str,
-    block_size: int,
+    spec: str,
     out_features: int,
     bias: torch.Tensor | None,
     t: torch.Tensor | None,
@@ -228,8 +250,9 @@ def linear_approximate(
     """
     weight_parts = (packed, absmax, group_scales, offset)
     in_features = x.shape[-1]
-    if format == "int8" or in_features % 64 or in_features == 0:
-        return linear(x, *weight_parts, format, block_size, out_features, bias, t, lora_b, scaling)
+    how = WeightSpec.parse(spec)
+    if how.format == "int8" or in_features % 64 or in_features == 0:
+        return linear(x, *weight_parts, spec, out_features, bias, t, lora_b, scaling)
     chunks = x.float().unflatten(-1, (-1, 64))
     largest = chunks.abs().amax(-1, keepdim=True)
     inverse = torch.full_like(largest, 127.0) / largest  # 127 / largest would be a reciprocal and a product
@@ -237,11 +260,9 @@ def linear_approximate(
     rounded = torch.where(in_range, (chunks * inverse).round(), 0.0)
     scales = torch.where(in_range, largest / 127, (chunks * 0.0).sum(-1, keepdim=True))
 
-    codes = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)
-    block = torch.arange(codes.numel(), device=packed.device) // block_size
-    scaled = fmt.codebook(format, packed.device) * 127
-    codebook = (scaled + scaled.sign() * 0.5).trunc() / 127
-    weight = codebook[codes.int()] * decode_scales(absmax, group_scales, offset)[block]
+    scaled = decode_codes(packed, spec) * 127
+    block = torch.arange(scaled.numel(), device=packed.device) // how.block_size
+    weight = (scaled + scaled.sign() * 0.5).trunc() / 127 * decode_scales(absmax, group_scales, offset, spec)[block]
     y = (rounded * scales).flatten(-2) @ weight.view(out_features, in_features).T
     if t is not None:
         y = y + scaling * (t.float() @ lora_b.float().T)
@@ -250,41 +271,20 @@ def linear_approximate(
     return y.to(x.dtype)
 
 
-def lora_linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    group_scales: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    format: str,
-    block_size: int,
-    out_features: int,
-    bias: torch.Tensor | None,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``linear`` with t = x lora_a^T computed first, in fp32; returns (y, t)."""
-    t = x.float() @ lora_a.float().T
-    weight_parts = (packed, absmax, group_scales, offset)
-    return linear(x, *weight_parts, format, block_size, out_features, bias, t, lora_b, scaling), t
-
-
 def linear_grad_input(
     grad: torch.Tensor,
     packed: torch.Tensor,
     absmax: torch.Tensor,
     group_scales: torch.Tensor | None,
     offset: torch.Tensor | None,
-    format: str,
-    block_size: int,
+    spec: str,
     in_features: int,
     grad_t: torch.Tensor | None = None,
     lora_a: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``grad W + grad_t lora_a`` in fp32, rounded once to grad's dtype; [..., N] (and [..., rank]) -> [..., K]."""
     shape = [grad.shape[-1], in_features]
-    weight = dequantize(packed, absmax, group_scales, offset, format, block_size, shape, torch.float32)
+    weight = dequantize(packed, absmax, group_scales, offset, spec, shape, torch.float32)
     return dense_grad_input(grad, weight, grad_t, lora_a)
 
 
@@ -310,8 +310,7 @@ def grouped_linear(
     absmax: torch.Tensor,
     group_scales: torch.Tensor | None,
     offset: torch.Tensor | None,
-    format: str,
-    block_size: int,
+    spec: str,
     expert_ends: torch.Tensor,
     out_features: int,
     bias: torch.Tensor | None,
@@ -325,7 +324,7 @@ def grouped_linear(
     [E, N, r].
     """
     shape = [expert_ends.numel(), out_features, x.shape[-1]]
-    weight = dequantize(packed, absmax, group_scales, offset, format, block_size, shape, torch.float32)
+    weight = dequantize(packed, absmax, group_scales, offset, spec, shape, torch.float32)
     y = x.new_zeros([x.shape[0], out_features])
     for expert, at in enumerate(expert_rows(expert_ends)):
         of_expert = (None if bias is None else bias[expert], *((None, None) if t is None else (t[at], lora_b[expert])))
@@ -339,8 +338,7 @@ def grouped_linear_grad_input(
     absmax: torch.Tensor,
     group_scales: torch.Tensor | None,
     offset: torch.Tensor | None,
-    format: str,
-    block_size: int,
+    spec: str,
     expert_ends: torch.Tensor,
     in_features: int,
     grad_t: torch.Tensor | None = None,
@@ -348,7 +346,7 @@ def grouped_linear_grad_input(
 ) -> torch.Tensor:
     """``linear_grad_input`` by expert: grad [T, N] (and grad_t [T, r], lora_a [E, r, K]) -> [T, K]."""
     shape = [expert_ends.numel(), grad.shape[-1], in_features]
-    weight = dequantize(packed, absmax, group_scales, offset, format, block_size, shape, torch.float32)
+    weight = dequantize(packed, absmax, group_scales, offset, spec, shape, torch.float32)
     grad_x = grad.new_zeros([grad.shape[0], in_features])
     for expert, at in enumerate(expert_rows(expert_ends)):
         lora = (None, None) if grad_t is None else (grad_t[at], lora_a[expert])

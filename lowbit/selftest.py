@@ -60,20 +60,21 @@ def _compare(namespace: str, device: str = "cpu") -> list[tuple[str, str | None]
     grad = torch.randn(5, 96, generator=generator)
     results = []
     for format in ("nf4", "fp4"):
-        packed, absmax = tested.quantize(weight, format, 64)
+        spec = f"{format}:64:double_quant"
+        packed, absmax = tested.quantize(weight, spec)
         offset = absmax.mean()
         codes, group_scales = tested.quantize_scales(absmax, offset)
         same = all(
             torch.equal(ours, theirs)
             for ours, theirs in zip(
                 (packed, absmax, codes, group_scales),
-                (*oracle.quantize(weight, format, 64), *oracle.quantize_scales(absmax, offset)),
+                (*oracle.quantize(weight, spec), *oracle.quantize_scales(absmax, offset)),
                 strict=True,
             )
         )
         results.append((f"{format} quantize", None if same else "bytes differ from the reference's"))
 
-        parts = (packed, codes, group_scales, offset, format, 64)
+        parts = (packed, codes, group_scales, offset, spec)
         decoded = tested.dequantize(*parts, [96, 200], torch.float32)
         same = torch.equal(decoded, oracle.dequantize(*parts, [96, 200], torch.float32))
         # Not only equal to the reference but near the weight: half the widest gap of the codebook is 0.152 (NF4) or
@@ -95,10 +96,10 @@ def _compare(namespace: str, device: str = "cpu") -> list[tuple[str, str | None]
         y = tested.linear(many, *parts, 96, None, None, None, 1.0)
         results.append((f"{format} linear of 300 rows", _difference(y, many.double() @ decoded.double().T, 2**-6)))
 
-    packed, absmax = tested.quantize(weight, "int8", 200)
-    same = all(map(torch.equal, (packed, absmax), oracle.quantize(weight, "int8", 200)))
+    packed, absmax = tested.quantize(weight, "int8")
+    same = all(map(torch.equal, (packed, absmax), oracle.quantize(weight, "int8")))
     results.append(("int8 quantize", None if same else "bytes differ from the reference's"))
-    parts = (packed, absmax, None, None, "int8", 200)
+    parts = (packed, absmax, None, None, "int8")
     decoded = tested.dequantize(*parts, [96, 200], torch.float32)
     same = torch.equal(decoded, oracle.dequantize(*parts, [96, 200], torch.float32))
     near = bool(((decoded - weight).abs() <= 0.51 / 127 * weight.abs().max()).all())

@@ -1,138 +1,197 @@
-"""QuantizedTensor: a 4-bit or int8 weight and its scales, and how they are written to files."""
+"""QuantizedTensor: a quantized weight that is a torch.Tensor.
 
-import json
-from collections.abc import Iterable
+Outside it has the weight's shape and dtype; inside are a few uint8 and fp32 parts. So a quantized model is the same
+model: ``nn.Linear`` stays ``nn.Linear``, and its ``weight`` is another kind of tensor. What torch's functions do with
+such a weight is in two tables: ``functions.py`` fills :attr:`QuantizedTensor.FUNCTIONS` (products and look-ups on our
+kernels), ``aten.py`` fills :attr:`QuantizedTensor.ATEN` (what frameworks need of a parameter). Anything else decodes
+the weight first.
+"""
+
+import math
+from typing import NamedTuple
 
 import torch
 
-from . import backends, reference
+from . import backends, ops, reference
 from . import format as fmt
-from .backends import namespace_for
+from .format import WeightSpec, check_float_dtype
+from .sharding import Sharded
 
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
+PARTS = ("packed", "absmax", "group_scales", "offset")
 
 
-class QuantizedTensor:
-    """A weight in one of the formats of :mod:`lowbit.format`. Made by :func:`lowbit.quantize`.
+class Layout(NamedTuple):
+    """What the parts of a weight mean.
+
+    ``shape`` is that of the weight as it was quantized; the tensor's own shape has the last two dimensions swapped
+    where ``transposed``. ``first_element`` says where, in the row-major elements of a whole weight, the parts begin
+    to be this slice of it: its block's bytes are held from the block's start, and group_scales are the whole weight's.
+    ``exact``: whether the parts hold the weight's blocks and no others.
+    """
+
+    spec: WeightSpec
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    transposed: bool = False
+    first_element: int = 0
+    exact: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def row(self) -> int:
+        """Weights per index of dimension 0."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def logical_shape(self) -> tuple[int, ...]:
+        """The tensor's own shape."""
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether an index of dimension 0 is whole bytes and whole blocks (or rows with a scale)."""
+        if not self.shape:
+            return False
+        size = self.spec.block_size
+        return len(self.shape) > 1 if size is None else self.row > 0 and self.row % size == 0
+
+
+class QuantizedTensor(Sharded, torch.Tensor):
+    """A weight stored as its :class:`~lowbit.format.WeightSpec` says. Made by :func:`lowbit.quantize`.
 
     Attributes:
-        packed: uint8 [ceil(n / 2)], two codes a byte; int8: [n], ``packed.view(torch.int8)`` being the codes.
+        packed: uint8, two codes per byte in 4 bits. Rows of the weight lie on dimension 0 where a row is whole bytes
+            and whole blocks; else it is flat.
         absmax: one entry per block: fp32 scales, or uint8 codes with double quantization; int8: fp32, one per row.
         group_scales: fp32, one per 256 blocks; None without double quantization.
         offset: fp32 scalar tensor; None without double quantization.
-        shape: the weight's shape.
-        dtype: dtype of the weight that was quantized, and of ``dequantize()``.
-        format: "nf4", "fp4" or "int8".
-        block_size: elements per block; int8: the length of a row.
+        stored: the :class:`Layout`, what the parts mean.
+
+    Args:
+        packed, absmax, group_scales, offset: the parts, in any shape.
+        shape, dtype: of the weight: float32, float16 or bfloat16.
+        spec: how it is stored.
+
+    Raises:
+        TypeError, ValueError: parts that do not fit each other.
     """
 
-    def __init__(
-        self,
-        packed: torch.Tensor,
-        absmax: torch.Tensor,
-        group_scales: torch.Tensor | None = None,
-        offset: torch.Tensor | None = None,
-        *,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        format: str = "nf4",
-        block_size: int = 64,
-    ):
-        self.packed = packed
-        self.absmax = absmax
-        self.group_scales = group_scales
-        self.offset = offset
-        self.shape = torch.Size(shape)
-        self.dtype = dtype
-        self.format = format
-        self.block_size = block_size
-        self._check()
+    #: torch function -> what replaces it; takes the function's arguments.
+    FUNCTIONS: dict = {}
+    #: aten op -> what replaces it below autograd; takes the op and its arguments.
+    ATEN: dict = {}
 
-    def _check(self) -> None:
-        """ValueError/TypeError unless the parts fit each other: kernels trust these sizes."""
-        check_format(self.format)
-        check_float_dtype("dtype", self.dtype)
-        if (self.group_scales is None) != (self.offset is None):
-            raise ValueError("group_scales and offset: expected both (double quantization) or neither, got one")
-        if self.format == "int8":
-            blocks, row_length = fmt.row_shape(self.shape)
-            if self.block_size != row_length:
-                raise ValueError(
-                    f"block_size: expected {row_length}, the length of a row, for int8, got {self.block_size!r}"
-                )
-            if self.double_quant:
-                raise ValueError("group_scales and offset: expected None (int8 has no double quantization)")
-            packed_size = self.numel()
-        else:
-            check_block_size(self.block_size)
-            blocks = fmt.block_count(self.numel(), self.block_size)
-            packed_size = (self.numel() + 1) // 2
-        expected = [("packed", self.packed, torch.uint8, (packed_size,))]
-        if self.double_quant:
-            groups = fmt.block_count(blocks, fmt.GROUP_SIZE)
-            expected.append(("absmax", self.absmax, torch.uint8, (blocks,)))
-            expected.append(("group_scales", self.group_scales, torch.float32, (groups,)))
-            expected.append(("offset", self.offset, torch.float32, ()))
-        else:
-            expected.append(("absmax", self.absmax, torch.float32, (blocks,)))
-        for name, tensor, dtype, shape in expected:
-            if not isinstance(tensor, torch.Tensor):
-                raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-            if tensor.dtype != dtype:
-                raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
-            if tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"{name}: expected shape {shape} for a weight of shape {tuple(self.shape)} in blocks of "
-                    f"{self.block_size}, got {tuple(tensor.shape)}"
-                )
+    @staticmethod
+    def __new__(cls, packed, absmax, group_scales=None, offset=None, *, shape, dtype, spec):
+        layout = Layout(spec, tuple(shape), dtype)
+        parts = _checked((packed, absmax, group_scales, offset), layout)
+        return cls._make(_on_rows(parts, layout), layout)
 
-    def __repr__(self) -> str:
-        return (
-            f"QuantizedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, format={self.format!r}, "
-            f"block_size={self.block_size}, double_quant={self.double_quant}, device={self.device})"
+    def __init__(self, *args, **kwargs):
+        pass
+
+    @classmethod
+    def _make(cls, parts: tuple, layout: Layout) -> "QuantizedTensor":
+        """A tensor of these parts, unchecked."""
+        packed = parts[0]
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, layout.logical_shape, dtype=layout.dtype, device=packed.device, requires_grad=False
         )
+        self.packed, self.absmax, self.group_scales, self.offset = parts
+        self.stored = layout
+        return self
+
+    def _with(self, change=None, **layout) -> "QuantizedTensor":
+        """This weight with ``change`` applied to each part, and other fields of the layout."""
+        parts = self.parts() if change is None else tuple(None if p is None else change(p) for p in self.parts())
+        return QuantizedTensor._make(parts, self.stored._replace(**layout) if layout else self.stored)
 
     @property
-    def double_quant(self) -> bool:
-        """Whether the scales are stored in 8 bits."""
-        return self.group_scales is not None
-
-    @property
-    def device(self) -> torch.device:
-        return self.packed.device
+    def spec(self) -> WeightSpec:
+        """How the weight is stored."""
+        return self.stored.spec
 
     @property
     def nbytes(self) -> int:
         """Bytes of storage of the packed codes and all scales."""
         return sum(part.nbytes for part in self.parts() if part is not None)
 
-    def numel(self) -> int:
-        """Number of weights (two per packed byte; one in int8)."""
-        return self.shape.numel()
-
     def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """``(packed, absmax, group_scales, offset)``, the order in which the ops take them."""
+        """``(packed, absmax, group_scales, offset)``."""
         return self.packed, self.absmax, self.group_scales, self.offset
 
+    def operands(self) -> tuple | None:
+        """The arguments from packed to spec by which an op takes the weight ``layout.shape``; None for a slice that
+        begins inside a block, which has to be decoded.
+        """
+        layout = self.stored
+        spec = layout.spec
+        if layout.exact and not layout.first_element:
+            return self.packed, self.absmax, self.group_scales, self.offset, spec.text
+        if layout.first_element % spec.block_size:
+            return None
+        packed = self.packed.reshape(-1)[: spec.packed_size(layout.numel)]
+        count = spec.scale_count(layout.shape)
+        first_block = layout.first_element // spec.block_size
+        if not spec.double_quant:
+            return packed, self.absmax.reshape(-1)[:count], None, None, spec.text
+        if first_block % fmt.GROUP_SIZE:
+            # The kernels count groups from the first block on.
+            return packed, self.scales()[:count], None, None, spec.without_double_quant().text
+        first_group = first_block // fmt.GROUP_SIZE
+        groups = self.group_scales[first_group : first_group + fmt.block_count(count, fmt.GROUP_SIZE)]
+        return packed, self.absmax.reshape(-1)[:count], groups, self.offset, spec.text
+
     def scales(self) -> torch.Tensor:
-        """The decoded scale of each block, fp32 [ceil(n / block_size)]; int8: the absmax of each row, fp32 [rows]."""
-        return reference.decode_scales(self.absmax, self.group_scales, self.offset)
+        """The decoded scale of each block that is held, fp32 [blocks]; int8: the absmax of each row, fp32 [rows]."""
+        layout = self.stored
+        if not layout.spec.double_quant:
+            return reference.decode_scales(self.absmax, None, None, layout.spec.text)
+        first_block = layout.first_element // layout.spec.block_size
+        before = first_block % fmt.GROUP_SIZE
+        codes = torch.nn.functional.pad(self.absmax.reshape(-1), (before, 0)) if before else self.absmax
+        groups = self.group_scales[first_block // fmt.GROUP_SIZE :]
+        return reference.decode_scales(codes, groups, self.offset, layout.spec.text)[before:]
 
     def dequantize(self, dtype: torch.dtype | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """The decoded weight in ``dtype``, written into ``out`` where given; as :func:`lowbit.dequantize`."""
-        ops = getattr(torch.ops, namespace_for(self.device.type, backends.selected))
+        layout = self.stored
         if out is not None:
             self._check_out(out, dtype)
-            ops.dequantize_out.default(*self.parts(), self.format, self.block_size, out)
+            operands = None if layout.transposed else self.operands()
+            if operands is None:
+                return out.copy_(self.dequantize(out.dtype))
+            self._ops().dequantize_out.default(*operands, out)
             return out
-        dtype = self.dtype if dtype is None else dtype
+        dtype = layout.dtype if dtype is None else dtype
         check_float_dtype("dtype", dtype)
-        return ops.dequantize.default(*self.parts(), self.format, self.block_size, list(self.shape), dtype)
+        operands = self.operands()
+        if operands is None:
+            dense = self._decode_held(dtype)
+        else:
+            dense = self._ops().dequantize.default(*operands, list(layout.shape), dtype)
+        return dense.transpose(-1, -2) if layout.transposed else dense
+
+    def _decode_held(self, dtype: torch.dtype) -> torch.Tensor:
+        """The slice that begins inside a block: all blocks that are held are decoded."""
+        layout = self.stored
+        held = min(self.absmax.numel() * layout.spec.block_size, self.packed.numel() * 8 // layout.spec.record.bits)
+        spec = layout.spec.without_double_quant().text
+        weight = (self.packed.reshape(-1), self.scales(), None, None, spec)
+        flat = self._ops().dequantize.default(*weight, [held], dtype)
+        skipped = layout.first_element % layout.spec.block_size
+        return flat[skipped : skipped + layout.numel].reshape(layout.shape)
+
+    def _ops(self):
+        return getattr(torch.ops, backends.namespace_for(self.packed.device.type, backends.selected))
 
     def _check_out(self, out: torch.Tensor, dtype: torch.dtype | None) -> None:
-        if not isinstance(out, torch.Tensor):
-            raise TypeError(f"out: expected a torch.Tensor, got {type(out).__name__}")
+        if not isinstance(out, torch.Tensor) or isinstance(out, QuantizedTensor):
+            raise TypeError(f"out: expected a dense torch.Tensor, got {type(out).__name__}")
         check_float_dtype("out", out.dtype)
         if dtype is not None and dtype != out.dtype:
             raise TypeError(f"out: expected {dtype} (the dtype given), got {out.dtype}")
@@ -145,169 +204,87 @@ class QuantizedTensor:
         if out.requires_grad and torch.is_grad_enabled():
             raise ValueError("out: expected a tensor that requires no gradients (dequantize has none)")
 
-    def to(self, device: torch.device | str) -> "QuantizedTensor":
-        """This weight on another device; self where it is there already.
-
-        Raises:
-            TypeError: ``device`` is a dtype: the stored bytes have none to change (see :meth:`dequantize`).
-        """
-        if isinstance(device, torch.dtype):
-            raise TypeError(f"device: expected a torch.device or str, got {device}; use dequantize(dtype)")
-        if torch.device(device) == self.device:
-            return self
-        parts = (None if part is None else part.to(device) for part in self.parts())
-        return QuantizedTensor(
-            *parts, shape=self.shape, dtype=self.dtype, format=self.format, block_size=self.block_size
+    def __repr__(self, *, tensor_contents=None) -> str:
+        return (
+            f"QuantizedTensor(shape={self.stored.logical_shape}, dtype={self.stored.dtype}, spec={self.spec.text!r}, "
+            f"device={self.packed.device})"
         )
 
-    def state_dict(self, prefix: str = "weight") -> dict[str, torch.Tensor]:
-        """The tensors of this weight under bitsandbytes' key names, ``prefix`` being the weight's own name.
+    def __tensor_flatten__(self):
+        return [name for name in PARTS if getattr(self, name) is not None], self.stored
 
-        For int8 these are the keys of its ``Linear8bitLt``, which have no place for :attr:`dtype`: ``prefix`` holds
-        the codes, int8 (rows, row length), and beside it stand ``SCB`` (absmax) and ``weight_format`` (0, row-major).
-        """
-        if self.format == "int8":
-            stem = _module_stem(prefix)
-            return {
-                prefix: self.packed.view(torch.int8).view(fmt.row_shape(self.shape)),
-                f"{stem}SCB": self.absmax,
-                f"{stem}weight_format": torch.zeros((), dtype=torch.uint8, device=self.device),
-            }
-        about = {
-            "quant_type": self.format,
-            "blocksize": self.block_size,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "shape": list(self.shape),
-        }
-        state = {
-            prefix: self.packed.view(-1, 1),
-            f"{prefix}.absmax": self.absmax,
-            f"{prefix}.quant_map": fmt.codebook(self.format, self.device),
-        }
-        if self.double_quant:
-            state[f"{prefix}.nested_absmax"] = self.group_scales
-            state[f"{prefix}.nested_quant_map"] = fmt.SCALE_MAP.to(self.device)
-            about |= {
-                "nested_blocksize": fmt.GROUP_SIZE,
-                "nested_dtype": "float32",
-                # A meta tensor has no value; its state dict only shows names and shapes.
-                "nested_offset": 0.0 if self.offset.is_meta else self.offset.item(),
-            }
-        text = json.dumps(about).encode()
-        state[f"{prefix}.quant_state.bitsandbytes__{self.format}"] = torch.tensor(
-            list(text), dtype=torch.uint8, device=self.device
-        )
-        return state
+    @staticmethod
+    def __tensor_unflatten__(inner, layout, outer_size, outer_stride):
+        return QuantizedTensor._make(tuple(inner.get(name) for name in PARTS), layout)
+
+    def __reduce_ex__(self, protocol):
+        layout = self.stored
+        return _rebuild, (*self.parts(), layout.spec.text, *layout[1:], isinstance(self, torch.nn.Parameter))
 
     @classmethod
-    def from_state_dict(
-        cls, state: dict[str, torch.Tensor], prefix: str = "weight", *, int8_dtype: torch.dtype = torch.float32
-    ) -> "QuantizedTensor":
-        """Read what :meth:`state_dict` or bitsandbytes wrote; other keys of ``state`` are left alone.
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        replacement = cls.FUNCTIONS.get(func)
+        if replacement is not None:
+            return replacement(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
-        ``int8_dtype`` becomes the :attr:`dtype` of an int8 weight, whose keys do not say it. Such a weight comes back
-        as the matrix (rows, row length).
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        replacement = cls.ATEN.get(func, cls.ATEN["otherwise"])
+        return replacement(func, *args, **(kwargs or {}))
 
-        Raises:
-            ValueError: a key is missing, the JSON is broken, or sizes, codebook or scale map are not this format's.
-            TypeError: a tensor has the wrong dtype.
-        """
-        stem = f"{prefix}.quant_state.bitsandbytes__"
-        found = [key for key in state if key.startswith(stem)]
-        if not found and prefix in state and state[prefix].dtype == torch.int8:
-            return cls._from_int8_state(state, prefix, int8_dtype)
-        if len(found) != 1:
+
+def _rebuild(packed, absmax, group_scales, offset, spec, shape, dtype, transposed, first, exact, is_parameter):
+    """What pickle and torch.load call; fails where the parts do not fit, as a damaged file's do not."""
+    layout = Layout(WeightSpec.parse(spec), tuple(shape), dtype, transposed, first, exact)
+    parts = (packed, absmax, group_scales, offset)
+    if exact and not first:
+        parts = _checked(parts, layout)
+    tensor = QuantizedTensor._make(parts, layout)
+    return torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+
+
+torch.serialization.add_safe_globals([_rebuild, QuantizedTensor])
+
+
+def _on_rows(parts: tuple, layout: Layout) -> tuple:
+    """The parts with the weight's rows on dimension 0 where a row is whole bytes and whole blocks, else flat."""
+    packed, absmax, group_scales, offset = parts
+    size = (layout.shape[0], -1) if layout.keeps_rows and layout.numel else (-1,)
+    return packed.reshape(size), absmax.reshape(size), group_scales, offset
+
+
+def _checked(parts: tuple, layout: Layout) -> tuple:
+    """The parts; ValueError/TypeError unless they fit each other, since kernels trust these sizes."""
+    packed, absmax, group_scales, offset = parts
+    spec, shape = layout.spec, layout.shape
+    if not isinstance(spec, WeightSpec):
+        raise TypeError(f"spec: expected a lowbit.WeightSpec, got {type(spec).__name__}")
+    check_float_dtype("dtype", layout.dtype)
+    if (group_scales is None) != (offset is None):
+        raise ValueError("group_scales and offset: expected both (double quantization) or neither, got one")
+    if (group_scales is not None) != spec.double_quant:
+        expected = "tensors (the spec says double_quant)" if spec.double_quant else "None (no double quantization)"
+        raise ValueError(f"group_scales and offset: expected {expected} for {spec.text!r}")
+    scales = spec.scale_count(shape)
+    expected = [("packed", packed, torch.uint8, spec.packed_size(layout.numel))]
+    if spec.double_quant:
+        expected.append(("absmax", absmax, torch.uint8, scales))
+        expected.append(("group_scales", group_scales, torch.float32, fmt.block_count(scales, fmt.GROUP_SIZE)))
+        expected.append(("offset", offset, torch.float32, 1))
+    else:
+        expected.append(("absmax", absmax, spec.record.scales.dtype, scales))
+    for name, tensor, dtype, numel in expected:
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+        if tensor.numel() != numel:
             raise ValueError(
-                f"state: expected one key {stem}nf4 or {stem}fp4, or {prefix} in int8, got {found or 'none'}"
+                f"{name}: expected {numel} elements for a weight of shape {shape} stored as {spec.text!r}, got shape "
+                f"{tuple(tensor.shape)}"
             )
-        try:
-            about = json.loads(bytes(state[found[0]].tolist()))
-            block_size, shape = int(about["blocksize"]), tuple(int(size) for size in about["shape"])
-            quant_type, dtype = about["quant_type"], _DTYPE_NAMES[about["dtype"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{found[0]}: expected bitsandbytes' JSON description, got {error!r}") from error
-        check_format(quant_type)
-
-        def part(name: str) -> torch.Tensor:
-            key = prefix + name
-            if key not in state:
-                raise ValueError(f"state: missing key {key!r}")
-            return state[key]
-
-        def require(name: str, expected: torch.Tensor) -> None:
-            if not torch.equal(part(name).float().cpu(), expected):
-                raise ValueError(f"{prefix}{name}: expected the standard table of {quant_type}, got another one")
-
-        packed = part("")
-        require(".quant_map", fmt.codebook(quant_type))
-        group_scales = offset = None
-        if "nested_offset" in about:
-            require(".nested_quant_map", fmt.SCALE_MAP)
-            if about.get("nested_blocksize") != fmt.GROUP_SIZE:
-                raise ValueError(
-                    f"{found[0]}: expected nested_blocksize {fmt.GROUP_SIZE}, got {about.get('nested_blocksize')}"
-                )
-            group_scales = part(".nested_absmax")
-            offset = torch.tensor(about["nested_offset"], dtype=torch.float32, device=packed.device)
-        return cls(
-            packed.reshape(-1),
-            part(".absmax"),
-            group_scales,
-            offset,
-            shape=shape,
-            dtype=dtype,
-            format=quant_type,
-            block_size=block_size,
-        )
-
-    @classmethod
-    def _from_int8_state(cls, state: dict[str, torch.Tensor], prefix: str, dtype: torch.dtype) -> "QuantizedTensor":
-        codes, stem = state[prefix], _module_stem(prefix)
-        if codes.dim() != 2:
-            raise ValueError(f"{prefix}: expected int8 codes of 2 dimensions, got shape {tuple(codes.shape)}")
-        if f"{stem}SCB" not in state:
-            raise ValueError(f"state: missing key '{stem}SCB'")
-        layout = state.get(f"{stem}weight_format")  # checkpoints of Hugging Face models may leave it out
-        if layout is not None and not layout.is_meta and layout.numel() and layout.flatten()[0] != 0:
-            raise ValueError(f"{stem}weight_format: expected 0 (row-major), got {layout.tolist()}")
-        return cls(
-            codes.contiguous().view(torch.uint8).view(-1),
-            state[f"{stem}SCB"],
-            shape=tuple(codes.shape),
-            dtype=dtype,
-            format="int8",
-            block_size=codes.shape[1],
-        )
-
-
-def state_keys(state: Iterable[str], prefix: str) -> list[str]:
-    """The keys of ``state`` that belong to the quantized weight called ``prefix``, in any format."""
-    beside = {f"{_module_stem(prefix)}{name}" for name in ("SCB", "weight_format")}
-    return [key for key in state if key == prefix or key.startswith(prefix + ".") or key in beside]
-
-
-def _module_stem(prefix: str) -> str:
-    """What stands before a weight's own name: "layer." for "layer.weight"."""
-    return prefix[: prefix.rfind(".") + 1]
-
-
-def check_format(format: str) -> None:
-    """ValueError unless ``format`` is one of ``lowbit.format.FORMATS``."""
-    if format not in fmt.FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(fmt.FORMATS)}, got {format!r}")
-
-
-def check_block_size(block_size: int) -> None:
-    """TypeError/ValueError unless ``block_size`` is a power of two in 32...4096."""
-    if not isinstance(block_size, int) or isinstance(block_size, bool):
-        raise TypeError(f"block_size: expected an int, got {block_size!r}")
-    if not fmt.is_block_size(block_size):
-        raise ValueError(
-            f"block_size: expected a power of two from {fmt.MIN_BLOCK_SIZE} to {fmt.MAX_BLOCK_SIZE}, got {block_size}"
-        )
-
-
-def check_float_dtype(name: str, dtype: torch.dtype) -> None:
-    """TypeError unless ``dtype`` is float32, float16 or bfloat16."""
-    if dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name}: expected float32, float16 or bfloat16, got {dtype}")
+        if tensor.device != packed.device:
+            raise ValueError(f"{name}: expected device {packed.device} (that of packed), got {tensor.device}")
+    return parts

@@ -2,7 +2,8 @@
 
 import torch
 
-from . import reference
+from .. import reference
+from ..format import WeightSpec
 
 
 def check_importance(importance: torch.Tensor, weight: torch.Tensor) -> None:
@@ -27,7 +28,7 @@ def check_importance(importance: torch.Tensor, weight: torch.Tensor) -> None:
             )
 
 
-def search(op, weight, importance, format: str, block_size: int):
+def search(op, weight, importance, spec: WeightSpec):
     """``(scales fp32 [blocks], encode)``: the signed scales, and ``encode(decoded scales) -> packed``.
 
     Codes depend on what the scales decode to: double quantization comes between the two.
@@ -35,10 +36,10 @@ def search(op, weight, importance, format: str, block_size: int):
     if importance is not None and importance.numel():
         # Only ratios matter; fp32 holds those of any float64 input once the largest is 1.
         importance = (importance / importance.amax().clamp(min=torch.finfo(importance.dtype).tiny)).float()
-    scales = op.search_scales.default(weight, importance, format, block_size)
+    scales = op.search_scales.default(weight, importance, spec.text)
 
     def encode(absmax, group_scales, offset) -> torch.Tensor:
-        decoded = reference.decode_scales(absmax, group_scales, offset)
-        return op.encode.default(weight, decoded, format, block_size)
+        decoded = reference.decode_scales(absmax, group_scales, offset, spec.text)
+        return op.encode.default(weight, decoded, spec.text)
 
     return scales, encode

@@ -1,0 +1,172 @@
+"""``quantize_`` and ``dequantize_``: a whole model's linear weights, in place. Modules keep their classes."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .format import WeightSpec
+from .quantizers.quantize import check_scale, quantize_to
+from .tensor import QuantizedTensor
+
+#: Below this many weights a model converts before a progress bar could be read.
+_PROGRESS_FROM = 50_000_000
+
+
+def linear_weights(module: nn.Module) -> list[str]:
+    """The names of the parameters by which ``module`` multiplies its input.
+
+    Those of nn.Linear and its subclasses, nn.MultiheadAttention, transformers' Conv1D, and stacks of experts [experts,
+    out, in] of modules whose class name ends in "Experts", as transformers 5 fuses them.
+    """
+    parameters = module._parameters
+    if isinstance(module, nn.Linear) or _is_conv1d(module):
+        names = ["weight"]
+    elif isinstance(module, nn.MultiheadAttention):
+        names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    elif type(module).__name__.endswith("Experts"):
+        names = [name for name, value in parameters.items() if value is not None and value.dim() == 3]
+    else:
+        names = []
+    return [name for name in names if parameters.get(name) is not None and parameters[name].numel()]
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def quantize_(
+    model: nn.Module,
+    spec: WeightSpec = WeightSpec(),  # noqa: B008 (frozen)
+    *,
+    scale: str = "absmax",
+    skip: Iterable[str] = (),
+) -> nn.Module:
+    """Store the linear weights of ``model`` as ``spec`` says, in place; the model computes with the decoded weights.
+
+    Weights of linear layers and of stacks of experts become frozen :class:`~lowbit.QuantizedTensor` parameters;
+    modules, biases and everything else stay as they are. Shared weights stay shared. A weight that is also an
+    embedding's (a tied ``lm_head``), and the layer that ``model.get_output_embeddings()`` names, stay dense, and so
+    does what is quantized already.
+
+    Args:
+        model: any module.
+        spec: how each weight is stored.
+        scale: how scales are found, as in :func:`lowbit.quantize`: "absmax" or "search".
+        skip: modules whose weights stay dense, with all inside them: names or dotted suffixes ("lm_head",
+            "encoder.layer.0").
+
+    Returns:
+        ``model``. DistributedDataParallel does not send the quantized weights where it wraps ``model`` itself.
+
+    Raises:
+        TypeError: an argument of the wrong type; a weight that is not float32, float16 or bfloat16 (it is named).
+        ValueError: an unknown scale, an entry of ``skip`` that matches nothing, NaN or inf in a weight (it is named).
+            The model is then unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(spec, WeightSpec):
+        raise TypeError(f"spec: expected a lowbit.WeightSpec, got {type(spec).__name__}")
+    check_scale(scale, spec)
+    return replace_weights(model, quantized_weights(find_weights(model, skip), spec, scale))
+
+
+def find_weights(model: nn.Module, skip: Iterable[str]) -> dict[nn.Parameter, str]:
+    """The dense weights to quantize, with the name that each has first in the model."""
+    skipped = _skipped(model, skip)
+    get_output = getattr(model, "get_output_embeddings", None)
+    head = get_output() if callable(get_output) else None
+    found, kept = {}, set()
+    for prefix, module in model.named_modules():
+        names = [] if module in skipped or module is head else linear_weights(module)
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if name not in names:
+                kept.add(parameter)
+            elif not isinstance(parameter, QuantizedTensor):
+                found.setdefault(parameter, f"{prefix}.{name}" if prefix else name)
+    return {parameter: name for parameter, name in found.items() if parameter not in kept}
+
+
+def _skipped(model: nn.Module, skip: Iterable[str]) -> set[nn.Module]:
+    if isinstance(skip, str):
+        raise TypeError(f"skip: expected a list of names, got the string {skip!r}")
+    skipped = set()
+    for entry in skip:
+        matches = [m for n, m in model.named_modules() if n == entry or n.endswith(f".{entry}")]
+        if not matches:
+            raise ValueError(f"skip: expected names of modules, got {entry!r}, which matches none")
+        skipped.update(inner for match in matches for inner in match.modules())
+    return skipped
+
+
+def quantized_weights(
+    weights: dict[nn.Parameter, str], spec: WeightSpec, scale: str
+) -> dict[nn.Parameter, nn.Parameter]:
+    """A frozen quantized parameter for each of the weights, which are named in errors; shows a progress bar."""
+    size = sum(weight.numel() for weight in weights)
+    # disable=None shows the bar on a terminal only.
+    progress = tqdm(weights.items(), "Quantizing", leave=False, disable=None if size > _PROGRESS_FROM else True)
+    replacements = {}
+    for weight, name in progress:
+        try:
+            quantized = quantize_to(weight.detach(), spec, scale)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{name}: {error}") from error
+        replacements[weight] = nn.Parameter(quantized, requires_grad=False)
+    return replacements
+
+
+def replace_weights(model: nn.Module, replacements: dict[nn.Parameter, nn.Parameter]) -> nn.Module:
+    """Put each replacement wherever its parameter is, so that shared weights stay shared; returns ``model``."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter in replacements:
+                module._parameters[name] = replacements[parameter]
+    ignore_in_ddp(model)
+    return model
+
+
+def dequantize_(model: nn.Module) -> nn.Module:
+    """Decode every quantized weight of ``model`` in place, in its own dtype; returns ``model``. Undoes ``quantize_``.
+
+    The dense parameters are frozen. Shared weights stay shared. Where decoding fails (for want of memory) the model is
+    unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    owners = defaultdict(list)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if isinstance(parameter, QuantizedTensor):
+                owners[parameter].append((module, name))
+    dense = {q: nn.Parameter(q.dequantize(), requires_grad=False) for q in owners}
+    for q, places in owners.items():
+        for module, name in places:
+            module._parameters[name] = dense[q]
+    ignore_in_ddp(model)
+    return model
+
+
+@torch.no_grad()
+def ignore_in_ddp(model: nn.Module) -> None:
+    """Put the quantized weights of ``model`` on the list of what DistributedDataParallel(model) does not send.
+
+    Call it again on a module that was put around a quantized one, before that goes into DistributedDataParallel:
+    the list holds names as that module sees them.
+    """
+    names = [n for n, p in model.named_parameters(remove_duplicate=False) if isinstance(p, QuantizedTensor)]
+    others = [n for n in getattr(model, "_ddp_params_and_buffers_to_ignore", []) if not _is_parameter(model, n)]
+    model._ddp_params_and_buffers_to_ignore = [*others, *names]
+
+
+def _is_parameter(model: nn.Module, name: str) -> bool:
+    owner, _, last = name.rpartition(".")
+    try:
+        return last in model.get_submodule(owner)._parameters
+    except AttributeError:
+        return False

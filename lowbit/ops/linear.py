@@ -1,0 +1,263 @@
+"""Products with one frozen matrix, and the gradients of a product with its LoRA.
+
+The two autograd functions serve a stack of experts too (``grouped.py``): they are written in terms of a
+:class:`Product`, which says how a matrix multiplies, and hold no more for the backward than x, t and LoRA's factors.
+Nothing of the dense weight's size is kept: the backward decodes the packed weight again.
+"""
+
+import functools
+import math
+
+import torch
+
+from .record import WEIGHT, Op, below_autograd, is_traced, op_of, wants_gradient, without_backward
+
+_cached_op = functools.cache(op_of)
+
+
+def rows(tensor: torch.Tensor) -> torch.Tensor:
+    """[..., n] as [rows, n]; unlike reshape(-1, n) also for n = 0."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def product_dtype(a: torch.Tensor, b: torch.Tensor) -> torch.dtype:
+    """What LoRA's own products are computed in: the wider of the two dtypes; on a CPU fp32.
+
+    Without bf16 instructions torch's bf16 product on a CPU is up to eight times slower than its fp32 one, and one with
+    a transposed operand hundreds of times (docs/performance.md).
+    """
+    return torch.float32 if a.device.type == "cpu" else torch.promote_types(a.dtype, b.dtype)
+
+
+class Product:
+    """How rows multiply one matrix, and a quantized one, on one backend.
+
+    ``weight`` holds the op's arguments from packed to spec. It is a plain tuple that autograd does not look into:
+    ``save_for_backward`` costs time per tensor, and hands what it saves to hooks that move activations elsewhere.
+    """
+
+    name = "linear"
+    #: What stands between the weight and the features in the ops' arguments.
+    groups: tuple = ()
+
+    def __init__(self, namespace: str, weight: tuple):
+        self.namespace, self.weight = namespace, weight
+
+    def forward(self, keyset, x, features, bias, t, lora_b, scaling) -> torch.Tensor:
+        """x W^T + scaling t lora_b^T + bias."""
+        arguments = (x, *self.weight, *self.groups, features, bias, t, lora_b, scaling)
+        return below_autograd(_cached_op(self.namespace, self.name), keyset, *arguments)
+
+    def lora_forward(self, keyset, x, features, bias, lora_a, lora_b, scaling) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x W^T + scaling t lora_b^T + bias, t) with t = x lora_a^T."""
+        arguments = (x, *self.weight, *self.groups, features, bias, lora_a, lora_b, scaling)
+        return below_autograd(_cached_op(self.namespace, _LORA[self.name]), keyset, *arguments)
+
+    def grad_input(self, grad, features, grad_t=None, lora_a=None) -> torch.Tensor:
+        """grad W + grad_t lora_a."""
+        op = op_of(self.namespace, f"{self.name}_grad_input")
+        return op(grad, *self.weight, *self.groups, features, grad_t, lora_a)
+
+    def matmul(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """x matrix^T, matrix [p, k], in :func:`product_dtype`."""
+        dtype = product_dtype(x, matrix)
+        return torch.nn.functional.linear(x.to(dtype), matrix.to(dtype))
+
+    def outer(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """a^T b, summed over rows, in :func:`product_dtype`."""
+        dtype = product_dtype(a, b)
+        return rows(a).T.to(dtype) @ rows(b).to(dtype)
+
+    def sum_rows(self, grad: torch.Tensor) -> torch.Tensor:
+        """The sum over rows, in fp32."""
+        return rows(grad).sum(0, dtype=torch.float32)
+
+
+_LORA = {"linear": "lora_linear", "grouped_linear": "grouped_lora_linear"}
+
+
+class Linear(torch.autograd.Function):
+    """Differentiable in x, bias, t and lora_b. Saves t and lora_b."""
+
+    @staticmethod
+    def forward(ctx, x, bias, t, lora_b, product, keyset, features, scaling):
+        ctx.save_for_backward(t, lora_b)
+        ctx.product, ctx.scaling = product, scaling
+        ctx.in_features, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
+        return product.forward(keyset, x, features, bias, t, lora_b, scaling)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        t, lora_b = ctx.saved_tensors
+        product = ctx.product
+        needs_x, needs_bias, needs_t, needs_b = ctx.needs_input_grad[:4]
+        grad_x = product.grad_input(grad, ctx.in_features) if needs_x else None
+        grad_bias, grad_t, grad_b = _gradients(ctx, grad, t, lora_b, needs_bias, needs_t, needs_b)
+        return grad_x, grad_bias, None if grad_t is None else grad_t.to(t.dtype), grad_b, *[None] * 4
+
+
+class LoraLinear(torch.autograd.Function):
+    """Differentiable in x, bias, lora_a and lora_b. Saves x in its own dtype, t and the factors.
+
+    Both contributions to grad_x, through W and through A, use one product.
+    """
+
+    @staticmethod
+    def forward(ctx, x, bias, lora_a, lora_b, product, keyset, features, scaling):
+        y, t = product.lora_forward(keyset, x, features, bias, lora_a, lora_b, scaling)
+        ctx.save_for_backward(x, t, lora_a, lora_b)
+        ctx.product, ctx.scaling = product, scaling
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(t)
+        return y, t
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        x, t, lora_a, lora_b = ctx.saved_tensors
+        product = ctx.product
+        needs_x, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:4]
+        grad_bias, grad_t, grad_b = _gradients(ctx, grad, t, lora_b, needs_bias, needs_x or needs_a, needs_b)
+        grad_x = product.grad_input(grad, x.shape[-1], grad_t, lora_a) if needs_x else None
+        grad_a = product.outer(grad_t, x).to(lora_a.dtype) if needs_a else None
+        return grad_x, grad_bias, grad_a, grad_b, *[None] * 4
+
+
+def _gradients(ctx, grad, t, lora_b, needs_bias, needs_t, needs_b):
+    """Gradients for (bias, t, lora_b), that of t in :func:`product_dtype`; None where not needed."""
+    product, scaling = ctx.product, ctx.scaling
+    grad_bias = grad_t = grad_b = None
+    if (needs_t or needs_b) and grad.device.type == "cpu":
+        grad = grad.float()  # once for both
+    if needs_bias:
+        grad_bias = product.sum_rows(grad).to(ctx.bias_dtype)
+    if needs_t:
+        grad_t = product.matmul(grad, lora_b.transpose(-1, -2)) * scaling
+    if needs_b:
+        grad_b = (product.outer(grad, t) * scaling).to(lora_b.dtype)
+    return grad_bias, grad_t, grad_b
+
+
+class _GradInput(torch.autograd.Function):
+    """x W as a product of its own (a transposed weight): differentiable in x."""
+
+    @staticmethod
+    def forward(ctx, x, product, keyset, features):
+        ctx.product, ctx.out_features = product, x.shape[-1]
+        op = _cached_op(product.namespace, "linear_grad_input")
+        return below_autograd(op, keyset, x, *product.weight, features, None, None)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return ctx.product.forward(None, grad, ctx.out_features, None, None, None, 1.0), None, None, None
+
+
+def linear(namespace: str, x, weight: tuple, features: int, bias=None, t=None, lora_b=None, scaling=1.0):
+    """``torch.ops.<namespace>.linear``, ``weight`` being its arguments from packed to spec.
+
+    Goes around the dispatcher's way to Python and back, which costs 8 us, where nobody looks. Autocast has to be off.
+    """
+    if is_traced():
+        return getattr(torch.ops, namespace).linear.default(x, *weight, features, bias, t, lora_b, scaling)
+    return _linear(Product(namespace, weight), None, x, features, bias, t, lora_b, scaling)
+
+
+def _linear(product: Product, keyset, x, features, bias, t, lora_b, scaling):
+    if wants_gradient(x, bias, t, lora_b):
+        return Linear.apply(x, bias, t, lora_b, product, keyset, features, scaling)
+    return product.forward(keyset, x, features, bias, t, lora_b, scaling)
+
+
+def lora_linear(namespace: str, x, weight: tuple, features: int, bias, lora_a, lora_b, scaling: float):
+    """The first result of ``torch.ops.<namespace>.lora_linear``; as :func:`linear`."""
+    if is_traced():
+        op = getattr(torch.ops, namespace).lora_linear.default
+        return op(x, *weight, features, bias, lora_a, lora_b, scaling)[0]
+    return lora_linear_of(Product(namespace, weight), None, x, features, bias, lora_a, lora_b, scaling)[0]
+
+
+def lora_linear_of(product: Product, keyset, x, features, bias, lora_a, lora_b, scaling):
+    """(y, t) of a product and its LoRA, recorded where a gradient is wanted."""
+    if wants_gradient(x, bias, lora_a, lora_b):
+        return LoraLinear.apply(x, bias, lora_a, lora_b, product, keyset, features, scaling)
+    return product.lora_forward(keyset, x, features, bias, lora_a, lora_b, scaling)
+
+
+def _autograd_linear(namespace: str):
+    def kernel(keyset, x, *args):
+        return _linear(Product(namespace, args[:5]), keyset, x, *args[5:])
+
+    return kernel
+
+
+def _autograd_lora_linear(namespace: str):
+    def kernel(keyset, x, *args):
+        return lora_linear_of(Product(namespace, args[:5]), keyset, x, *args[5:])
+
+    return kernel
+
+
+def _autograd_grad_input(namespace: str):
+    with_lora = without_backward("linear_grad_input", (0, 7, 8))(namespace)
+
+    def kernel(keyset, grad, *args):
+        *weight, features, grad_t, lora_a = (*args, None, None)[:8]
+        if grad_t is None and wants_gradient(grad):
+            return _GradInput.apply(grad, Product(namespace, tuple(weight)), keyset, features)
+        return with_lora(keyset, grad, *weight, features, grad_t, lora_a)
+
+    return kernel
+
+
+def _lora_by_parts(namespace: str):
+    """Where a backend has no kernel of its own: t by torch's product, the rest by the backend's ``linear``."""
+    op = op_of(namespace, "linear")
+
+    def lora_linear(x, *args):
+        *weight, features, bias, lora_a, lora_b, scaling = args
+        t = Product(namespace, ()).matmul(x, lora_a)
+        return op(x, *weight, features, bias, t, lora_b, scaling), t
+
+    return lora_linear
+
+
+def _fake_linear(x, packed, absmax, group_scales, offset, spec, out_features, bias, t, lora_b, scaling):
+    return x.new_empty([*x.shape[:-1], out_features])
+
+
+def _fake_lora_linear(x, packed, absmax, group_scales, offset, spec, out_features, bias, lora_a, lora_b, scaling):
+    t = x.new_empty([*x.shape[:-1], lora_a.shape[0]], dtype=product_dtype(x, lora_a))
+    return x.new_empty([*x.shape[:-1], out_features]), t
+
+
+def _fake_linear_grad_input(
+    grad, packed, absmax, group_scales, offset, spec, in_features, grad_t=None, lora_a=None
+):
+    return grad.new_empty([*grad.shape[:-1], in_features])
+
+
+_LINEAR = f"Tensor x, {WEIGHT}, int out_features, Tensor? bias, Tensor? t, Tensor? lora_b, float scaling"
+OPS = (
+    Op(f"linear({_LINEAR}) -> Tensor", _fake_linear, _autograd_linear, autocast=True),
+    Op(
+        f"linear_approximate({_LINEAR}) -> Tensor",
+        _fake_linear,
+        without_backward("linear_approximate", (0, 7, 8, 9)),
+    ),
+    Op(
+        f"lora_linear(Tensor x, {WEIGHT}, int out_features, Tensor? bias, Tensor lora_a, Tensor lora_b, float scaling)"
+        " -> (Tensor, Tensor)",
+        _fake_lora_linear,
+        _autograd_lora_linear,
+        autocast=True,
+        kernel=_lora_by_parts,
+    ),
+    Op(
+        f"linear_grad_input(Tensor grad, {WEIGHT}, int in_features, Tensor? grad_t=None, Tensor? lora_a=None)"
+        " -> Tensor",
+        _fake_linear_grad_input,
+        _autograd_grad_input,
+    ),
+)
