@@ -107,9 +107,9 @@ def native_build() -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     cuda_sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if wants_cuda() else []
-    sources = [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+    sources = [ROOT / "csrc" / "bindings" / "cpu.cpp", *sorted((ROOT / "csrc" / "cpu" / "isa").glob("*.cpp"))]
     if cuda_sources:
-        sources.append(ROOT / "csrc" / "bindings_cuda.cpp")
+        sources.append(ROOT / "csrc" / "bindings" / "cuda.cpp")
     extension = CppExtension(
         "lowbit._C",
         [str(source.relative_to(ROOT)) for source in sources],

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowbit.format import WeightSpec
+
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
@@ -81,3 +83,8 @@ def written(size: int, dtype: torch.dtype, aligned: bool = True) -> torch.Tensor
     """Memory for a kernel to write, full of a value that it has to replace."""
     tensor = torch.full((size,), 7, dtype=dtype)
     return tensor if aligned else unaligned(tensor)
+
+
+def spec_of(format: str, block_size: int, double_quant: bool = False) -> str:
+    """How such a weight is stored, as the ops take it."""
+    return WeightSpec(format, block_size, double_quant).text

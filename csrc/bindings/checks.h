@@ -169,8 +169,8 @@ const T* aligned(const Tensor& tensor, const char* name) {
 
 // The elements of a weight, an activation or an output.
 inline void* float_data(const Tensor& tensor, Dtype dtype, const char* name) {
-  const void* data = dtype == Dtype::f32 ? static_cast<const void*>(aligned<float>(tensor, name))
-                                         : aligned<uint16_t>(tensor, name);
+  const void* data =
+      dtype == Dtype::f32 ? static_cast<const void*>(aligned<float>(tensor, name)) : aligned<uint16_t>(tensor, name);
   return const_cast<void*>(data);
 }
 
@@ -188,7 +188,10 @@ class Weight {
     check(absmax, "absmax", spec.double_quant ? ScalarType::Byte : ScalarType::Float, blocks, like);
     STD_TORCH_CHECK(group_scales.has_value() == spec.double_quant && offset.has_value() == spec.double_quant,
                     "group_scales, offset: expected ", spec.double_quant ? "both" : "neither", " for ", spec_text,
-                    ", got ", group_scales && offset ? "both" : group_scales || offset ? "one" : "neither");
+                    ", got ",
+                    group_scales && offset   ? "both"
+                    : group_scales || offset ? "one"
+                                             : "neither");
     view_.packed = static_cast<const uint8_t*>(packed_.data_ptr());
     view_.format = &format;
     view_.block_size = format.has_row_scales ? std::max<int64_t>(row_size, 1) : spec.block_size;

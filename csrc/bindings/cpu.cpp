@@ -55,10 +55,10 @@ struct Cpu {
     int64_t numel = 1;
     for (size_t i = sizes.size(); i-- > 0; numel *= sizes[i]) strides[i] = std::max<int64_t>(numel, 1);
     AtenTensorHandle handle;
-    check_call(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                        shim_dtype(type), aoti_torch_device_type_cpu(), like.get_device_index(),
-                                        &handle),
-               "empty_strided");
+    check_call(
+        aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), shim_dtype(type),
+                                 aoti_torch_device_type_cpu(), like.get_device_index(), &handle),
+        "empty_strided");
     Tensor tensor(handle);
     advise_huge_pages(tensor, numel * static_cast<int64_t>(tensor.element_size()));
     return tensor;
@@ -96,9 +96,9 @@ struct Cpu {
   void lora_down(const LinearCall<Cpu>& call, Operand<Cpu>& lora_a, const Tensor& t) const {
     constexpr int64_t kFewRows = 4;
     if (call.m > kFewRows) return multiply_lora_down(call, lora_a, t);
-    active_kernels().lora_down({call.x.data_ptr(), call.dtype, lora_a.fp32(), call.m, call.k, call.rank,
-                                static_cast<float*>(t.data_ptr())},
-                               parallel_for());
+    active_kernels().lora_down(
+        {call.x.data_ptr(), call.dtype, lora_a.fp32(), call.m, call.k, call.rank, static_cast<float*>(t.data_ptr())},
+        parallel_for());
   }
 
   void linear_grad_input(GradInputCall<Cpu>& call, const Tensor& grad_x) const {

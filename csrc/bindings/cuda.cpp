@@ -144,12 +144,12 @@ class Cuda {
     const int64_t m = low.size(0), rank = low.size(1), n = up.size(is_transposed ? 1 : 0);
     const Dtype low_dtype = dtype_of(low.scalar_type(), op), up_dtype = dtype_of(up.scalar_type(), op);
     const Tensor low_out = empty({m, rank}, type), up_out = empty({up.size(0), up.size(1)}, type);
-    check_launch(cuda::rounded_factors(
-                     {float_data(low, low_dtype, op), low_dtype, float_data(up, up_dtype, op), up_dtype,
-                      is_transposed ? 1 : rank, is_transposed ? n : 1, static_cast<float>(scaling), m, n, rank,
-                      low_out.data_ptr(), up_out.data_ptr(), dtype_of(type, op)},
-                     stream_),
-                 op);
+    check_launch(
+        cuda::rounded_factors({float_data(low, low_dtype, op), low_dtype, float_data(up, up_dtype, op), up_dtype,
+                               is_transposed ? 1 : rank, is_transposed ? n : 1, static_cast<float>(scaling), m, n, rank,
+                               low_out.data_ptr(), up_out.data_ptr(), dtype_of(type, op)},
+                              stream_),
+        op);
     return {low_out, up_out};
   }
 

@@ -263,8 +263,8 @@ struct GradInputCall {
         m(rows_of(grad)),
         rank(rank_of(grad_t, lora_a, "grad_t, lora_a", "grad_t")),
         dtype(dtype_of(grad.scalar_type(), "grad")),
-        weight(grad, packed, absmax, group_scales, offset, spec,
-               product(product(experts, n, "grad"), k, "in_features"), experts * n),
+        weight(grad, packed, absmax, group_scales, offset, spec, product(product(experts, n, "grad"), k, "in_features"),
+               experts * n),
         grad_t(device, grad, grad_t, "grad_t", product(m, rank, "grad_t")),
         lora_a(device, grad, lora_a, "lora_a", product(product(experts, rank, "grad_t"), k, "grad_t")),
         grad(as_contiguous(grad)) {}

@@ -90,7 +90,8 @@ void approximate_rows(const LinearArgs& args, const T* x, T* y, const float* t, 
 template <class Isa>
 void linear_approximate(const LinearArgs& args, const ParallelFor& parallel_for) {
   // Where the format or a ragged k leaves nothing to approximate with, the exact product serves.
-  if (args.weight.format->bits != 4 || args.k % kApproximateChunk || args.k == 0) return linear<Isa>(args, parallel_for);
+  if (args.weight.format->bits != 4 || args.k % kApproximateChunk || args.k == 0)
+    return linear<Isa>(args, parallel_for);
   with_scaled_t<Isa>(args, [&](const LinearArgs& scaled) {
     for_dtype(args.dtype, [&](auto* typed) {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;

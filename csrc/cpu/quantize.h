@@ -65,16 +65,17 @@ void quantize_blocks(const QuantizeArgs& args, int64_t begin, int64_t end) {
 
 template <class Isa>
 void quantize(const QuantizeArgs& args, const ParallelFor& parallel_for) {
-  parallel_for(args.blocks, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, args.block_size)), [&](int64_t begin, int64_t end) {
-    for_dtype(args.dtype, [&](auto* typed) {
-      using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-      if (args.format->has_row_scales) {
-        quantize_int8_rows<Isa, T>(args, begin, end);
-      } else {
-        quantize_blocks<Isa, T>(args, begin, end);
-      }
-    });
-  });
+  parallel_for(args.blocks, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, args.block_size)),
+               [&](int64_t begin, int64_t end) {
+                 for_dtype(args.dtype, [&](auto* typed) {
+                   using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+                   if (args.format->has_row_scales) {
+                     quantize_int8_rows<Isa, T>(args, begin, end);
+                   } else {
+                     quantize_blocks<Isa, T>(args, begin, end);
+                   }
+                 });
+               });
 }
 
 // The code of each position.

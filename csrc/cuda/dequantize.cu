@@ -129,7 +129,8 @@ int launch_int8(const QuantizedWeight& weight, T* out, Stream stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(rows, kWarps)),
                   static_cast<unsigned>(std::clamp<int64_t>(columns / (kTilesPerPiece * kTileBytes), 1, 65535)));
   dequantize_int8_kernel<<<grid, kThreads, 0, stream>>>(reinterpret_cast<const int8_t*>(weight.packed),
-                                                        weight.scales.values, rows, columns, aligned ? columns / kTileBytes : 0, out);
+                                                        weight.scales.values, rows, columns,
+                                                        aligned ? columns / kTileBytes : 0, out);
   return cudaGetLastError();
 }
 
@@ -139,8 +140,7 @@ int launch(const QuantizedWeight& weight, T* out, Stream stream) {
   const bool aligned = is_aligned(weight.packed, kAccessBytes) && is_aligned(out, kAccessBytes);
   const int64_t tiles = aligned ? weight.numel / kTileElements : 0;
   const unsigned blocks = grid_for(ceil_div(weight.numel, kTileElements), kWarps, kBlocksPerProcessor);
-  const auto kernel =
-      weight.scales.kind == ScaleKind::block ? dequantize_kernel<T, false> : dequantize_kernel<T, true>;
+  const auto kernel = weight.scales.kind == ScaleKind::block ? dequantize_kernel<T, false> : dequantize_kernel<T, true>;
   kernel<<<blocks, kThreads, 0, stream>>>(weight.packed, weight.scales, *weight.format, log2_of(weight.block_size),
                                           weight.numel, tiles, out);
   return cudaGetLastError();

@@ -217,8 +217,8 @@ __device__ __forceinline__ void gemv(const Arguments& arguments) {
   // Steps are numbered along a row of W; a warp takes every eighth.
   constexpr uint32_t kWarpStride = kWarps * kGemvDepth;
   const int first_step = static_cast<int>(blockIdx.y) * arguments.panels_per_block * arguments.panel_steps;
-  const int end_step =
-      min(static_cast<int>((k + kGemvDepth - 1) / kGemvDepth), first_step + arguments.panels_per_block * arguments.panel_steps);
+  const int end_step = min(static_cast<int>((k + kGemvDepth - 1) / kGemvDepth),
+                           first_step + arguments.panels_per_block * arguments.panel_steps);
   const uint32_t end_k = min(k, end_step * kGemvDepth);
   uint32_t lane_k = (first_step + warp) * kGemvDepth + lane % 4 * kGemvLaneDepth;
   const uint8_t* packed = args.weight.packed + first_n * (k / 2) + (lane / 4 * k + lane_k) / 2;
@@ -319,8 +319,8 @@ __global__ void __launch_bounds__(kThreads, 4) gemv_fma_kernel(const __grid_cons
 
 template <class T>
 int launch(const LinearArgs& args, const Plan& plan, Stream stream) {
-  const Arguments arguments{args, log2_of(args.weight.block_size), plan.panel_steps,
-                            static_cast<int>(plan.split_size), *args.weight.format};
+  const Arguments arguments{args, log2_of(args.weight.block_size), plan.panel_steps, static_cast<int>(plan.split_size),
+                            *args.weight.format};
   void (*kernel)(Arguments) = plan.rows == 1 ? gemv_fma_kernel<T, 1> : gemv_fma_kernel<T, 2>;
   if constexpr (sizeof(T) == 2) {
     if (plan.scale_parts == 1) kernel = gemv_mma_kernel<T, 1, 1>;

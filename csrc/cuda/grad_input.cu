@@ -269,8 +269,8 @@ int launch(const LinearGradInputArgs& args, const Plan& plan, Stream stream) {
                                    log2_of(args.weight.block_size)};
     if (const int error = launch_product<T>(plan, product, *args.weight.format, stream)) return error;
   }
-  const SplitSum sum{args.workspace, plan.splits, args.m, args.k, nullptr, args.grad_t, args.lora_a,
-                     args.grad_t ? args.rank : 0};
+  const SplitSum sum{args.workspace, plan.splits, args.m,      args.k,
+                     nullptr,        args.grad_t, args.lora_a, args.grad_t ? args.rank : 0};
   return sum_splits<T>(sum, args.grad_x, stream);
 }
 

@@ -48,9 +48,8 @@ struct Plan {
   int64_t blocks() const { return row_tiles * column_tiles * splits; }
 
   std::string describe() const {
-    constexpr const char* kNames[] = {"gemv_mma",   "gemv_fma",       "gemv_int8",      "gemm",
-                                      "linear_any", "grad_input_mma", "grad_input_fma", "grad_input_element",
-                                      "decode"};
+    constexpr const char* kNames[] = {"gemv_mma",       "gemv_fma",       "gemv_int8",          "gemm",  "linear_any",
+                                      "grad_input_mma", "grad_input_fma", "grad_input_element", "decode"};
     const auto text = [](int64_t number) { return std::to_string(number); };
     return std::string(kNames[static_cast<int>(path)]) + ": tiles of " + text(rows) + " x " + text(columns) + ", " +
            text(row_tiles) + " x " + text(column_tiles) + " of them, " + text(splits) + " splits of " +
@@ -125,8 +124,7 @@ inline Plan plan_gemv(const LinearArgs& args, const Gpu& gpu) {
     plan.rows = args.m > 1 ? 2 : 1;
   }
   plan.columns = kGemvRows;
-  plan.panel_steps =
-      static_cast<int>(std::min<int64_t>(kPanelElements, kPanelBlocks * weight.block_size)) / kGemvDepth;
+  plan.panel_steps = static_cast<int>(std::min<int64_t>(kPanelElements, kPanelBlocks * weight.block_size)) / kGemvDepth;
   plan.row_tiles = ceil_div(args.m, plan.rows);
   plan.column_tiles = ceil_div(args.n, kGemvRows);
   const int64_t panels = ceil_div(args.k, int64_t{plan.panel_steps} * kGemvDepth);
@@ -230,7 +228,8 @@ inline Plan plan_grad_input_kernel(const LinearGradInputArgs& args, const Gpu& g
   plan.row_tiles = ceil_div(args.m, plan.rows);
   plan.column_tiles = ceil_div(args.k, plan.columns);
   const int64_t parts = ceil_div(args.n, depth), tiles = std::max<int64_t>(plan.row_tiles * plan.column_tiles, 1);
-  const int64_t wanted = std::clamp<int64_t>(gpu.processors * kBlocksPerProcessor / tiles, 1, std::max<int64_t>(parts, 1));
+  const int64_t wanted =
+      std::clamp<int64_t>(gpu.processors * kBlocksPerProcessor / tiles, 1, std::max<int64_t>(parts, 1));
   plan.split_size = std::max<int64_t>(ceil_div(parts, wanted), 1) * depth;
   plan.splits = ceil_div(args.n, plan.split_size);
   plan.workspace = plan.splits * args.m * args.k;

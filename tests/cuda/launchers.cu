@@ -51,10 +51,9 @@ int lowbit_encode(const void* weight, int dtype, int64_t numel, int format, int6
 int lowbit_dequantize(const uint8_t* packed, const float* absmax, const uint8_t* scale_codes, const float* group_scales,
                       const float* offset, int format, int64_t block_size, int64_t numel, void* out, int dtype,
                       void* stream) {
-  return cuda::dequantize(
-      {weight_of(packed, absmax, scale_codes, group_scales, offset, format, block_size, numel), out,
-       static_cast<Dtype>(dtype)},
-      static_cast<cuda::Stream>(stream));
+  return cuda::dequantize({weight_of(packed, absmax, scale_codes, group_scales, offset, format, block_size, numel), out,
+                           static_cast<Dtype>(dtype)},
+                          static_cast<cuda::Stream>(stream));
 }
 
 int lowbit_rounded_factors(const void* low, int low_dtype, const void* up, int up_dtype, int64_t up_row_stride,
@@ -68,9 +67,8 @@ int lowbit_rounded_factors(const void* low, int low_dtype, const void* up, int u
 // A product's arguments as C++ has them, from plain ones.
 static LinearArgs linear_args(const void* x, int dtype, const uint8_t* packed, const float* absmax,
                               const uint8_t* scale_codes, const float* group_scales, const float* offset, int format,
-                              int64_t block_size, const float* bias, const float* t, const float* lora_b,
-                              float scaling, int64_t m, int64_t n, int64_t k, int64_t rank, void* y,
-                              float* workspace) {
+                              int64_t block_size, const float* bias, const float* t, const float* lora_b, float scaling,
+                              int64_t m, int64_t n, int64_t k, int64_t rank, void* y, float* workspace) {
   return {x,
           static_cast<Dtype>(dtype),
           weight_of(packed, absmax, scale_codes, group_scales, offset, format, block_size, n * k),

@@ -1,4 +1,5 @@
-// Compiles if every lane map of csrc/cuda/device/layout.h is bijective: each element of the tile in one lane, and none twice.
+// Compiles if every lane map of csrc/cuda/device/layout.h is bijective: each element of the tile in one lane, and none
+// twice.
 #include "cuda/device/layout.h"
 
 using namespace lowbit::cuda;

@@ -113,7 +113,9 @@ struct Weight {
   Weight(int64_t n, int64_t k, const Format* format, int64_t block_size, bool double_quant, Random& random)
       : packed(format->packed_bytes(n * k)),
         codes(double_quant ? ceil_div(n * k, block_size) : 0),
-        absmax(format->has_row_scales ? n : double_quant ? 0 : ceil_div(n * k, block_size)),
+        absmax(format->has_row_scales ? n
+               : double_quant         ? 0
+                                      : ceil_div(n * k, block_size)),
         group_scales(ceil_div(codes.size(), kGroupSize)),
         offset(1),
         decoded(n * k) {
@@ -130,9 +132,8 @@ struct Weight {
     const ScaleKind kind = format->has_row_scales ? ScaleKind::row
                            : double_quant         ? ScaleKind::double_quant
                                                   : ScaleKind::block;
-    const Scales scales =
-        double_quant ? Scales{kind, nullptr, codes.data(), group_scales.data(), offset.data()}
-                     : Scales{kind, absmax.data(), nullptr, nullptr, nullptr};
+    const Scales scales = double_quant ? Scales{kind, nullptr, codes.data(), group_scales.data(), offset.data()}
+                                       : Scales{kind, absmax.data(), nullptr, nullptr, nullptr};
     view = {packed.data(), scales, format, format->has_row_scales ? k : block_size, n * k};
     for (int64_t i = 0; i < n * k; ++i) {
       if (format->bits == 8) {
@@ -424,8 +425,8 @@ void check_quantize(const Kernels& kernels, int64_t numel, const Format& format,
   offset[0] = 0.5f * magnitude;
   Buffer<float> groups(ceil_div(blocks, kGroupSize)), expected_groups(groups.size());
   kernels.quantize_scales({absmax.data(), offset.data(), blocks, codes.data(), groups.data()}, on_threads(2));
-  kScalarKernels.quantize_scales(
-      {absmax.data(), offset.data(), blocks, expected_codes.data(), expected_groups.data()}, serial());
+  kScalarKernels.quantize_scales({absmax.data(), offset.data(), blocks, expected_codes.data(), expected_groups.data()},
+                                 serial());
   report(codes == expected_codes && groups == expected_groups, text + ", quantize_scales");
 
   // int8: rows of a third.
@@ -490,7 +491,15 @@ int main(int argc, char** argv) {
             // Block sizes, double quantization, LoRA and bias take turns over the cases.
             const int64_t block_size = kMinBlockSize << (turn % 8);
             const int64_t rank = (turn / 2) % 4 ? 0 : 1 + turn % 17;
-            const Case c = {m, n, k, format, block_size, turn % 3 != 0 && format->bits == 4, dtype, rank, turn % 5 == 0,
+            const Case c = {m,
+                            n,
+                            k,
+                            format,
+                            block_size,
+                            turn % 3 != 0 && format->bits == 4,
+                            dtype,
+                            rank,
+                            turn % 5 == 0,
                             turn % 2 ? 0.7f : 1.0f};
             check_linear(*kernels, c, random);
             if (m == 1) check_dequantize(*kernels, c, random);

@@ -87,9 +87,9 @@ struct GemmTile {
   }
 };
 
-// The tiles of grad_x of linear_grad_input's kernels. On tensor cores a block of threads makes kRows x 128 from 128 rows
-// of W at a time: warp (i, j) takes columns 64 i and rows 32 j, the columns of a lane being the two codes of each byte of
-// one word.
+// The tiles of grad_x of linear_grad_input's kernels. On tensor cores a block of threads makes kRows x 128 from 128
+// rows of W at a time: warp (i, j) takes columns 64 i and rows 32 j, the columns of a lane being the two codes of each
+// byte of one word.
 template <int kRows>
 struct MmaTile {
   static constexpr int kColumnWarps = 2, kRowWarps = 4;
