@@ -50,6 +50,8 @@ native-test: build/native/driver build/native/driver-sanitized
 	build/native/driver
 	build/native/driver-sanitized
 
+build/native/driver build/native/driver-sanitized build/native/driver-neon build/native/driver-avx512: $(wildcard tests/native/*.h)
+
 neon-test: build/native/driver-neon
 	qemu-aarch64 build/native/driver-neon --quick
 

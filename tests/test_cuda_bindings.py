@@ -95,7 +95,7 @@ def test_nothing_that_a_cuda_graph_cannot_hold():
     for source in (*SOURCES, *(CSRC / "cuda").rglob("*.cuh")):
         kernels |= set(re.findall(r"__global__ void[^;{]*?(\w+_kernel)\(", source.read_text()))
     ran = {name for launch in launchers().launches for name in kernels if f"{len(name)}{name}" in launch.kernel}
-    assert len(kernels) >= 16 and ran == kernels
+    assert len(kernels) >= 15 and ran == kernels
 
 
 def test_tensors_on_another_gpu_than_the_current_one():

@@ -173,10 +173,10 @@ struct LinearCall {
         rank(rank),
         dtype(dtype_of(x.scalar_type(), "x")),
         scaling(scaling),
-        weight(x, packed, absmax, group_scales, offset, spec,
-               product(product(experts, n, "out_features"), k, "out_features"), experts * n),
-        bias(device, x, bias, "bias", experts * n),
-        lora_b(device, x, lora_b, "lora_b", product(experts * n, rank, "lora_b")),
+        weight_rows(product(experts, n, "out_features")),
+        weight(x, packed, absmax, group_scales, offset, spec, product(weight_rows, k, "out_features"), weight_rows),
+        bias(device, x, bias, "bias", weight_rows),
+        lora_b(device, x, lora_b, "lora_b", product(weight_rows, rank, "lora_b")),
         x(as_contiguous(x)) {}
 
   static int64_t checked(int64_t out_features) {
@@ -203,6 +203,7 @@ struct LinearCall {
   const int64_t k, n, m, rank;
   const Dtype dtype;
   const double scaling;
+  const int64_t weight_rows;  // n of each expert
   const Weight weight;
   Operand<Device> bias, lora_b;
   const Tensor x;
@@ -263,8 +264,8 @@ struct GradInputCall {
         m(rows_of(grad)),
         rank(rank_of(grad_t, lora_a, "grad_t, lora_a", "grad_t")),
         dtype(dtype_of(grad.scalar_type(), "grad")),
-        weight(grad, packed, absmax, group_scales, offset, spec, product(product(experts, n, "grad"), k, "in_features"),
-               experts * n),
+        weight_rows(product(experts, n, "grad")),
+        weight(grad, packed, absmax, group_scales, offset, spec, product(weight_rows, k, "in_features"), weight_rows),
         grad_t(device, grad, grad_t, "grad_t", product(m, rank, "grad_t")),
         lora_a(device, grad, lora_a, "lora_a", product(product(experts, rank, "grad_t"), k, "grad_t")),
         grad(as_contiguous(grad)) {}
@@ -289,6 +290,7 @@ struct GradInputCall {
 
   const int64_t n, k, m, rank;
   const Dtype dtype;
+  const int64_t weight_rows;  // n of each expert
   const Weight weight;
   Operand<Device> grad_t, lora_a;
   const Tensor grad;
