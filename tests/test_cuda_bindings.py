@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import DTYPES, FORMATS, make_weight
 from conftest_cuda import CSRC, SOURCES, launchers
-from stub_bindings import REFERENCE, assert_same, operands, quantized, run, stub, two_gpus
+from cuda_bindings import REFERENCE, assert_same, operands, quantized, run, stub, two_gpus
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

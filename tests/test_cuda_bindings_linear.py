@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import DTYPES, FORMATS, CalledOps
 from conftest_cuda import launchers
-from stub_bindings import REFERENCE, assert_grad_input_is_right, check_linear, operands, quantized, run, stub
+from cuda_bindings import REFERENCE, assert_grad_input_is_right, check_linear, operands, quantized, run, stub
 
 
 @pytest.mark.parametrize("bias", [False, True])
