@@ -4,14 +4,14 @@
 PYTHON ?= python3
 # The first call of torch's installer decides its size: a plain `torch` may bring several GB of CUDA libraries.
 TORCH ?= torch==2.13.0
-BUILD_TOOLS = "setuptools>=77" wheel ninja
+BUILD_TOOLS = "setuptools>=77" ninja
 DEMO_ARGS ?= --output out/demo
 TEST_ARGS ?= -q
 
 # Whatever is compiled or installed; a change here makes the next call install the package again.
 SOURCES := setup.py pyproject.toml $(shell find lowbit lowbit_lora csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test native-test neon-test avx512-test wheel-cuda lint format clean
+.PHONY: help demo test native-test neon-test avx512-test headers-test wheel-cuda lint format clean
 .DELETE_ON_ERROR:
 .SECONDARY:  # keep the stamps that pattern rules make
 
@@ -21,6 +21,7 @@ help:
 	@echo "make native-test  check the kernels without torch, plain and under sanitizers"
 	@echo "make neon-test    the same cross-compiled for 64-bit ARM, under an emulator"
 	@echo "make avx512-test  the same for both sets of AVX-512 kernels on any x86-64 CPU, with SIMDe's portable intrinsics"
+	@echo "make headers-test compile the bindings against the headers of every torch that is supported (fetches their wheels)"
 	@echo "make wheel-cuda   build a wheel for every GPU generation into dist/ (needs nvcc; a plain build serves one)"
 	@echo "make lint   run the pre-commit checks on every file; changes nothing"
 	@echo "make format rewrite FILES=... with ruff and clang-format (default: every file git tracks)"
@@ -81,6 +82,9 @@ build/native/driver-avx512: $(AVX512_SOURCES) tests/native/simde/immintrin.h $(S
 	mkdir -p $(@D)
 	$(CXX) -O1 $(DRIVER_FLAGS) -Wno-psabi -Wno-aggressive-loop-optimizations -fsanitize=address -I tests/native/simde \
 	-o $@ $(AVX512_SOURCES)
+
+headers-test: .venv-test/torch.stamp
+	.venv-test/bin/python tools/check_headers.py
 
 # Turing to Blackwell, and PTX of the last for what comes after.
 CUDA_ARCHS ?= 75,80,86,89,90,100,120

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from instruction_costs import Counted
+from codegen.instruction_costs import Counted
+from codegen.triton_code import Launch, backend, function, launches, tensor, weight
+from codegen.triton_counts import Body, Costs, costs
 from roofline import Gpu, Prediction, Work, dense_product, least_time, one_after_another
-from triton_code import Launch, backend, function, launches, tensor, weight
-from triton_counts import Body, Costs, costs
 
 TRITON = "lowbit's Triton"
 

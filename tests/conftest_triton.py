@@ -10,22 +10,18 @@ import dataclasses
 import itertools
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from cases import BLOCK_SIZES, DTYPES, FORMATS
-from conftest_cuda import ROOT
+from codegen.machine_code import resources
+from codegen.triton_code import Launch, compiled, function, gpu_target, launches, machine_code, tensor, weight
 
 from lowbit.backends import triton as backend
 from lowbit.backends.triton import shapes
 from lowbit.backends.triton.shapes import Gpu, Problem
 from lowbit.format import WeightSpec
-
-sys.path.append(str(ROOT / "benchmarks"))  # where predict_gpu.py counts with the same code
-from machine_code import resources  # noqa: E402
-from triton_code import Launch, compiled, function, gpu_target, launches, machine_code, tensor, weight  # noqa: E402
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -164,7 +160,7 @@ def emulate(launch: Launch, ends: dict[str, torch.Tensor] | None = None, target:
 
     ``ends``: by argument the last elements of a tensor, all of it that there is memory for (it may be a meta tensor).
     """
-    emulator = pytest.importorskip("emulator")
+    emulator = pytest.importorskip("ptxemu")
     kernel, signature = compiled(launch, target)
     arguments = []
     for name, kind in signature.items():

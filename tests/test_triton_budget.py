@@ -6,8 +6,8 @@ decoded to or quantized from 16 bits; a change that takes many more than today f
 
 import pytest
 import torch
+from codegen.machine_code import count as count_in
 from conftest_triton import compiled, compiled_only, function, launches, machine_code, tensor, weight
-from sass import count as count_in
 
 pytestmark = compiled_only
 

@@ -4,8 +4,8 @@ registers, accesses. The sizes are those of a layer of 4096 x 4096; tensors are 
 
 import pytest
 import torch
+from codegen.machine_code import count
 from conftest_triton import compiled, compiled_only, launches, machine_code, tensor, weight
-from machine_code import count
 
 from lowbit.backends.triton import shapes
 from lowbit.backends.triton.shapes import Gpu, Problem

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from codegen.machine_code import count
 from conftest_triton import compiled, compiled_only, launches, machine_code, tensor, weight
-from machine_code import count
 
 from lowbit.backends.triton import shapes
 from lowbit.backends.triton.shapes import Gpu, Problem

@@ -1,8 +1,15 @@
 """The compiled extension ``lowbit._C`` (csrc/): loading it registers its kernels under the ``lowbit`` namespace."""
 
 import importlib
+import importlib.machinery
+import sys
+from pathlib import Path
 
 import torch  # noqa: F401  (the extension links to libtorch, which this loads)
+
+#: The folder that lowbit was imported from.
+PACKAGE = Path(__file__).resolve().parents[1]
+_INSTALL = "pip install --no-build-isolation ."
 
 _IMPORT_ERROR: ImportError | None = None
 _CUDA_ARCHITECTURES = ""
@@ -21,14 +28,48 @@ if _IMPORT_ERROR is None:
     DEVICE_TYPES = ("cpu", "meta", "cuda") if CUDA_CAPABILITIES else ("cpu", "meta")
 
 
+def _has_extension(folder: Path) -> bool:
+    return importlib.machinery.PathFinder.find_spec("_C", [str(folder)]) is not None
+
+
+def installed_copy() -> Path | None:
+    """The folder of another lowbit on Python's path that has the extension, where this one has not; else None.
+
+    Python started in a clone finds the sources there before the installed package.
+    """
+    if _has_extension(PACKAGE):
+        return None
+    for folder in map(Path, sys.path):
+        candidate = (folder / "lowbit").resolve()
+        if candidate != PACKAGE and _has_extension(candidate):
+            return candidate
+    return None
+
+
 def missing_reason() -> str | None:
-    """None if the extension is loaded, else why not."""
+    """None if the extension is loaded, else why not and what to do."""
     if _IMPORT_ERROR is None:
         return None
-    return (
-        f"the C++ extension lowbit._C did not load ({_IMPORT_ERROR}); install a C++ compiler and reinstall with "
-        "`pip install .` (LOWBIT_NATIVE=1 turns a failed build into an error)"
-    )
+    problem = f"the C++ extension lowbit._C of {PACKAGE} did not load ({_IMPORT_ERROR})"
+    if _has_extension(PACKAGE):
+        return f"{problem}; reinstall with `{_INSTALL}` where this torch ({torch.__version__}) is installed"
+    note = PACKAGE / "native_missing.txt"
+    if note.exists():
+        return (
+            f"{PACKAGE} was installed without the C++ extension lowbit._C: {note.read_text().strip()}; reinstall with "
+            f"`{_INSTALL}` where there is g++ or clang++ for C++20 (LOWBIT_NATIVE=1 makes a failed build an error)"
+        )
+    if (copy := installed_copy()) is not None:
+        return (
+            f"lowbit was imported from {PACKAGE}, which has no C++ extension lowbit._C; that in {copy} has "
+            "one: start Python in another folder, or build it here with `python setup.py build_ext --inplace`"
+        )
+    if (PACKAGE.parent / "setup.py").exists():
+        return (
+            f"lowbit was imported from the sources in {PACKAGE}, where the C++ extension lowbit._C is not built: build "
+            f"it with `python setup.py build_ext --inplace`, or `{_INSTALL}` and start Python in another folder"
+        )
+    return f"{problem}; reinstall with `{_INSTALL}`"
 
 
 def missing_cuda_reason() -> str | None:
@@ -37,5 +78,5 @@ def missing_cuda_reason() -> str | None:
         return missing_reason()
     return (
         "the extension was built without its CUDA kernels: nvcc was not found, or LOWBIT_CUDA=0 was set; install the "
-        "CUDA toolkit and reinstall with `LOWBIT_CUDA=1 pip install .` (LOWBIT_CUDA_ARCHS=90 compiles for one GPU)"
+        f"CUDA toolkit and reinstall with `LOWBIT_CUDA=1 {_INSTALL}` (LOWBIT_CUDA_ARCHS=90 compiles for one GPU)"
     )

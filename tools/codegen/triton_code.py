@@ -14,11 +14,11 @@ from types import ModuleType
 from unittest import mock
 
 import torch
-from machine_code import Kernel, disassemble
 
-sys.path.append(str(Path(__file__).parent.parent))
-from lowbit import format as fmt  # noqa: E402
-from lowbit.backends import triton as backend  # noqa: E402
+from lowbit import format as fmt
+from lowbit.backends import triton as backend
+
+from .machine_code import Kernel, disassemble
 
 
 @dataclasses.dataclass

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from instruction_costs import data_path_cycles, mma_macs
-from machine_code import Kernel, count
-from triton_code import Launch, compiled, machine_code, specialized
+from .instruction_costs import data_path_cycles, mma_macs
+from .machine_code import Kernel, count
+from .triton_code import Launch, compiled, machine_code, specialized
 
 
 @dataclass(frozen=True)
