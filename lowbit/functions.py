@@ -57,6 +57,19 @@ def _set_requires_grad(q, value):
     _requires_grad_(q, value)
 
 
+@implements(torch.Tensor.data.__set__)
+def _set_data(q, value):
+    if not isinstance(value, QuantizedTensor):
+        raise RuntimeError(
+            f"data: expected a lowbit.QuantizedTensor of float32, float16 or bfloat16, got a dense tensor of {value.dtype}; "
+            "to have dense weights, in float64 for example, decode them first (lowbit.dequantize_(model))"
+        )
+    with torch._C.DisableTorchFunctionSubclass():
+        q.data = value
+    q.packed, q.absmax, q.group_scales, q.offset = value.parts()
+    q.stored = value.stored
+
+
 @implements(torch.Tensor.__setitem__)
 def _setitem(q, index, value):
     if isinstance(q, QuantizedTensor):
@@ -77,6 +90,14 @@ def _is_shared(q):
     return q.packed.is_shared()
 
 
+def _refused(name: str):
+    return lambda q, *args, **kwargs: refuse_writing(name)
+
+
+for _name in ("apply_", "map_", "map2_"):  # they write through a pointer, past every op
+    implements(getattr(torch.Tensor, _name))(_refused(_name))
+
+
 def _decoded(name: str):
     def function(q, *args, **kwargs):
         return getattr(q.dequantize(), name)(*args, **kwargs)
@@ -84,7 +105,7 @@ def _decoded(name: str):
     return function
 
 
-for _name in ("numpy", "tolist", "__array__", "item"):
+for _name in ("numpy", "tolist", "__array__", "item", "__dlpack__"):
     implements(getattr(torch.Tensor, _name))(_decoded(_name))
 
 
@@ -95,5 +116,6 @@ def _no_memory(q, *args, **kwargs):
     )
 
 
-for _name in ("storage", "untyped_storage", "_typed_storage"):
+# untyped_storage() stays: torch.compile asks for it, and its data_ptr() fails by itself.
+for _name in ("storage", "_typed_storage", "data_ptr"):
     implements(getattr(torch.Tensor, _name))(_no_memory)

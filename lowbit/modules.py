@@ -1,9 +1,7 @@
 """``quantize_`` and ``dequantize_``: a whole model's linear weights, in place. Modules keep their classes."""
 
-from collections import defaultdict
 from collections.abc import Iterable
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -59,7 +57,7 @@ def quantize_(
             "encoder.layer.0").
 
     Returns:
-        ``model``. DistributedDataParallel does not send the quantized weights where it wraps ``model`` itself.
+        ``model``.
 
     Raises:
         TypeError: an argument of the wrong type; a weight that is not float32, float16 or bfloat16 (it is named).
@@ -71,12 +69,11 @@ def quantize_(
     if not isinstance(spec, WeightSpec):
         raise TypeError(f"spec: expected a lowbit.WeightSpec, got {type(spec).__name__}")
     check_scale(scale, spec)
-    return replace_weights(model, quantized_weights(find_weights(model, skip), spec, scale))
+    return replace_weights(model, quantized_weights(find_weights(model, _skipped(model, skip)), spec, scale))
 
 
-def find_weights(model: nn.Module, skip: Iterable[str]) -> dict[nn.Parameter, str]:
-    """The dense weights to quantize, with the name that each has first in the model."""
-    skipped = _skipped(model, skip)
+def find_weights(model: nn.Module, skipped: set[nn.Module]) -> dict[nn.Parameter, str]:
+    """The dense weights to quantize, with the name that each has first in the model; none of the modules skipped."""
     get_output = getattr(model, "get_output_embeddings", None)
     head = get_output() if callable(get_output) else None
     found, kept = {}, set()
@@ -127,7 +124,6 @@ def replace_weights(model: nn.Module, replacements: dict[nn.Parameter, nn.Parame
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter in replacements:
                 module._parameters[name] = replacements[parameter]
-    ignore_in_ddp(model)
     return model
 
 
@@ -139,34 +135,10 @@ def dequantize_(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    owners = defaultdict(list)
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if isinstance(parameter, QuantizedTensor):
-                owners[parameter].append((module, name))
-    dense = {q: nn.Parameter(q.dequantize(), requires_grad=False) for q in owners}
-    for q, places in owners.items():
-        for module, name in places:
-            module._parameters[name] = dense[q]
-    ignore_in_ddp(model)
-    return model
+    parameters = [p for module in model.modules() for p in module._parameters.values()]
+    return replace_weights(model, decoded_weights(p for p in parameters if isinstance(p, QuantizedTensor)))
 
 
-@torch.no_grad()
-def ignore_in_ddp(model: nn.Module) -> None:
-    """Put the quantized weights of ``model`` on the list of what DistributedDataParallel(model) does not send.
-
-    Call it again on a module that was put around a quantized one, before that goes into DistributedDataParallel:
-    the list holds names as that module sees them.
-    """
-    names = [n for n, p in model.named_parameters(remove_duplicate=False) if isinstance(p, QuantizedTensor)]
-    others = [n for n in getattr(model, "_ddp_params_and_buffers_to_ignore", []) if not _is_parameter(model, n)]
-    model._ddp_params_and_buffers_to_ignore = [*others, *names]
-
-
-def _is_parameter(model: nn.Module, name: str) -> bool:
-    owner, _, last = name.rpartition(".")
-    try:
-        return last in model.get_submodule(owner)._parameters
-    except AttributeError:
-        return False
+def decoded_weights(weights: Iterable[nn.Parameter]) -> dict[nn.Parameter, nn.Parameter]:
+    """A frozen dense parameter for each of the quantized weights."""
+    return {q: nn.Parameter(q.dequantize(), requires_grad=False) for q in dict.fromkeys(weights)}

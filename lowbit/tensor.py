@@ -98,8 +98,9 @@ class QuantizedTensor(Sharded, torch.Tensor):
     def _make(cls, parts: tuple, layout: Layout) -> "QuantizedTensor":
         """A tensor of these parts, unchecked."""
         packed = parts[0]
+        # storage_size=0: C++ that reads a tensor's memory (torch.jit.save) finds none, instead of a null pointer.
         self = torch.Tensor._make_wrapper_subclass(
-            cls, layout.logical_shape, dtype=layout.dtype, device=packed.device, requires_grad=False
+            cls, layout.logical_shape, dtype=layout.dtype, device=packed.device, requires_grad=False, storage_size=0
         )
         self.packed, self.absmax, self.group_scales, self.offset = parts
         self.stored = layout

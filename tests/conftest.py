@@ -7,7 +7,7 @@ from lowbit.backends import triton
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.name.startswith(("test_cuda_", "test_emulator_")):
+        if item.path.name.startswith(("test_cuda_", "test_ptxemu_")):
             item.add_marker("cuda_kernels")
 
 

@@ -10,21 +10,18 @@ import dataclasses
 import itertools
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from cases import BLOCK_SIZES, DTYPES, FORMATS
-from conftest_cuda import ROOT
+from codegen.machine_code import resources
+from codegen.triton_code import Launch, compiled, function, gpu_target, launches, machine_code, tensor, weight
 
 from lowbit.backends import triton as backend
-from lowbit.backends.triton.gpu import Gpu
-from lowbit.backends.triton.shapes import Problem, has_whole_blocks
-
-sys.path.append(str(ROOT / "benchmarks"))  # where predict_gpu.py counts with the same code
-from machine_code import resources  # noqa: E402
-from triton_code import Launch, compiled, function, gpu_target, launches, machine_code, tensor, weight  # noqa: E402
+from lowbit.backends.triton import shapes
+from lowbit.backends.triton.shapes import Gpu, Problem
+from lowbit.format import WeightSpec
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -93,8 +90,8 @@ class Kind:
         return math.ceil(least / whole) * whole + self.more_columns
 
 
-def every_kind(configs, decodes_first, masked_beyond: int, experts: int = 0) -> list[Kind]:
-    """Each kind of code that ``configs`` (of shapes_forward or shapes_backward) has an A100 run, first or for autotune.
+def every_kind(op: str, masked_beyond: int, experts: int = 0) -> list[Kind]:
+    """Each kind of code that an A100 runs for "linear" or "linear_grad_input", first or for autotune.
 
     They are asked for so many sizes that no tile is left out. Each comes once: of one matrix with the sum in one part,
     of a stack, and for ragged rows of int8, in two where it may be (more are the same code). bf16 and fp16 are other
@@ -107,11 +104,11 @@ def every_kind(configs, decodes_first, masked_beyond: int, experts: int = 0) -> 
     for dtype, (format, block_size), k, rows, n in itertools.product(
         DTYPES, weights, (64, 96, 4096, 4160, 4128, 4101), (1, 4, 8, 16, 32, 64, 256), (512, 4096)
     ):
-        problem = Problem(rows * max(experts, 1), n, k, dtype, format, block_size, experts)
-        if not has_whole_blocks(problem) or (not experts and decodes_first(problem, A100)):
+        problem = Problem(op, rows * max(experts, 1), n, k, dtype, WeightSpec(format, block_size), experts)
+        if not problem.has_whole_blocks or (not experts and shapes.decodes_first(problem, A100)):
             continue
         is_int8, is_fp32 = format == "int8", dtype == torch.float32
-        for config in configs(problem, A100):
+        for config in shapes.configs(problem, A100):
             config = dataclasses.replace(config, splits=min(config.splits, 2))
             code = [dataclasses.replace(config, splits=1), is_fp32, is_int8]
             if is_int8 and not experts:  # how wide its loads are, and whether 16 bits have masks
@@ -132,17 +129,19 @@ def every_kind(configs, decodes_first, masked_beyond: int, experts: int = 0) -> 
     return [min(found, key=distance) for found in kinds.values()]
 
 
-def tile_of_a_layer(configs, k=4096, **wanted):
-    """A chooser of configurations like ``configs`` (of shapes_forward or shapes_backward) that takes the one with the
-    ``wanted`` fields which the GPU would have for layers of 4096 x k.
+def tile_of_a_layer(k=4096, **wanted):
+    """A chooser like ``shapes.configs`` of the one with the ``wanted`` fields which the GPU would have for layers
+    of 4096 x k. A field that is a dictionary is wanted by op.
     """
+    configs = shapes.configs  # a test replaces it by what is returned
 
     def chosen(problem, gpu):
+        fields = {name: want[problem.op] if isinstance(want, dict) else want for name, want in wanted.items()}
         found = []
         for rows in (16, 64, 512):
             layer = dataclasses.replace(problem, m=rows * max(problem.experts, 1), n=4096, k=k)
-            found += [c for c in configs(layer, gpu) if all(getattr(c, name) == wanted[name] for name in wanted)]
-        assert found, f"{gpu} has no tile with {wanted}"
+            found += [c for c in configs(layer, gpu) if all(getattr(c, name) == fields[name] for name in fields)]
+        assert found, f"{gpu} has no tile with {fields}"
         return found[:1]
 
     return chosen
@@ -161,7 +160,7 @@ def emulate(launch: Launch, ends: dict[str, torch.Tensor] | None = None, target:
 
     ``ends``: by argument the last elements of a tensor, all of it that there is memory for (it may be a meta tensor).
     """
-    emulator = pytest.importorskip("emulator")
+    emulator = pytest.importorskip("ptxemu")
     kernel, signature = compiled(launch, target)
     arguments = []
     for name, kind in signature.items():

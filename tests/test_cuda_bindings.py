@@ -9,12 +9,10 @@ import ctypes
 import dataclasses
 import functools
 import re
-import shutil
 
 import numpy as np
 import pytest
 import torch
-import torch.utils.cpp_extension
 from cases import (
     DTYPES,
     FORMATS,
@@ -26,12 +24,11 @@ from cases import (
     tensor_core_tolerance,
     weight_error_cuda,
 )
-from conftest_cuda import CSRC, ROOT, SOURCES, emulator, launchers, require_nvcc
+from conftest_cuda import CSRC, SOURCES, emulator, launchers, stub_bindings
 
 from lowbit import ops
 
 STREAM = 0x5EED  # torch's current stream of device 0, says the stub; the next device's is one further
-STUB = ROOT / "build" / "tests" / "stub_bindings.so"
 REFERENCE = torch.ops.lowbit_reference
 alive = []  # memory that the emulator knows must not be given to another tensor
 
@@ -48,38 +45,19 @@ CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool
 
 @functools.cache
 def stub_library():
-    """tests/cuda/stub_bindings.cpp, once ``stub`` has compiled it."""
-    stub()
-    return ctypes.CDLL(str(STUB))
+    """tests/cuda/stub_bindings.cpp, loaded by ctypes."""
+    return ctypes.CDLL(str(stub_bindings()))
 
 
 @functools.cache
 def stub():
     """``torch.ops.lowbit_stub``: compiled, loaded, and told of the emulator."""
-    require_nvcc()
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ found")
-    toolchain, runtime = emulator("toolchain"), launchers()
-    STUB.parent.mkdir(parents=True, exist_ok=True)
-    include = torch.utils.cpp_extension.include_paths()
-    folder = torch.utils.cpp_extension.library_paths()[0]
-    flags = [
-        "-std=c++20",
-        "-O1",
-        "-fPIC",
-        "-shared",
-        "-fvisibility=hidden",
-        "-DTORCH_TARGET_VERSION=0x020a000000000000",
-    ]
-    source = ROOT / "tests" / "cuda" / "stub_bindings.cpp"
-    link = [runtime._library._name, f"-L{folder}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{folder}"]
-    toolchain.run("g++", *flags, f"-I{CSRC}", *(f"-I{path}" for path in include), source, "-o", STUB, *link)
     definitions = torch.library.Library("lowbit_stub", "DEF")
     for schema in ops.SCHEMAS:
         definitions.define(schema)
     alive.append(definitions)
-    torch.ops.load_library(str(STUB))
-    ctypes.CDLL(str(STUB)).stub_set_callback_of_bindings(CALLBACK)
+    torch.ops.load_library(str(stub_bindings()))
+    stub_library().stub_set_callback_of_bindings(CALLBACK)
     return torch.ops.lowbit_stub
 
 

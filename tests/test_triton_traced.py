@@ -10,14 +10,14 @@ from conftest_triton import compiled_only, gpu_target
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import aot_function, make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton_calls import parts_of
 
 import lowbit
 from lowbit.backends import triton as backend
 
 pytestmark = compiled_only
 OPS = torch.ops.lowbit_triton
-Q = lowbit.quantize(torch.randn(64, 128))
-WEIGHT = (*Q.parts(), "nf4", 64)
+WEIGHT = parts_of(torch.randn(64, 128))
 
 
 class _Traced(Exception):
@@ -110,9 +110,9 @@ def test_what_torch_cannot_analyse_is_opaque(gpu_driver):
     """Lanes that exchange values look to it as if every argument were written: a copy of the weight at each call."""
 
     def function(x, *parts):
-        return OPS.linear(x, *parts, "nf4", 64, 64, None, None, None, 1.0).relu()
+        return OPS.linear(x, *parts, WEIGHT[4], 64, None, None, None, 1.0).relu()
 
-    nodes = graph_of(function, torch.randn(5, 128), *Q.parts())
+    nodes = graph_of(function, torch.randn(5, 128), *WEIGHT[:4])
     names = [str(node.target) for node in nodes if node.op == "call_function"]
     assert names == ["lowbit_triton.linear.default", "aten.relu.default"]
 
@@ -186,7 +186,7 @@ LAYERS = {
     "lora_linear in fp32": (
         lora_linear,
         lambda rows: lora_operands(rows, dtype=FP32),
-        names_of("linear"),
+        names_of("lora_linear"),
         names_of("linear_grad_input"),
     ),
     "grouped_lora_linear": (

@@ -23,6 +23,9 @@ from .errors import LaunchError, MemoryFault
 from .signatures import SignatureTable
 from .toolchain import compile_objects, run
 
+#: The runtime that launchers are linked to.
+STUB = Path(__file__).with_name("cudart_stub.c")
+
 # cudaError_t
 _INVALID_VALUE, _LAUNCH_FAILURE = 1, 719
 _MAX_DYNAMIC_SHARED = 8  # cudaFuncAttributeMaxDynamicSharedMemorySize
@@ -97,12 +100,22 @@ def build(sources, *, arch="sm_80", include=(), flags=(), out=None, device=None)
     """
     out = Path(tempfile.mkdtemp(prefix="hostlaunch-") if out is None else out)
     modules, objects = compile_objects(sources, out, arch=arch, include=include, flags=flags)
-    stub, library = out / "cudart_stub.o", out / "launchers.so"
-    run("gcc", "-c", "-O1", "-fPIC", "-Wall", Path(__file__).with_name("cudart_stub.c"), "-o", stub)
+    return load(link(objects, out), modules, sources, device or Device.for_arch(arch))
+
+
+def link(objects, out):
+    """Link the host code of nvcc's object files to the stub runtime -> the library's path, in the folder ``out``."""
+    stub, library = Path(out) / "cudart_stub.o", Path(out) / "launchers.so"
+    run("gcc", "-c", "-O1", "-fPIC", "-Wall", STUB, "-o", stub)
     # -Bsymbolic: a CUDA build of torch may have brought the true runtime's symbols into this process.
     linking = ("-shared", "-fPIC", "-Wl,--no-undefined", "-Wl,-Bsymbolic")
     run("g++", *linking, *objects, stub, "-o", library)
-    return HostLibrary(library, modules, SignatureTable(library, sources), device or Device.for_arch(arch))
+    return library
+
+
+def load(library, modules, sources, device):
+    """What `link` made, loaded: ``modules`` is the `Module` of each source's PTX."""
+    return HostLibrary(library, modules, SignatureTable(library, sources), device)
 
 
 class HostLibrary:
@@ -122,6 +135,7 @@ class HostLibrary:
         self._allocations = {}  # address -> array
         self._shared_limits = {}  # kernel -> what cudaFuncSetAttribute allowed
         self._error = None
+        self.path = Path(path)
         self._library = ctypes.CDLL(str(path))
         # C keeps only the address of this, so it must live as long as the library.
         self._callbacks = _Callbacks(

@@ -11,6 +11,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from .once import made_once
+
 
 @dataclass
 class Kernel:
@@ -63,19 +65,37 @@ def _dump(option: str, binary: Path, arch: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def resources(binary: Path, arch: str) -> dict[str, tuple[int, int, int]]:
-    """Per kernel of a cubin or a library: registers, bytes of stack, bytes of local memory."""
-    usage = _dump("-res-usage", binary, arch)
+def _resources_in(usage: str) -> dict[str, tuple[int, int, int]]:
     lines = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
     return {name: tuple(map(int, numbers)) for name, *numbers in lines}
 
 
-def disassemble(binary: Path, arch: str) -> list[Kernel]:
-    """The kernels that a cubin, or a library, has for an architecture such as "sm_90"."""
-    used = resources(binary, arch)
+def resources(binary: Path, arch: str) -> dict[str, tuple[int, int, int]]:
+    """Per kernel of a cubin or a library: registers, bytes of stack, bytes of local memory."""
+    return _resources_in(_dump("-res-usage", binary, arch))
+
+
+def _kernels_in(sass: str, usage: str, arch: str) -> list[Kernel]:
+    used = _resources_in(usage)
     found = []
-    for part in _dump("-sass", binary, arch).split("Function : ")[1:]:
+    for part in sass.split("Function : ")[1:]:
         name = part.split()[0]
         lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(.*?);", part)
         found.append(Kernel(name, arch, *used[name], [(int(address, 16), text) for address, text in lines]))
     return found
+
+
+def disassemble(binary: Path, arch: str) -> list[Kernel]:
+    """The kernels that a cubin, or a library, has for an architecture such as "sm_90"."""
+    return _kernels_in(_dump("-sass", binary, arch), _dump("-res-usage", binary, arch), arch)
+
+
+def disassemble_once(binary: Path, arch: str) -> list[Kernel]:
+    """The same of a large file. The disassembler runs once for all test processes."""
+
+    def make(folder: Path) -> None:
+        (folder / "sass").write_text(_dump("-sass", binary, arch))
+        (folder / "usage").write_text(_dump("-res-usage", binary, arch))
+
+    folder = made_once(f"{binary.stem}.{arch}", [binary, Path(cuobjdump())], make)
+    return _kernels_in((folder / "sass").read_text(), (folder / "usage").read_text(), arch)

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from emulator import load
-from emulator_kernels import HEADER, cuda_module, needs_nvcc
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ptx_kernels import HEADER, cuda_module, needs_nvcc
+from ptxemu import load
 
 LOOP = load(
     HEADER.format(arch="80")

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from emulator import LaunchError, MemoryFault, RaceError, load
-from emulator_kernels import HEADER, bf16_bits, bf16_values, cuda_module, needs_nvcc
+from ptx_kernels import HEADER, bf16_bits, bf16_values, cuda_module, needs_nvcc
+from ptxemu import LaunchError, MemoryFault, RaceError, load
 
 # shape and types as in the instruction, registers of A, B and C, element type of A and B
 MMA = {

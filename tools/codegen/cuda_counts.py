@@ -3,14 +3,13 @@
 import functools
 import importlib.util
 import re
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from instruction_costs import Counted, data_path_cycles, mma_macs
-from machine_code import Kernel, count, disassemble
+from .cuda_build import CSRC, kernels
+from .instruction_costs import Counted, data_path_cycles, mma_macs
+from .machine_code import Kernel, count, disassemble_once
 
-ROOT = Path(__file__).parent.parent
 CUDA, BITSANDBYTES = "lowbit", "bitsandbytes"
 
 
@@ -83,18 +82,12 @@ def library_of_bitsandbytes() -> Path | None:
 
 @functools.cache
 def kernels_of(source: str, arch: str) -> tuple[Kernel, ...]:
-    """The kernels of a source of lowbit, compiled now, or of bitsandbytes' wheel; none where it is not there."""
+    """The kernels of a source of lowbit, or of bitsandbytes' wheel; none where it is not there."""
     if source == BITSANDBYTES:
         library = library_of_bitsandbytes()
-        return tuple(disassemble(library, arch)) if library else ()
-    path = ROOT / "csrc" / "cuda" / source
-    if not path.exists():
-        return ()
-    cubin = ROOT / "build" / "predict" / f"{path.stem}.{arch}.cubin"
-    cubin.parent.mkdir(parents=True, exist_ok=True)
-    options = ["-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-cubin", f"-arch={arch}"]
-    subprocess.run(["nvcc", *options, str(path), "-o", str(cubin)], check=True)
-    return tuple(disassemble(cubin, arch))
+        return tuple(disassemble_once(library, arch)) if library else ()
+    path = CSRC / "cuda" / source
+    return kernels(path, arch) if path.exists() else ()
 
 
 @functools.cache

@@ -6,8 +6,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from emulator import Device, LaunchError, MemoryFault, Pointer, Uninitialized, hostlaunch
-from emulator_kernels import KERNELS, needs_nvcc
+from ptx_kernels import KERNELS, needs_nvcc
+from ptxemu import Device, LaunchError, MemoryFault, Pointer, Uninitialized, hostlaunch
 
 pytestmark = needs_nvcc
 

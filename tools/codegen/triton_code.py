@@ -14,11 +14,11 @@ from types import ModuleType
 from unittest import mock
 
 import torch
-from machine_code import Kernel, disassemble
 
-sys.path.append(str(Path(__file__).parent.parent))
-from lowbit import format as fmt  # noqa: E402
-from lowbit.backends import triton as backend  # noqa: E402
+from lowbit import format as fmt
+from lowbit.backends import triton as backend
+
+from .machine_code import Kernel, disassemble
 
 
 @dataclasses.dataclass
@@ -46,7 +46,7 @@ def _modules() -> list[ModuleType]:
 
 def _of_gpu(target: str, processors: int) -> dict[str, object]:
     """What the backend asks about the GPU, by its name there: whether it has NVIDIA's inline assembly, and its size."""
-    from lowbit.backends.triton.gpu import Gpu
+    from lowbit.backends.triton.shapes import Gpu
 
     is_nvidia = target.startswith("sm_")
     gpu = Gpu(int(target.removeprefix("sm_")) if is_nvidia else 0, processors, gpu_target(target).warp_size)
@@ -64,17 +64,14 @@ def tensor(*shape: int, dtype=torch.float32) -> torch.Tensor:
 
 
 def weight(shape: tuple[int, ...], format: str, block_size: int = 64, double_quant: bool = True) -> tuple:
-    """The arguments of an op from packed to block_size."""
-    numel = math.prod(shape)
-    if format == "int8":
-        rows, columns = fmt.row_shape(shape)
-        return tensor(numel, dtype=torch.uint8), tensor(rows), None, None, format, columns
-    blocks = fmt.block_count(numel, block_size)
-    packed = tensor((numel + 1) // 2, dtype=torch.uint8)
-    if not double_quant:
-        return packed, tensor(blocks), None, None, format, block_size
-    group_scales = tensor(fmt.block_count(blocks, fmt.GROUP_SIZE))
-    return packed, tensor(blocks, dtype=torch.uint8), group_scales, tensor(), format, block_size
+    """The arguments of an op from packed to spec."""
+    spec = fmt.WeightSpec(format, block_size, double_quant)
+    packed = tensor(spec.packed_size(math.prod(shape)), dtype=torch.uint8)
+    scales = spec.scale_count(shape)
+    if not spec.double_quant:
+        return packed, tensor(scales), None, None, str(spec)
+    group_scales = tensor(fmt.block_count(scales, fmt.GROUP_SIZE))
+    return packed, tensor(scales, dtype=torch.uint8), group_scales, tensor(), str(spec)
 
 
 @contextlib.contextmanager

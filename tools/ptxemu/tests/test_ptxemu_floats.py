@@ -5,9 +5,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from emulator_kernels import bf16_bits, bf16_values, elementwise_module, run_elementwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ptx_kernels import bf16_bits, bf16_values, elementwise_module, run_elementwise
 
 # precision, smallest and largest exponent
 F32, F16, BF16 = (24, -126, 127), (11, -14, 15), (8, -126, 127)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulator import load
-from emulator.toolchain import NVCC_MISSING, compile_ptx, have_nvcc
+from ptxemu import load
+from ptxemu.toolchain import NVCC_MISSING, compile_ptx, have_nvcc
 
-KERNELS = Path(__file__).parent / "emulator" / "kernels"
+KERNELS = Path(__file__).parent / "kernels"
 needs_nvcc = pytest.mark.skipif(not have_nvcc(), reason=NVCC_MISSING)
 
 HEADER = ".version 8.4\n.target sm_{arch}\n.address_size 64\n"
@@ -63,7 +63,7 @@ def run_elementwise(module, name, result, *sources):
 
 @functools.cache
 def cuda_module(file_name, arch="sm_80", flags=()):
-    """A source of tests/emulator/kernels, compiled once per session."""
+    """A source of tools/ptxemu/tests/kernels, compiled once per session."""
     return compile_ptx(KERNELS / file_name, arch=arch, flags=flags)
 
 

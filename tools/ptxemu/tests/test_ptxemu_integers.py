@@ -4,10 +4,10 @@ import shutil
 
 import numpy as np
 import pytest
-from emulator.toolchain import run
-from emulator_kernels import HEADER, NUMPY_TYPE, elementwise_module, elementwise_ptx, run_elementwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ptx_kernels import HEADER, NUMPY_TYPE, elementwise_module, elementwise_ptx, run_elementwise
+from ptxemu.toolchain import run
 
 M32, M64 = 0xFFFFFFFF, (1 << 64) - 1
 LANES = 128

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from emulator import Deadlock, EmulatorError, RaceError, load
-from emulator_kernels import HEADER, cuda_module, needs_nvcc
+from ptx_kernels import HEADER, cuda_module, needs_nvcc
+from ptxemu import Deadlock, EmulatorError, RaceError, load
 
 pytestmark = needs_nvcc
 

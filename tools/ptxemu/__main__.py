@@ -1,4 +1,4 @@
-"""``cd tests && python -m emulator FILE.ptx``: kernels, their parameters, instructions that are not supported."""
+"""``cd tools && python -m ptxemu FILE.ptx``: kernels, their parameters, instructions that are not supported."""
 
 import sys
 from pathlib import Path

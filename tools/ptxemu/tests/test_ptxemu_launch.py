@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from emulator import Device, EmulatorError, LaunchError, UnsupportedInstruction, load
-from emulator.parser import parse_constant, split_operands
-from emulator_kernels import HEADER
 from hypothesis import given
 from hypothesis import strategies as st
+from ptx_kernels import HEADER
+from ptxemu import Device, EmulatorError, LaunchError, UnsupportedInstruction, load
+from ptxemu.parser import parse_constant, split_operands
 
 KERNELS = load(
     HEADER.format(arch="80")

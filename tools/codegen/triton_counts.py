@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from instruction_costs import data_path_cycles, mma_macs
-from machine_code import Kernel, count
-from triton_code import Launch, compiled, machine_code, specialized
+from .instruction_costs import data_path_cycles, mma_macs
+from .machine_code import Kernel, count
+from .triton_code import Launch, compiled, machine_code, specialized
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,11 @@ class Tile:
 
 
 def _forward(constants: dict) -> Tile:
-    return Tile(constants["BM"], constants["BN"], constants["PRODUCTS"] * constants["BK"])
+    return Tile(constants["TILE_M"], constants["TILE_N"], constants["PRODUCTS"] * constants["TILE_K"])
 
 
 def _backward(constants: dict) -> Tile:
-    weights_per_byte = 1 if constants["FORMAT"] == "int8" else 2
-    return Tile(constants["TILE_M"], constants["TILE_N"], constants["BYTES"] * weights_per_byte, True)
+    return Tile(constants["TILE_M"], constants["TILE_N"], constants["TILE_K"], True)
 
 
 #: By kernel its tile, as a function of the launch's arguments. Kernels that are not here have no loop.

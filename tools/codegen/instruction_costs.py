@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from machine_code import count
+from .machine_code import count
 
 #: Bytes that a lane moves through the L1/shared data path, by the opcode's last number.
 _WIDTHS = {"U8": 4, "S8": 4, "U16": 4, "S16": 4, "64": 8, "128": 16}

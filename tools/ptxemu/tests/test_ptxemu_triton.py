@@ -4,8 +4,8 @@ import sys
 
 import numpy as np
 import pytest
-from emulator import Device, load
-from emulator_kernels import KERNELS, bf16_bits, bf16_values
+from ptx_kernels import KERNELS, bf16_bits, bf16_values
+from ptxemu import Device, load
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

@@ -5,8 +5,8 @@ import struct
 import numpy as np
 import pytest
 import torch
-from emulator import LaunchError, MemoryFault, Pointer, RaceError, Uninitialized, address_space, load
-from emulator_kernels import HEADER, cuda_module, elementwise_module, needs_nvcc
+from ptx_kernels import HEADER, cuda_module, elementwise_module, needs_nvcc
+from ptxemu import LaunchError, MemoryFault, Pointer, RaceError, Uninitialized, address_space, load
 
 
 @pytest.fixture
