@@ -45,11 +45,13 @@ test: .venv-test/package.stamp .venv-test/data.stamp
 	[ "$$others $$cuda $$interpreted" != "5 5 5" ]
 
 # The kernels without torch: what can run here, then the same with every access and every arithmetic step watched.
-DRIVER_SOURCES := tests/native/driver.cpp $(wildcard csrc/cpu/*.cpp)
+DRIVER_SOURCES := tests/native/driver.cpp $(wildcard csrc/cpu/isa/*.cpp)
 DRIVER_FLAGS := -std=c++20 -Wall -ffp-contract=off -pthread
 native-test: build/native/driver build/native/driver-sanitized
 	build/native/driver
 	build/native/driver-sanitized
+
+build/native/driver build/native/driver-sanitized build/native/driver-neon build/native/driver-avx512: $(wildcard tests/native/*.h)
 
 neon-test: build/native/driver-neon
 	qemu-aarch64 build/native/driver-neon --quick
@@ -75,7 +77,7 @@ build/native/driver-neon: $(DRIVER_SOURCES) $(SOURCES)
 # Nothing to do with the compiler's own AVX-512: no -m option, and the other CPUs' kernels and the choice among them left
 # out. The warning is about a loop that GCC proves dead and unrolls all the same.
 AVX512_SOURCES := tests/native/driver.cpp tests/native/simde/available_kernels.cpp \
-	csrc/cpu/kernels_avx512bf16.cpp csrc/cpu/kernels_avx512.cpp csrc/cpu/kernels_scalar.cpp
+	csrc/cpu/isa/avx512bf16.cpp csrc/cpu/isa/avx512.cpp csrc/cpu/isa/scalar.cpp
 build/native/driver-avx512: $(AVX512_SOURCES) tests/native/simde/immintrin.h $(SOURCES)
 	@echo '#include <simde/x86/avx512.h>' | $(CXX) -E -x c++ - > /dev/null 2>&1 || { echo "avx512-test needs SIMDe's headers: \
 	apt-get install libsimde-dev"; exit 1; }
@@ -94,7 +96,7 @@ wheel-cuda: .venv-wheel/torch.stamp
 lint: .venv-lint/tools.stamp
 	.venv-lint/bin/pre-commit run --all-files --show-diff-on-failure
 
-# Rewrites files: name yours (FILES="lowbit/ops.py csrc/nf4.h") where others work in the same tree.
+# Rewrites files: name yours (FILES="lowbit/ops.py csrc/format.h") where others work in the same tree.
 FILES ?= $(shell git ls-files '*.py' '*.h' '*.c' '*.cpp' '*.cu' '*.cuh')
 format: .venv-lint/tools.stamp
 	.venv-lint/bin/ruff format $(filter %.py,$(FILES))

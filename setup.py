@@ -22,8 +22,8 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-CPU_BINDINGS = ROOT / "csrc" / "bindings.cpp"
-CUDA_BINDINGS = ROOT / "csrc" / "bindings_cuda.cpp"
+CPU_BINDINGS = ROOT / "csrc" / "bindings" / "cpu.cpp"
+CUDA_BINDINGS = ROOT / "csrc" / "bindings" / "cuda.cpp"
 #: On Windows setuptools compiles with MSVC, which cannot build the kernels: they are C++ for g++ and clang++.
 COMPILERS = ("cl",) if os.name == "nt" else ("c++", "g++", "clang++")
 #: What the extension needs of a compiler, and Python's headers.

@@ -12,8 +12,10 @@ import torch.utils.cpp_extension
 from codegen.cuda_build import ARCHS, CSRC, SOURCES, compiled_all
 from codegen.once import ROOT, made_once
 
+from lowbit.format import WeightSpec
+
 __all__ = ["CSRC", "DTYPE_CODES", "FORMAT_CODES", "ROOT", "SOURCES", "call", "emulator", "launchers", "multiprocessors"]
-__all__ += ["require_nvcc", "stub_bindings", "unaligned", "written"]
+__all__ += ["require_nvcc", "spec_of", "stub_bindings", "unaligned", "written"]
 
 #: The values of Dtype in csrc/dtype.h, and of the format argument in tests/cuda/launchers.cu.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -105,3 +107,8 @@ def written(size: int, dtype: torch.dtype, aligned: bool = True) -> torch.Tensor
     """Memory for a kernel to write, full of a value that it has to replace."""
     tensor = torch.full((size,), 7, dtype=dtype)
     return tensor if aligned else unaligned(tensor)
+
+
+def spec_of(format: str, block_size: int, double_quant: bool = False) -> str:
+    """How such a weight is stored, as the ops take it."""
+    return WeightSpec(format, block_size, double_quant).text

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../nf4.h"
+#include "../../format.h"
 #include "elements.cuh"
 #include "layout.h"
 #include "ptx.cuh"

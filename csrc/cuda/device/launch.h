@@ -1,31 +1,19 @@
-// What launchers share: sizes of grids, alignment, dtypes.
+// What launchers share: sizes of grids, shared memory, kinds of weights and dtypes.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
-#include "../dtype.h"
-#include "../nf4.h"
+#include "../kernels.h"
 
 namespace lowbit::cuda {
 
-LOWBIT_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Of the current device.
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, attribute, device);
-  return value;
-}
-inline int processor_count() { return std::max(device_attribute(cudaDevAttrMultiProcessorCount), 1); }
-
-// Blocks of a kernel whose blocks share out `units` of work, `per_block` at a time: as many as there is work for, and
-// no more than `per_processor` on each multiprocessor of the current device.
+// Blocks of a kernel whose blocks share out `units` of work (see blocks_for), on the current device.
 inline unsigned grid_for(int64_t units, int64_t per_block, int64_t per_processor) {
-  return static_cast<unsigned>(std::clamp<int64_t>(ceil_div(units, per_block), 1, processor_count() * per_processor));
+  return blocks_for(units, per_block, per_processor, current_gpu().processors);
 }
 
 // Lets `kernel` have so many bytes of dynamic shared memory. Returns 0, or a CUDA error code, which is not left behind
@@ -47,8 +35,12 @@ int for_dtype(Dtype dtype, const Launch& launch) {
   return launch(Bf16{});
 }
 
-inline bool is_aligned(const void* pointer, uintptr_t bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+// launch(the kind of the weight's scales as a constant)
+template <class Launch>
+int for_scale_kind(const QuantizedWeight& weight, const Launch& launch) {
+  if (weight.scales.kind == ScaleKind::row) return launch(std::integral_constant<ScaleKind, ScaleKind::row>{});
+  if (weight.scales.kind == ScaleKind::block) return launch(std::integral_constant<ScaleKind, ScaleKind::block>{});
+  return launch(std::integral_constant<ScaleKind, ScaleKind::double_quant>{});
 }
 
 }  // namespace lowbit::cuda

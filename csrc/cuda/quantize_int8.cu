@@ -1,12 +1,12 @@
-// quantize_int8: codes of a float weight with one scale per row. (dequantize.cu reads them.)
+// The part of quantize that makes int8 codes with one scale per row. (dequantize.cu reads them.)
 //
 // A block of threads takes a row at a time, twice: for its absmax and for its codes.
 #include <cfloat>
 #include <type_traits>
 
-#include "encode.cuh"
+#include "device/encode.cuh"
+#include "device/launch.h"
 #include "kernels.h"
-#include "launch.h"
 
 namespace lowbit::cuda {
 namespace {
@@ -76,19 +76,19 @@ __global__ void __launch_bounds__(kThreads, 4)  // 64 registers; left alone, ptx
 }
 
 template <class T>
-int launch(const QuantizeInt8Args& args, Stream stream) {
-  const bool aligned = is_aligned(args.weight, kAccessBytes) && is_aligned(args.codes, kAccessBytes) &&
-                       (args.rows == 1 || args.columns % kAccessBytes == 0);
-  quantize_int8_kernel<<<grid_for(args.rows, 1, kBlocksPerProcessor), kThreads, 0, stream>>>(
-      static_cast<const T*>(args.weight), args.rows, args.columns, aligned ? args.columns / kTileBytes : 0, args.codes,
-      args.absmax);
+int launch(const QuantizeArgs& args, Stream stream) {
+  const bool aligned = is_aligned(args.weight, kAccessBytes) && is_aligned(args.packed, kAccessBytes) &&
+                       (args.blocks == 1 || args.block_size % kAccessBytes == 0);
+  quantize_int8_kernel<<<grid_for(args.blocks, 1, kBlocksPerProcessor), kThreads, 0, stream>>>(
+      static_cast<const T*>(args.weight), args.blocks, args.block_size, aligned ? args.block_size / kTileBytes : 0,
+      reinterpret_cast<int8_t*>(args.packed), args.absmax);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-int quantize_int8(const QuantizeInt8Args& args, Stream stream) {
-  if (args.rows == 0) return cudaSuccess;
+int quantize_int8(const QuantizeArgs& args, Stream stream) {
+  if (args.blocks == 0) return cudaSuccess;
   return for_dtype(args.dtype, [&](auto element) { return launch<decltype(element)>(args, stream); });
 }
 

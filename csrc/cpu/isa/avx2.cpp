@@ -1,21 +1,20 @@
-// The vector primitives of the kernels in AVX2, FMA and F16C; isa_scalar.h has the same names and says what each does.
-#pragma once
+#if defined(__x86_64__)
 
+// The vector primitives of the kernels in AVX2, FMA and F16C; scalar.cpp has the same names and says what each does.
 #include <immintrin.h>
 
-#include <cstdint>
-#include <type_traits>
+#include "../kernels.h"
+#include "../standard.h"
 
-#include "../nf4.h"
-#include "half.h"
-
-// Everything below, up to the end of the file that includes this one, is compiled for AVX2. Standard headers have to
+// Everything below, the operations too, is compiled for AVX2. Standard headers have to
 // come first: an inline function of theirs compiled here could otherwise be the copy that the linker keeps.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC target("avx2,fma,f16c")
 #endif
+
+#include "../operations.h"
 
 namespace lowbit::cpu {
 
@@ -374,4 +373,12 @@ struct Avx2 {
   }
 };
 
+const Kernels kAvx2Kernels = kernels_of<Avx2>();
+
 }  // namespace lowbit::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif  // __x86_64__

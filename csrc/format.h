@@ -1,4 +1,4 @@
-// The 4-bit format in C++, for host and device code: codebooks, thresholds, nibble order, the 8-bit scale map.
+// The formats in C++, for host and device code: codebooks, thresholds, nibble order, the 8-bit scale map.
 // The Python twin is lowbit/format.py (it explains the layout); tests/test_format.py holds the two together.
 #pragma once
 
@@ -19,19 +19,27 @@ constexpr float kTinyAbsmax = 1e-38f;               // floor under absmax before
 constexpr float kInt8Unit = 7.874015718698502e-3f;  // 1 / 127: an int8 weight is code * absmax * kInt8Unit
 constexpr int64_t kScalePositions = 65536;          // rounding positions of a double-quantized scale in [-1, 1]
 
-// One 4-bit format. The rank of x is the number of thresholds t with x > t; its code is code_of_rank[rank].
+LOWBIT_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A format's record. Codes have 4 bits and index a codebook, or 8 bits: two's complement in units of absmax / 127.
 struct Format {
+  const char* name;
+  int bits;             // of a code
+  bool has_row_scales;  // one fp32 scale for each row; otherwise one for each block
+  // Of a 4-bit format. The rank of x is the number of thresholds t with x > t; its code is code_of_rank[rank].
   float codebook[16];    // value by code
   float thresholds[15];  // fp32 midpoints of the sorted codebook
   uint8_t code_of_rank[16];
   uint8_t zero_code;  // pads an odd number of elements
+
+  constexpr int64_t packed_bytes(int64_t numel) const { return bits == 8 ? numel : numel / 2 + numel % 2; }
 };
 
-constexpr Format make_format(const float (&codebook)[16]) {
-  Format format{};
+constexpr Format make_format(const char* name, const float (&codebook)[16]) {
+  Format format{name, 4, false, {}, {}, {}, 0};
   for (int code = 0; code < 16; ++code) {
     format.codebook[code] = codebook[code];
-    // Insertion sort: stable, so that FP4's +0 (code 0) stays below its -0 (code 8).
+    // Insertion sort: it is stable, so that FP4's +0 (code 0) stays below its -0 (code 8).
     int rank = code;
     for (; rank > 0 && codebook[format.code_of_rank[rank - 1]] > codebook[code]; --rank)
       format.code_of_rank[rank] = format.code_of_rank[rank - 1];
@@ -68,8 +76,10 @@ constexpr float kFp4Codebook[16] = {0.0f,         0.0052083333f, 0.66666667f,  1
                                     0.16666667f,  0.25f,         -0.0f,        -0.0052083333f, -0.66666667f, -1.0f,
                                     -0.33333333f, -0.5f,         -0.16666667f, -0.25f};
 
-constexpr Format kNf4 = make_format(kNf4Codebook);
-constexpr Format kFp4 = make_format(kFp4Codebook);
+constexpr Format kNf4 = make_format("nf4", kNf4Codebook);
+constexpr Format kFp4 = make_format("fp4", kFp4Codebook);
+constexpr Format kInt8 = {"int8", 8, true, {}, {}, {}, 0};
+constexpr const Format* kFormats[] = {&kNf4, &kFp4, &kInt8};
 
 // Element 2i sits in the high nibble of byte i, element 2i + 1 in the low one.
 LOWBIT_HOST_DEVICE inline uint8_t pack(uint8_t even_code, uint8_t odd_code) {

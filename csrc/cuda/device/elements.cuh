@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../dtype.h"
+#include "../../dtype.h"
 #include "layout.h"
 #include "ptx.cuh"
 

@@ -2,7 +2,7 @@
 // checks that each is bijective; tests/test_cuda_ptx.py, that the tensor core's are what the instructions do.
 #pragma once
 
-#include "../nf4.h"
+#include "../../format.h"
 
 namespace lowbit::cuda {
 
@@ -85,6 +85,43 @@ struct GemmTile {
   static LOWBIT_HOST_DEVICE constexpr int w_place(int row, int piece) {
     return (row / 8 * kWPieces + piece) * 8 + row % 8;
   }
+};
+
+// The tiles of grad_x of linear_grad_input's kernels. On tensor cores a block of threads makes kRows x 128 from 128
+// rows of W at a time: warp (i, j) takes columns 64 i and rows 32 j, the columns of a lane being the two codes of each
+// byte of one word.
+template <int kRows>
+struct MmaTile {
+  static constexpr int kColumnWarps = 2, kRowWarps = 4;
+  static constexpr int kThreads = kColumnWarps * kRowWarps * kWarpSize;
+  static constexpr int kColumns = 2 * kPackedRowBytes, kColumnsShift = 7;
+  static constexpr int kSteps = 2;  // of 16 rows of W, by each warp
+  static constexpr int kDepth = kRowWarps * kSteps * 16;
+  static constexpr int kStages = 3;
+  static constexpr int kPackedPieces = kDepth * kPackedRowBytes / kAccessBytes;
+  static constexpr int kGradRowPieces = kDepth * 2 / kAccessBytes;
+  static constexpr int kGradPieces = kRows * kGradRowPieces;
+  // Scales of a tile: for each row of W one per unit of columns. With 32 rows four units, which are blocks of 32, would
+  // take more than 128 registers.
+  static constexpr int kUnits = kColumns / (kRows < 32 ? 32 : 64);
+  static constexpr int kUnitStride = kDepth + 8;  // two units' scales of a quad's rows are in different banks
+};
+
+// In fp32 arithmetic, for rows of W whose start has 16-byte alignment: a lane takes 32 columns of a row at a time, a
+// warp 1024; the warps of a block share out the rows of W.
+struct FmaTile {
+  static constexpr int kRows = 2;  // 64 sums a lane
+  static constexpr int kLaneColumns = 2 * kAccessBytes;
+  static constexpr int kColumns = kWarpSize * kLaneColumns;
+  static constexpr int kWarps = 8;
+  static constexpr int kThreads = kWarps * kWarpSize;
+};
+
+// Anything: a thread takes one column, element by element.
+struct ElementTile {
+  static constexpr int kRows = 8;
+  static constexpr int kColumns = 256;
+  static constexpr int kThreads = kColumns;
 };
 
 // The order of the gemm's contraction: which of a warp's 64 columns stands at column `column` of A (row `column` of B)

@@ -1,17 +1,17 @@
 #if defined(__x86_64__)
 
-#include "standard.h"
+#include "../standard.h"
 
-#include "kernels.h"
+#include "../kernels.h"
 
 // GCC 12 takes the undefined operands inside its own intrinsics for mistakes (GCC bug 105593).
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
-#include "isa_avx512.h"
+#include "avx512.h"
 
-#include "operations.h"
+#include "../operations.h"
 
 namespace lowbit::cpu {
 

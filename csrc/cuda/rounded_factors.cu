@@ -5,9 +5,9 @@
 #include <cmath>
 #include <type_traits>
 
-#include "encode.cuh"
+#include "device/encode.cuh"
+#include "device/launch.h"
 #include "kernels.h"
-#include "launch.h"
 
 namespace lowbit::cuda {
 namespace {

@@ -1,13 +1,12 @@
 // The vector primitives of the kernels in portable C++: eight floats in an array, for every compiler and CPU.
-// isa_avx2.h has the same names; the operations (quantize.h, dequantize.h, linear.h) are templates over either.
-#pragma once
-
+// avx2.cpp has the same names; the operations (quantize.h, dequantize.h, linear.h) are templates over either.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
-#include "../nf4.h"
-#include "half.h"
+#include "../../format.h"
+#include "../half.h"
+#include "../operations.h"
 
 namespace lowbit::cpu {
 
@@ -164,5 +163,7 @@ struct Scalar {
     }
   };
 };
+
+const Kernels kScalarKernels = kernels_of<Scalar>();
 
 }  // namespace lowbit::cpu

@@ -1,12 +1,17 @@
 // What AVX512-BF16 and VNNI do better than the rest of AVX-512: products of bf16 and of int8.
-#pragma once
+#if defined(__x86_64__)
 
-#include <array>
-#include <cstdint>
+#include "../kernels.h"
+#include "../standard.h"
 
-#include "isa_avx512.h"
+// GCC 12 takes the undefined operands inside its own intrinsics for mistakes (GCC bug 105593).
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include "avx512.h"
 
-// From here on for these too. What isa_avx512.h defines stays without: the kernels of Avx512 may share it.
+// From here on for these too. What avx512.h defines stays without: the kernels of Avx512 may share it.
 #if defined(LOWBIT_PORTABLE_INTRINSICS)
 #elif defined(__clang__)
 #pragma clang attribute pop
@@ -16,6 +21,8 @@
 #else
 #pragma GCC target("avx512bf16,avx512vnni")
 #endif
+
+#include "../operations.h"
 
 namespace lowbit::cpu {
 
@@ -71,4 +78,12 @@ struct Avx512Bf16 : Avx512 {
   };
 };
 
+const Kernels kAvx512Bf16Kernels = kernels_of<Avx512Bf16>();
+
 }  // namespace lowbit::cpu
+
+#if defined(__clang__) && !defined(LOWBIT_PORTABLE_INTRINSICS)
+#pragma clang attribute pop
+#endif
+
+#endif  // __x86_64__

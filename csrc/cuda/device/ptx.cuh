@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../dtype.h"
+#include "../../dtype.h"
 
 namespace lowbit::cuda::ptx {
 

@@ -1,9 +1,9 @@
-// What every kernel that reads a packed weight needs: the decoded scale of a block, and a table of decoded pairs.
+// What every kernel that reads a packed weight needs: decoded scales, and tables of decoded pairs.
 #pragma once
 
 #include <cstdint>
 
-#include "../nf4.h"
+#include "../../weight.h"
 #include "elements.cuh"
 #include "layout.h"
 #include "ptx.cuh"
@@ -12,23 +12,56 @@ namespace lowbit::cuda {
 
 static __device__ const ScaleMap device_scale_map = kScaleMap;
 
-// The fp32 scale of each block, from where QuantizedWeight keeps them.
+// Reads the scales of blocks (kDoubleQuant false: also of rows), in two steps where other work fits between.
 template <bool kDoubleQuant>
-struct BlockScales {
-  const float* absmax;  // null where double-quantized; then these:
-  const uint8_t* codes;
-  const float* group_scales;
-  float offset;
+class ScaleReader {
+ public:
+  struct Loaded {
+    float number;   // the scale, or the scale of its group
+    uint32_t code;  // of the double-quantized scale
+  };
 
-  __device__ __forceinline__ BlockScales(const float* absmax, const uint8_t* codes, const float* group_scales,
-                                         const float* offset)
-      : absmax(absmax), codes(codes), group_scales(group_scales), offset(kDoubleQuant ? *offset : 0.0f) {}
+  __device__ __forceinline__ explicit ScaleReader(const Scales& scales)
+      : scales_(scales), offset_(kDoubleQuant ? *scales.offset : 0.0f) {}
+
+  template <class Index>  // unsigned
+  __device__ __forceinline__ Loaded load(Index block) const {
+    if constexpr (!kDoubleQuant) return {scales_.values[block], 0};
+    return {scales_.group_scales[block / Index{kGroupSize}], scales_.codes[block]};
+  }
 
   // fl(fl(map[code] * group_scale) + offset): the format allows no contraction into an FMA.
-  __device__ __forceinline__ float operator()(uint64_t block) const {
-    if constexpr (!kDoubleQuant) return absmax[block];
-    const float entry = device_scale_map.entries[codes[block]];
-    return __fadd_rn(__fmul_rn(entry, group_scales[block / uint64_t{kGroupSize}]), offset);
+  __device__ __forceinline__ float decode(Loaded loaded) const {
+    if constexpr (!kDoubleQuant) return loaded.number;
+    return __fadd_rn(__fmul_rn(device_scale_map.entries[loaded.code], loaded.number), offset_);
+  }
+
+  __device__ __forceinline__ float operator()(uint64_t block) const { return decode(load(block)); }
+
+ private:
+  const Scales& scales_;  // a kernel's argument
+  float offset_;
+};
+
+// Decodes any weight, an element at a time. block_shift: log2 of the block size, where scales are of blocks.
+template <ScaleKind kKind>
+struct ElementReader {
+  const QuantizedWeight& weight;  // a kernel's arguments
+  const Format& format;
+  int block_shift;
+  ScaleReader<kKind == ScaleKind::double_quant> scale_of;
+
+  __device__ ElementReader(const QuantizedWeight& weight, const Format& format, int block_shift)
+      : weight(weight), format(format), block_shift(block_shift), scale_of(weight.scales) {}
+
+  // element: row * columns + column
+  __device__ float operator()(int64_t row, int64_t element) const {
+    if constexpr (kKind == ScaleKind::row) {
+      const auto code = static_cast<int8_t>(weight.packed[element]);
+      return __fmul_rn(__fmul_rn(static_cast<float>(code), scale_of(static_cast<uint64_t>(row))), kInt8Unit);
+    }
+    const float scale = scale_of(static_cast<uint64_t>(element) >> block_shift);
+    return __fmul_rn(format.codebook[unpack(weight.packed, element)], scale);
   }
 };
 

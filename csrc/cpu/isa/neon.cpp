@@ -1,15 +1,16 @@
-// The vector primitives of the kernels in NEON (any 64-bit ARM); isa_scalar.h has the same names and says what each
-// does. A Vec of eight lanes is two registers of four.
-#pragma once
+#if defined(__aarch64__)
 
+// The vector primitives of the kernels in NEON (any 64-bit ARM); scalar.cpp has the same names and says what each
+// does. A Vec of eight lanes is two registers of four.
 #include <arm_neon.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
-#include "../nf4.h"
-#include "half.h"
+#include "../../format.h"
+#include "../half.h"
+#include "../operations.h"
 
 namespace lowbit::cpu {
 
@@ -257,4 +258,8 @@ struct Neon {
   }
 };
 
+const Kernels kNeonKernels = kernels_of<Neon>();
+
 }  // namespace lowbit::cpu
+
+#endif  // __aarch64__

@@ -1,4 +1,4 @@
-// The vector primitives of the kernels in AVX-512 (F, BW, DQ, VL); isa_scalar.h has the same names and says what each
+// The vector primitives of the kernels in AVX-512 (F, BW, DQ, VL); scalar.cpp has the same names and says what each
 // does.
 #pragma once
 
@@ -7,10 +7,10 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../nf4.h"
-#include "half.h"
+#include "../../format.h"
+#include "../half.h"
 
-// Everything below, up to the end of the file that includes this one, is compiled for AVX-512; see isa_avx2.h.
+// Everything below, up to the end of the file that includes this one, is compiled for AVX-512; see avx2.cpp.
 #if defined(LOWBIT_PORTABLE_INTRINSICS)  // make avx512-test: in plain C++
 #elif defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
