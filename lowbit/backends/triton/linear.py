@@ -80,13 +80,15 @@ def linear_kernel(
         w_row += expert.to(tl.int64) * n
     rows = first_row + tl.arange(0, TILE_M)
     x_row = tl.where(rows < row_end, rows, first_row).to(tl.int64)
-    x_rows = x + x_row[:, None] * k + tl.arange(0, TILE_K)[None, :]
-    total = tl.zeros((TILE_N, TILE_M) if WEIGHT_FIRST else (TILE_M, TILE_N), tl.float32)
+    x_rows = x + x_row[:, None] * k
     if codes_per_byte(FORMAT) == 1:
         # x's 16 bits hold int8 codes exactly. The sums are scaled by row at the end.
-        w_rows = packed + w_row[:, None] * k + tl.arange(0, TILE_K)[None, :]
+        w_rows, scale = packed + w_row[:, None] * k, absmax + w_row
+        x_rows += tl.arange(0, TILE_K)[None, :]
+        w_rows += tl.arange(0, TILE_K)[None, :]
         steps = tl.cdiv(tl.cdiv(k, STEP), SPLITS)
         begin = split * steps * STEP
+        total = tl.zeros((TILE_N, TILE_M) if WEIGHT_FIRST else (TILE_M, TILE_N), tl.float32)
         for first in range(begin, min(begin + steps * STEP, k), STEP):
             for product in tl.static_range(PRODUCTS):
                 at = first + product * TILE_K
@@ -98,10 +100,11 @@ def linear_kernel(
                     weight = tl.load(w_rows + at, mask=inside, other=0)
                     values = tl.load(x_rows + at, mask=inside, other=0.0)
                 total = _add_tile(values, weight.to(tl.float32).to(DTYPE), total, WEIGHT_FIRST)
-        total = (total.T if WEIGHT_FIRST else total) * (tl.load(absmax + w_row) * INT8_UNIT)[None, :]
+        total = (total.T if WEIGHT_FIRST else total) * (tl.load(scale) * INT8_UNIT)[None, :]
     else:
         # k is a multiple of 32: written so that the compiler knows rows of packed codes to begin at 16 bytes.
         w_rows = packed + w_row[:, None] * (k // 32 * 16) + tl.arange(0, TILE_K // 2)[None, :]
+        x_rows += tl.arange(0, TILE_K)[None, :]
         steps = tl.cdiv(k // STEP, SPLITS)
         begin = split * steps * STEP
         end = min(begin + steps * STEP, k)
@@ -112,6 +115,7 @@ def linear_kernel(
         all_there = block >= 0
         at_first = min(begin, k - TILE_K)  # a last part of k can be empty
         stored, group_scale = load_scales(scales, block + at_first // BLOCK_SIZE, all_there, DOUBLE_QUANT)
+        total = tl.zeros((TILE_N, TILE_M) if WEIGHT_FIRST else (TILE_M, TILE_N), tl.float32)
         for first in range(begin, end, STEP):
             for product in tl.static_range(PRODUCTS):
                 at = first + product * TILE_K

@@ -68,7 +68,8 @@ def _scaled_weight(
     BYTES: tl.constexpr = codes.shape[1]
     codes = _to_lanes(codes, WARPS)
     if codes_per_byte(FORMAT) == 1:
-        weight = round_to(codes.to(tl.float32) * _over_columns(scale * INT8_UNIT, BYTES, WARPS), DTYPE)
+        scale = _over_columns(scale * INT8_UNIT, BYTES, WARPS)
+        weight = round_to(codes.to(tl.float32) * scale, DTYPE)
         return weight, weight
     elif PORTABLE or DTYPE == tl.float32:
         high, low = decode_codes(codes, FORMAT, tl.float32, PORTABLE)
