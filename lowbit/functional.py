@@ -123,7 +123,7 @@ def embedding(ids: torch.Tensor, q: QuantizedTensor) -> torch.Tensor:
     if spec.double_quant:
         blocks = features // spec.block_size
         block = flat[:, None] * blocks + torch.arange(blocks, device=flat.device)
-        scales = fmt.SCALE_MAP.to(flat.device)[scales.int()] * q.group_scales[block // fmt.GROUP_SIZE] + q.offset
+        scales = fmt.scale_map(flat.device)[scales.int()] * q.group_scales[block // fmt.GROUP_SIZE] + q.offset
     text = spec.without_double_quant().text
     op = op_of(backends.namespace_for(flat.device.type, backends.selected), "dequantize")
     return op(codes, scales, None, None, text, [flat.numel(), features], layout.dtype).view(*ids.shape, features)
