@@ -95,5 +95,6 @@ def _no_memory(q, *args, **kwargs):
     )
 
 
-for _name in ("storage", "untyped_storage", "_typed_storage"):
+# untyped_storage() stays: torch.compile asks for it, and its data_ptr() fails by itself.
+for _name in ("storage", "_typed_storage", "data_ptr"):
     implements(getattr(torch.Tensor, _name))(_no_memory)
