@@ -81,8 +81,8 @@ def chosen(problem: shapes.Problem, gpu: shapes.Gpu, configs: Sequence[shapes.Co
     """Return the first of ``configs``; where tuning is wanted, the one with which ``run(config)`` is fastest.
 
     It is measured once for a ``problem`` on a ``gpu``. What does not compile or fit is passed over; it is an error if
-    nothing is left. Under torch.compile and in the capture of a CUDA graph nothing is measured: what an eager call found
-    before is used, else the first. So call once eagerly. Triton's interpreter has no GPU to measure: it takes the first.
+    nothing is left. Under torch.compile and in the capture of a CUDA graph nothing is measured: what an eager call
+    found before is used, else the first. So call once eagerly. Triton's interpreter, which has no GPU, takes the first.
     """
     if INTERPRETED or not WANTED:
         return configs[0]

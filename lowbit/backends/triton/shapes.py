@@ -81,7 +81,7 @@ FACTOR_TILE, FACTOR_PROGRAMS = 1024, 128
 
 
 def rows_tile(columns: int, elements: int) -> tuple[int, int]:
-    """Return (rows, columns) that a program takes of an int8 weight at a time: part of a long row, or several short ones.
+    """Return (rows, columns) that a program takes of an int8 weight at a time: part of a long row, or several.
 
     ``elements``: of the tile, a power of two of at least 64.
     """
