@@ -218,6 +218,11 @@ class QuantizedTensor(Sharded, torch.Tensor):
     def __tensor_unflatten__(inner, layout, outer_size, outer_stride):
         return QuantizedTensor._make(tuple(inner.get(name) for name in PARTS), layout)
 
+    def _stable_hash_for_caching(self) -> str:
+        """All that compiled code knows of this weight. torch's cache of compiled graphs calls it."""
+        parts = [None if p is None else (p.shape, p.stride(), p.dtype, p.device) for p in self.parts()]
+        return repr((self.stored, self.requires_grad, parts))
+
     def __reduce_ex__(self, protocol):
         layout = self.stored
         return _rebuild, (*self.parts(), layout.spec.text, *layout[1:], isinstance(self, torch.nn.Parameter))

@@ -17,6 +17,7 @@ import torch
 from cases import BLOCK_SIZES, DTYPES, FORMATS
 from codegen.machine_code import resources
 from codegen.triton_code import Launch, compiled, function, gpu_target, launches, machine_code, tensor, weight
+from ptxemu import proofs
 
 from lowbit.backends import triton as backend
 from lowbit.backends.triton import shapes
@@ -155,12 +156,28 @@ def _memory(value):
     return value
 
 
+def _told_by(launch: Launch, target: str):
+    """All that decides what a launch does: its PTX, its shape and its arguments."""
+    kernel, signature = compiled(launch, target)
+    yield from (proofs.code_of(kernel.asm["ptx"]), kernel.metadata.num_warps, kernel.metadata.shared, launch.grid)
+    for name, kind in signature.items():
+        yield from (name, kind, launch.values[name] if kind != "constexpr" else None)
+
+
+def _prove(launch: Launch, ends: dict[str, torch.Tensor], target: str, options: dict) -> None:
+    """A step of the running test's proof. What was launched together is one step, taken before the first of it runs."""
+    if launch is launch.together[0]:
+        inputs = [*sum(ends.items(), ()), *(f"{name}={value}" for name, value in options.items())]
+        proofs.step(target, *inputs, *(part for each in launch.together for part in _told_by(each, target)))
+
+
 def emulate(launch: Launch, ends: dict[str, torch.Tensor] | None = None, target: str = "sm_80", **options):
     """Run a launch's PTX for ``target`` on the emulator, on the launch's own (CPU) tensors; returns what it counted.
 
     ``ends``: by argument the last elements of a tensor, all of it that there is memory for (it may be a meta tensor).
     """
     emulator = pytest.importorskip("ptxemu")
+    _prove(launch, ends or {}, target, options)
     kernel, signature = compiled(launch, target)
     arguments = []
     for name, kind in signature.items():

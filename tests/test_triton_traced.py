@@ -191,8 +191,8 @@ LAYERS = {
     "grouped_lora_linear": (
         expert_linear,
         expert_operands,
-        names_of("grouped_matmul", "grouped_linear"),
-        names_of("grouped_linear_grad_input", "grouped_matmul", "grouped_outer", "grouped_matmul", "grouped_outer"),
+        names_of("grouped_lora_linear"),
+        names_of("grouped_linear_grad_input", "grouped_matmul", "grouped_outer", "grouped_outer"),
     ),
     "dequantize": (decoded_product, lambda rows: lora_operands(rows)[:2], names_of("dequantize"), []),
 }
