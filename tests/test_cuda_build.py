@@ -64,9 +64,9 @@ def test_a_build_without_cuda_says_what_to_install(monkeypatch, selected):
 )
 def test_a_wrong_build_option_is_named(name, value, message):
     """A typing error in an environment variable must not build something else."""
-    code = f"import os; os.environ[{name!r}] = {value!r}; import runpy; runpy.run_path('setup.py')['cuda_targets']()"
-    arguments = [sys.executable, "-c", f"import sys; sys.argv = ['setup.py', '--name']; {code}"]
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    code = "import runpy; build = runpy.run_path('setup.py'); build['wants_cuda'](); build['cuda_targets']()"
+    environment = {**os.environ, name: value}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode != 0 and message in done.stderr
 
 
