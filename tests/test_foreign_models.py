@@ -91,7 +91,8 @@ def test_casting_a_model_with_one_layer_in_another_precision(model_type, config_
     merged = wrapped.merge_and_unload()
     for layer, y, dtype in zip(merged[:2], outputs, dtypes, strict=True):
         assert layer.weight.dtype == y.dtype == dtype
-        assert_as_precise(y, layer, lambda layer, x=x.to(dtype): layer(x.to(layer.weight.dtype)).detach())
+        low = x.to(dtype)
+        assert_as_precise(y, layer, lambda layer, x=low: layer(x.to(layer.weight.dtype)).detach())
 
 
 @kinds
