@@ -2,12 +2,12 @@
 
 import warnings
 
-from . import aten, backends, files, functions
+from . import aten, backends, ddp, files, functions
 from .backends import use_backend
 from .format import WeightSpec
 from .functional import dequantize, linear, lora_linear
 from .grouped import grouped_linear, grouped_lora_linear
-from .modules import dequantize_, ignore_in_ddp, quantize_
+from .modules import dequantize_, quantize_
 from .quantizers import quantize
 from .tensor import QuantizedTensor
 
@@ -20,7 +20,6 @@ __all__ = [
     "files",
     "grouped_linear",
     "grouped_lora_linear",
-    "ignore_in_ddp",
     "linear",
     "lora_linear",
     "quantize",
@@ -28,7 +27,7 @@ __all__ = [
     "use_backend",
 ]
 
-del aten, functions  # imported for what they add to QuantizedTensor
+del aten, ddp, functions  # imported for what they add to QuantizedTensor, and to DistributedDataParallel
 
 if (_reason := backends.native.missing_reason()) is not None:
     warnings.warn(f"lowbit runs on its slow pure-torch reference backend: {_reason}", RuntimeWarning, stacklevel=2)

@@ -1,7 +1,7 @@
 """The formats in Python: codebooks, thresholds, the 8-bit scale map, and the byte layout.
 
 The bytes are those of bitsandbytes 0.50 (``docs/format.md`` walks through them). The C++ twin of this file is
-``csrc/nf4.h``; ``tests/test_format.py`` holds the two together. In short, for a weight of ``n``
+``csrc/format.h``; ``tests/test_format.py`` holds the two together. In short, for a weight of ``n``
 elements in 4 bits (``nf4``, ``fp4``):
 
 ========  =======================  =====================================================================
@@ -273,6 +273,12 @@ def _dynamic_scale_map() -> torch.Tensor:
 
 
 SCALE_MAP = _dynamic_scale_map()
+_SCALE_MAP_VALUES = SCALE_MAP.tolist()
+
+
+def scale_map(device: torch.device | str | None = None) -> torch.Tensor:
+    """:data:`SCALE_MAP` on a device. It is made anew: torch.compile takes no tensor from outside of what it traces."""
+    return torch.tensor(_SCALE_MAP_VALUES, dtype=torch.float32, device=device)
 
 
 def _scale_code_table() -> torch.Tensor:

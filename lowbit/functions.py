@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from . import functional
-from .aten import refuse_writing
+from .aten import matmul, refuse_writing
 from .tensor import QuantizedTensor
 
 
@@ -28,6 +28,36 @@ def _linear(input, weight, bias=None):
         return functional.linear(input, weight, bias)
     with torch._C.DisableTorchFunctionSubclass():
         return F.linear(input, weight, bias)
+
+
+@implements(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+def _matmul(a, b, *, out=None):
+    """Here, since torch makes batched products of a matrix and activations of three dimensions, copying the matrix."""
+    y = NotImplemented
+    if out is None and isinstance(b, QuantizedTensor):
+        y = functional.outside_autocast(matmul, a, b)
+    elif out is None:
+        y = functional.outside_autocast(lambda x, q: matmul(q, x), b, a)
+    if y is not NotImplemented:
+        return y
+    with torch._C.DisableTorchFunctionSubclass():
+        return torch.matmul(a, b, out=out)
+
+
+@implements(torch.Tensor.__rmatmul__)
+def _rmatmul(b, a):
+    return _matmul(a, b)
+
+
+@implements(F.multi_head_attention_forward)
+def _multi_head_attention(query, key, value, *args, **kwargs):
+    """On contiguous activations, whose products torch folds to two dimensions; see :func:`_matmul`."""
+    same_key, same_value = key is query, value is key  # torch asks for identity
+    query = query.contiguous()
+    key = query if same_key else key.contiguous()
+    value = key if same_value else value.contiguous()
+    with torch._C.DisableTorchFunctionSubclass():
+        return F.multi_head_attention_forward(query, key, value, *args, **kwargs)
 
 
 @implements(F.embedding)
@@ -57,6 +87,19 @@ def _set_requires_grad(q, value):
     _requires_grad_(q, value)
 
 
+@implements(torch.Tensor.data.__set__)
+def _set_data(q, value):
+    if not isinstance(value, QuantizedTensor):
+        raise RuntimeError(
+            f"data: expected a lowbit.QuantizedTensor of float32, float16 or bfloat16, got a dense tensor of {value.dtype}; "
+            "to have dense weights, in float64 for example, decode them first (lowbit.dequantize_(model))"
+        )
+    with torch._C.DisableTorchFunctionSubclass():
+        q.data = value
+    q.packed, q.absmax, q.group_scales, q.offset = value.parts()
+    q.stored = value.stored
+
+
 @implements(torch.Tensor.__setitem__)
 def _setitem(q, index, value):
     if isinstance(q, QuantizedTensor):
@@ -77,6 +120,14 @@ def _is_shared(q):
     return q.packed.is_shared()
 
 
+def _refused(name: str):
+    return lambda q, *args, **kwargs: refuse_writing(name)
+
+
+for _name in ("apply_", "map_", "map2_"):  # they write through a pointer, past every op
+    implements(getattr(torch.Tensor, _name))(_refused(_name))
+
+
 def _decoded(name: str):
     def function(q, *args, **kwargs):
         return getattr(q.dequantize(), name)(*args, **kwargs)
@@ -84,7 +135,7 @@ def _decoded(name: str):
     return function
 
 
-for _name in ("numpy", "tolist", "__array__", "item"):
+for _name in ("numpy", "tolist", "__array__", "item", "__dlpack__"):
     implements(getattr(torch.Tensor, _name))(_decoded(_name))
 
 

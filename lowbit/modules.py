@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -58,7 +57,7 @@ def quantize_(
             "encoder.layer.0").
 
     Returns:
-        ``model``. DistributedDataParallel does not send the quantized weights where it wraps ``model`` itself.
+        ``model``.
 
     Raises:
         TypeError: an argument of the wrong type; a weight that is not float32, float16 or bfloat16 (it is named).
@@ -125,7 +124,6 @@ def replace_weights(model: nn.Module, replacements: dict[nn.Parameter, nn.Parame
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter in replacements:
                 module._parameters[name] = replacements[parameter]
-    ignore_in_ddp(model)
     return model
 
 
@@ -144,23 +142,3 @@ def dequantize_(model: nn.Module) -> nn.Module:
 def decoded_weights(weights: Iterable[nn.Parameter]) -> dict[nn.Parameter, nn.Parameter]:
     """A frozen dense parameter for each of the quantized weights."""
     return {q: nn.Parameter(q.dequantize(), requires_grad=False) for q in dict.fromkeys(weights)}
-
-
-@torch.no_grad()
-def ignore_in_ddp(model: nn.Module) -> None:
-    """Put the quantized weights of ``model`` on the list of what DistributedDataParallel(model) does not send.
-
-    Call it again on a module that was put around a quantized one, before that goes into DistributedDataParallel:
-    the list holds names as that module sees them.
-    """
-    names = [n for n, p in model.named_parameters(remove_duplicate=False) if isinstance(p, QuantizedTensor)]
-    others = [n for n in getattr(model, "_ddp_params_and_buffers_to_ignore", []) if not _is_parameter(model, n)]
-    model._ddp_params_and_buffers_to_ignore = [*others, *names]
-
-
-def _is_parameter(model: nn.Module, name: str) -> bool:
-    owner, _, last = name.rpartition(".")
-    try:
-        return last in model.get_submodule(owner)._parameters
-    except AttributeError:
-        return False

@@ -148,7 +148,7 @@ def decode_scales(
     """The fp32 scale of each block or row, flat: ``absmax`` itself, or its codes decoded."""
     how, absmax = WeightSpec.parse(spec), absmax.reshape(-1)
     if how.double_quant:
-        entries = fmt.SCALE_MAP.to(absmax.device)[absmax.int()]
+        entries = fmt.scale_map(absmax.device)[absmax.int()]
         group = torch.arange(absmax.numel(), device=absmax.device) // fmt.GROUP_SIZE
         return entries * group_scales[group] + offset
     decode = how.record.scales.decode

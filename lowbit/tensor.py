@@ -98,8 +98,9 @@ class QuantizedTensor(Sharded, torch.Tensor):
     def _make(cls, parts: tuple, layout: Layout) -> "QuantizedTensor":
         """A tensor of these parts, unchecked."""
         packed = parts[0]
+        # storage_size=0: C++ that reads a tensor's memory (torch.jit.save) finds none, instead of a null pointer.
         self = torch.Tensor._make_wrapper_subclass(
-            cls, layout.logical_shape, dtype=layout.dtype, device=packed.device, requires_grad=False
+            cls, layout.logical_shape, dtype=layout.dtype, device=packed.device, requires_grad=False, storage_size=0
         )
         self.packed, self.absmax, self.group_scales, self.offset = parts
         self.stored = layout
@@ -216,6 +217,11 @@ class QuantizedTensor(Sharded, torch.Tensor):
     @staticmethod
     def __tensor_unflatten__(inner, layout, outer_size, outer_stride):
         return QuantizedTensor._make(tuple(inner.get(name) for name in PARTS), layout)
+
+    def _stable_hash_for_caching(self) -> str:
+        """All that compiled code knows of this weight. torch's cache of compiled graphs calls it."""
+        parts = [None if p is None else (p.shape, p.stride(), p.dtype, p.device) for p in self.parts()]
+        return repr((self.stored, self.requires_grad, parts))
 
     def __reduce_ex__(self, protocol):
         layout = self.stored

@@ -44,7 +44,6 @@ class LoraModel(nn.Module):
         self._adapted = list(conversion.layers)
         self._saved = list(conversion.saved)
         self.training = self.model.training
-        lowbit.ignore_in_ddp(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the base's forward takes and returns."""

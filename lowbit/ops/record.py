@@ -75,7 +75,9 @@ def below_autograd(op: torch._ops.OpOverload, keyset: torch._C.DispatchKeySet | 
 
 def is_traced() -> bool:
     """Whether somebody looks at the ops that are called, so that each has to go through the dispatcher."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
 
 
 def without_backward(name: str, operand_positions: tuple[int, ...]) -> Callable[[str], Callable]:
