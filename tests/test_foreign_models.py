@@ -9,7 +9,6 @@ import torch
 from conftest_models import IDS, assert_as_precise, randomize
 from torch import nn
 
-import lowbit
 from lowbit import QuantizedTensor
 from lowbit_lora import LoraConfig, LoraModel, QLoRAConfig, QLoRAModel
 
@@ -189,5 +188,4 @@ def test_no_warning_of_decoding():
         wrapped.memory_footprint()
         copy.deepcopy(wrapped).to(torch.bfloat16)
         wrapped.load_state_dict(wrapped.state_dict())
-        lowbit.ignore_in_ddp(wrapped)
         wrapped.merge_and_unload()

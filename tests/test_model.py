@@ -452,32 +452,30 @@ def test_a_quantized_head_cannot_be_trained_whole():
     assert_untouched(model, before)
 
 
-def test_ddp_never_sends_the_base(tmp_path, monkeypatch):
+@pytest.mark.parametrize("inside", [False, True])
+def test_ddp_never_sends_the_base(tmp_path, monkeypatch, inside):
     """DistributedDataParallel broadcasts parameters on wrapping: a 65B base would take minutes and twice the memory."""
-    wrapped = QLoRAModel(bert(), QLoRAConfig(target_modules=["query"]))
-    model, sent = wrapped.get_base_model(), []
-    for module in (wrapped, model):  # either may be what is put into DistributedDataParallel
-        assert set(module._ddp_params_and_buffers_to_ignore) == set(quantized_weights(module)) != set()
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
-    )
-    real = torch.distributed._broadcast_coalesced
-    try:
-        monkeypatch.setattr(
-            torch.distributed,
-            "_broadcast_coalesced",
-            lambda group, tensors, *a: sent.extend(tensors) or real(group, tensors, *a),
-        )
-        parallel = nn.parallel.DistributedDataParallel(wrapped)
+    wrapped, sent = QLoRAModel(bert(), QLoRAConfig(target_modules=["query"])), []
+    distributed = torch.distributed
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    real = distributed._broadcast_coalesced
+
+    def broadcast(group, tensors, *arguments):
+        sent.extend(tensors)
+        real(group, tensors, *arguments)
+
+    monkeypatch.setattr(distributed, "_broadcast_coalesced", broadcast)
+    try:  # the wrapper, or the model inside of it
+        parallel = nn.parallel.DistributedDataParallel(wrapped.get_base_model() if inside else wrapped)
         parallel(input_ids=IDS, labels=LABELS).loss.backward()
     finally:
-        torch.distributed.destroy_process_group()
+        distributed.destroy_process_group()
+    assert quantized_weights(wrapped)
     dense = [p for p in wrapped.parameters() if not isinstance(p, QuantizedTensor)]
-    assert len(sent) >= len(dense)
-    assert not any(isinstance(tensor, QuantizedTensor) or tensor.dtype == torch.uint8 for tensor in sent)
+    assert sum(t.numel() for t in sent) >= sum(p.numel() for p in dense)
+    assert not any(isinstance(t, QuantizedTensor) or t.dtype == torch.uint8 for t in sent)
     assert all(p.grad is not None for p in wrapped.trainable_parameters())
-    merged = wrapped.merge_and_unload()
-    assert not merged._ddp_params_and_buffers_to_ignore
 
 
 @kinds
