@@ -50,7 +50,8 @@ class LoRABaseLayer(nn.Module):
 
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """``(A [rank, in], B [out, rank])``."""
-        return self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        modules = self._modules  # directly: nn.Module's own look-up costs 1 us for each name
+        return modules["lora_A"]._modules[ADAPTER].weight, modules["lora_B"]._modules[ADAPTER].weight
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -162,16 +163,17 @@ class LoRALinear(LoRABaseLayer):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features] in the dtype of input (under autocast, in the autocast dtype)."""
-        base, (lora_a, lora_b) = self.base_layer, self.factors()
-        if isinstance(base.weight, QuantizedTensor):
+        base, (lora_a, lora_b) = self._modules["base_layer"], self.factors()
+        weight, bias = base.weight, base.bias
+        if isinstance(weight, QuantizedTensor):
             return lowbit.lora_linear(
-                input, base.weight, lora_a, lora_b, self.scaling, base.bias, self.lora_dropout, self.training
+                input, weight, lora_a, lora_b, self.scaling, bias, self.lora_dropout, self.training
             )
         if input.shape[-1] != self.in_features:
             raise ValueError(
                 f"input: expected a last dimension of in_features={self.in_features}, got {tuple(input.shape)}"
             )
-        y = frozen_linear(input, base.weight, base.bias)
+        y = frozen_linear(input, weight, bias)
         dropped = F.dropout(input, self.lora_dropout, self.training)
         with _without_autocast(input.device):
             # LoRA in the adapter's own precision, as on a quantized base.
