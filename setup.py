@@ -1,23 +1,41 @@
 """Builds the extension ``lowbit._C`` against torch's stable ABI and Python's limited API: one wheel per platform.
 
-LOWBIT_NATIVE=0 leaves the extension out, LOWBIT_NATIVE=1 insists on it; unset, it is built where a C++ compiler is
-found, and the library falls back on its pure-torch backend where none is. LOWBIT_CUDA=0|1 does the same for its CUDA
-half, which needs nvcc. LOWBIT_CUDA_ARCHS names the GPUs to compile for, as in "80,90": code for each, and PTX of the
-last.
+LOWBIT_NATIVE=0 leaves the extension out, LOWBIT_NATIVE=1 insists on it; unset, it is built where a C++ compiler can
+build it. Elsewhere the wheel is pure Python, holds the reason in lowbit/native_missing.txt, and the library runs on its
+pure-torch backend. LOWBIT_CUDA=0|1 does the same for the CUDA half, which needs nvcc. LOWBIT_CUDA_ARCHS names the GPUs
+to compile for, as in "80,90": code for each, and PTX of the last.
+
+tools/check_headers.py and the tests import this file for its flags and its choices.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-COMPILERS = ("c++", "g++", "clang++")
+CPU_BINDINGS = ROOT / "csrc" / "bindings" / "cpu.cpp"
+CUDA_BINDINGS = ROOT / "csrc" / "bindings" / "cuda.cpp"
+#: On Windows setuptools compiles with MSVC, which cannot build the kernels: they are C++ for g++ and clang++.
+COMPILERS = ("cl",) if os.name == "nt" else ("c++", "g++", "clang++")
+#: What the extension needs of a compiler, and Python's headers.
+PROBE = """
+#include <Python.h>
+#include <bit>
+#if !defined(__GNUC__)
+#error "the kernels are C++ for g++ and clang++"
+#endif
+constexpr int log2_of_64 = std::countr_zero(64u);
+static_assert(log2_of_64 == 6);
+"""
 #: Where nothing is asked for: one architecture compiles fast, and its PTX serves every later GPU.
 DEFAULT_CUDA_ARCHS = "80"
 CXX_FLAGS = [
@@ -27,7 +45,6 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
     # The format rounds after every product; GCC would contract a * b + c to an FMA. (CUDA code says __fmul_rn.)
     "-ffp-contract=off",
-    "-DPy_LIMITED_API=0x030A0000",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
@@ -41,18 +58,45 @@ def choice(name: str) -> str:
     return value
 
 
-def wants_native() -> bool:
-    """Whether to build the extension."""
+def has_limited_api() -> bool:
+    """Whether this Python has a limited API (one extension for every later Python): free-threaded ones have none."""
+    return not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+
+def cxx_flags(*, cuda: bool = False) -> list[str]:
+    """The compiler's options for every C++ file of the extension; ``cuda``: of one with the CUDA half."""
+    limited_api = ["-DPy_LIMITED_API=0x030A0000"] if has_limited_api() else []
+    return [*CXX_FLAGS, *limited_api, *(["-DLOWBIT_CUDA"] if cuda else [])]
+
+
+def python_include_flags() -> list[str]:
+    """The compiler's options that find Python.h."""
+    return [f"-I{folder}" for folder in sorted({sysconfig.get_path("include"), sysconfig.get_path("platinclude")})]
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler's command: $CXX, else the first of COMPILERS on PATH, else None."""
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
+    return next((candidate for candidate in candidates if shutil.which(shlex.split(candidate)[0])), None)
+
+
+def missing_native_reason() -> str | None:
+    """None if the extension is to be built, else one line that says why not."""
     if choice("LOWBIT_NATIVE"):
-        return choice("LOWBIT_NATIVE") == "1"
-    candidates = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else COMPILERS
-    found = any(shutil.which(candidate) for candidate in candidates)
-    if not found:
-        print(
-            f"lowbit: no C++ compiler found (tried {', '.join(candidates)}): building without native kernels",
-            file=sys.stderr,
-        )
-    return found
+        return None if choice("LOWBIT_NATIVE") == "1" else "LOWBIT_NATIVE=0 was set"
+    compiler = find_compiler()
+    if compiler is None:
+        return f"no C++ compiler was found (tried {os.environ.get('CXX') or ', '.join(COMPILERS)})"
+    command = [*shlex.split(compiler), *cxx_flags(), *python_include_flags(), "-fsyntax-only", "-x", "c++", "-"]
+    try:
+        done = subprocess.run(command, input=PROBE, capture_output=True, text=True)
+    except OSError as error:
+        return f"the C++ compiler {compiler} did not start ({error})"
+    if done.returncode == 0:
+        return None
+    said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    said = next((line for line in said if "error" in line), said[0] if said else f"exit status {done.returncode}")
+    return f"the C++ compiler {compiler} cannot build them, which need g++ or clang++, C++20, Python.h ({said.strip()})"
 
 
 def find_nvcc() -> Path | None:
@@ -102,20 +146,49 @@ def compile_cuda(source: Path, folder: Path) -> Path:
     return target
 
 
+class BuildPython(build_py):
+    """Copies the Python files, and only those that there are now."""
+
+    missing_native: str | None = None  # why the extension is not built
+
+    def run(self):
+        # An earlier build may have left modules that are gone since, and they would be installed with the others.
+        if not self.editable_mode:
+            for package in ("lowbit", "lowbit_lora"):
+                shutil.rmtree(Path(self.build_lib, package), ignore_errors=True)
+        super().run()
+        if self.missing_native and not self.editable_mode:
+            Path(self.build_lib, "lowbit", "native_missing.txt").write_text(self.missing_native + "\n")
+
+
+def pure_build(reason: str) -> dict:
+    """The setup() arguments for a wheel without lowbit._C, which says why."""
+    print(f"lowbit: building without native kernels: {reason}", file=sys.stderr)
+    return {"cmdclass": {"build_py": type("BuildPurePython", (BuildPython,), {"missing_native": reason})}}
+
+
 def native_build() -> dict:
     """The setup() arguments that build lowbit._C."""
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        raise SystemExit(
+            f"lowbit: torch is needed to build the native kernels and cannot be imported here ({error}): `pip install "
+            "torch` first, or leave out --no-build-isolation, or leave out the kernels with LOWBIT_NATIVE=0"
+        ) from error
 
+    if find_compiler():
+        os.environ.setdefault("CXX", find_compiler())  # torch and setuptools would look for c++ only
     cuda_sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if wants_cuda() else []
-    sources = [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+    sources = [CPU_BINDINGS, *sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))]
     if cuda_sources:
-        sources.append(ROOT / "csrc" / "bindings_cuda.cpp")
+        sources.append(CUDA_BINDINGS)
     extension = CppExtension(
         "lowbit._C",
         [str(source.relative_to(ROOT)) for source in sources],
         depends=[str(header.relative_to(ROOT)) for header in sorted((ROOT / "csrc").rglob("*.h"))],
-        py_limited_api=True,
-        extra_compile_args=[*CXX_FLAGS, *(["-DLOWBIT_CUDA"] if cuda_sources else [])],
+        py_limited_api=has_limited_api(),
+        extra_compile_args=cxx_flags(cuda=bool(cuda_sources)),
     )
     # CppExtension also links torch and torch_python, which are not part of the stable ABI.
     extension.libraries = ["torch_cpu", "c10"]
@@ -134,9 +207,11 @@ def native_build() -> dict:
 
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": Build},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+        "cmdclass": {"build_ext": Build, "build_py": BuildPython},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}} if has_limited_api() else {},
     }
 
 
-setup(**(native_build() if wants_native() else {}))
+if __name__ == "__main__":
+    missing = missing_native_reason()
+    setup(**(native_build() if missing is None else pure_build(missing)))

@@ -57,6 +57,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE", help="a roofline, as PNG")
+    parser.add_argument("--plot-times", metavar="FILE", help="times side by side for the first shape, as PNG")
     parser.add_argument(
         "--isa", choices=["avx2"], help="what a CPU with no more than this would do, for all contenders"
     )
@@ -152,6 +153,8 @@ def main(argv: list[str] | None = None) -> int:
         report.write_json(options.json, machine, rows)
     if options.plot:
         report.plot_roofline(options.plot, machine, rows)
+    if options.plot_times:
+        report.plot_times(options.plot_times, machine, rows)
     wrong = [row for row in rows if row.get("wrong")]
     for row in wrong:
         console.print(

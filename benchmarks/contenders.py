@@ -179,7 +179,7 @@ def backward_case(o: Operands, m: int) -> Case:
     grad, op = o.rows(m, o.n), torch.ops.lowbit.linear_grad_input.default
     io = grad.nbytes + m * o.k * grad.element_size()
     rotate = m == 1
-    calls = [lambda q=q: op(grad, *q.parts(), q.format, q.block_size, o.k) for q in o.quantized(rotate)]
+    calls = [lambda q=q: op(grad, *q.operands(), o.k) for q in o.quantized(rotate)]
     case.add("lowbit", Rotating(calls), o.q.nbytes + io)
     case.error["lowbit"] = o.error(calls[0](), grad.double() @ o.decoded.double())
     case.limit["lowbit"] = o.product_limit(o.n)

@@ -1,7 +1,7 @@
 """Predictions for the CUDA kernels, lowbit's and bitsandbytes': the fastest of the paths that their kernels allow."""
 
-from cuda_counts import LOOPS
-from instruction_costs import Counted
+from codegen.cuda_counts import LOOPS
+from codegen.instruction_costs import Counted
 from roofline import Gpu, Prediction, Work, dense_product, least_time, one_after_another
 
 #: Blocks of 64, double-quantized: 4 bits, 8 bits per block, 32 bits per 256 blocks.

@@ -32,16 +32,18 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import cuda_counts
-import predict_cuda
-import predict_triton
-from cuda_counts import BITSANDBYTES, CUDA
-from instruction_costs import Counted
-from predict_triton import OPERATIONS, TRITON
-from prediction_report import plot, print_counts, print_missing, print_predictions
 from rich.console import Console
-from roofline import GPUS, TITLE, Gpu
-from triton_counts import count_all
+
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("tools", ".")]
+import predict_cuda  # noqa: E402
+import predict_triton  # noqa: E402
+from codegen import cuda_counts  # noqa: E402
+from codegen.cuda_counts import BITSANDBYTES, CUDA  # noqa: E402
+from codegen.instruction_costs import Counted  # noqa: E402
+from codegen.triton_counts import count_all  # noqa: E402
+from predict_triton import OPERATIONS, TRITON  # noqa: E402
+from prediction_report import plot, print_counts, print_missing, print_predictions  # noqa: E402
+from roofline import GPUS, TITLE, Gpu  # noqa: E402
 
 #: out_features, in_features
 LAYERS = {

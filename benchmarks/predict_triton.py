@@ -14,10 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from instruction_costs import Counted
+from codegen.instruction_costs import Counted
+from codegen.triton_code import Launch, backend, function, launches, tensor, weight
+from codegen.triton_counts import Body, Costs, costs
 from roofline import Gpu, Prediction, Work, dense_product, least_time, one_after_another
-from triton_code import Launch, backend, function, launches, tensor, weight
-from triton_counts import Body, Costs, costs
 
 TRITON = "lowbit's Triton"
 
@@ -36,7 +36,7 @@ def _x(*shape: int) -> torch.Tensor:
 
 
 def _quantize(m: int, n: int, k: int) -> None:
-    _, absmax = function("quantize")(_x(n, k), "nf4", 64)
+    _, absmax = function("quantize")(_x(n, k), "nf4:64")
     function("quantize_scales")(absmax, tensor())
 
 

@@ -2,8 +2,8 @@
 
 import re
 
-from cuda_counts import BITSANDBYTES, CUDA, LOOPS
-from instruction_costs import Counted
+from codegen.cuda_counts import BITSANDBYTES, CUDA, LOOPS
+from codegen.instruction_costs import Counted
 from predict_triton import TRITON
 from rich.box import HEAVY_HEAD, MARKDOWN
 from rich.console import Console

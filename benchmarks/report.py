@@ -1,4 +1,4 @@
-"""Tables, JSON and the roofline picture of a run."""
+"""Tables, JSON and the pictures of a run."""
 
 import json
 import os
@@ -123,4 +123,44 @@ def plot_roofline(path: str, machine: Machine, rows: list[dict]) -> None:
     axes.grid(True, which="both", alpha=0.2)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+#: In the picture of times: contender -> its name there and its colour. DENSE stands for the operand's own dtype.
+_SHOWN = {"lowbit": ("lowbit", "#1b6ca8"), "dense": ("dense torch", "#b0b7bf"), "bitsandbytes": ("bitsandbytes", "#e08a3c")}
+
+
+def plot_times(path: str, machine: Machine, rows: list[dict]) -> None:
+    """Milliseconds of lowbit, dense torch and bitsandbytes for each operation of the first shape, a panel per dtype."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    n, k = rows[0]["n"], rows[0]["k"]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    figure, panels = pyplot.subplots(1, len(dtypes), figsize=(5.5 * len(dtypes), 4.2), squeeze=False, sharey=True)
+    for axes, dtype in zip(panels[0], dtypes, strict=True):
+        names = {"lowbit": "lowbit", DENSE[dtype]: "dense", "bitsandbytes": "bitsandbytes"}
+        times: dict[str, dict[str, float]] = {}
+        for row in rows:
+            if (row["dtype"], row["n"], row["k"]) == (dtype, n, k) and row["name"] in names and "median_ms" in row:
+                operation = row["operation"] + (f"\n{row['m']} row{'s' * (row['m'] > 1)}" if row["m"] else "")
+                times.setdefault(operation, {})[names[row["name"]]] = row["median_ms"]
+        for at, (operation, by_name) in enumerate(times.items()):
+            for place, name in enumerate(_SHOWN):
+                if name in by_name:
+                    x, (label, color) = at + (place - 1) * 0.27, _SHOWN[name]
+                    axes.bar(x, by_name[name], 0.25, color=color, label=label if at == 0 else None)
+                    axes.annotate(f"{by_name[name]:.2g}", (x, by_name[name]), ha="center", va="bottom", fontsize=7)
+        axes.set(yscale="log", title=dtype, xticks=range(len(times)))
+        axes.set_xticklabels(times, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(True, axis="y", alpha=0.25)
+        axes.set_axisbelow(True)
+    panels[0][0].set_ylabel("milliseconds (log scale)")
+    panels[0][0].legend(frameon=False, fontsize=9)
+    figure.suptitle(f"{n} x {k}, NF4, {machine.name}, {machine.threads} threads", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -1,56 +1,121 @@
-// Arguments that kernels take alike on every device: pointers to its memory, but for the format, which is the host's.
+// The arguments of every operation, the same on every device: pointers to its memory, but for the format, which is the
+// host's. Matrices are row-major and contiguous.
 #pragma once
 
 #include <cstdint>
 
 #include "dtype.h"
-#include "nf4.h"
+#include "weight.h"
 
 namespace lowbit {
 
-// packed[(numel + 1) / 2], absmax[ceil(numel / block_size)]; a block with NaN or inf gets a non-finite absmax.
+// packed and scales of a weight: one scale for each block (the last block may be short), or for each row.
+//   4 bits: packed[ceil(numel / 2)], the code of w / absmax
+//   int8: packed[numel] = round_to_even(w * (1 / absmax * 127)); a row of zeros has absmax 0 and codes 0
+// The absmax of a block or row with NaN or inf is not finite.
 struct QuantizeArgs {
   const void* weight;
   Dtype dtype;
   int64_t numel;
   const Format* format;
-  int64_t block_size;
+  int64_t block_size;  // elements of a block or row
+  int64_t blocks;      // blocks or rows
   uint8_t* packed;
   float* absmax;
 };
 
-// codes[rows, columns] = round_to_even(w * (1 / absmax * 127)), absmax[rows]; a row of zeros has absmax 0 and codes 0.
-struct QuantizeInt8Args {
-  const void* weight;
-  Dtype dtype;
-  int64_t rows, columns;
-  int8_t* codes;
-  float* absmax;
+// codes[blocks], group_scales[ceil(blocks / 256)]
+struct QuantizeScalesArgs {
+  const float* absmax;
+  const float* offset;
+  int64_t blocks;
+  uint8_t* codes;
+  float* group_scales;
 };
 
-// scales[blocks]: per block the signed scale of a small grid that minimises the squared error of the decoded block,
-// each element's weighted by importance[its column] where given (columns: length of a row; element i is in column
-// i % columns).
+// scales[blocks]: per block the signed scale of a small grid that minimises the squared error of the decoded block.
+// The error of element i is weighted by importance[i % columns] where importance is given.
 struct SearchScalesArgs {
   const void* weight;
   Dtype dtype;
   int64_t numel;
-  const Format* format;
+  const Format* format;  // of 4 bits
   int64_t block_size;
   const float* importance;  // or null
   int64_t columns;
   float* scales;
 };
 
-// packed[(numel + 1) / 2]: for each element the code whose value times its block's scale is nearest.
+// packed[ceil(numel / 2)]: for each element the code whose value times its block's scale is nearest.
 struct EncodeArgs {
   const void* weight;
   Dtype dtype;
   int64_t numel;
-  const Format* format;
+  const Format* format;  // of 4 bits
   int64_t block_size;
   const float* scales;
   uint8_t* packed;
+};
+
+// out[numel] = the decoded weight
+struct DequantizeArgs {
+  QuantizedWeight weight;
+  void* out;
+  Dtype dtype;
+};
+
+// y[m, n] = x[m, k] W[n, k]^T + scaling t[m, rank] lora_b[n, rank]^T + bias[n]
+struct LinearArgs {
+  const void* x;
+  Dtype dtype;  // of x and y
+  QuantizedWeight weight;
+  const float* bias;  // or null
+  const float* t;     // or null, as lora_b
+  const float* lora_b;
+  float scaling;
+  int64_t m, n, k, rank;
+  void* y;
+  int64_t first_row = 0;       // CPU: W's first row in the weight, which may be a stack of matrices
+  float* workspace = nullptr;  // CUDA: as many floats as the plan says, of any content
+};
+
+// grad_x[m, k] = grad[m, n] W[n, k] + grad_t[m, rank] lora_a[rank, k]
+struct LinearGradInputArgs {
+  const void* grad;
+  Dtype dtype;  // of grad and grad_x
+  QuantizedWeight weight;
+  const float* grad_t;  // or null, as lora_a
+  const float* lora_a;
+  int64_t m, n, k, rank;
+  void* grad_x;
+  int64_t first_row = 0;       // as above
+  float* workspace = nullptr;  // as above; 16-byte aligned
+};
+
+// t[m, rank] = x[m, k] lora_a[rank, k]^T
+struct LoraDownArgs {
+  const void* x;
+  Dtype dtype;
+  const float* lora_a;
+  int64_t m, k, rank;
+  float* t;
+};
+
+// LoRA's factors rounded to `dtype`: the product low_out up_out^T is scaling low up^T. Only fp16 has too small a range
+// for low, whose size is x's or the loss scale's. There up, which is small, takes over what of low is beyond 2^15 and a
+// large scaling, for each component of the rank. What is not finite stays so in its own row of low and does not count
+// for the other rows.
+struct RoundedFactorsArgs {
+  const void* low;  // [m, rank]
+  Dtype low_dtype;
+  const void* up;  // [n, rank], with these strides
+  Dtype up_dtype;
+  int64_t up_row_stride, up_component_stride;
+  float scaling;
+  int64_t m, n, rank;
+  void* low_out;  // as low
+  void* up_out;   // as up, strides too
+  Dtype dtype;
 };
 
 }  // namespace lowbit

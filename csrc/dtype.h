@@ -7,6 +7,8 @@ namespace lowbit {
 
 enum class Dtype { f32, f16, bf16 };
 
+constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
 struct Bf16 {
   uint16_t bits;
 };

@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+import subprocess
 import sys
 
 import torch
@@ -28,7 +29,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--self-test", action="store_true", help="run the checks (also without this option)")
     parser.parse_args(arguments)
 
-    print(f"lowbit {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    # In a clone, `python -m` imports the sources. Whoever has just installed lowbit asks about what was installed.
+    if (copy := backends.native.installed_copy()) is not None:
+        print(f"The sources in {backends.native.PACKAGE} are not built. The installed lowbit:", flush=True)
+        options = sys.argv[1:] if arguments is None else arguments
+        return subprocess.run([sys.executable, "-m", "lowbit", *options], cwd=copy.parent).returncode
+
+    print(f"lowbit {__version__} in {backends.native.PACKAGE}")
+    print(f"torch {torch.__version__}, Python {platform.python_version()}")
     for name, reason in backends.available().items():
         print(f"backend {name:9} {'available' if reason is None else f'not available: {reason}'}")
     isas = selftest.isa_names()

@@ -1,7 +1,7 @@
 """The formats in Python: codebooks, thresholds, the 8-bit scale map, and the byte layout.
 
 The bytes are those of bitsandbytes 0.50 (``docs/format.md`` walks through them). The C++ twin of this file is
-``csrc/nf4.h``; ``tests/test_format.py`` holds the two together. In short, for a weight of ``n``
+``csrc/format.h``; ``tests/test_format.py`` holds the two together. In short, for a weight of ``n``
 elements in 4 bits (``nf4``, ``fp4``):
 
 ========  =======================  =====================================================================

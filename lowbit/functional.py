@@ -224,7 +224,7 @@ def _checked_weight(q: QuantizedTensor, x: torch.Tensor, bias: torch.Tensor | No
         raise ValueError(f"q: expected a weight of 2 dimensions (out, in), got shape {layout.logical_shape}")
     if layout.transposed:
         raise ValueError("q: expected a weight (out, in), got a transposed one; use x @ q, or q.T")
-    weight = q.operands()
+    weight = QuantizedTensor.operands(q)  # not q.operands(): torch.compile does not look into methods of an argument
     if weight is None:
         raise ValueError(
             f"q: expected a weight that begins with a block of its own, got a slice that begins inside one ({q!r}); use "

@@ -1,6 +1,5 @@
 """``quantize_`` and ``dequantize_``: a whole model's linear weights, in place. Modules keep their classes."""
 
-from collections import defaultdict
 from collections.abc import Iterable
 
 from torch import nn
@@ -70,12 +69,11 @@ def quantize_(
     if not isinstance(spec, WeightSpec):
         raise TypeError(f"spec: expected a lowbit.WeightSpec, got {type(spec).__name__}")
     check_scale(scale, spec)
-    return replace_weights(model, quantized_weights(find_weights(model, skip), spec, scale))
+    return replace_weights(model, quantized_weights(find_weights(model, _skipped(model, skip)), spec, scale))
 
 
-def find_weights(model: nn.Module, skip: Iterable[str]) -> dict[nn.Parameter, str]:
-    """The dense weights to quantize, with the name that each has first in the model."""
-    skipped = _skipped(model, skip)
+def find_weights(model: nn.Module, skipped: set[nn.Module]) -> dict[nn.Parameter, str]:
+    """The dense weights to quantize, with the name that each has first in the model; none of the modules skipped."""
     get_output = getattr(model, "get_output_embeddings", None)
     head = get_output() if callable(get_output) else None
     found, kept = {}, set()
@@ -137,13 +135,10 @@ def dequantize_(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    owners = defaultdict(list)
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if isinstance(parameter, QuantizedTensor):
-                owners[parameter].append((module, name))
-    dense = {q: nn.Parameter(q.dequantize(), requires_grad=False) for q in owners}
-    for q, places in owners.items():
-        for module, name in places:
-            module._parameters[name] = dense[q]
-    return model
+    parameters = [p for module in model.modules() for p in module._parameters.values()]
+    return replace_weights(model, decoded_weights(p for p in parameters if isinstance(p, QuantizedTensor)))
+
+
+def decoded_weights(weights: Iterable[nn.Parameter]) -> dict[nn.Parameter, nn.Parameter]:
+    """A frozen dense parameter for each of the quantized weights."""
+    return {q: nn.Parameter(q.dequantize(), requires_grad=False) for q in dict.fromkeys(weights)}

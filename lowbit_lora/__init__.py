@@ -1,7 +1,7 @@
 """LoRA and QLoRA on top of lowbit: layers, model wrappers, and adapters in PEFT's files."""
 
 from .config import LoraConfig, QLoRAConfig, QuantizationType
-from .layers import LoRABaseLayer, LoRALinear, QLoRALinear, QuantizedLinear
+from .layers import LoRABaseLayer, LoRALinear, QLoRALinear
 from .model import LoraModel, QLoRAModel
 
 __all__ = [
@@ -13,5 +13,4 @@ __all__ = [
     "QLoRALinear",
     "QLoRAModel",
     "QuantizationType",
-    "QuantizedLinear",
 ]

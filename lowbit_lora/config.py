@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from lowbit.tensor import check_block_size
+from lowbit import WeightSpec
+from lowbit.quantizers.quantize import check_scale
 
 BIAS_MODES = ("none", "all", "lora_only")
 
@@ -148,6 +149,8 @@ class QLoRAConfig(LoraConfig):
         quantization: a QuantizationType or its name: NF4, FP4, INT8 (8 bits, one scale a row).
         double_quant: store the block scales in 8 bits; INT8 ignores it.
         block_size: weights that share a scale; power of two, 32 to 4096; INT8 ignores it.
+        scale: how scales are found, as in :func:`lowbit.quantize`: "absmax", or "search" (not INT8), which takes longer
+            and leaves a smaller error.
         paged_adamw: to come, with ``get_paged_optimizer``.
 
     Raises:
@@ -160,16 +163,20 @@ class QLoRAConfig(LoraConfig):
     quantization: QuantizationType = QuantizationType.NF4
     double_quant: bool = True
     block_size: int = 64
+    scale: str = "absmax"
     paged_adamw: bool = False
 
     def __post_init__(self):
         super().__post_init__()
         self.quantization = check_quantization(self.quantization)
-        check_block_size(self.block_size)
-        if not isinstance(self.double_quant, bool):
-            raise TypeError(f"double_quant: expected a bool, got {self.double_quant!r}")
+        check_scale(self.scale, self.spec)
         if self.paged_adamw:
             raise NotImplementedError("paged_adamw: the paged optimizer is not implemented yet; expected False")
+
+    @property
+    def spec(self) -> WeightSpec:
+        """How a weight is stored."""
+        return WeightSpec(self.quantization.value, self.block_size, self.double_quant)
 
     def quantization_settings(self) -> dict[str, Any]:
         """The fields that PEFT's file has no place for, ready for JSON."""
@@ -177,6 +184,7 @@ class QLoRAConfig(LoraConfig):
             "quantization": self.quantization.value,
             "double_quant": self.double_quant,
             "block_size": self.block_size,
+            "scale": self.scale,
         }
 
 

@@ -5,29 +5,33 @@ in the first phase, when the model has not been touched.
 """
 
 import dataclasses
-from collections import defaultdict
+import warnings
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-import lowbit
+from lowbit import QuantizedTensor
+from lowbit.modules import decoded_weights, find_weights, quantized_weights, replace_weights
 
 from . import dense, hf
-from .config import LoraConfig
-from .layers import LoRABaseLayer, LoRALinear, QLoRALinear, QuantizedLinear
-from .targets import find_saved, find_targets, is_plain_linear, module_names
+from .config import LoraConfig, QLoRAConfig
+from .layers import LoRABaseLayer, LoRALinear
+from .targets import find_saved, find_targets
 
-# Below this many weights a model converts before a progress bar could be read.
-_PROGRESS_FROM = 50_000_000
+#: Where nn.Module keeps the hooks of a module; a layer with LoRA calls those of its base.
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks")
+_HOOKS += ("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook")
 
 
 class Conversion:
     """What wrapping ``model`` will change. Constructing it changes nothing; :meth:`apply` does.
 
     Args:
-        quantize: store every linear layer but heads and modules to save in 4 bits (for a QLoRAConfig).
+        config: what to adapt; a QLoRAConfig also stores all linear weights but those of heads and modules to save in
+            4 bits.
         automatic_head: add a classification head to modules_to_save.
 
     Attributes:
@@ -40,12 +44,11 @@ class Conversion:
             quantize.
     """
 
-    def __init__(self, model: nn.Module, config: LoraConfig, *, quantize: bool, automatic_head: bool = True):
+    def __init__(self, model: nn.Module, config: LoraConfig, *, automatic_head: bool = True):
         _check_convertible(model)
         if config.gradient_checkpointing:
             hf.check_can_checkpoint(model)
         self.model = model
-        self._quantize = quantize
 
         task_type, head_names = hf.task_head(model, config.task_type)
         wanted = list(config.modules_to_save or [])
@@ -56,6 +59,11 @@ class Conversion:
         inside_saved = {sub for module in saved for sub in module.modules()}
         heads = {module for module in [hf.output_embedding(model)] if module is not None}
         heads |= {sub for name in head_names for sub in getattr(model, name).modules()}
+        if _quantized_parameters(inside_saved):
+            raise ValueError(
+                f"modules_to_save: expected dense weights in {', '.join(self.saved)}, got a quantized one, which "
+                "cannot train; leave the module dense (skip=[...] of lowbit.quantize_)"
+            )
         targets = find_targets(model, config.target_modules, inside_saved, heads)
         resolved = config.target_modules
         if isinstance(resolved, str) and resolved.lower() == "all-linear":
@@ -68,50 +76,26 @@ class Conversion:
             task_type=task_type,
         )
 
-        self._replacements = self._build_layers(targets, inside_saved | heads)
+        self._weights = {}
+        if isinstance(config, QLoRAConfig):
+            self._weights = quantized_weights(find_weights(model, inside_saved | heads), config.spec, config.scale)
+        self._replacements = {module: self._new_layer(module) for module in targets}
         self.layers = {name: self._replacements[module] for module, name in targets.items()}
         self._copies, self._cast_modules = _full_precision_copies(model, saved, inside_saved)
 
-    def _build_layers(self, targets: dict[nn.Module, str], dense: set[nn.Module]) -> dict[nn.Module, nn.Module]:
-        to_quantize = _quantizable(self.model, dense) if self._quantize else {}
-        names = {**to_quantize, **targets}
-        size = sum(module.weight.numel() for module in names)
-        # disable=None shows the bar on a terminal only.
-        progress = tqdm(names.items(), "Quantizing", leave=False, disable=None if size > _PROGRESS_FROM else True)
-        quantized: dict[int, lowbit.QuantizedTensor] = {}  # two layers that share a weight share its 4-bit form
-        replacements = {}
-        for module, name in progress:
-            if module in to_quantize and id(module.weight) not in quantized:
-                quantized[id(module.weight)] = self._quantized(module.weight, name)
-            new = self._new_layer(module, quantized.get(id(module.weight)), module in targets)
-            replacements[module] = new.train(module.training)
-        return replacements
-
-    def _quantized(self, weight: torch.Tensor, name: str) -> lowbit.QuantizedTensor:
+    def _new_layer(self, module: nn.Linear) -> LoRALinear:
         config = self.config
-        try:
-            return lowbit.quantize(
-                weight,
-                format=config.quantization.value,
-                block_size=config.block_size,
-                double_quant=config.double_quant,
-            )
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"{name}.weight: {error}") from error
-
-    def _new_layer(self, module: nn.Linear, quantized: lowbit.QuantizedTensor | None, with_lora: bool) -> nn.Module:
-        if not with_lora:
-            return QuantizedLinear(quantized, module.bias)
-        config = self.config
-        options: dict[str, Any] = {
-            "rank": config.rank,
-            "lora_alpha": config.lora_alpha,
-            "lora_dropout": config.lora_dropout,
-            "use_rslora": config.use_rslora,
-        }
-        if quantized is None:
-            return LoRALinear(module, **options)
-        return QLoRALinear.from_linear(module, **options, quantized=quantized)
+        layer = LoRALinear(
+            module,
+            rank=config.rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            use_rslora=config.use_rslora,
+            freeze=False,
+        )
+        for name in _HOOKS:  # the very dictionaries, so that the hooks' handles go on working
+            setattr(layer, name, getattr(module, name))
+        return layer.train(module.training)
 
     def apply(self, trainable: bool = True) -> "Restore":
         """Change the model; returns what undoes the parts that merging does not."""
@@ -119,25 +103,21 @@ class Conversion:
         restore = Restore(
             requires_grad={n: p.requires_grad for n, p in model.named_parameters(remove_duplicate=False)},
             dtypes={n: t.dtype for n, t in _named_tensors(model) if t in self._copies},
-            fast_paths={},
+            nested={},
             checkpointing=config.gradient_checkpointing,
         )
         swap(model, self._replacements)
-        for old, new in self._replacements.items():
-            # The very Parameter objects, so that tied weights stay tied through .to() and saving.
-            new.bias = old.bias
-            if isinstance(new, LoRALinear):
-                new.weight = old.weight
+        replace_weights(model, self._weights)
         _replace_tensors(model, self._copies)
         for module, dtype in self._cast_modules.items():
             module = self._replacements.get(module, module)
             module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
             module.register_forward_hook(_CastOutputs(dtype))
         for name, module in model.named_modules():
-            if isinstance(module, nn.TransformerEncoderLayer) and module.linear1 in self._replacements.values():
-                # Its fused inference path reads linear1.weight itself, past our layers; 0 turns it off.
-                restore.fast_paths[name] = module.activation_relu_or_gelu
-                module.activation_relu_or_gelu = 0
+            if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
+                # It looks at its first layer alone, and nested tensors fail in those whose fused path LoRA turns off.
+                restore.nested[name] = True
+                module.use_nested_tensor = False
         if config.gradient_checkpointing:
             hf.enable_checkpointing(model)
         for parameter in model.parameters():
@@ -155,7 +135,7 @@ class Restore:
 
     requires_grad: dict[str, bool]
     dtypes: dict[str, torch.dtype]
-    fast_paths: dict[str, int]
+    nested: dict[str, bool]
     checkpointing: bool
 
     def apply(self, model: nn.Module) -> None:
@@ -169,8 +149,8 @@ class Restore:
                         module._forward_pre_hooks_with_kwargs.pop(key, None)
         tensors = {n: t for n, t in _named_tensors(model) if n in self.dtypes and t.dtype != self.dtypes[n]}
         _replace_tensors(model, {t: _like(t, t.detach().to(self.dtypes[n])) for n, t in tensors.items()})
-        for name, value in self.fast_paths.items():
-            model.get_submodule(name).activation_relu_or_gelu = value
+        for name, value in self.nested.items():
+            model.get_submodule(name).use_nested_tensor = value
         if self.checkpointing:
             hf.disable_checkpointing(model)
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -193,25 +173,44 @@ def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
 
 
 @torch.no_grad()
-def merge_all(model: nn.Module) -> None:
-    """Replace every layer of ours by a plain nn.Linear; a shared 4-bit weight becomes a shared dense one."""
-    plain: dict[int, nn.Parameter] = {}
-    merged = {}
-    for module in model.modules():
-        if not isinstance(module, (LoRABaseLayer, QuantizedLinear)):
-            continue
-        linear = module.merge().train(module.training)
-        if not isinstance(module, LoRABaseLayer):
-            linear.weight = plain.setdefault(id(module.weight_packed), linear.weight)
-        merged[module] = linear
-    swap(model, merged)
+def merge_all(model: nn.Module, *, decode: bool) -> None:
+    """Put the base back in the place of each LoRA layer, with the merged weight; on an error nothing is changed.
+
+    ``decode``: decode the quantized weights of all other layers too. A shared one becomes a shared dense one.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoRABaseLayer)]
+    bases = {layer.base_layer for layer in layers}
+    merged = {layer: nn.Parameter(layer.merged_weight(), requires_grad=False) for layer in layers}
+    others = (module for module in model.modules() if decode and module not in bases)
+    dense_weights = decoded_weights(_quantized_parameters(others))
+    _warn_of_untying(model, bases)
+    for layer, weight in merged.items():
+        layer.base_layer.weight = weight
+    replace_weights(model, dense_weights)
+    swap(model, {layer: layer.base_layer for layer in layers})
+
+
+def _quantized_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    return [p for module in modules for p in module._parameters.values() if isinstance(p, QuantizedTensor)]
+
+
+def _warn_of_untying(model: nn.Module, bases: set[nn.Module]) -> None:
+    """Warn of each weight that a layer with LoRA shares with another layer."""
+    owners = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
+    for name, module in model.named_modules():
+        if module in bases and owners[module.weight] > 1:
+            warnings.warn(
+                f"{name.removesuffix('.base_layer')}.weight is tied to that of another layer; merging unties them. Set "
+                "config.tie_word_embeddings = False before saving the merged model",
+                stacklevel=4,
+            )
 
 
 def trainable_parameters(
     model: nn.Module, layers: dict[str, nn.Module], saved: dict[str, nn.Module], bias: str
 ) -> list[nn.Parameter]:
     """What trains: LoRA, the modules to save, and biases."""
-    found = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
+    found = [p for layer in layers.values() for p in layer.factors()]
     found += [p for module in saved.values() for p in module.parameters() if p.is_floating_point()]
     return found + list(trainable_biases(model, layers, saved, bias).values())
 
@@ -219,15 +218,16 @@ def trainable_parameters(
 def trainable_biases(
     model: nn.Module, layers: dict[str, nn.Module], saved: dict[str, nn.Module], bias: str
 ) -> dict[str, nn.Parameter]:
-    """The biases that train, by name, without those of modules to save."""
+    """The biases that train, without those of modules to save, by the names they have once layers are wrapped."""
     if bias == "none":
         return {}
     in_saved = {p for module in saved.values() for p in module.parameters()}
     found = {}
     for name, parameter in model.named_parameters():
         owner, _, last = name.rpartition(".")
+        owner = owner.removesuffix(".base_layer")
         if "bias" in last and parameter not in in_saved and (bias == "all" or owner in layers):
-            found[name] = parameter
+            found[f"{owner}.base_layer.{last}" if owner in layers else name] = parameter
     return found
 
 
@@ -239,23 +239,11 @@ def _check_convertible(model: nn.Module) -> None:
     if getattr(model, "is_quantized", False):
         raise ValueError("model: expected dense weights, got a model that is quantized already")
     for name, module in model.named_modules():
-        if isinstance(module, (LoRABaseLayer, QuantizedLinear)):
+        if isinstance(module, LoRABaseLayer):
             raise ValueError(
                 f"model: expected one without adapters, but {name or 'it'!r} is a {type(module).__name__}; "
                 "call merge_and_unload() first"
             )
-
-
-def _quantizable(model: nn.Module, dense: set[nn.Module]) -> dict[nn.Module, str]:
-    """The layers to store in 4 bits, with their names."""
-    owners = defaultdict(list)
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)].append(module)
-    found = {m: n[0] for m, n in module_names(model).items() if is_plain_linear(m) and m not in dense}
-    # A weight tied to an embedding stays dense: the embedding needs it, and a copy would untie the two.
-    return {m: n for m, n in found.items() if m.weight.numel() and all(o in found for o in owners[id(m.weight)])}
 
 
 def _named_tensors(model: nn.Module):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowbit.ops import rows
+from lowbit.ops.linear import rows
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 #: Weights widened to fp32 at a time: 16 MB of them.
@@ -86,8 +86,8 @@ def _pieces(weight: torch.Tensor) -> list[slice]:
 class FrozenLinear(nn.Linear):
     """An nn.Linear whose weight is frozen; what :func:`adopt` makes of those a wrapped model keeps."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return frozen_linear(x, self.weight, self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return frozen_linear(input, self.weight, self.bias)
 
 
 def adopt(model: nn.Module) -> None:

@@ -1,69 +1,139 @@
-"""Linear layers with LoRA, on a dense weight (LoRALinear) or a quantized one (QLoRALinear).
+"""Linear layers with LoRA. A layer wraps its base, whose weight may be dense or quantized, and keeps PEFT's names."""
 
-As in loralib, the names are the protocol: parameters whose name starts with ``lora_`` are the adapter.
-"""
-
+import contextlib
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 import lowbit
-from lowbit.tensor import state_keys
+from lowbit import QuantizedTensor
 
-from .config import QuantizationType, check_lora_options, check_quantization, lora_scaling
+from .config import QLoRAConfig, QuantizationType, check_lora_options, lora_scaling
 from .dense import frozen_linear
+
+#: The name of the adapter, as PEFT calls one that was given no name.
+ADAPTER = "default"
 
 
 class LoRABaseLayer(nn.Module):
-    """What all LoRA layers share: ``lora_A`` [rank, in], ``lora_B`` [out, rank], scaling and dropout."""
+    """What all LoRA layers share: ``base_layer``, and ``lora_A.default`` and ``lora_B.default``, the factors.
 
-    def _add_lora(self, rank, lora_alpha, lora_dropout, use_rslora, lora_dtype, device) -> None:
+    The rank, the scaling and the dropout of the adapter are attributes. For other code the layer looks like its base:
+    ``weight``, ``bias`` and the sizes are there.
+    """
+
+    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int):
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = in_features, out_features
+
+    def _add_lora(self, rank, lora_alpha, lora_dropout, use_rslora, lora_dtype) -> None:
         check_lora_options(rank, lora_alpha, lora_dropout)
         self.rank = rank
         self.lora_alpha = lora_alpha
         self.lora_dropout = lora_dropout
         self.scaling = lora_scaling(rank, lora_alpha, use_rslora)
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=lora_dtype, device=device))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, dtype=lora_dtype, device=device))
+        options = {"bias": False, "dtype": lora_dtype, "device": self.base_layer.weight.device}
+        self.lora_A = nn.ModuleDict({ADAPTER: nn.Linear(self.in_features, rank, **options)})
+        self.lora_B = nn.ModuleDict({ADAPTER: nn.Linear(rank, self.out_features, **options)})
         self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:
-        """A uniform as nn.Linear's weight, B zero: the layer starts out as its base."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+        """Fill A as nn.Linear's weight and B with zeros, so that the layer computes what its base does."""
+        lora_a, lora_b = self.factors()
+        nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
+        nn.init.zeros_(lora_b)
+
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """``(A [rank, in], B [out, rank])``."""
+        return self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The base's bias."""
+        return self.base_layer.bias
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W + scaling * B A, for code that reads the weight of a layer instead of calling the layer."""
+        return self.merged_weight() if torch.compiler.is_compiling() else AdaptedWeight(self)
 
     def base_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The frozen weight, decoded, [out, in], in ``dtype`` (default: its own)."""
-        raise NotImplementedError
+        """The frozen weight W, decoded, in ``dtype`` (default: its own)."""
+        weight = self.base_layer.weight.detach()
+        if isinstance(weight, QuantizedTensor):
+            return weight.dequantize(dtype)
+        return weight if dtype is None else weight.to(dtype)
+
+    def merged_weight(self) -> torch.Tensor:
+        """W + scaling * B A, summed in fp32 and rounded once to W's dtype; differentiable in A and B."""
+        weight, (lora_a, lora_b) = self.base_layer.weight, self.factors()
+        with _without_autocast(weight.device):
+            merged = self.base_weight(torch.float32) + self.scaling * (lora_b.float() @ lora_a.float())
+            return merged.to(weight.dtype)
 
     @torch.no_grad()
-    def merge(self) -> nn.Linear:
-        """A plain nn.Linear with weight W + scaling * B A, summed in fp32 and rounded once to W's dtype."""
-        merged = self.base_weight(torch.float32) + self.scaling * (self.lora_B.float() @ self.lora_A.float())
-        return _plain_linear(merged.to(self.weight.dtype), self.bias)
+    def merge(self) -> nn.Module:
+        """Put the merged weight, which is dense, into the base layer; returns the base layer."""
+        self.base_layer.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
+        return self.base_layer
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, "
-            f"rank={self.rank}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
-        )
+        return f"rank={self.rank}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
 
 
-def _plain_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    out_features, in_features = weight.shape
-    linear = nn.Linear(in_features, out_features, bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    return linear
+class AdaptedWeight(torch.Tensor):
+    """The ``weight`` of a LoRA layer: W + scaling * B A, computed when a torch function takes it.
+
+    Some models read a layer's weight instead of calling the layer (Mamba's ``dt_proj``). They get the adapted weight,
+    through which A and B are trained. T5 only asks for its dtype, which computes nothing. The fused inference paths of
+    torch's transformer layers decline a tensor with torch functions of its own, and call the layer. Dropout is not
+    applied.
+    """
+
+    @staticmethod
+    def __new__(cls, layer: LoRABaseLayer):
+        weight = layer.base_layer.weight
+        self = torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
+        self.layer = layer
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in _MEMORY:
+            raise RuntimeError(
+                "weight: expected the layer to be called, but its memory was asked for, which LoRA is not in; leave "
+                "the layer out of target_modules"
+            )
+        if func in _DESCRIPTION:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map_only(cls, lambda weight: weight.layer.merged_weight(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    __torch_dispatch__ = __torch_function__
+
+    def __repr__(self, *, tensor_contents=None) -> str:
+        return f"AdaptedWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+
+_DESCRIPTION = {getattr(torch.Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "is_cuda")}
+_DESCRIPTION |= {getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "is_floating_point")}
+_MEMORY = {getattr(torch.Tensor, name) for name in ("data_ptr", "storage", "untyped_storage")}
 
 
 class LoRALinear(LoRABaseLayer):
-    """nn.Linear with a frozen dense weight, plus LoRA. Takes over the weight and bias of ``linear``.
+    """nn.Linear with a frozen weight, dense or quantized, plus LoRA.
+
+    Args:
+        linear: the layer to adapt, which becomes ``base_layer``.
+        rank, lora_alpha, lora_dropout, use_rslora: see :class:`~lowbit_lora.LoraConfig`.
+        lora_dtype: of the factors.
+        freeze: stop the training of the weight and the bias of ``linear``.
 
     Raises:
         TypeError: ``linear`` is not an nn.Linear.
@@ -79,271 +149,68 @@ class LoRALinear(LoRABaseLayer):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         lora_dtype: torch.dtype = torch.float32,
+        freeze: bool = True,
     ):
-        super().__init__()
-        _check_linear_module(linear)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._add_lora(rank, lora_alpha, lora_dropout, use_rslora, lora_dtype, linear.weight.device)
-        self.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
+        if linear.weight.numel() == 0:
+            raise ValueError(f"linear: expected at least one weight, got shape {tuple(linear.weight.shape)}")
+        super().__init__(linear, linear.in_features, linear.out_features)
+        self._add_lora(rank, lora_alpha, lora_dropout, use_rslora, lora_dtype)
+        if freeze:
+            linear.requires_grad_(False)
 
-    def base_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self.weight.detach() if dtype is None else self.weight.detach().to(dtype)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] -> [..., out_features] in the dtype of x W^T."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x: expected a last dimension of in_features={self.in_features}, got {tuple(x.shape)}")
-        base = frozen_linear(x, self.weight, self.bias)
-        dropped = F.dropout(x, self.lora_dropout, self.training)
-        with torch.autocast(x.device.type, enabled=False):
-            # LoRA in the adapter's own precision, as QLoRALinear computes it.
-            t = F.linear(dropped.to(self.lora_A.dtype), self.lora_A)
-            return base + (self.scaling * F.linear(t, self.lora_B)).to(base.dtype)
-
-
-class QuantizedLinear(nn.Module):
-    """A frozen linear layer whose weight is stored in 4 bits, or in int8.
-
-    The pieces of the weight are buffers that move between devices but are never cast: ``.half()`` or
-    ``.to(torch.bfloat16)`` change bias and LoRA only. ``state_dict()`` has them under bitsandbytes' names. Those of
-    int8 do not say the weight's dtype: a layer that loads them keeps its own.
-    """
-
-    _PARTS = ("weight_packed", "weight_absmax", "weight_group_scales", "weight_offset")
-    #: What quantized_weight made last; valid while its parts are the buffers.
-    _quantized: lowbit.QuantizedTensor | None = None
-
-    def __init__(self, quantized: lowbit.QuantizedTensor, bias: torch.Tensor | None = None):
-        super().__init__()
-        self._set_quantized(quantized)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        *,
-        quantization: QuantizationType | str = QuantizationType.NF4,
-        double_quant: bool = True,
-        block_size: int = 64,
-    ) -> "QuantizedLinear":
-        """A layer with the weight of ``linear`` stored in 4 bits; ``linear`` is not changed.
-
-        Raises:
-            TypeError, ValueError: as :meth:`QLoRALinear.from_linear`.
-        """
-        return cls(_quantize_weight(linear, quantization, double_quant, block_size), linear.bias)
-
-    def _set_quantized(self, quantized: lowbit.QuantizedTensor) -> None:
-        self.out_features, self.in_features = quantized.shape
-        self.weight_dtype = quantized.dtype
-        self.format = quantized.format
-        self.block_size = quantized.block_size
-        for name, part in zip(self._PARTS, quantized.parts(), strict=True):
-            self.register_buffer(name, part, persistent=False)
-        self._quantized = None
-
-    @property
-    def quantized_weight(self) -> lowbit.QuantizedTensor:
-        """The weight, [out_features, in_features]; shares the buffers' memory."""
-        if torch.compiler.is_compiling():
-            return self._make_quantized()
-        # Making one costs more than a small product. Whoever moves or loads a layer puts other tensors in its buffers.
-        made, buffers = self._quantized, self._buffers
-        if (
-            made is None
-            or made.packed is not buffers["weight_packed"]
-            or made.absmax is not buffers["weight_absmax"]
-            or made.group_scales is not buffers["weight_group_scales"]
-            or made.offset is not buffers["weight_offset"]
-        ):
-            made = self._quantized = self._make_quantized()
-        return made
-
-    def _make_quantized(self) -> lowbit.QuantizedTensor:
-        return lowbit.QuantizedTensor(
-            *(getattr(self, name) for name in self._PARTS),
-            shape=(self.out_features, self.in_features),
-            dtype=self.weight_dtype,
-            format=self.format,
-            block_size=self.block_size,
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_quantized"}
-
-    @property
-    def weight(self) -> lowbit.QuantizedTensor:
-        """As :attr:`quantized_weight`: Hugging Face code asks ``layer.weight`` for its dtype and device."""
-        return self.quantized_weight
-
-    def base_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The decoded weight, [out, in], in ``dtype`` (default: that of the weight that was quantized)."""
-        return self.quantized_weight.dequantize(dtype)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] -> [..., out_features] in x's dtype (under autocast, in the autocast dtype)."""
-        return lowbit.linear(x, self.quantized_weight, self.bias)
-
-    def merge(self) -> nn.Linear:
-        """A plain nn.Linear with the decoded weight."""
-        return _plain_linear(self.base_weight(), self.bias)
-
-    def _apply(self, fn, recurse=True):
-        parts = {name: self._buffers[name] for name in self._PARTS}
-        super()._apply(fn, recurse)
-        for name, part in parts.items():
-            applied = self._buffers[name]
-            if part is not None and applied.dtype != part.dtype:  # a cast, perhaps with a move: keep the move
-                self._buffers[name] = part.to(applied.device)
-        return self
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update(self.quantized_weight.state_dict(prefix + "weight"))
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        name = prefix + "weight"
-        own = state_keys(state_dict, name)
-        if own:
-            try:
-                loaded = lowbit.QuantizedTensor.from_state_dict(state_dict, name, int8_dtype=self.weight_dtype)
-                if loaded.shape != (self.out_features, self.in_features):
-                    raise ValueError(
-                        f"expected shape {(self.out_features, self.in_features)}, got {tuple(loaded.shape)}"
-                    )
-                self._set_quantized(_copy_to(loaded, self.weight_packed.device))
-            except (ValueError, TypeError) as error:
-                errors.append(f"{name}: {error}")
-        elif strict:
-            missing.append(name)
-        rest = {key: value for key, value in state_dict.items() if key not in own}
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected, errors)
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, "
-            f"format={self.format}, block_size={self.block_size}"
-        )
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features] in the dtype of input (under autocast, in the autocast dtype)."""
+        base, (lora_a, lora_b) = self.base_layer, self.factors()
+        if isinstance(base.weight, QuantizedTensor):
+            return lowbit.lora_linear(
+                input, base.weight, lora_a, lora_b, self.scaling, base.bias, self.lora_dropout, self.training
+            )
+        if input.shape[-1] != self.in_features:
+            raise ValueError(
+                f"input: expected a last dimension of in_features={self.in_features}, got {tuple(input.shape)}"
+            )
+        y = frozen_linear(input, base.weight, base.bias)
+        dropped = F.dropout(input, self.lora_dropout, self.training)
+        with _without_autocast(input.device):
+            # LoRA in the adapter's own precision, as on a quantized base.
+            t = F.linear(dropped.to(lora_a.dtype), lora_a)
+            return y + (self.scaling * F.linear(t, lora_b)).to(y.dtype)
 
 
-class QLoRALinear(QuantizedLinear, LoRABaseLayer):
-    """A linear layer with its frozen weight in 4 bits, plus trainable LoRA.
-
-    The constructor starts from a random weight as nn.Linear's; :meth:`from_linear` from a trained one.
+def QLoRALinear(
+    in_features: int,
+    out_features: int,
+    bias: bool = True,
+    *,
+    quantization: QuantizationType | str = QuantizationType.NF4,
+    double_quant: bool = True,
+    block_size: int = 64,
+    scale: str = "absmax",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **lora: Any,
+) -> LoRALinear:
+    """A LoRALinear on a random weight as nn.Linear's, which is stored in 4 bits or in 8.
 
     Args:
         in_features, out_features, bias, device: as nn.Linear.
-        rank, lora_alpha, lora_dropout, use_rslora: see :class:`~lowbit_lora.LoraConfig`.
-        quantization, double_quant, block_size: see :class:`~lowbit_lora.QLoRAConfig`.
+        quantization, double_quant, block_size, scale: see :class:`~lowbit_lora.QLoRAConfig`.
         dtype: of the bias and of the decoded weight; float32, float16 or bfloat16.
-        lora_dtype: of lora_A and lora_B.
+        lora: rank and the other arguments of :class:`LoRALinear`.
 
     Raises:
         TypeError, ValueError: an argument out of range.
     """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        rank: int = 8,
-        lora_alpha: float = 16,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        quantization: QuantizationType | str = QuantizationType.NF4,
-        double_quant: bool = True,
-        block_size: int = 64,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        lora_dtype: torch.dtype = torch.float32,
-    ):
-        for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
-        check_lora_options(rank, lora_alpha, lora_dropout)
-        linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        quantized = _quantize_weight(linear, quantization, double_quant, block_size)
-        self._build(quantized, linear, rank, lora_alpha, lora_dropout, use_rslora, lora_dtype)
-
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        *,
-        rank: int = 8,
-        lora_alpha: float = 16,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        quantization: QuantizationType | str = QuantizationType.NF4,
-        double_quant: bool = True,
-        block_size: int = 64,
-        lora_dtype: torch.dtype = torch.float32,
-        quantized: lowbit.QuantizedTensor | None = None,
-    ) -> "QLoRALinear":
-        """A layer with the weight of ``linear`` stored in 4 bits, its bias shared; ``linear`` is not changed.
-
-        ``quantized``, where given, is that weight already in 4 bits (two layers that share one weight).
-
-        Raises:
-            TypeError: ``linear`` is not an nn.Linear, or its dtype is not float32, float16 or bfloat16.
-            ValueError: an option out of range, or NaN or inf in the weight.
-        """
-        check_lora_options(rank, lora_alpha, lora_dropout)
-        _check_linear_module(linear)
-        if quantized is None:
-            quantized = _quantize_weight(linear, quantization, double_quant, block_size)
-        layer = cls.__new__(cls)
-        layer._build(quantized, linear, rank, lora_alpha, lora_dropout, use_rslora, lora_dtype)
-        return layer
-
-    def _build(self, quantized, linear, rank, lora_alpha, lora_dropout, use_rslora, lora_dtype) -> None:
-        QuantizedLinear.__init__(self, quantized, linear.bias)
-        self._add_lora(rank, lora_alpha, lora_dropout, use_rslora, lora_dtype, linear.weight.device)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] -> [..., out_features] in x's dtype (under autocast, in the autocast dtype)."""
-        parameters = self._parameters  # directly: nn.Module's look-up takes 1 us for each
-        try:
-            lora_a, lora_b, bias = parameters["lora_A"], parameters["lora_B"], parameters["bias"]
-        except KeyError:  # no bias, or parametrized
-            lora_a, lora_b, bias = self.lora_A, self.lora_B, self.bias
-        return lowbit.lora_linear(
-            x, self.quantized_weight, lora_a, lora_b, self.scaling, bias, self.lora_dropout, self.training
-        )
-
-    def merge(self) -> nn.Linear:
-        return LoRABaseLayer.merge(self)
-
-    def extra_repr(self) -> str:
-        return f"{LoRABaseLayer.extra_repr(self)}, format={self.format}, block_size={self.block_size}"
+    for name, size in (("in_features", in_features), ("out_features", out_features)):
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
+    stored = QLoRAConfig(quantization=quantization, double_quant=double_quant, block_size=block_size, scale=scale)
+    linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+    return LoRALinear(lowbit.quantize_(linear, stored.spec, scale=scale), **lora)
 
 
-def _copy_to(quantized: lowbit.QuantizedTensor, device: torch.device) -> lowbit.QuantizedTensor:
-    """A copy that shares no memory with the state dict; for a meta layer, the state dict's own tensors."""
-    parts = quantized.parts()
-    if device.type != "meta":
-        parts = tuple(None if part is None else part.to(device, copy=True) for part in parts)
-    return lowbit.QuantizedTensor(
-        *parts,
-        shape=quantized.shape,
-        dtype=quantized.dtype,
-        format=quantized.format,
-        block_size=quantized.block_size,
-    )
-
-
-def _quantize_weight(linear, quantization, double_quant, block_size) -> lowbit.QuantizedTensor:
-    _check_linear_module(linear)
-    format = check_quantization(quantization).value
-    return lowbit.quantize(linear.weight, format=format, block_size=block_size, double_quant=double_quant)
-
-
-def _check_linear_module(linear: Any) -> None:
-    if not isinstance(linear, nn.Linear):
-        raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
-    if linear.weight.numel() == 0:
-        raise ValueError(f"linear: expected at least one weight, got shape {tuple(linear.weight.shape)}")
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    # torch.autocast knows no meta device.
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

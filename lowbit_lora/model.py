@@ -1,16 +1,16 @@
 """LoraModel and QLoRAModel: a model with adapters on it."""
 
 import os
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
+import lowbit
+
 from . import saving
 from .config import LoraConfig, QLoRAConfig
 from .conversion import Conversion, merge_all
-from .layers import LoRALinear, QuantizedLinear
 
 
 class LoraModel(nn.Module):
@@ -31,12 +31,11 @@ class LoraModel(nn.Module):
     """
 
     config_class = LoraConfig
-    _quantize = False
 
     def __init__(self, model: nn.Module, config: LoraConfig):
         _check_types(model, config, self.config_class)
         super().__init__()
-        self._adopt(Conversion(model, config, quantize=self._quantize))
+        self._adopt(Conversion(model, config))
 
     def _adopt(self, conversion: Conversion, trainable: bool = True) -> None:
         self._restore = conversion.apply(trainable)
@@ -69,13 +68,7 @@ class LoraModel(nn.Module):
     def count_parameters(self) -> tuple[int, int]:
         """``(trainable, all)``; a 4-bit weight counts as the number of weights it stores."""
         trainable = sum(parameter.numel() for parameter in self.trainable_parameters())
-        dense = sum(parameter.numel() for parameter in self.parameters())
-        quantized = {
-            id(module.weight_packed): module.in_features * module.out_features
-            for module in self.modules()
-            if isinstance(module, QuantizedLinear)
-        }
-        return trainable, dense + sum(quantized.values())
+        return trainable, sum(parameter.numel() for parameter in self.parameters())
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, in PEFT's words."""
@@ -91,7 +84,7 @@ class LoraModel(nn.Module):
             id(tensor): tensor.nbytes
             for source in (self.model.named_parameters(), self.model.named_buffers())
             for name, tensor in source
-            if not name.rpartition(".")[2].startswith("lora_")
+            if ".lora_" not in name
         }
         return sum(tensors.values())
 
@@ -119,7 +112,7 @@ class LoraModel(nn.Module):
             folder: what save_pretrained wrote, or a hub name.
             is_trainable: train on; otherwise every parameter is frozen.
             overrides: settings that the shapes of the adapter do not depend on: quantization, double_quant,
-                block_size (an adapter by PEFT says nothing of them), lora_dropout, gradient_checkpointing.
+                block_size, scale (an adapter by PEFT says nothing of them), lora_dropout, gradient_checkpointing.
 
         Raises:
             OSError: files that are missing (FileNotFoundError) or broken.
@@ -127,7 +120,7 @@ class LoraModel(nn.Module):
         """
         config, tensors, file = saving.read_adapter(folder, cls.config_class, overrides)
         _check_types(model, config, cls.config_class)
-        conversion = Conversion(model, config, quantize=cls._quantize, automatic_head=False)
+        conversion = Conversion(model, config, automatic_head=False)
         layers, saved, bias = conversion.layers, conversion.saved, config.bias
         values = saving.fit(tensors, model, layers, saved, bias, file)
         wrapper = cls.__new__(cls)
@@ -145,8 +138,7 @@ class LoraModel(nn.Module):
         4-bit weight stays in: the result computes what the adapted model computed.
         """
         self._parts()
-        self._warn_of_untying()
-        merge_all(self.model)
+        merge_all(self.model, decode=isinstance(self.lora_config, QLoRAConfig))
         self._restore.apply(self.model)
         self._adapted = None
         return self.model
@@ -157,17 +149,6 @@ class LoraModel(nn.Module):
             raise ValueError("the adapters have been merged into the model: there are none any more")
         get = self.model.get_submodule
         return {name: get(name) for name in self._adapted}, {name: get(name) for name in self._saved}
-
-    def _warn_of_untying(self) -> None:
-        layers = {module for module in self.model.modules() if isinstance(module, LoRALinear)}
-        weights = {layer.weight for layer in layers}
-        for name, module in self.model.named_modules():
-            if module not in layers and any(p in weights for p in module._parameters.values() if p is not None):
-                warnings.warn(
-                    f"{name}.weight is tied to a layer with LoRA; merging unties them. Set "
-                    "config.tie_word_embeddings = False before saving the merged model",
-                    stacklevel=3,
-                )
 
 
 class QLoRAModel(LoraModel):
@@ -183,7 +164,6 @@ class QLoRAModel(LoraModel):
     """
 
     config_class = QLoRAConfig
-    _quantize = True
 
 
 def _check_types(model: Any, config: Any, config_class: type) -> None:

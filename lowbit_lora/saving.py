@@ -33,13 +33,11 @@ def adapter_tensors(
     """All that is saved, by PEFT's key; the tensors are the model's own."""
     tensors = {}
     for name, layer in layers.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B
-    for name in trainable_biases(model, layers, saved, bias):
-        owner, _, last = name.rpartition(".")
-        # In PEFT a layer with LoRA holds the original layer inside.
-        key = f"{owner}.base_layer.{last}" if owner in layers else name
-        tensors[_PREFIX + key] = model.get_parameter(name)
+        lora_a, lora_b = layer.factors()
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = lora_a
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = lora_b
+    for name, parameter in trainable_biases(model, layers, saved, bias).items():
+        tensors[_PREFIX + name] = parameter
     for name, module in saved.items():
         for key, tensor in module.state_dict(keep_vars=True).items():
             tensors[f"{_PREFIX}{name}.{key}"] = tensor
@@ -134,7 +132,7 @@ def read_adapter(
 
 
 _IN_PEFT = {"lora_dropout"}
-_NOT_IN_PEFT = {"quantization", "double_quant", "block_size", "gradient_checkpointing", "paged_adamw"}
+_NOT_IN_PEFT = {"quantization", "double_quant", "block_size", "scale", "gradient_checkpointing", "paged_adamw"}
 
 
 def _as_written(overrides: dict[str, Any]) -> dict[str, Any]:

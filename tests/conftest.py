@@ -1,16 +1,18 @@
-"""Marks for `make test`: what of it is about CUDA kernels, and what wants a process with Triton's interpreter."""
+"""What holds for every test: where compilers keep their results, and which tests want Triton's interpreter."""
+
+import os
+from pathlib import Path
 
 import pytest
 
-from lowbit.backends import triton
+pytest_plugins = ["ptxemu.proofs"]
 
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.name.startswith(("test_cuda_", "test_emulator_")):
-            item.add_marker("cuda_kernels")
+# Triton compiles for the GPUs of several tests; each kernel once for all of them, and for the next run.
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "triton"))
 
 
 def pytest_runtest_setup(item):
+    from lowbit.backends import triton
+
     if item.get_closest_marker("interpreted") and not triton.INTERPRETED:
         pytest.skip("runs under TRITON_INTERPRET=1; `make test` does both")

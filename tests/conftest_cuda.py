@@ -4,15 +4,18 @@ import contextlib
 import dataclasses
 import functools
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.cpp_extension
+from codegen.cuda_build import ARCHS, CSRC, SOURCES, compiled_all
+from codegen.once import ROOT, made_once
 
-ROOT = Path(__file__).parent.parent
-CSRC = ROOT / "csrc"
-SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+from lowbit.format import WeightSpec
+
+__all__ = ["CSRC", "DTYPE_CODES", "FORMAT_CODES", "ROOT", "SOURCES", "call", "emulator", "launchers", "multiprocessors"]
+__all__ += ["require_nvcc", "spec_of", "stub_bindings", "unaligned", "written"]
 
 #: The values of Dtype in csrc/dtype.h, and of the format argument in tests/cuda/launchers.cu.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -26,16 +29,8 @@ def require_nvcc() -> None:
 
 
 def emulator(module: str):
-    """A module of tests/emulator."""
-    return pytest.importorskip(f"emulator.{module}")
-
-
-def nvcc(*args) -> None:
-    """Compile, or fail with what the compiler said."""
-    require_nvcc()
-    command = ["nvcc", "-O3", "-std=c++17", f"-I{CSRC}", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+    """A module of tools/ptxemu."""
+    return pytest.importorskip(f"ptxemu.{module}")
 
 
 @functools.cache
@@ -46,10 +41,41 @@ def launchers():
     that two threads write.
     """
     require_nvcc()
-    sources = [ROOT / "tests" / "cuda" / "launchers.cu", *SOURCES]
-    library = emulator("hostlaunch").build(sources, arch="sm_80", include=[CSRC])
+    hostlaunch = emulator("hostlaunch")
+    found = compiled_all([ROOT / "tests" / "cuda" / "launchers.cu", *SOURCES])
+    objects = [each.object for each in found]
+    folder = made_once("launchers", [*objects, hostlaunch.STUB], lambda folder: hostlaunch.link(objects, folder))
+    modules = [emulator("module").Module(each.ptx.read_text()) for each in found]
+    device = emulator("device").Device.for_arch(ARCHS[0])
+    library = hostlaunch.load(folder / "launchers.so", modules, [each.source for each in found], device)
     library.options = {"warp_races": True, "detect_global_waw": True}
     return library
+
+
+@functools.cache
+def stub_bindings():
+    """The path of tests/cuda/stub_bindings.cpp as a library, compiled and linked to the launchers."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ found")
+    run, runtime = emulator("toolchain").run, launchers().path
+    source, folder = ROOT / "tests" / "cuda" / "stub_bindings.cpp", torch.utils.cpp_extension.library_paths()[0]
+    includes = [CSRC, *torch.utils.cpp_extension.include_paths()]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-fPIC",
+        "-shared",
+        "-fvisibility=hidden",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    ]
+    libraries = [runtime, f"-L{folder}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{folder}"]
+
+    def make(made: Path) -> None:
+        run("g++", *flags, *(f"-I{path}" for path in includes), source, "-o", made / "stub_bindings.so", *libraries)
+
+    ours = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp"))
+    inputs = [torch.__version__, str(runtime), *flags, source, *ours]
+    return made_once("stub_bindings", inputs, make) / "stub_bindings.so"
 
 
 def call(function: str, *args) -> None:
@@ -81,3 +107,8 @@ def written(size: int, dtype: torch.dtype, aligned: bool = True) -> torch.Tensor
     """Memory for a kernel to write, full of a value that it has to replace."""
     tensor = torch.full((size,), 7, dtype=dtype)
     return tensor if aligned else unaligned(tensor)
+
+
+def spec_of(format: str, block_size: int, double_quant: bool = False) -> str:
+    """How such a weight is stored, as the ops take it."""
+    return WeightSpec(format, block_size, double_quant).text

@@ -10,21 +10,19 @@ import dataclasses
 import itertools
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from cases import BLOCK_SIZES, DTYPES, FORMATS
-from conftest_cuda import ROOT
+from codegen.machine_code import resources
+from codegen.triton_code import Launch, compiled, function, gpu_target, launches, machine_code, tensor, weight
+from ptxemu import proofs
 
 from lowbit.backends import triton as backend
-from lowbit.backends.triton.gpu import Gpu
-from lowbit.backends.triton.shapes import Problem, has_whole_blocks
-
-sys.path.append(str(ROOT / "benchmarks"))  # where predict_gpu.py counts with the same code
-from machine_code import resources  # noqa: E402
-from triton_code import Launch, compiled, function, gpu_target, launches, machine_code, tensor, weight  # noqa: E402
+from lowbit.backends.triton import shapes
+from lowbit.backends.triton.shapes import Gpu, Problem
+from lowbit.format import WeightSpec
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -93,8 +91,8 @@ class Kind:
         return math.ceil(least / whole) * whole + self.more_columns
 
 
-def every_kind(configs, decodes_first, masked_beyond: int, experts: int = 0) -> list[Kind]:
-    """Each kind of code that ``configs`` (of shapes_forward or shapes_backward) has an A100 run, first or for autotune.
+def every_kind(op: str, masked_beyond: int, experts: int = 0) -> list[Kind]:
+    """Each kind of code that an A100 runs for "linear" or "linear_grad_input", first or for autotune.
 
     They are asked for so many sizes that no tile is left out. Each comes once: of one matrix with the sum in one part,
     of a stack, and for ragged rows of int8, in two where it may be (more are the same code). bf16 and fp16 are other
@@ -107,11 +105,11 @@ def every_kind(configs, decodes_first, masked_beyond: int, experts: int = 0) -> 
     for dtype, (format, block_size), k, rows, n in itertools.product(
         DTYPES, weights, (64, 96, 4096, 4160, 4128, 4101), (1, 4, 8, 16, 32, 64, 256), (512, 4096)
     ):
-        problem = Problem(rows * max(experts, 1), n, k, dtype, format, block_size, experts)
-        if not has_whole_blocks(problem) or (not experts and decodes_first(problem, A100)):
+        problem = Problem(op, rows * max(experts, 1), n, k, dtype, WeightSpec(format, block_size), experts)
+        if not problem.has_whole_blocks or (not experts and shapes.decodes_first(problem, A100)):
             continue
         is_int8, is_fp32 = format == "int8", dtype == torch.float32
-        for config in configs(problem, A100):
+        for config in shapes.configs(problem, A100):
             config = dataclasses.replace(config, splits=min(config.splits, 2))
             code = [dataclasses.replace(config, splits=1), is_fp32, is_int8]
             if is_int8 and not experts:  # how wide its loads are, and whether 16 bits have masks
@@ -132,17 +130,19 @@ def every_kind(configs, decodes_first, masked_beyond: int, experts: int = 0) -> 
     return [min(found, key=distance) for found in kinds.values()]
 
 
-def tile_of_a_layer(configs, k=4096, **wanted):
-    """A chooser of configurations like ``configs`` (of shapes_forward or shapes_backward) that takes the one with the
-    ``wanted`` fields which the GPU would have for layers of 4096 x k.
+def tile_of_a_layer(k=4096, **wanted):
+    """A chooser like ``shapes.configs`` of the one with the ``wanted`` fields which the GPU would have for layers
+    of 4096 x k. A field that is a dictionary is wanted by op.
     """
+    configs = shapes.configs  # a test replaces it by what is returned
 
     def chosen(problem, gpu):
+        fields = {name: want[problem.op] if isinstance(want, dict) else want for name, want in wanted.items()}
         found = []
         for rows in (16, 64, 512):
             layer = dataclasses.replace(problem, m=rows * max(problem.experts, 1), n=4096, k=k)
-            found += [c for c in configs(layer, gpu) if all(getattr(c, name) == wanted[name] for name in wanted)]
-        assert found, f"{gpu} has no tile with {wanted}"
+            found += [c for c in configs(layer, gpu) if all(getattr(c, name) == fields[name] for name in fields)]
+        assert found, f"{gpu} has no tile with {fields}"
         return found[:1]
 
     return chosen
@@ -156,12 +156,28 @@ def _memory(value):
     return value
 
 
+def _told_by(launch: Launch, target: str):
+    """All that decides what a launch does: its PTX, its shape and its arguments."""
+    kernel, signature = compiled(launch, target)
+    yield from (proofs.code_of(kernel.asm["ptx"]), kernel.metadata.num_warps, kernel.metadata.shared, launch.grid)
+    for name, kind in signature.items():
+        yield from (name, kind, launch.values[name] if kind != "constexpr" else None)
+
+
+def _prove(launch: Launch, ends: dict[str, torch.Tensor], target: str, options: dict) -> None:
+    """A step of the running test's proof. What was launched together is one step, taken before the first of it runs."""
+    if launch is launch.together[0]:
+        inputs = [*sum(ends.items(), ()), *(f"{name}={value}" for name, value in options.items())]
+        proofs.step(target, *inputs, *(part for each in launch.together for part in _told_by(each, target)))
+
+
 def emulate(launch: Launch, ends: dict[str, torch.Tensor] | None = None, target: str = "sm_80", **options):
     """Run a launch's PTX for ``target`` on the emulator, on the launch's own (CPU) tensors; returns what it counted.
 
     ``ends``: by argument the last elements of a tensor, all of it that there is memory for (it may be a meta tensor).
     """
-    emulator = pytest.importorskip("emulator")
+    emulator = pytest.importorskip("ptxemu")
+    _prove(launch, ends or {}, target, options)
     kernel, signature = compiled(launch, target)
     arguments = []
     for name, kind in signature.items():

@@ -36,7 +36,7 @@ def rounded_operands(x, q):
     largest = chunks.abs().amax(-1, keepdim=True)
     inverse = torch.full_like(largest, 127.0) / largest  # 127 / largest would be a reciprocal and a product
     codes = torch.where(largest > 0, (chunks * inverse).round(), 0.0)
-    scales = q.scales().double().repeat_interleave(q.block_size)[: q.numel()].view(weight.shape)
+    scales = q.scales().double().repeat_interleave(q.spec.block_size)[: q.numel()].view(weight.shape)
     codebook = torch.where(scales != 0, weight / scales, 0.0)
     int8_codebook = torch.floor((codebook * 127).abs() + 0.5) * codebook.sign() / 127
     return (codes.double() * (largest / 127).double()).flatten(-2), int8_codebook * scales
@@ -144,7 +144,7 @@ def test_errors():
     with pytest.raises(ValueError, match="'int8' has no backward; use it under torch.no_grad"):
         lowbit.linear(x, q, precision="int8")
     with pytest.raises(RuntimeError, match="linear_approximate: expected inputs that require no gradient"):
-        torch.ops.lowbit.linear_approximate(x, *q.parts(), q.format, q.block_size, 8, None, None, None, 1.0)
+        torch.ops.lowbit.linear_approximate(x, *q.operands(), 8, None, None, None, 1.0)
 
 
 @pytest.mark.interpreted

@@ -5,13 +5,26 @@ today fails here.
 """
 
 import re
+from pathlib import Path
 
 import pytest
-from conftest_cuda import CSRC, SOURCES
-from sass import ARCHS, Kernel, count, kernels
+from codegen import cuda_build
+from codegen.cuda_build import ARCHS
+from codegen.machine_code import Kernel, count, cuobjdump
+from conftest_cuda import CSRC, SOURCES, require_nvcc
 
 CUDA = CSRC / "cuda"
 BYTES_PER_ACCESS = 16
+
+
+def kernels(source: Path) -> list[Kernel]:
+    """Every kernel of a source, for each of ARCHS."""
+    require_nvcc()
+    try:
+        cuobjdump()
+    except FileNotFoundError as missing:
+        pytest.skip(str(missing))
+    return [kernel for arch in ARCHS for kernel in cuda_build.kernels(source, arch)]
 
 
 def kernels_of(source: str, name: str) -> list[Kernel]:

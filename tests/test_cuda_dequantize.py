@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import BLOCK_SIZES, DTYPES, FORMATS, block_sizes, dtypes, formats, magnitudes, make_weight
-from conftest_cuda import DTYPE_CODES, FORMAT_CODES, call, launchers, multiprocessors, unaligned, written
+from conftest_cuda import DTYPE_CODES, FORMAT_CODES, call, launchers, multiprocessors, spec_of, unaligned, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,14 +24,15 @@ def decode(packed, absmax, group_scales, offset, format, block_size, numel, dtyp
 
 
 def assert_equals_the_reference(weight, dtype, format, block_size, double_quant, aligned=True):
-    packed, absmax = reference.quantize(weight, format, block_size)
+    packed, absmax = reference.quantize(weight, spec_of(format, block_size))
     group_scales = offset = None
     if double_quant:
         offset = absmax.mean()
         absmax, group_scales = reference.quantize_scales(absmax, offset)
-    parts = (packed, absmax, group_scales, offset, format, block_size)
-    decoded = decode(*parts, weight.numel(), dtype, aligned)
-    assert torch.equal(decoded, reference.dequantize(*parts, list(weight.shape), dtype).reshape(-1))
+    parts = (packed, absmax, group_scales, offset)
+    decoded = decode(*parts, format, block_size, weight.numel(), dtype, aligned)
+    spec = spec_of(format, block_size, double_quant)
+    assert torch.equal(decoded, reference.dequantize(*parts, spec, list(weight.shape), dtype).reshape(-1))
 
 
 @settings(max_examples=40, deadline=None)
@@ -85,15 +86,16 @@ def test_every_code_of_the_scale_map():
 def test_int8_equals_the_reference(rows, columns, dtype, magnitude, aligned):
     """Rows that 16-byte accesses can serve and rows that they cannot."""
     weight = make_weight((rows, columns), torch.float32, magnitude)
-    codes, absmax = reference.quantize(weight, "int8", columns)
+    codes, absmax = reference.quantize(weight, "int8")
     decoded = decode(codes, absmax, None, None, "int8", columns, rows * columns, dtype, aligned)
-    expected = reference.dequantize(codes, absmax, None, None, "int8", columns, [rows, columns], dtype)
+    expected = reference.dequantize(codes, absmax, None, None, "int8", [rows, columns], dtype)
     assert torch.equal(decoded, expected.reshape(-1))
 
 
 def test_int8_long_row():
     """One row of many tiles is shared out over the grid's second dimension."""
     codes = torch.randint(-127, 128, (20_000,), generator=torch.Generator().manual_seed(0)).to(torch.int8)
-    parts = (codes.view(torch.uint8), torch.tensor([0.3]), None, None, "int8", 20_000)
-    assert torch.equal(decode(*parts, 20_000, torch.float16), reference.dequantize(*parts, [20_000], torch.float16))
+    parts = (codes.view(torch.uint8), torch.tensor([0.3]), None, None, "int8")
+    expected = reference.dequantize(*parts, [20_000], torch.float16)
+    assert torch.equal(decode(*parts, 20_000, 20_000, torch.float16), expected)
     assert launchers().launches[-1].grid == (1, 4, 1)

@@ -14,7 +14,17 @@ from cases import (
     gemm_tolerance,
     make_weight,
 )
-from conftest_cuda import DTYPE_CODES, FORMAT_CODES, call, emulator, launchers, multiprocessors, unaligned, written
+from conftest_cuda import (
+    DTYPE_CODES,
+    FORMAT_CODES,
+    call,
+    emulator,
+    launchers,
+    multiprocessors,
+    spec_of,
+    unaligned,
+    written,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,19 +50,23 @@ class Weight:
 
     def __post_init__(self):
         weight = make_weight((self.n, self.k), torch.float32, self.magnitude, seed=self.n)
-        self.packed, self.absmax = reference.quantize(weight, self.format, self.block_size)
+        self.packed, self.absmax = reference.quantize(weight, spec_of(self.format, self.block_size))
         self.group_scales = self.offset = None
         if self.double_quant:
             self.offset = self.absmax.mean()
             self.absmax, self.group_scales = reference.quantize_scales(self.absmax, self.offset)
 
+    @property
+    def spec(self) -> str:
+        return spec_of(self.format, self.block_size, self.double_quant)
+
     def scales(self) -> torch.Tensor:
         """One per block, decoded."""
-        return reference.decode_scales(self.absmax, self.group_scales, self.offset)
+        return reference.decode_scales(self.absmax, self.group_scales, self.offset, self.spec)
 
     def dense(self) -> torch.Tensor:
         parts = (self.packed, self.absmax, self.group_scales, self.offset)
-        return reference.dequantize(*parts, self.format, self.block_size, [self.n, self.k], torch.float32)
+        return reference.dequantize(*parts, self.spec, [self.n, self.k], torch.float32)
 
     def scale_arguments(self) -> tuple:
         if self.double_quant:

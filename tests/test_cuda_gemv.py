@@ -28,6 +28,7 @@ from conftest_cuda import (
     emulator,
     launchers,
     multiprocessors,
+    spec_of,
     unaligned,
     written,
 )
@@ -60,7 +61,7 @@ class Case:
         weight = make_weight((self.n, self.k), torch.float32, self.magnitude)
         if self.format == "int8":
             self.block_size = self.k
-        self.packed, self.absmax = reference.quantize(weight, self.format, self.block_size)
+        self.packed, self.absmax = reference.quantize(weight, spec_of(self.format, self.block_size))
         self.group_scales = self.offset = None
         if self.double_quant and self.format != "int8":
             self.offset = self.absmax.mean()
@@ -96,7 +97,8 @@ class Case:
         return y.view(self.m, self.n)
 
     def decoded(self):
-        parts = (self.packed, self.absmax, self.group_scales, self.offset, self.format, self.block_size)
+        spec = spec_of(self.format, self.block_size, self.group_scales is not None)
+        parts = (self.packed, self.absmax, self.group_scales, self.offset, spec)
         return reference.dequantize(*parts, [self.n, self.k], torch.float32).double()
 
     def check(self, roundings: int = 1):
@@ -113,14 +115,15 @@ class Case:
         assert_within(self.run(), exact, tolerance)
 
 
-def test_routing():
-    """csrc/cuda/shape.h: a wrong path would be right, and slow."""
+def test_routing(tmp_path):
+    """csrc/cuda/plan.h: a wrong path would be right, and slow."""
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler found")
-    command = [compiler, "-std=c++17", "-fsyntax-only", f"-I{CSRC}", ROOT / "tests" / "cuda" / "shape.cpp"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    source, program = ROOT / "tests" / "cuda" / "plan.cpp", tmp_path / "plan"
+    subprocess.run([compiler, "-std=c++17", f"-I{CSRC}", source, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def kernels_run() -> str:
@@ -196,7 +199,7 @@ def test_columns_shared_out_over_blocks(dtype):
     case = Case(5, 20, 3 * 4096 + 64, dtype, rank=8, bias=True)
     case.check()
     assert case.workspace == 4 * 5 * 20
-    assert "gemv_sum" in kernels_run()
+    assert "split_sum" in kernels_run()
     first = case.run()
     assert torch.equal(first.view(torch.uint8), case.run().view(torch.uint8))
 

@@ -15,7 +15,7 @@ from cases import (
     product_tolerance,
     tensor_core_tolerance,
 )
-from conftest_cuda import DTYPE_CODES, FORMAT_CODES, emulator, launchers, multiprocessors, unaligned, written
+from conftest_cuda import DTYPE_CODES, FORMAT_CODES, emulator, launchers, multiprocessors, spec_of, unaligned, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,21 +23,28 @@ from lowbit import reference
 
 RANKS = (0, 1, 8, 17, 64)
 HALF = (torch.float16, torch.bfloat16)
-MMA, FMA, ELEMENT, FINISH = (f"grad_input_{name}_kernel" for name in ("mma", "fma", "element", "finish"))
+MMA, FMA, ELEMENT = (f"grad_input_{name}_kernel" for name in ("mma", "fma", "element"))
+FINISH = "split_sum_kernel"
 
 
 def quantized(shape, format, block_size, double_quant, magnitude=0.02):
-    """packed, absmax, group_scales, offset, format, block_size as the reference's functions take them.
+    """packed, absmax, group_scales, offset, format, block_size.
 
     Blocks differ in magnitude, so that one's scale for another's is far outside of every tolerance.
     """
     weight = make_weight(shape, torch.float32, magnitude)
     weight *= 2.0 ** (torch.arange(weight.numel()) // 32 * 5 % 7).view(shape)
-    packed, absmax = reference.quantize(weight, format, shape[1] if format == "int8" else block_size)
+    packed, absmax = reference.quantize(weight, spec_of(format, block_size))
     if format == "int8" or not double_quant:
         return packed, absmax, None, None, format, max(shape[1], 1) if format == "int8" else block_size
     offset = absmax.mean() if absmax.numel() else torch.zeros(())
     return packed, *reference.quantize_scales(absmax, offset), offset, format, block_size
+
+
+def with_spec(parts):
+    """As the reference takes them."""
+    packed, absmax, group_scales, offset, format, block_size = parts
+    return packed, absmax, group_scales, offset, spec_of(format, block_size, group_scales is not None)
 
 
 def operands(m, n, k, rank, dtype):
@@ -80,7 +87,7 @@ def names(launches):
 def assert_right(out, kernels, grad, parts, grad_t=None, lora_a=None):
     """Within the bound that cases.py derives for the kernels that ran."""
     shape = [grad.shape[1], out.shape[1]]
-    weight = reference.dequantize(*parts, shape, torch.float32).double()
+    weight = reference.dequantize(*with_spec(parts), shape, torch.float32).double()
     exact, magnitude, terms = grad.double() @ weight, grad.double().abs() @ weight.abs(), grad.shape[1]
     if lora_a is not None:
         exact = exact + grad_t.double() @ lora_a.double()
@@ -200,7 +207,7 @@ def test_non_finite_values_spread_as_in_the_reference(dtype, bad):
     for count in (1, 4):
         with multiprocessors(count):
             out, _ = grad_input(grad, parts, k)
-        expected = reference.linear_grad_input(grad, *parts, k)
+        expected = reference.linear_grad_input(grad, *with_spec(parts), k)
         finite = expected.isfinite()
         assert not finite.all() and finite.any()
         assert torch.equal(out.isfinite(), finite)

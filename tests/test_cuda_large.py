@@ -18,7 +18,7 @@ from cases import (
     tensor_core_tolerance,
     weight_error_cuda,
 )
-from conftest_cuda import DTYPE_CODES, FORMAT_CODES, launchers
+from conftest_cuda import DTYPE_CODES, FORMAT_CODES, launchers, spec_of
 
 from lowbit import reference
 
@@ -106,10 +106,11 @@ class Packed:
             offset = torch.tensor(self.offset[0])
         scales = as_torch(self.scales[blocks].copy())
         packed = as_torch(self.packed[first // self.per_byte : end // self.per_byte].copy())
+        spec = spec_of(self.format, self.block_size, self.double_quant)
         shape = [end - first] if self.format != "int8" else [-1, self.block_size]
         if self.format == "int8":
             shape[0] = (end - first) // self.block_size
-        return reference.dequantize(packed, scales, groups, offset, self.format, self.block_size, shape, dtype)
+        return reference.dequantize(packed, scales, groups, offset, spec, shape, dtype)
 
     def arguments(self):
         scales = (None, self.scales, self.group_scales, self.offset)
@@ -159,7 +160,7 @@ def test_dequantize_int8():
         assert library.call("lowbit_dequantize", *weight.arguments(), numel, out, DTYPE_CODES[dtype], None) == 0
     for part in (slice(0, 512), slice(numel - 512, numel)):
         codes, absmax = as_torch(weight.packed[part].copy()), as_torch(weight.scales)
-        expected = reference.dequantize(codes, absmax, None, None, "int8", 512, [1, 512], dtype)
+        expected = reference.dequantize(codes, absmax, None, None, "int8", [1, 512], dtype)
         assert torch.equal(as_torch(out[part], dtype), expected.view(-1))
 
 
@@ -178,7 +179,7 @@ def test_quantize():
         arguments = (weight, DTYPE_CODES[dtype], NUMEL, FORMAT_CODES["nf4"], 64, packed, absmax, None)
         assert library.call("lowbit_quantize", *arguments) == 0
     for first, end in ROUNDS:
-        expected = reference.quantize(as_torch(weight[first:end], dtype), "nf4", 64)
+        expected = reference.quantize(as_torch(weight[first:end], dtype), "nf4:64")
         assert torch.equal(as_torch(packed[first // 2 : end // 2]), expected[0])
         assert torch.equal(as_torch(absmax[first // 64 : end // 64]), expected[1])
 
@@ -194,7 +195,7 @@ def test_encode():
         assert library.call("lowbit_encode", *arguments) == 0
     for first, end in ROUNDS:
         own = as_torch(scales[first // 64 : end // 64].copy())
-        expected = reference.encode(as_torch(weight[first:end], dtype), own, "nf4", 64)
+        expected = reference.encode(as_torch(weight[first:end], dtype), own, "nf4:64")
         assert torch.equal(as_torch(packed[first // 2 : end // 2]), expected)
 
 
@@ -210,7 +211,7 @@ def test_search_scales():
         assert library.call("lowbit_search_scales", *arguments) == 0
     for first, end in rounds:
         own = importance[(torch.arange(1024) + first) % columns]
-        expected = reference.search_scales(as_torch(weight[first:end], dtype).view(1, -1), own, "nf4", 64)
+        expected = reference.search_scales(as_torch(weight[first:end], dtype).view(1, -1), own, "nf4:64")
         assert torch.equal(as_torch(scales[first // 64 : end // 64]), expected)
 
 
@@ -218,12 +219,12 @@ def test_quantize_int8():
     """A row past 2^32 elements."""
     dtype, numel = torch.bfloat16, (BEYOND_ROW + 1) * K
     weight = filled_floats(((BEYOND, numel),))
-    codes, absmax = huge(numel, np.int8), huge(BEYOND_ROW + 1, np.float32)
+    codes, absmax = huge(numel, np.uint8), huge(BEYOND_ROW + 1, np.float32)
     with running(last_block, processors=2**20) as library:  # a block for each row
         arguments = (weight, DTYPE_CODES[dtype], BEYOND_ROW + 1, K, codes, absmax, None)
         assert library.call("lowbit_quantize_int8", *arguments) == 0
-    expected = reference.quantize(as_torch(weight[BEYOND:], dtype).view(1, K), "int8", K)
-    assert torch.equal(as_torch(codes[BEYOND:]).view(-1), expected[0].view(torch.int8).view(-1))
+    expected = reference.quantize(as_torch(weight[BEYOND:], dtype).view(1, K), "int8")
+    assert torch.equal(as_torch(codes[BEYOND:]).view(-1), expected[0].view(-1))
     assert absmax[-1] == expected[1].item()
 
 

@@ -1,4 +1,4 @@
-"""csrc/cuda/ptx.cuh and layout.h: each instruction does what its name says, on the lanes that the maps say."""
+"""csrc/cuda/device/ptx.cuh and layout.h: each instruction does what its name says, on the lanes that the maps say."""
 
 import functools
 import shutil

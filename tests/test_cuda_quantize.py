@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import BLOCK_SIZES, DTYPES, FORMATS, block_sizes, dtypes, formats, magnitudes, make_weight
-from conftest_cuda import DTYPE_CODES, FORMAT_CODES, call, multiprocessors, unaligned, written
+from conftest_cuda import DTYPE_CODES, FORMAT_CODES, call, multiprocessors, spec_of, unaligned, written
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -72,7 +72,7 @@ def assert_same(ours, theirs):
 def test_bytes_equal_the_reference(numel, dtype, format, block_size, magnitude, seed, aligned):
     """A weight quantized on a GPU has to be the same file as one quantized on a CPU."""
     weight = make_weight((numel,), dtype, magnitude, seed)
-    assert_same(quantize(weight, format, block_size, aligned), reference.quantize(weight, format, block_size))
+    assert_same(quantize(weight, format, block_size, aligned), reference.quantize(weight, spec_of(format, block_size)))
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
@@ -80,18 +80,18 @@ def test_bytes_equal_the_reference(numel, dtype, format, block_size, magnitude, 
 def test_every_block_size(dtype, block_size):
     """absmax is reduced within an access, across lanes, across accesses and across tiles: each has its own code."""
     weight = torch.randn(9000, generator=torch.Generator().manual_seed(block_size)).to(dtype)
-    assert_same(quantize(weight, "nf4", block_size), reference.quantize(weight, "nf4", block_size))
+    assert_same(quantize(weight, "nf4", block_size), reference.quantize(weight, f"nf4:{block_size}"))
 
 
 def test_more_tiles_than_warps():
     """On a small GPU each warp goes round several times; a wrong stride would leave holes."""
     with multiprocessors(1):
         weight = make_weight((140_001,), torch.bfloat16)
-        packed, absmax = reference.quantize(weight, "nf4", 32)
+        packed, absmax = reference.quantize(weight, "nf4:32")
         assert_same(quantize(weight, "nf4", 32), (packed, absmax))
-        assert torch.equal(encode(weight, absmax, "nf4", 32), reference.encode(weight, absmax, "nf4", 32))
+        assert torch.equal(encode(weight, absmax, "nf4", 32), reference.encode(weight, absmax, "nf4:32"))
         rows = weight[:4096].view(64, 64)
-        assert_same(quantize_int8(rows), reference.quantize(rows, "int8", 64))
+        assert_same(quantize_int8(rows), reference.quantize(rows, "int8"))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -160,7 +160,7 @@ def test_int8_equals_the_reference(rows, columns, dtype, magnitude, aligned):
     """Rows that 16-byte accesses can serve, rows that they cannot, and a row of zeros."""
     weight = make_weight((rows, columns), dtype, magnitude)
     weight[-1] = 0
-    assert_same(quantize_int8(weight, aligned), reference.quantize(weight, "int8", columns))
+    assert_same(quantize_int8(weight, aligned), reference.quantize(weight, "int8"))
 
 
 @settings(max_examples=20, deadline=None)
@@ -180,7 +180,7 @@ def test_searched_scales_equal_the_reference(shape, dtype, format, block_size, m
         importance = torch.rand(shape[1], generator=torch.Generator().manual_seed(2))
         importance[: shape[1] // 2] = 0  # whole blocks of importance 0, too
     scales = search_scales(weight, importance, format, block_size)
-    assert torch.equal(scales, reference.search_scales(weight, importance, format, block_size))
+    assert torch.equal(scales, reference.search_scales(weight, importance, spec_of(format, block_size)))
 
 
 @settings(max_examples=25, deadline=None)
@@ -198,4 +198,4 @@ def test_encoded_bytes_equal_the_reference(numel, dtype, format, block_size, mag
     scales = torch.randn(fmt.block_count(numel, block_size), generator=torch.Generator().manual_seed(3)) * magnitude
     scales[::5] = 0
     packed = encode(weight, scales, format, block_size, aligned)
-    assert torch.equal(packed, reference.encode(weight, scales, format, block_size))
+    assert torch.equal(packed, reference.encode(weight, scales, spec_of(format, block_size)))

@@ -45,13 +45,13 @@ def test_equals_live_bitsandbytes(format, dtype):
     bnb = pytest.importorskip("bitsandbytes").functional
     packed, state = bnb.quantize_4bit(make_weight((96, 384)), quant_type=format, compress_statistics=True)
     q = lowbit.QuantizedTensor(
-        packed.reshape(-1),
+        packed,
         state.absmax,
         state.state2.absmax,
         state.offset.reshape(()),
         shape=(96, 384),
         dtype=torch.float32,
-        format=format,
+        spec=lowbit.WeightSpec(format),
     )
     state.dtype = dtype
     assert torch.equal(q.dequantize(dtype), bnb.dequantize_4bit(packed, state))
@@ -63,7 +63,8 @@ def test_rounds_to_nearest_even_once(name):
     generator = torch.Generator().manual_seed(0)
     scales = torch.exp(8 * torch.randn(1 << 12, generator=generator)).clamp(max=3e38)
     packed = torch.full((scales.numel() * 16,), 0xFF, dtype=torch.uint8)  # all 1.0
-    q = lowbit.QuantizedTensor(packed, scales, shape=(scales.numel() * 32,), dtype=torch.float32, block_size=32)
+    spec = lowbit.WeightSpec("nf4", 32, double_quant=False)
+    q = lowbit.QuantizedTensor(packed, scales, shape=(scales.numel() * 32,), dtype=torch.float32, spec=spec)
     with kernels(name):
         for dtype in DTYPES:
             assert torch.equal(q.dequantize(dtype)[::32], scales.to(dtype))
@@ -114,7 +115,7 @@ def test_into_a_given_output(name, format, dtype):
 @pytest.mark.parametrize(
     ("out", "dtype", "error", "message"),
     [
-        ([1.0], None, TypeError, "out: expected a torch.Tensor, got list"),
+        ([1.0], None, TypeError, "out: expected a dense torch.Tensor, got list"),
         (torch.empty(8, 64).double(), None, TypeError, "out: expected float32.*float64"),
         (torch.empty(8, 64), torch.float16, TypeError, "out: expected torch.float16.*float32"),
         (torch.empty(8, 65), None, ValueError, r"out: expected shape \(8, 64\), got \(8, 65\)"),
@@ -156,7 +157,7 @@ def test_bad_q():
 def test_large_results(name):
     """From 32 MB on kernels write past the caches: nothing may be lost there, nor at the ragged end."""
     q = lowbit.quantize(make_weight((4097, 2053)))
-    expected = reference.dequantize(*q.parts(), "nf4", 64, [4097, 2053], torch.float32)
+    expected = reference.dequantize(*q.operands(), [4097, 2053], torch.float32)
     with kernels(name):
         assert torch.equal(lowbit.dequantize(q), expected)
         padded = torch.empty(expected.numel() + 1)  # one element past an aligned address

@@ -13,7 +13,8 @@ from lowbit import format as fmt
 def test_codebook_is_what_kernels_decode(name, format):
     """A differing codebook would decode every file to other weights."""
     packed = torch.tensor([(2 * i) << 4 | (2 * i + 1) for i in range(8)], dtype=torch.uint8)
-    q = lowbit.QuantizedTensor(packed, torch.ones(1), shape=(16,), dtype=torch.float32, format=format, block_size=64)
+    spec = lowbit.WeightSpec(format, double_quant=False)
+    q = lowbit.QuantizedTensor(packed, torch.ones(1), shape=(16,), dtype=torch.float32, spec=spec)
     with kernels(name):
         assert torch.equal(q.dequantize(), fmt.codebook(format))
 
@@ -23,9 +24,8 @@ def test_scale_map_is_what_kernels_decode(name):
     """A differing scale map would decode every double-quantized file to other weights."""
     codes = torch.arange(256, dtype=torch.uint8)
     packed = torch.full((256 * 16,), 0xFF, dtype=torch.uint8)  # NF4 code 15 is 1.0
-    q = lowbit.QuantizedTensor(
-        packed, codes, torch.ones(1), torch.zeros(()), shape=(256 * 32,), dtype=torch.float32, block_size=32
-    )
+    parts = (packed, codes, torch.ones(1), torch.zeros(()))
+    q = lowbit.QuantizedTensor(*parts, shape=(256 * 32,), dtype=torch.float32, spec=lowbit.WeightSpec("nf4", 32))
     with kernels(name):
         assert torch.equal(q.dequantize()[::32], fmt.SCALE_MAP)
 

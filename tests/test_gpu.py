@@ -53,7 +53,7 @@ def test_four_bits(dtype, format, block_size):
         theirs = torch.ops.lowbit_reference.quantize_scales(expected.absmax, offset)
         for our, their in zip(ours, theirs, strict=True):
             assert_same(our, their)
-        arguments = (format, block_size, [numel], dtype)
+        arguments = (f"{format}:{block_size}:double_quant", [numel], dtype)
         decoded = torch.ops.lowbit_reference.dequantize(expected.packed, *theirs, offset, *arguments)
         assert_same(torch.ops.lowbit.dequantize(q.packed, *ours, offset.cuda(), *arguments), decoded)
 
@@ -63,11 +63,11 @@ def test_searched_scales(dtype):
     """The same scale on every machine."""
     weight, importance = make_weight((37, 200), dtype), torch.rand(200, generator=torch.Generator().manual_seed(0))
     for given in (None, importance):
-        on_gpu = (weight.cuda(), None if given is None else given.cuda(), "nf4", 64)
-        scales = torch.ops.lowbit_reference.search_scales(weight, given, "nf4", 64)
+        on_gpu = (weight.cuda(), None if given is None else given.cuda(), "nf4:64")
+        scales = torch.ops.lowbit_reference.search_scales(weight, given, "nf4:64")
         assert_same(torch.ops.lowbit.search_scales(*on_gpu), scales)
-        packed = torch.ops.lowbit_reference.encode(weight, scales, "nf4", 64)
-        assert_same(torch.ops.lowbit.encode(weight.cuda(), scales.cuda(), "nf4", 64), packed)
+        packed = torch.ops.lowbit_reference.encode(weight, scales, "nf4:64")
+        assert_same(torch.ops.lowbit.encode(weight.cuda(), scales.cuda(), "nf4:64"), packed)
 
 
 @pytest.mark.parametrize("shape", [(5, 48), (7,), (33, 1040), (3, 20_000)])
@@ -99,7 +99,7 @@ def test_memory_that_is_not_aligned():
     lowbit.dequantize(q, out=memory[1:-1])
     assert torch.equal(memory[1:-1], q.dequantize()) and memory[0] == memory[-1] == 7
     packed = torch.cat([q.packed.new_zeros(1), q.packed])[1:]
-    arguments = (q.absmax, q.group_scales, q.offset, "nf4", 64, [5000], torch.float32)
+    arguments = (q.absmax, q.group_scales, q.offset, q.spec.text, [5000], torch.float32)
     assert torch.equal(torch.ops.lowbit.dequantize(packed, *arguments), q.dequantize())
 
 
@@ -118,12 +118,11 @@ def test_linear(options, dtype, rows, shape):
     sizes = ((rows, k), (n,), (rows, 8), (n, 8))
     x, bias, t, lora_b = (torch.randn(size, generator=generator, device="cuda") for size in sizes)
     x = x.to(dtype)
-    parts = (q.packed, q.absmax, q.group_scales, q.offset, q.format, k if q.format == "int8" else q.block_size)
-    y = torch.ops.lowbit.linear(x, *parts, n, bias, t, lora_b, 0.5)
-    assert torch.equal(y, torch.ops.lowbit.linear(x, *parts, n, bias, t, lora_b, 0.5))
+    y = torch.ops.lowbit.linear(x, *q.operands(), n, bias, t, lora_b, 0.5)
+    assert torch.equal(y, torch.ops.lowbit.linear(x, *q.operands(), n, bias, t, lora_b, 0.5))
     exact = x.double() @ weight.T + 0.5 * t.double() @ lora_b.double().T + bias.double()
     magnitude = x.double().abs() @ weight.abs().T + 0.5 * t.double().abs() @ lora_b.double().abs().T
-    rounding = max(weight_error_cuda(q.format, dtype), 3.1 * UNIT_ROUNDOFF[dtype] if rows > 8 else 0.0)
+    rounding = max(weight_error_cuda(q.spec.format, dtype), 3.1 * UNIT_ROUNDOFF[dtype] if rows > 8 else 0.0)
     tolerance = product_tolerance(magnitude + bias.double().abs(), exact, 2 * (k + 8), dtype, rounding)
     assert_within(y.cpu(), exact.cpu(), tolerance.cpu())
 
@@ -146,15 +145,15 @@ def captured(work):
 def test_quantizing_in_a_graph(format):
     """A graph reads its inputs anew at every replay: a pointer or a size kept from the capture would be stale."""
     weight = make_weight((64, 256), torch.bfloat16).cuda()
-    block_size = 256 if format == "int8" else 64
+    spec = lowbit.WeightSpec(format).text
 
     def work():
-        packed, absmax = torch.ops.lowbit.quantize(weight, format, block_size)
+        packed, absmax = torch.ops.lowbit.quantize(weight, spec)
         parts = (packed, absmax, None, None)
         if format != "int8":
             offset = absmax.mean()
             parts = (packed, *torch.ops.lowbit.quantize_scales(absmax, offset), offset)
-        return torch.ops.lowbit.dequantize(*parts, format, block_size, [64, 256], torch.bfloat16)
+        return torch.ops.lowbit.dequantize(*parts, spec, [64, 256], torch.bfloat16)
 
     graph, result = captured(work)
     for seed in (1, 2):

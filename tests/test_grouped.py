@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowbit
-from lowbit import grouped_ops, reference
+from lowbit import reference
+from lowbit.ops import grouped
 
 #: (experts, out_features, in_features): one, blocks that cross rows and experts, groups of 256 scales that do, empty.
 STACKS = (
@@ -92,11 +93,11 @@ def check_product(name, q, ends, dtype, has_bias):
         exact, magnitudes = exact + bias.double()[of_row], magnitudes + bias.double().abs()[of_row]
     most = max(at.stop - at.start for at in reference.expert_rows(ends))
     # The bound of a kernel that is used for any of the experts: which one it is depends on their rows.
-    rounding = max(weight_error(name, q.format, dtype, m, k) for m in (1, most))
+    rounding = max(weight_error(name, q.spec.format, dtype, m, k) for m in (1, most))
     assert_within(y.detach(), exact, product_tolerance(magnitudes, exact, k, dtype, rounding))
     exact = exact_product(grad.double(), weight, ends, transposed=True)
     magnitudes = exact_product(grad.double().abs(), weight.abs(), ends, transposed=True)
-    rounding = max(weight_error_backward(name, q.format, dtype, m, k) for m in (1, most))
+    rounding = max(weight_error_backward(name, q.spec.format, dtype, m, k) for m in (1, most))
     assert_within(grad_x, exact, product_tolerance(magnitudes, exact, n, dtype, rounding))
 
 
@@ -145,12 +146,12 @@ def test_every_gradient(name, counts, stack, rank, lora_dtype):
 
 def test_by_expert():
     """What a backend without a grouped kernel does must be the same product."""
-    kernels_by_expert = grouped_ops.by_expert("lowbit_reference")
+    kernels_by_expert = grouped.by_expert("lowbit_reference")
     for options in ({}, {"double_quant": False}, {"block_size": 256}, {"format": "int8"}):
         for stack in STACKS:
             q = lowbit.quantize(make_weight(stack), **options)
             ends = ends_of((2, 0, 5), stack[0])
-            weight = (*q.parts(), q.format, q.block_size, ends)
+            weight = (*q.operands(), ends)
             x, grad = torch.randn(int(ends[-1]), stack[2]), torch.randn(int(ends[-1]), stack[1])
             t, lora_b = torch.randn(x.shape[0], 3), torch.randn(*stack[:2], 3)
             arguments = (stack[1], torch.randn(stack[:2]), t, lora_b, 0.5)
@@ -170,7 +171,7 @@ def test_dropout_and_autocast():
     torch.manual_seed(0)
     dropped = torch.nn.functional.dropout(x, 0.5, True)
     t = reference.grouped_matmul(dropped, lora_a, ends)
-    expected = reference.grouped_linear(x, *q.parts(), "nf4", 64, ends, 16, None, t, lora_b, 0.5)
+    expected = reference.grouped_linear(x, *q.operands(), ends, 16, None, t, lora_b, 0.5)
     torch.manual_seed(0)
     y = lowbit.grouped_lora_linear(x, q, ends, lora_a, lora_b, 0.5, dropout_p=0.5, training=True)
     torch.testing.assert_close(y, expected)
@@ -221,7 +222,7 @@ def test_bad_input():
     for kind, message, call in wrong:
         with pytest.raises(kind, match=message):
             call()
-    weight = (*q.parts(), "nf4", 64)
+    weight = q.operands()
     for ends_given in (ends - 1, ends + 1, ends.flip(0), ends.long()):
         with pytest.raises(RuntimeError, match="expert_ends"):
             torch.ops.lowbit.grouped_linear(x, *weight, ends_given, 16, None, None, None, 1.0)

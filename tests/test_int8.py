@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import lowbit
-from lowbit import QuantizedTensor
+from lowbit import QuantizedTensor, files
 from lowbit.backends import native as native_backend
 
 GOLDEN = Path(__file__).parent / "golden" / "bitsandbytes_0_50_2.safetensors"
@@ -53,7 +53,7 @@ def test_bytes_and_decoded_weights_equal_the_reference(name, shape, dtype, magni
     with kernels("reference"):
         expected = lowbit.quantize(weight, format="int8")
         decoded = expected.dequantize(out_dtype)
-    assert expected.absmax.shape == (math.prod(shape[:-1]),)
+    assert expected.scales().shape == (math.prod(shape[:-1]),)
     with kernels(name):
         q = lowbit.quantize(weight, format="int8")
         assert_same_bytes(q, expected)
@@ -73,7 +73,7 @@ def test_equals_golden_vectors(name, index):
         )
         q = lowbit.quantize(weight, format="int8")
         assert torch.equal(q.packed.view(torch.int8).view(codes.shape), codes)
-        assert torch.equal(q.absmax, absmax)
+        assert torch.equal(q.scales(), absmax)
         assert torch.equal(q.dequantize(torch.float32), decoded)
 
 
@@ -90,7 +90,7 @@ def test_equals_live_bitsandbytes(name, dtype, magnitude):
     with kernels(name):
         q = lowbit.quantize(weight, format="int8")
         assert torch.equal(q.packed.view(torch.int8).view(130, 97), codes)
-        assert torch.equal(q.absmax, absmax)
+        assert torch.equal(q.scales(), absmax)
         assert torch.equal(q.dequantize(torch.float32), bnb.int8_vectorwise_dequant(codes, absmax))
         for out_dtype in DTYPES:
             assert torch.equal(q.dequantize(out_dtype), bnb.int8_vectorwise_dequant(codes, absmax).to(out_dtype))
@@ -112,8 +112,8 @@ def test_rows_of_zeros_and_nearly(name):
     weight = torch.tensor([[0.0, -0.0, 0.0], [1e-40, -1e-40, 0.0], [1.0, -0.5, 0.0]])
     with kernels(name):
         q = lowbit.quantize(weight, format="int8")
-        assert q.packed.view(torch.int8).tolist() == [0] * 6 + [127, -64, 0]
-        assert torch.equal(q.absmax, weight.abs().amax(1))
+        assert q.packed.view(torch.int8).flatten().tolist() == [0] * 6 + [127, -64, 0]
+        assert torch.equal(q.scales(), weight.abs().amax(1))
         assert q.dequantize()[:2].abs().max() == 0
 
 
@@ -123,7 +123,7 @@ def test_error_is_within_half_a_step():
     q = lowbit.quantize(weight, format="int8")
     step = q.scales()[:, None] / 127
     assert bool(((q.dequantize() - weight).abs() <= 0.5001 * step).all())
-    assert q.nbytes == 64 * 256 + 64 * 4 and not q.double_quant and q.block_size == 256
+    assert q.nbytes == 64 * 256 + 64 * 4 and q.spec == lowbit.WeightSpec("int8")
 
 
 def test_block_size_and_double_quant_are_ignored():
@@ -182,7 +182,7 @@ def test_linear(name, rows, shape, dtype, rank, has_bias, magnitude):
         namespace = lowbit.backends.NAMESPACES[name.partition("-")[0]]
         op = getattr(torch.ops, namespace).linear
         lora = (t, lora_b, 0.5) if rank else (None, None, 1.0)
-        y = op(x, *q.parts(), "int8", q.block_size, n, bias, *lora)
+        y = op(x, *q.operands(), n, bias, *lora)
         (grad_x,) = torch.autograd.grad(y, x, grad)
     assert y.dtype == dtype and y.shape == (rows, n) and grad_x.dtype == dtype
     exact, sizes = x.double() @ weight.T, x.double().abs() @ weight.T.abs()
@@ -202,11 +202,11 @@ def test_linear(name, rows, shape, dtype, rank, has_bias, magnitude):
 def test_state_dict_round_trip(dtype):
     """A saved weight must come back bit for bit; only its dtype is the reader's to say."""
     q = lowbit.quantize(make_weight((33, 65), dtype), format="int8")
-    state = q.state_dict("layer.weight") | {"other": torch.ones(1)}
+    state = files.to_state(q, "layer.weight") | {"other": torch.ones(1)}
     assert set(state) == {"layer.weight", "layer.SCB", "layer.weight_format", "other"}
-    assert_same_bytes(QuantizedTensor.from_state_dict(state, "layer.weight", int8_dtype=dtype), q)
-    assert QuantizedTensor.from_state_dict(state, "layer.weight").dtype == torch.float32
-    assert set(q.state_dict()) == {"weight", "SCB", "weight_format"}
+    assert_same_bytes(files.from_state(state, "layer.weight", int8_dtype=dtype), q)
+    assert files.from_state(state, "layer.weight").dtype == torch.float32
+    assert set(files.to_state(q)) == {"weight", "SCB", "weight_format"}
 
 
 def test_state_dict_is_bitsandbytes():
@@ -223,20 +223,21 @@ def test_state_dict_is_bitsandbytes():
     state = theirs.state_dict()
     # They round to float16 before they quantize.
     ours = lowbit.quantize(linear.weight.half(), format="int8")
-    assert_same_bytes(QuantizedTensor.from_state_dict(state, int8_dtype=torch.float16), ours)
-    for key, value in ours.state_dict().items():
+    assert_same_bytes(files.from_state(state, int8_dtype=torch.float16), ours)
+    written = files.to_state(ours)
+    for key, value in written.items():
         assert value.dtype == state[key].dtype and value.shape == state[key].shape and torch.equal(value, state[key])
 
     other = theirs_from(torch.nn.Linear(96, 40))
-    other.load_state_dict(ours.state_dict() | {"bias": linear.bias.detach()}, strict=True)
+    other.load_state_dict(written | {"bias": linear.bias.detach()}, strict=True)
     assert torch.equal(other.weight, state["weight"])
     assert torch.equal(other.weight.SCB, state["SCB"])
 
 
 def broken_states():
-    state = lowbit.quantize(make_weight((33, 65)), format="int8").state_dict()
+    state = files.to_state(lowbit.quantize(make_weight((33, 65)), format="int8"))
     yield {k: v for k, v in state.items() if k != "SCB"}, ValueError, "missing key 'SCB'"
-    yield state | {"SCB": torch.ones(32)}, ValueError, "absmax: expected shape"
+    yield state | {"SCB": torch.ones(32)}, ValueError, "absmax: expected 33 elements"
     yield state | {"SCB": torch.ones(33).half()}, TypeError, "absmax: expected torch.float32"
     yield state | {"weight": state["weight"].view(-1)}, ValueError, "weight: expected int8 codes of 2 dimensions"
     yield state | {"weight": state["weight"].view(torch.uint8)}, ValueError, "expected one key"
@@ -247,17 +248,16 @@ def broken_states():
 def test_broken_state_is_an_error(state, error, message):
     """A damaged file, or one in an old hardware layout, must be refused, not decoded to noise."""
     with pytest.raises(error, match=message):
-        QuantizedTensor.from_state_dict(state)
+        files.from_state(state)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"block_size": 64}, ValueError, "block_size: expected 100, the length of a row, for int8, got 64"),
-        ({"packed": torch.zeros(399, dtype=torch.uint8)}, ValueError, r"packed: expected shape \(400,\)"),
-        ({"absmax": torch.ones(5)}, ValueError, r"absmax: expected shape \(4,\)"),
+        ({"packed": torch.zeros(399, dtype=torch.uint8)}, ValueError, "packed: expected 400 elements"),
+        ({"absmax": torch.ones(5)}, ValueError, "absmax: expected 4 elements"),
         ({"absmax": torch.ones(4).byte()}, TypeError, "absmax: expected torch.float32"),
-        ({"group_scales": torch.ones(1), "offset": torch.ones(())}, ValueError, "int8 has no double quantization"),
+        ({"group_scales": torch.ones(1), "offset": torch.ones(())}, ValueError, "expected None .no double quantization. for .int8"),
     ],
 )
 def test_parts_that_do_not_fit(change, error, message):
@@ -267,8 +267,7 @@ def test_parts_that_do_not_fit(change, error, message):
         "absmax": torch.ones(4),
         "shape": (4, 100),
         "dtype": torch.float32,
-        "format": "int8",
-        "block_size": 100,
+        "spec": lowbit.WeightSpec("int8"),
     }
     QuantizedTensor(**parts)
     with pytest.raises(error, match=message):
@@ -282,15 +281,15 @@ def test_parts_that_do_not_fit(change, error, message):
         ({0: torch.zeros(399, dtype=torch.uint8)}, "packed: expected 400 elements, got 399"),
         ({1: torch.ones(3)}, "absmax: expected 4 elements, got 3"),
         ({1: torch.ones(4).byte()}, "absmax: expected dtype float32, got uint8"),
-        ({2: torch.ones(1), 3: torch.ones(())}, "expected neither for int8"),
-        ({5: 50}, r"block_size: expected 100 \(the length of a row\) for int8, got 50"),
-        ({6: [8, 50]}, "block_size: expected 50"),
-        ({6: [2**32, 2**32]}, "shape: expected sizes whose product fits"),
+        ({2: torch.ones(1), 3: torch.ones(())}, "expected neither"),
+        ({4: "int8:100"}, "spec: expected .*int8.*, got .int8:100"),
+        ({5: [8, 50]}, "absmax: expected 8 elements, got 4"),
+        ({5: [2**32, 2**32]}, "shape: expected sizes whose product fits"),
     ],
 )
 def test_wrong_direct_calls_raise(change, message):
     """A wrong call of torch.ops.lowbit must not read out of bounds."""
-    arguments = [torch.zeros(400, dtype=torch.uint8), torch.ones(4), None, None, "int8", 100, [4, 100], torch.float32]
+    arguments = [torch.zeros(400, dtype=torch.uint8), torch.ones(4), None, None, "int8", [4, 100], torch.float32]
     torch.ops.lowbit.dequantize(*arguments)
     for index, value in change.items():
         arguments[index] = value
@@ -301,8 +300,8 @@ def test_wrong_direct_calls_raise(change, message):
 @needs_native
 def test_wrong_direct_quantize_raises():
     """As above, where the codes are written."""
-    with pytest.raises(RuntimeError, match="block_size: expected 7"):
-        torch.ops.lowbit.quantize(torch.ones(3, 7), "int8", 21)
+    with pytest.raises(RuntimeError, match="spec: expected .*int8.*, got .int8:21"):
+        torch.ops.lowbit.quantize(torch.ones(3, 7), "int8:21")
 
 
 def test_results_do_not_depend_on_the_number_of_threads():

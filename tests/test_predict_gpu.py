@@ -4,20 +4,16 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
-import sys
 
+import predict_cuda
+import predict_gpu
+import predict_triton
 import pytest
+from codegen import cuda_counts, triton_counts
+from codegen.instruction_costs import Counted
+from codegen.machine_code import Kernel, cuobjdump
 from conftest_cuda import ROOT, require_nvcc
-
-sys.path.append(str(ROOT / "benchmarks"))
-import cuda_counts  # noqa: E402
-import predict_cuda  # noqa: E402
-import predict_gpu  # noqa: E402
-import predict_triton  # noqa: E402
-import triton_counts  # noqa: E402
-from instruction_costs import Counted  # noqa: E402
-from machine_code import Kernel, cuobjdump  # noqa: E402
-from roofline import GPUS  # noqa: E402
+from roofline import GPUS
 
 H100 = next(gpu for gpu in GPUS if gpu.name == "H100 SXM")
 A100 = next(gpu for gpu in GPUS if gpu.name == "A100 80GB")

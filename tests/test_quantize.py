@@ -52,12 +52,12 @@ def test_bytes_equal_golden_vectors(name):
         for index, case in enumerate(cases):
             weight = golden.get_tensor(f"{index}.weight")
             plain = lowbit.quantize(weight, double_quant=False, **case)
-            assert torch.equal(plain.packed, golden.get_tensor(f"{index}.plain.packed"))
-            assert torch.equal(plain.absmax, golden.get_tensor(f"{index}.plain.absmax"))
+            assert torch.equal(plain.packed.reshape(-1), golden.get_tensor(f"{index}.plain.packed"))
+            assert torch.equal(plain.absmax.reshape(-1), golden.get_tensor(f"{index}.plain.absmax"))
 
             offset = golden.get_tensor(f"{index}.dq.offset")
             ops = torch.ops.lowbit_reference if name == "reference" else torch.ops.lowbit
-            codes, group_scales = ops.quantize_scales(plain.absmax, offset)
+            codes, group_scales = ops.quantize_scales(plain.absmax.reshape(-1), offset)
             assert torch.equal(codes, golden.get_tensor(f"{index}.dq.absmax"))
             assert torch.equal(group_scales, golden.get_tensor(f"{index}.dq.group_scales"))
             ulp = torch.nextafter(offset, torch.tensor(float("inf"))) - offset
@@ -74,8 +74,8 @@ def test_bytes_equal_live_bitsandbytes(format, dtype):
             weight = make_weight(shape, dtype, seed=block_size)
             packed, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type=format, compress_statistics=True)
             plain = lowbit.quantize(weight, format=format, block_size=block_size, double_quant=False)
-            assert torch.equal(plain.packed, packed.reshape(-1))
-            codes, group_scales = torch.ops.lowbit.quantize_scales(plain.absmax, state.offset)
+            assert torch.equal(plain.packed.reshape(-1), packed.reshape(-1))
+            codes, group_scales = torch.ops.lowbit.quantize_scales(plain.absmax.reshape(-1), state.offset)
             assert torch.equal(codes, state.absmax)
             assert torch.equal(group_scales, state.state2.absmax)
 

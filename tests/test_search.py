@@ -93,11 +93,12 @@ def test_bitsandbytes_decodes_the_same():
     bnb = pytest.importorskip("bitsandbytes")
     weight = make_weight((64, 192))
     q = lowbit.quantize(weight, scale="search")
+    written = lowbit.files.to_state(q)
     state = bnb.functional.QuantState.from_dict(
-        {key.removeprefix("weight."): value for key, value in q.state_dict().items() if key != "weight"},
+        {key.removeprefix("weight."): value for key, value in written.items() if key != "weight"},
         device=torch.device("cpu"),
     )
-    theirs = bnb.functional.dequantize_4bit(q.state_dict()["weight"], state)
+    theirs = bnb.functional.dequantize_4bit(written["weight"], state)
     assert torch.equal(theirs.float(), q.dequantize(torch.float32))
 
 

@@ -14,14 +14,13 @@ from triton.compiler.errors import CompilationError, CompileTimeAssertionFailure
 from triton.runtime.errors import OutOfResources, PTXASError
 
 import lowbit
-from lowbit.backends.triton import shapes_backward
-from lowbit.backends.triton import shapes_forward as shapes
-from lowbit.backends.triton.gpu import Gpu
+from lowbit.backends.triton import shapes
 from lowbit.backends.triton.launch import traced
-from lowbit.backends.triton.shapes import Problem
+from lowbit.backends.triton.shapes import Gpu, Problem
+from lowbit.format import WeightSpec
 
 H100 = Gpu(90, 132)
-PROBLEM = Problem(8, 64, 256, torch.bfloat16, "nf4", 64)
+PROBLEM = Problem("linear", 8, 64, 256, torch.bfloat16, WeightSpec())
 CONFIGS = [shapes.Config(8, 64, 64, 2, stages, True) for stages in (2, 3, 4)]
 
 
@@ -48,24 +47,24 @@ def process(autotune, known: dict | None = None):
 
 def search(autotune, problem=PROBLEM, best=3):
     """The chosen configuration, where that with ``best`` stages is the fastest."""
-    return autotune.chosen("linear", problem, A100, CONFIGS, lambda config: abs(config.stages - best))
+    return autotune.chosen(problem, A100, CONFIGS, lambda config: abs(config.stages - best))
 
 
 def kept(autotune, problem=PROBLEM):
     """What a new process chooses, which must not measure."""
     with process(autotune):
-        return autotune.chosen("linear", problem, A100, CONFIGS, lambda config: pytest.fail("measured"))
+        return autotune.chosen(problem, A100, CONFIGS, lambda config: pytest.fail("measured"))
 
 
 def test_keeps_the_fastest(autotune):
     """Measured once per shape and machine: the next process reads what was found."""
     measured = []
     run = lambda config: measured.append(config) or abs(config.stages - 3)  # noqa: E731
-    assert autotune.chosen("linear", PROBLEM, A100, CONFIGS, run) == CONFIGS[1]
+    assert autotune.chosen(PROBLEM, A100, CONFIGS, run) == CONFIGS[1]
     assert measured == CONFIGS
     with process(autotune):
-        assert autotune.chosen("linear", PROBLEM, A100, CONFIGS, run) == CONFIGS[1]
-    assert autotune.chosen("linear", PROBLEM, H100, CONFIGS[:1], run) == CONFIGS[0]
+        assert autotune.chosen(PROBLEM, A100, CONFIGS, run) == CONFIGS[1]
+    assert autotune.chosen(PROBLEM, H100, CONFIGS[:1], run) == CONFIGS[0]
     assert len(measured) == 4
 
 
@@ -178,9 +177,9 @@ def test_passes_over_what_does_not_run(autotune, error):
             raise error
         return 1.0
 
-    assert autotune.chosen("linear", PROBLEM, A100, CONFIGS, run) == CONFIGS[2]
+    assert autotune.chosen(PROBLEM, A100, CONFIGS, run) == CONFIGS[2]
     with pytest.raises(RuntimeError, match="none of 2 configurations"):
-        autotune.chosen("linear", PROBLEM, H100, CONFIGS[:2], run)
+        autotune.chosen(PROBLEM, H100, CONFIGS[:2], run)
 
 
 def test_other_errors_are_told(autotune):
@@ -190,7 +189,7 @@ def test_other_errors_are_told(autotune):
         raise RuntimeError("an illegal memory access")
 
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        autotune.chosen("linear", PROBLEM, A100, CONFIGS, run)
+        autotune.chosen(PROBLEM, A100, CONFIGS, run)
 
 
 @interpreted
@@ -210,14 +209,14 @@ def test_measures_nothing_while_a_graph_is_made(autotune, monkeypatch):
     """Nothing runs then: a measurement would end the capture of a CUDA graph, or be a node of torch.compile's."""
     run = lambda config: -config.stages  # noqa: E731
     with traced():
-        assert autotune.chosen("linear", PROBLEM, A100, CONFIGS, run) == CONFIGS[0]
+        assert autotune.chosen(PROBLEM, A100, CONFIGS, run) == CONFIGS[0]
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        assert autotune.chosen("linear", PROBLEM, A100, CONFIGS, run) == CONFIGS[0]
-    assert autotune.chosen("linear", PROBLEM, A100, CONFIGS, run) == CONFIGS[2]
+        assert autotune.chosen(PROBLEM, A100, CONFIGS, run) == CONFIGS[0]
+    assert autotune.chosen(PROBLEM, A100, CONFIGS, run) == CONFIGS[2]
     with traced():  # what is known is used
-        assert autotune.chosen("linear", PROBLEM, A100, CONFIGS, run) == CONFIGS[2]
+        assert autotune.chosen(PROBLEM, A100, CONFIGS, run) == CONFIGS[2]
 
 
 def operands(name: str) -> tuple:
@@ -234,16 +233,16 @@ def operands(name: str) -> tuple:
 @pytest.mark.parametrize("name", ["linear", "linear_grad_input", "grouped_linear", "grouped_linear_grad_input"])
 def test_every_product_is_tuned(autotune, monkeypatch, name):
     """An operation left out would run as predicted, whatever its user asked for."""
-    choices = shapes_backward.grad_input_configs if name.endswith("grad_input") else shapes.linear_configs
-    problem = Problem(8, 1024, 4096, torch.bfloat16, "nf4", 64, 4 if name.startswith("grouped") else 0)
-    expected = choices(problem, A100)
+    op, experts = name.removeprefix("grouped_"), 4 if name.startswith("grouped") else 0
+    problem = Problem(op, 8, 1024, 4096, torch.bfloat16, WeightSpec(), experts)
+    expected = shapes.configs(problem, A100)
     assert len(expected) > 1
     times = iter([*[2.0] * (len(expected) - 1), 1.0])
     monkeypatch.setattr(autotune, "measure", lambda run: run() or next(times))
     with launches("sm_80") as made:
         function(name)(*operands(name))
     (path,) = autotune.cache_folder().iterdir()
-    assert json.loads(path.read_text()) == {"key": f"{name} {problem} {A100}", "config": vars(expected[-1])}
+    assert json.loads(path.read_text()) == {"key": f"{problem} {A100}", "config": vars(expected[-1])}
     kernels = [launch for launch in made if "SPLITS" not in launch.values or "packed" in launch.values]
     assert len(kernels) == len(expected) + 1  # each configuration once, then the fastest
 

@@ -6,8 +6,8 @@ decoded to or quantized from 16 bits; a change that takes many more than today f
 
 import pytest
 import torch
+from codegen.machine_code import count as count_in
 from conftest_triton import compiled, compiled_only, function, launches, machine_code, tensor, weight
-from sass import count as count_in
 
 pytestmark = compiled_only
 
@@ -81,7 +81,7 @@ def test_dequantize_int8(machine_code_of, dtype):
 def test_quantize(machine_code_of, op, dtype, format, limit):
     """Done once per weight. A branch in the code search would cost more than the search."""
     scales = () if op == "quantize" else (tensor(4096 * 64),)
-    kernel = machine_code_of(op, tensor(*SHAPE, dtype=dtype), *scales, format, 64)
+    kernel = machine_code_of(op, tensor(*SHAPE, dtype=dtype), *scales, f"{format}:64")
     weights = count(kernel, "LDG.128") * BYTES_PER_ACCESS // dtype.itemsize
     assert instructions(kernel) <= limit * weights, instructions(kernel) / weights
     assert count(kernel, "STG.128") * BYTES_PER_ACCESS * 2 == weights
@@ -93,7 +93,7 @@ def test_quantize(machine_code_of, op, dtype, format, limit):
 
 def test_quantize_int8(machine_code_of):
     """Weights in 16-byte loads; codes in stores of at least 8 bytes."""
-    kernel = machine_code_of("quantize", tensor(*SHAPE, dtype=torch.bfloat16), "int8", SHAPE[1])
+    kernel = machine_code_of("quantize", tensor(*SHAPE, dtype=torch.bfloat16), "int8")
     weights = count(kernel, "LDG.128") * BYTES_PER_ACCESS // 2 // 2  # each is read twice
     assert count(kernel, "LDG") == count(kernel, "LDG.128")
     assert instructions(kernel) <= 20 * weights, instructions(kernel) / weights
@@ -111,7 +111,7 @@ def test_quantize_scales(machine_code_of):
 
 def test_search_scales(machine_code_of):
     """At most 48 instructions for a weight and each of the 36 factors; its loads are vectors of 4, with importance."""
-    arguments = (tensor(*SHAPE, dtype=torch.bfloat16), tensor(SHAPE[1]), "nf4", 64)
+    arguments = (tensor(*SHAPE, dtype=torch.bfloat16), tensor(SHAPE[1]), "nf4:64")
     kernel = machine_code_of("search_scales", *arguments)
     loop = kernel.smallest_loop("LDG.64", "FSEL")
     loads = count_in(loop, "LDG.64")

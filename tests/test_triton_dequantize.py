@@ -6,7 +6,7 @@ from cases import BLOCK_SIZES, DTYPES, FORMATS, block_sizes, dtypes, formats, ma
 from conftest_triton import compiled_only, emulate, interpreted, launches
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_calls import unaligned
+from triton_calls import parts_of, unaligned
 from triton_calls import weight as meta_weight
 
 from lowbit import format as fmt
@@ -14,18 +14,6 @@ from lowbit import reference
 from lowbit.backends.triton import dequantize as module
 
 sizes = st.one_of(st.integers(1, 200), st.sampled_from((1023, 1024, 1025, 3001, 8193, 16384, 17_000)))
-
-
-def quantized(weight, format, block_size, double_quant=True) -> tuple:
-    """The arguments of an op from packed to block_size."""
-    if format == "int8":
-        return *reference.quantize(weight, "int8", weight.shape[-1]), None, None, "int8", weight.shape[-1]
-    packed, absmax = reference.quantize(weight, format, block_size)
-    group_scales = offset = None
-    if double_quant:
-        offset = absmax.mean()
-        absmax, group_scales = reference.quantize_scales(absmax, offset)
-    return packed, absmax, group_scales, offset, format, block_size
 
 
 @interpreted
@@ -40,7 +28,7 @@ def quantized(weight, format, block_size, double_quant=True) -> tuple:
 )
 def test_equals_the_reference(numel, dtype, format, block_size, double_quant, magnitude):
     """A GPU that decodes other bits trains on another model than the one saved."""
-    parts = quantized(make_weight((numel,), torch.float32, magnitude), format, block_size, double_quant)
+    parts = parts_of(make_weight((numel,), torch.float32, magnitude), format, block_size, double_quant)
     decoded = torch.ops.lowbit_triton.dequantize(*parts, [numel], dtype)
     assert torch.equal(decoded, reference.dequantize(*parts, [numel], dtype))
 
@@ -49,7 +37,7 @@ def test_equals_the_reference(numel, dtype, format, block_size, double_quant, ma
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_every_block_size(block_size):
     """Each block's scale has to reach all of its elements, whether a thread's bytes fill a block or a part of one."""
-    parts = quantized(torch.randn(9000, generator=torch.Generator().manual_seed(block_size)), "nf4", block_size)
+    parts = parts_of(torch.randn(9000, generator=torch.Generator().manual_seed(block_size)), "nf4", block_size)
     decoded = torch.ops.lowbit_triton.dequantize(*parts, [9000], torch.bfloat16)
     assert torch.equal(decoded, reference.dequantize(*parts, [9000], torch.bfloat16))
 
@@ -59,7 +47,7 @@ def test_every_code_of_the_scale_map():
     """The 256 entries of the map, from the table that travels to the device."""
     codes = torch.arange(256, dtype=torch.uint8)
     packed = torch.full((256 * 16,), 0xFF, dtype=torch.uint8)  # NF4 code 15 is 1.0
-    parts = (packed, codes, torch.ones(1), torch.zeros(()), "nf4", 32)
+    parts = (packed, codes, torch.ones(1), torch.zeros(()), "nf4:32:double_quant")
     decoded = torch.ops.lowbit_triton.dequantize(*parts, [256 * 32], torch.float32)
     assert torch.equal(decoded[::32], fmt.SCALE_MAP)
 
@@ -74,7 +62,7 @@ def test_every_code_of_the_scale_map():
 )
 def test_int8_equals_the_reference(rows, columns, dtype, magnitude):
     """Rows that fill a tile, that share one, and that take several; a row's scale must reach that row only."""
-    parts = quantized(make_weight((rows, columns), torch.float32, magnitude), "int8", 0)
+    parts = parts_of(make_weight((rows, columns), torch.float32, magnitude), "int8")
     decoded = torch.ops.lowbit_triton.dequantize(*parts, [rows, columns], dtype)
     assert torch.equal(decoded, reference.dequantize(*parts, [rows, columns], dtype))
 
@@ -83,7 +71,7 @@ def test_int8_equals_the_reference(rows, columns, dtype, magnitude):
 @pytest.mark.parametrize("format", fmt.FORMATS)
 def test_into_a_tensor(format):
     """A weight decoded into a buffer that is there already; what lies around the buffer stays."""
-    parts = quantized(make_weight((33, 131)), format, 64)
+    parts = parts_of(make_weight((33, 131)), format, 64)
     buffer = torch.full((35, 131), 7.0)
     torch.ops.lowbit_triton.dequantize_out(*parts, buffer[1:34])
     assert torch.equal(buffer[1:34], reference.dequantize(*parts, [33, 131], torch.float32))
@@ -95,10 +83,7 @@ def test_into_a_tensor(format):
 @pytest.mark.parametrize("shape", [(0, 64), (4, 0), ()])
 def test_empty_and_scalar(format, shape):
     """A model may hold such weights; an empty grid must not be launched."""
-    weight = torch.ones(shape)
-    block_size = fmt.row_shape(shape)[1] if format == "int8" else 64
-    packed, absmax = reference.quantize(weight, format, block_size)
-    parts = (packed, absmax, None, None, format, block_size)
+    parts = parts_of(torch.ones(shape), format, double_quant=False)
     assert torch.equal(
         torch.ops.lowbit_triton.dequantize(*parts, list(shape), torch.float16),
         reference.dequantize(*parts, list(shape), torch.float16),
@@ -121,7 +106,7 @@ def emulated(parts, shape, dtype):
 )
 def test_machine_instructions(dtype, format, block_size, double_quant, numel):
     """What NVIDIA's GPUs run is inline assembly that the interpreter never sees: aligned and ragged, bit for bit."""
-    parts = quantized(make_weight((numel,)), format, block_size, double_quant)
+    parts = parts_of(make_weight((numel,)), format, block_size, double_quant)
     decoded = emulated(parts, [numel], dtype)
     assert torch.equal(decoded, reference.dequantize(*parts, [numel], dtype))
 
@@ -131,7 +116,7 @@ def test_machine_instructions(dtype, format, block_size, double_quant, numel):
 def test_machine_instructions_every_code(format):
     """All 256 bytes at every place in a word."""
     packed = torch.arange(4 * 256).mul(0x9D).to(torch.uint8)
-    parts = (packed, torch.ones(32), None, None, format, 64)
+    parts = (packed, torch.ones(32), None, None, f"{format}:64")
     decoded = emulated(parts, [2048], torch.float32)
     assert torch.equal(decoded, reference.dequantize(*parts, [2048], torch.float32))
 
@@ -141,7 +126,7 @@ def test_machine_instructions_every_code(format):
 @pytest.mark.parametrize("shape", [(3, 1024), (5, 77), (1, 5000)])
 def test_int8_machine_instructions(shape, dtype):
     """The same for int8."""
-    parts = quantized(make_weight(shape), "int8", 0)
+    parts = parts_of(make_weight(shape), "int8")
     decoded = emulated(parts, list(shape), dtype)
     assert torch.equal(decoded, reference.dequantize(*parts, list(shape), dtype))
 
@@ -150,7 +135,7 @@ def test_int8_machine_instructions(shape, dtype):
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_unaligned_memory(format):
     """A slice of a file mapped into memory begins anywhere; a 16-byte access there would be a fault."""
-    parts = quantized(make_weight((2, 256)), format, 64)
+    parts = parts_of(make_weight((2, 256)), format, 64)
     packed, out = unaligned(parts[0]).copy_(parts[0]), unaligned(torch.empty(2, 256, dtype=torch.float16))
     with launches("sm_80") as made:
         module.dequantize_out(packed, *parts[1:], out)
@@ -162,7 +147,7 @@ def test_unaligned_memory(format):
 def test_more_than_31_bits():
     """A stack of experts may have more elements than 32 bits can number: the last program of such a tensor."""
     numel, end = 2**31 + 16384, 16384
-    parts = quantized(make_weight((end,)), "nf4", 4096)
+    parts = parts_of(make_weight((end,)), "nf4", 4096)
     with launches("sm_80") as made:
         module.dequantize(*meta_weight((numel,), "nf4", 4096), [numel], torch.float16)
     ends = dict(zip(("packed", "absmax", "group_scales", "offset"), parts, strict=False))

@@ -6,9 +6,9 @@ import pytest
 import torch
 from cases import DTYPES, CalledOps, assert_same_bits, factors, make_weight, rounded_factors
 from conftest_triton import compiled_only, emulate, function, interpreted, launches
+from triton_calls import parts_of
 
-import lowbit
-from lowbit.backends.triton import factors as module
+from lowbit.backends.triton import products as module
 
 #: (m, n, rank, dtype of the result, of low, of up, scaling, whether up is a transpose)
 CASES = {
@@ -85,8 +85,7 @@ def test_factors_that_are_right_stay():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_one_launch_for_both_factors(dtype):
     """A chain of torch's ops, of two microseconds each, took as long as the product of a batch of 512 rows."""
-    q = lowbit.quantize(make_weight((64, 70)))
-    parts, t = (*q.parts(), q.format, q.block_size), torch.ones(600, 8)
+    parts, t = parts_of(make_weight((64, 70))), torch.ones(600, 8)
     calls = {
         "linear": (torch.ones(600, 70, dtype=dtype), *parts, 64, None, t, torch.ones(64, 8), 0.7),
         "linear_grad_input": (torch.ones(600, 64, dtype=dtype), *parts, 70, t, torch.ones(8, 70)),

@@ -4,12 +4,12 @@ registers, accesses. The sizes are those of a layer of 4096 x 4096; tensors are 
 
 import pytest
 import torch
+from codegen.machine_code import count
 from conftest_triton import compiled, compiled_only, launches, machine_code, tensor, weight
-from machine_code import count
 
-from lowbit.backends.triton import shapes_backward as shapes
-from lowbit.backends.triton.gpu import Gpu, shared_bytes_of
-from lowbit.backends.triton.shapes import Problem
+from lowbit.backends.triton import shapes
+from lowbit.backends.triton.shapes import Gpu, Problem
+from lowbit.format import WeightSpec
 
 pytestmark = compiled_only
 
@@ -20,29 +20,37 @@ EXPERTS = 8
 def machine_code_of(folder, target, config, experts=0, dtype=torch.bfloat16, format="nf4", double_quant=True):
     """(machine code, shared memory) of a call with LoRA and as many rows as the tile."""
     from lowbit.backends.triton import linear_grad_input
+    from lowbit.backends.triton.operands import weight_of
 
-    parts = weight((max(experts, 1) * N, K), format, 64, double_quant)
     lora = tensor(config.tile_m, 16), tensor(*([experts] if experts else []), 16, K)
     ends = tensor(experts, dtype=torch.int32) if experts else None
     grad, out = (tensor(config.tile_m, columns, dtype=dtype) for columns in (N, K))
+    rows = max(experts, 1) * N
+    parts = weight_of((rows, K), grad, *weight((rows, K), format, 64, double_quant))
     with launches(target) as made:
-        linear_grad_input.fused(config, grad, *parts, *lora, out, ends)
+        linear_grad_input.fused(config, grad, parts, *lora, out, ends)
     kernel, _ = compiled(made[0], target)
     return machine_code(kernel, target, folder), kernel.metadata.shared
+
+
+def problem_of(config, dtype, format, experts=0):
+    """That for which there is such a tile: of as many rows."""
+    rows = config.tile_m * max(experts, 1)
+    return Problem("linear_grad_input", rows, N, K, dtype, WeightSpec(format), experts)
 
 
 C = shapes.Config
 #: (GPU, configuration, format, tensor-core instruction, instructions per weight and lane as counted, within 3%)
 BUDGETS = [
-    ("sm_80", C(16, 64, 128, 4, 3), "nf4", "HMMA", 8.0),
-    ("sm_80", C(32, 64, 128, 4, 3), "nf4", "HMMA", 8.8),
-    ("sm_80", C(64, 64, 128, 8, 3), "nf4", "HMMA", 11.9),
+    ("sm_80", C(16, 64, 256, 4, 3), "nf4", "HMMA", 8.0),
+    ("sm_80", C(32, 64, 256, 4, 3), "nf4", "HMMA", 8.8),
+    ("sm_80", C(64, 64, 256, 8, 3), "nf4", "HMMA", 11.9),
     ("sm_80", C(64, 64, 128, 8, 3), "int8", "HMMA", 12.1),
-    ("sm_90", C(16, 64, 128, 4, 3), "nf4", "HGMMA", 7.95),
-    ("sm_90", C(64, 64, 128, 8, 3), "fp4", "HGMMA", 9.6),
-    ("sm_90", C(128, 64, 128, 8, 3), "nf4", "HGMMA", 10.1),
+    ("sm_90", C(16, 64, 256, 4, 3), "nf4", "HGMMA", 7.95),
+    ("sm_90", C(64, 64, 256, 8, 3), "fp4", "HGMMA", 9.6),
+    ("sm_90", C(128, 64, 256, 8, 3), "nf4", "HGMMA", 10.1),
     ("sm_90", C(128, 64, 128, 4, 3), "int8", "HGMMA", 6.5),
-    ("sm_120", C(64, 64, 128, 8, 3), "nf4", "HMMA", 11.7),
+    ("sm_120", C(64, 64, 256, 8, 3), "nf4", "HMMA", 11.7),
 ]
 
 
@@ -51,12 +59,12 @@ BUDGETS = [
 def test_backward(tmp_path, budget, experts):
     """No spills, 16-byte copies of W and grad, decoded weights in registers: each lost slows every training step."""
     target, config, format, instruction, counted = budget
-    problem = Problem(config.tile_m * max(experts, 1), N, K, torch.bfloat16, format, 64, experts)
+    problem = problem_of(config, torch.bfloat16, format, experts)
     gpu = Gpu(int(target[3:]), 100)
-    assert config in shapes._tiles(problem, gpu), "no GPU runs it"
+    assert config in shapes.tiles(problem, gpu), "no GPU runs it"
     code, shared = machine_code_of(tmp_path, target, config, experts, torch.bfloat16, format)
     assert (code.stack, code.local) == (0, 0)
-    assert shared <= shapes.shared_bytes(config, problem) <= shared_bytes_of(gpu)
+    assert shared <= shapes.shared_bytes(config, problem) <= gpu.shared_bytes
     (loop,) = [body for body in code.loops() if count(body, "LDGSTS")]
     threads = 32 * config.warps
     assert count(loop, instruction)
@@ -66,7 +74,7 @@ def test_backward(tmp_path, budget, experts):
     assert count(loop, "LDGSTS") - count(loop, "LDGSTS.128") <= 2 * scales
     # Entries of the scales' map, and both parts of each scale on their way to all lanes: none of W's.
     assert count(loop, "LDG") <= scales and count(loop, "STS") <= 2 * scales
-    weights = config.tile_n * config.bytes * (1 if format == "int8" else 2) / threads
+    weights = config.tile_n * config.tile_k / threads
     assert len(loop) <= 1.03 * counted * weights, f"{len(loop) / weights:.2f} per weight"
     modelled = shapes.instructions(config, problem, gpu) / config.warps
     assert 0.8 <= modelled / len(loop) <= 1.25
@@ -76,7 +84,7 @@ def test_backward(tmp_path, budget, experts):
 @pytest.mark.parametrize("experts", [0, EXPERTS])
 def test_no_spills_otherwise(tmp_path, experts, dtype):
     """fp32 takes another path, and plain scales other registers."""
-    config = C(32, 32, 64, 4, 2) if dtype == torch.float32 else C(64, 64, 128, 8, 3)
+    config = C(32, 32, 128, 4, 2) if dtype == torch.float32 else C(64, 64, 256, 8, 3)
     code, _ = machine_code_of(tmp_path, "sm_80", config, experts, dtype, double_quant=False)
     assert (code.stack, code.local) == (0, 0)
 
@@ -86,8 +94,8 @@ def test_eight_bytes_a_load(tmp_path, target):
     """The exception that docs/performance.md names: of 16 rows of W of 64 bytes a thread of four warps has 8. Fewer
     bytes a load would be twice the loads.
     """
-    config = C(16, 16, 64, 4, 2)
-    assert config in shapes._tiles(Problem(16, N, K, torch.float32, "nf4", 64), Gpu(int(target[3:]), 100))
+    config = C(16, 16, 128, 4, 2)
+    assert config in shapes.tiles(problem_of(config, torch.float32, "nf4"), Gpu(int(target[3:]), 100))
     code, _ = machine_code_of(tmp_path, target, config, dtype=torch.float32)
     (loop,) = [body for body in code.loops() if count(body, "LDGSTS")]
     assert (code.stack, code.local) == (0, 0)

@@ -14,16 +14,10 @@ from cases import (
 from conftest_triton import compiled_only, emulate, every_kind, interpreted, launches, tile_of_a_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cuda_grad_input import RANKS, quantized
-from test_grouped import COUNTS, ends_of, exact_product
+from triton_calls import COUNTS, RANKS, ends_of, expert_product, parts_of, varied_parts
 
-import lowbit
 from lowbit import reference
-
-grouped = pytest.importorskip("lowbit.backends.triton.grouped")
-grouped_products = pytest.importorskip("lowbit.backends.triton.grouped_products")
-shapes_forward = pytest.importorskip("lowbit.backends.triton.shapes_forward")
-shapes_backward = pytest.importorskip("lowbit.backends.triton.shapes_backward")
+from lowbit.backends.triton import grouped, shapes
 
 #: (experts, out_features, in_features): one, ragged tiles, groups of 256 scales that cross experts, blocks that do.
 STACKS = ((1, 1, 32), (3, 33, 64), (4, 70, 160), (7, 16, 256), (3, 5, 7), (3, 17, 130), (2, 0, 64), (2, 4, 0))
@@ -35,9 +29,8 @@ def interpret(name, *arguments):
 
 def emulated(target, name, *arguments):
     """(out, launches, what the emulator counted of each), assembly included."""
-    module = grouped if name.startswith("grouped_linear") else grouped_products
     with launches(target) as made:
-        out = getattr(module, name)(*arguments)
+        out = getattr(grouped, name)(*arguments)
     return out, made, [emulate(launch, target=target) for launch in made]
 
 
@@ -53,7 +46,7 @@ class Case:
         self.experts, self.n, self.k = stack
         self.ends = ends_of(counts, self.experts)
         tokens, self.rank, self.dtype = int(self.ends[-1]), rank, dtype
-        self.parts = quantized((self.experts * self.n, self.k), format, block_size, double_quant)
+        self.parts = varied_parts((self.experts * self.n, self.k), format, block_size, double_quant)
         self.weight = reference.dequantize(*self.parts, [*stack], torch.float32).double()
         self.format, self.whole = format, format == "int8" or self.k % block_size == 0
         generator = torch.Generator().manual_seed(tokens + self.n)
@@ -68,12 +61,12 @@ class Case:
     def product(self, operand, weight, low, up, scaling=1.0, transposed=False):
         """(exact, magnitude, LoRA's magnitude) of a product and its LoRA."""
         operand, low, up = operand.double(), low.double(), up.double()
-        exact = exact_product(operand, weight, self.ends, transposed)
-        magnitude = exact_product(operand.abs(), weight.abs(), self.ends, transposed)
+        exact = expert_product(operand, weight, self.ends, transposed)
+        magnitude = expert_product(operand.abs(), weight.abs(), self.ends, transposed)
         if not self.rank:
             return exact, magnitude, torch.zeros_like(magnitude)
-        lora = scaling * exact_product(low.abs(), up.abs(), self.ends, transposed)
-        return exact + scaling * exact_product(low, up, self.ends, transposed), magnitude + lora, lora
+        lora = scaling * expert_product(low.abs(), up.abs(), self.ends, transposed)
+        return exact + scaling * expert_product(low, up, self.ends, transposed), magnitude + lora, lora
 
     def check_linear(self, run):
         lora = (self.t, self.lora_b) if self.rank else (None, None)
@@ -136,15 +129,14 @@ def test_larger_tiles(counts):
 @pytest.mark.parametrize("ends", [(3, 9, 99), (5, 2, 7), (-4, 3, 7), (0, 0, 0)])
 def test_wrong_ends_stay_inside(monkeypatch, ends):
     """On a GPU nobody reads the ends before the kernels do: wrong ones must not become accesses of other memory."""
-    q = lowbit.quantize(make_weight((3, 64, 128)))
     ends = torch.tensor(ends, dtype=torch.int32)
-    weight = (*q.parts(), "nf4", 64, ends)
+    weight = (*parts_of(make_weight((3, 64, 128))), ends)
     x, grad = torch.randn(7, 128).bfloat16(), torch.randn(7, 64).bfloat16()
     with launches("sm_80") as made:
         grouped.grouped_linear(x, *weight, 64, None, None, None, 1.0)
         grouped.grouped_linear_grad_input(grad, *weight, 128)
-        grouped_products.grouped_matmul(x, torch.randn(3, 4, 128), ends)
-        grouped_products.grouped_outer(grad, x, ends)
+        grouped.grouped_matmul(x, torch.randn(3, 4, 128), ends)
+        grouped.grouped_outer(grad, x, ends)
     for launch in made:
         emulate(launch)  # an access out of bounds is an error
 
@@ -161,8 +153,8 @@ def test_block_sizes(block_size):
 def check_dense(run, a, matrices, ends, out_dtypes_agree):
     """grouped_matmul of a [T, K] with matrices [E, P, K], and grouped_outer of its result's shape with a."""
     y = run("grouped_matmul", a, matrices, ends)
-    exact = exact_product(a.double(), matrices.double(), ends)
-    magnitude = exact_product(a.double().abs(), matrices.double().abs(), ends)
+    exact = expert_product(a.double(), matrices.double(), ends)
+    magnitude = expert_product(a.double().abs(), matrices.double().abs(), ends)
     # Tensor cores cut sums off: twice the terms.
     terms = a.shape[1] * (2 if out_dtypes_agree else 1)
     assert y.dtype == torch.float32
@@ -247,27 +239,27 @@ def case_of(kind, tile_rows, out_features, in_features):
 @compiled_only
 @pytest.mark.parametrize(
     "kind",
-    every_kind(shapes_forward.linear_configs, shapes_forward.decodes_first, masked_beyond=64, experts=8),
+    every_kind("linear", masked_beyond=64, experts=8),
     ids=str,
 )
 def test_every_tile_of_a_stack_in_ptx(monkeypatch, kind):
     """A tile that is wrong for a stack is a wrong answer for just those numbers of tokens that get it."""
     config = kind.config
-    monkeypatch.setattr(shapes_forward, "linear_configs", lambda problem, gpu: [config])
-    step = config.products * config.bk
-    case_of(kind, config.bm, 37, kind.columns(3 * step, step)).check_linear(run_ptx)
+    monkeypatch.setattr(shapes, "configs", lambda problem, gpu: [config])
+    step = config.products * config.tile_k
+    case_of(kind, config.tile_m, 37, kind.columns(3 * step, step)).check_linear(run_ptx)
 
 
 @compiled_only
 @pytest.mark.parametrize(
     "kind",
-    every_kind(shapes_backward.grad_input_configs, shapes_backward.decodes_first, masked_beyond=1, experts=8),
+    every_kind("linear_grad_input", masked_beyond=1, experts=8),
     ids=str,
 )
 def test_every_tile_of_a_stack_backward_in_ptx(monkeypatch, kind):
     """The same of the gradient."""
     config = kind.config
-    monkeypatch.setattr(shapes_backward, "grad_input_configs", lambda problem, gpu: [config])
+    monkeypatch.setattr(shapes, "configs", lambda problem, gpu: [config])
     case_of(kind, config.tile_m, 2 * config.tile_n + 5, kind.columns(72, 8)).check_grad_input(run_ptx)
 
 
@@ -285,10 +277,8 @@ def test_every_tile_of_a_stack_backward_in_ptx(monkeypatch, kind):
 def test_wgmma(monkeypatch, rows, splits, counts, stack, rank, dtype, format, block_size, double_quant):
     """What an H100 runs, forward and backward: other instructions and layouts than sm_80's, at each expert's edges."""
     case = Case(counts, stack, rank, dtype, format, block_size, double_quant)
-    forward = tile_of_a_layer(shapes_forward.linear_configs, bm=rows[0], splits=splits)
-    backward = tile_of_a_layer(shapes_backward.grad_input_configs, tile_m=rows[1], splits=splits)
-    monkeypatch.setattr(shapes_forward, "linear_configs", forward)
-    monkeypatch.setattr(shapes_backward, "grad_input_configs", backward)
+    tile_m = dict(zip(("linear", "linear_grad_input"), rows, strict=True))
+    monkeypatch.setattr(shapes, "configs", tile_of_a_layer(tile_m=tile_m, splits=splits))
 
     def run(name, *arguments):
         out, made, (result, *_) = emulated("sm_90", name, *arguments)

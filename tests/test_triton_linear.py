@@ -28,15 +28,14 @@ from conftest_triton import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton_calls import RANKS, parts_of
 
-import lowbit
 from lowbit import reference
-from lowbit.backends.triton import shapes_forward as shapes
-from lowbit.backends.triton.gpu import Gpu, shared_bytes_of
-from lowbit.backends.triton.shapes import Problem, rows_of
+from lowbit.backends.triton import shapes
+from lowbit.backends.triton.shapes import Gpu, Problem, rows_of
+from lowbit.format import WeightSpec
 
 ROWS = (1, 2, 5, 16, 17, 33)
-RANKS = (0, 1, 8, 17, 64)
 H100, MI300 = Gpu(90, 132), Gpu(0, 304, 64)
 
 
@@ -61,21 +60,20 @@ class Case:
     scaling: float = 0.7
 
     def __post_init__(self):
-        options = {} if self.format == "int8" else {"block_size": self.block_size, "double_quant": self.double_quant}
         weight = make_weight((self.n, self.k), torch.float32, seed=self.n)
-        self.q = lowbit.quantize(weight, format=self.format, **options)
+        self.parts = parts_of(weight, self.format, self.block_size, self.double_quant)
         self.x = normal(self.m, self.k, dtype=self.dtype)
         self.t = normal(self.m, self.rank, dtype=self.lora_dtype, seed=1) if self.rank else None
         self.lora_b = normal(self.n, self.rank, dtype=self.lora_dtype, seed=2) if self.rank else None
         self.bias = normal(self.n, seed=3) if self.has_bias else None
 
     def arguments(self) -> tuple:
-        q = self.q
-        return self.x, *q.parts(), q.format, q.block_size, self.n, self.bias, self.t, self.lora_b, self.scaling
+        return self.x, *self.parts, self.n, self.bias, self.t, self.lora_b, self.scaling
 
     def products(self):
         """(exact, its magnitude, LoRA's part of that, bias's)"""
-        dense, x = self.q.dequantize(torch.float32).double(), self.x.double()
+        dense = reference.dequantize(*self.parts, [self.n, self.k], torch.float32).double()
+        x = self.x.double()
         exact, magnitude = x @ dense.T, x.abs() @ dense.abs().T
         lora = bias = torch.zeros(())
         if self.rank:
@@ -129,7 +127,7 @@ def triton_linear(case: Case) -> torch.Tensor:
 def test_is_the_product(m, n, blocks, dtype, format, block_size, double_quant, rank, lora_dtype, has_bias):
     """Every layer's output; all ragged tiles, with k in one part and (from 8 steps on) in several."""
     if dtype == torch.float32:
-        m = min(m, shapes.MOST_FMA_ROWS)
+        m = min(m, shapes.MOST_FMA_ROWS["linear"])
     case = Case(m, n, blocks * block_size, dtype, format, block_size, double_quant, rank, lora_dtype, has_bias)
     case.check(triton_linear(case))
 
@@ -155,7 +153,7 @@ def test_many_rows():
 def test_int8(shape, dtype):
     """Codes of any row length, also where rows begin at odd addresses."""
     case = Case(*shape, dtype, "int8", rank=8)
-    (case.check_decoded if dtype == torch.float32 and shape[0] > shapes.MOST_FMA_ROWS else case.check)(
+    (case.check_decoded if dtype == torch.float32 and shape[0] > shapes.MOST_FMA_ROWS["linear"] else case.check)(
         triton_linear(case)
     )
 
@@ -167,7 +165,7 @@ def test_int8(shape, dtype):
 def test_decodes_what_the_kernel_does_not_take(shape, dtype, rank):
     """Blocks that cross rows, and more rows than decoding on the way is worth."""
     if shape == (600, 8, 64) and dtype == torch.bfloat16:
-        assert shapes.decodes_first(Problem(1024, 8, 64, dtype, "nf4", 64), A100)
+        assert shapes.decodes_first(Problem("linear", 1024, 8, 64, dtype, WeightSpec()), A100)
     case = Case(*shape, dtype, rank=rank)
     case.check_decoded(triton_linear(case))
 
@@ -176,9 +174,9 @@ def test_decodes_what_the_kernel_does_not_take(shape, dtype, rank):
 @pytest.mark.parametrize("scaling", [64.0, -64.0, 2.0**-10])
 def test_fp16_holds_what_is_scaled(scaling):
     """t grows with x: scaled first it could leave fp16's range where the product does not."""
-    x, q = torch.zeros(3, 65, dtype=torch.float16), lowbit.quantize(make_weight((7, 65)))
+    x, parts = torch.zeros(3, 65, dtype=torch.float16), parts_of(make_weight((7, 65)))
     t, lora_b = torch.full((3, 4), 3000.0), torch.full((7, 4), 0.01 / scaling)
-    y = torch.ops.lowbit_triton.linear(x, *q.parts(), "nf4", 64, 7, None, t, lora_b, scaling)
+    y = torch.ops.lowbit_triton.linear(x, *parts, 7, None, t, lora_b, scaling)
     torch.testing.assert_close(y, torch.full_like(y, 120.0), rtol=2e-3, atol=0)
 
 
@@ -221,7 +219,7 @@ def test_empty(shape):
     """A batch without tokens is normal; k = 0 leaves LoRA and bias."""
     m, n, k = shape
     empty = torch.empty(0)
-    weight = (torch.empty(n * k // 2, dtype=torch.uint8), torch.zeros(n * k // 64), None, None, "nf4", 64)
+    weight = (torch.empty(n * k // 2, dtype=torch.uint8), torch.zeros(n * k // 64), None, None, "nf4:64")
     x, bias, t, lora_b = empty.new_zeros(m, k), normal(n), normal(m, 2), normal(n, 2)
     y = torch.ops.lowbit_triton.linear.default(x, *weight, n, bias, t, lora_b, 0.5)
     torch.testing.assert_close(y, bias + 0.5 * t @ lora_b.T if n and m else x.new_empty(m, n))
@@ -246,8 +244,8 @@ def test_any_layout_of_x():
 def test_lora_linear(dtype):
     """y and t as the two calls make them that it stands for."""
     case, lora_a = Case(3, 33, 128, dtype, rank=8), normal(8, 128, seed=5)
-    y, t = torch.ops.lowbit_triton.lora_linear.default(*case.arguments()[:9], lora_a, case.lora_b, case.scaling)
-    torch.testing.assert_close(t, case.x.float() @ lora_a.T)
+    y, t = torch.ops.lowbit_triton.lora_linear.default(*case.arguments()[:8], lora_a, case.lora_b, case.scaling)
+    torch.testing.assert_close(t, case.x.float() @ lora_a.T)  # on a CPU
     case.t = t
     assert torch.equal(y, triton_linear(case))
 
@@ -279,7 +277,7 @@ def test_infinite_lora_stays_infinite():
 
 def emulated(monkeypatch, case, configs, target="sm_80"):
     """(y, launches, what the emulator counted of each) of a call for which ``configs(problem, gpu)`` chooses."""
-    monkeypatch.setattr(shapes, "linear_configs", configs)
+    monkeypatch.setattr(shapes, "configs", configs)
     from lowbit.backends.triton import linear
 
     with launches(target) as made:
@@ -289,7 +287,7 @@ def emulated(monkeypatch, case, configs, target="sm_80"):
 
 
 @compiled_only
-@pytest.mark.parametrize("kind", every_kind(shapes.linear_configs, shapes.decodes_first, masked_beyond=64), ids=str)
+@pytest.mark.parametrize("kind", every_kind("linear", masked_beyond=64), ids=str)
 def test_every_tile_on_the_emulator(monkeypatch, kind):
     """What NVIDIA GPUs run: the assembly, the copies into shared memory, the layouts of tensor cores' operands. A tile
     that is wrong is a wrong answer for just those layers and batches that get it.
@@ -297,9 +295,9 @@ def test_every_tile_on_the_emulator(monkeypatch, kind):
     config = kind.config
     # Tiles that lack a row, the second one most of its columns. In one part more steps than the pipeline has stages.
     steps = 3 if config.splits > 1 else config.stages + 1
-    step = config.products * config.bk
+    step = config.products * config.tile_k
     case = Case(
-        *(max(config.bm - 1, 1), config.bn + 5, kind.columns(steps * step, step)),
+        *(max(config.tile_m - 1, 1), config.tile_n + 5, kind.columns(steps * step, step)),
         *(kind.dtype, kind.format, kind.block_size, kind.dtype != torch.float16),
         rank=17,
     )
@@ -328,9 +326,9 @@ def test_wgmma_on_the_emulator(monkeypatch, name):
     there is another weight.
     """
     rows, splits, case = WGMMA[name]
-    configs = tile_of_a_layer(shapes.linear_configs, bm=rows, splits=splits)
+    configs = tile_of_a_layer(tile_m=rows, splits=splits)
     y, made, (result, *_) = emulated(monkeypatch, case, configs, "sm_90")
-    assert len(made) == (2 if splits > 1 else 1) and made[0].values["BM"] == rows
+    assert len(made) == (2 if splits > 1 else 1) and made[0].values["TILE_M"] == rows
     assert result.count("wgmma.mma_async") and not result.count("mma.sync")
     case.check(y)
 
@@ -346,14 +344,14 @@ def test_subnormal_numbers_on_the_emulator(monkeypatch, of_x, of_weight, dtype):
     case.x = (case.x.double() * of_x).to(dtype)
     weight = (normal(70, 256, seed=1).double() * of_weight).to(torch.bfloat16)
     with launches("sm_80") as made:
-        packed, absmax = function("quantize")(weight, "nf4", 64)
-        decoded = function("dequantize")(packed, absmax, None, None, "nf4", 64, (70, 256), dtype)
+        packed, absmax = function("quantize")(weight, "nf4:64")
+        decoded = function("dequantize")(packed, absmax, None, None, "nf4:64", (70, 256), dtype)
     for launch in made:
         emulate(launch)
-    case.q = lowbit.quantize(weight, double_quant=False)
-    assert torch.equal(packed, case.q.parts()[0]) and torch.equal(absmax, case.q.parts()[1])
-    assert torch.equal(decoded, reference.dequantize(packed, absmax, None, None, "nf4", 64, [70, 256], dtype))
-    y, *_ = emulated(monkeypatch, case, shapes.linear_configs)
+    case.parts = parts_of(weight, double_quant=False)
+    assert torch.equal(packed, case.parts[0]) and torch.equal(absmax, case.parts[1])
+    assert torch.equal(decoded, reference.dequantize(*case.parts, [70, 256], dtype))
+    y, *_ = emulated(monkeypatch, case, shapes.configs)
     case.check(y)
     with pytest.raises(pytest.fail.Exception):
         case.check(torch.zeros_like(y))
@@ -363,7 +361,7 @@ def test_subnormal_numbers_on_the_emulator(monkeypatch, of_x, of_weight, dtype):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_infinite_lora_on_the_emulator(monkeypatch, target):
     """The compiler may not take a difference of infinities for 0."""
-    configs = tile_of_a_layer(shapes.linear_configs, bm=64, splits=1)
+    configs = tile_of_a_layer(tile_m=64, splits=1)
     check_infinite_lora(lambda case: emulated(monkeypatch, case, configs, target)[0])
 
 
@@ -376,21 +374,22 @@ def test_configurations_fit(gpu, dtype, format):
     """
     for block_size in BLOCK_SIZES if format != "int8" else (0,):
         for m in (1, 2, 8, 16, 32, 64, 256, 1024):
-            problem = Problem(m, 4096, 4096, dtype, format, block_size)
-            found = shapes.linear_configs(problem, gpu)
+            problem = Problem("linear", m, 4096, 4096, dtype, WeightSpec(format, block_size))
+            found = shapes.configs(problem, gpu)
             assert 1 <= len(found) <= 8 and len(set(found)) == len(found)
             for config in found:
-                assert shapes.shared_bytes(config, problem) <= shared_bytes_of(gpu)
-                assert 4096 % config.bk == 0 and (not block_size or block_size % config.bk == 0)
-                assert config.splits == 1 or 4096 // config.bk >= 4 * config.splits
+                assert shapes.shared_bytes(config, problem) <= gpu.shared_bytes
+                assert 4096 % config.tile_k == 0 and (not block_size or block_size % config.tile_k == 0)
+                assert config.splits == 1 or 4096 // config.tile_k >= 4 * config.splits
 
 
 def test_small_grids_are_split():
     """One tile of a 4096 x 4096 layer per multiprocessor would leave half of an A100 idle."""
     for gpu in (A100, H100):
-        config = shapes.linear_configs(Problem(1, 1024, 8192, torch.bfloat16, "nf4", 64), gpu)[0]
+        config = shapes.configs(Problem("linear", 1, 1024, 8192, torch.bfloat16, WeightSpec()), gpu)[0]
         assert 16 * config.splits >= gpu.processors
-    assert shapes.linear_configs(Problem(512, 28672, 8192, torch.bfloat16, "nf4", 64), H100)[0].splits == 1
+    large = Problem("linear", 512, 28672, 8192, torch.bfloat16, WeightSpec())
+    assert shapes.configs(large, H100)[0].splits == 1
 
 
 def test_few_graphs_for_many_batch_sizes():
@@ -404,19 +403,20 @@ def test_few_graphs_for_many_batch_sizes():
 @pytest.mark.parametrize(
     ("problem", "gpu", "expected"),
     [
-        ((256, 64, 64, torch.bfloat16, "nf4", 64), A100, False),
-        ((512, 64, 64, torch.bfloat16, "nf4", 64), A100, True),
-        ((512, 64, 64, torch.bfloat16, "nf4", 64), H100, False),
-        ((1024, 64, 64, torch.bfloat16, "nf4", 64), H100, True),
-        ((1, 64, 96, torch.bfloat16, "nf4", 64), A100, True),
-        ((1, 64, 96, torch.bfloat16, "int8", 96), A100, False),
-        ((1, 64, 0, torch.bfloat16, "nf4", 64), A100, True),
-        ((16, 64, 64, torch.float32, "nf4", 64), A100, False),
-        ((32, 64, 64, torch.float32, "nf4", 64), A100, True),
-        ((1, 64, 64, torch.bfloat16, "nf4", 64), Gpu(75, 40), True),  # no bf16
-        ((1, 64, 64, torch.bfloat16, "nf4", 64), MI300, False),
+        ((256, 64, 64, torch.bfloat16, "nf4"), A100, False),
+        ((512, 64, 64, torch.bfloat16, "nf4"), A100, True),
+        ((512, 64, 64, torch.bfloat16, "nf4"), H100, False),
+        ((1024, 64, 64, torch.bfloat16, "nf4"), H100, True),
+        ((1, 64, 96, torch.bfloat16, "nf4"), A100, True),
+        ((1, 64, 96, torch.bfloat16, "int8"), A100, False),
+        ((1, 64, 0, torch.bfloat16, "nf4"), A100, True),
+        ((16, 64, 64, torch.float32, "nf4"), A100, False),
+        ((32, 64, 64, torch.float32, "nf4"), A100, True),
+        ((1, 64, 64, torch.bfloat16, "nf4"), Gpu(75, 40), True),  # no bf16
+        ((1, 64, 64, torch.bfloat16, "nf4"), MI300, False),
     ],
 )
 def test_what_decodes_first(problem, gpu, expected):
     """The kernel assumes what it is called for; a wrong choice is wrong numbers or a compiler's error."""
-    assert shapes.decodes_first(Problem(*problem), gpu) == expected
+    *sizes, format = problem
+    assert shapes.decodes_first(Problem("linear", *sizes, WeightSpec(format)), gpu) == expected

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from codegen.machine_code import count
 from conftest_triton import compiled, compiled_only, launches, machine_code, tensor, weight
-from machine_code import count
 
-from lowbit.backends.triton import shapes_forward as shapes
-from lowbit.backends.triton.gpu import Gpu, shared_bytes_of
-from lowbit.backends.triton.shapes import Problem
+from lowbit.backends.triton import shapes
+from lowbit.backends.triton.shapes import Gpu, Problem
+from lowbit.format import WeightSpec
 
 pytestmark = compiled_only
 
@@ -18,13 +18,14 @@ EXPERTS = 8
 def launches_of(target, config, experts=0, dtype=torch.bfloat16, format="nf4", block_size=64, k=K):
     """Of a call with as many rows as the tile, LoRA, bias and double-quantized scales."""
     from lowbit.backends.triton import linear
+    from lowbit.backends.triton.operands import weight_of
 
     rows = max(experts, 1) * N
-    parts = weight((rows, k), format, block_size)
     ends = tensor(experts, dtype=torch.int32) if experts else None
-    x, y = (tensor(config.bm, columns, dtype=dtype) for columns in (k, N))
+    x, y = (tensor(config.tile_m, columns, dtype=dtype) for columns in (k, N))
+    parts = weight_of((rows, k), x, *weight((rows, k), format, block_size))
     with launches(target) as made:
-        linear.fused(config, x, *parts, tensor(rows), tensor(config.bm, 16), tensor(rows, 16), 0.5, y, ends)
+        linear.fused(config, x, parts, tensor(rows), tensor(config.tile_m, 16), tensor(rows, 16), 0.5, y, ends)
     return made
 
 
@@ -39,7 +40,7 @@ def main_loop(folder, target, config, *options, **size):
 
 def per_weight(loop, config):
     """Instructions, if the weights of a step are shared out to all lanes."""
-    return len(loop) * 32 * config.warps / (config.products * config.bn * config.bk)
+    return len(loop) * 32 * config.warps / (config.products * config.tile_n * config.tile_k)
 
 
 def gpu_named(target):
@@ -48,16 +49,16 @@ def gpu_named(target):
 
 def problem_of(config, experts=0, dtype=torch.bfloat16, format="nf4", block_size=64, k=K):
     """That for which there is such a tile: of as many rows."""
-    return Problem(config.bm * max(experts, 1), N, k, dtype, format, block_size, experts)
+    return Problem("linear", config.tile_m * max(experts, 1), N, k, dtype, WeightSpec(format, block_size), experts)
 
 
 def is_run(target, config, *options, **size):
     """Whether the GPU may run the tile. The budget of one that was replaced would hold, and bound nothing."""
-    return config in shapes._tiles(problem_of(config, *options, **size), gpu_named(target))
+    return config in shapes.tiles(problem_of(config, *options, **size), gpu_named(target))
 
 
 def has_wgmma(target, config):
-    return target == "sm_90" and config.bm >= 64 and not config.weight_first
+    return target == "sm_90" and config.tile_m >= 64 and not config.weight_first
 
 
 C = shapes.Config
@@ -86,7 +87,7 @@ BUDGETS = [
 
 #: With each budget 0, and EXPERTS where a stack gets the tile.
 OF_STACKS = [
-    pytest.param(budget, experts, id=f"{target}-{config.bm}x{config.bn}x{config.bk}-{experts}")
+    pytest.param(budget, experts, id=f"{target}-{config.tile_m}x{config.tile_n}x{config.tile_k}-{experts}")
     for budget in BUDGETS
     for target, config, block_size, _ in [budget]
     for experts in (0, EXPERTS)
@@ -107,7 +108,7 @@ def test_four_bits(tmp_path, budget, experts):
     wgmma = has_wgmma(target, config)
 
     assert (code.stack, code.local) == (0, 0)
-    assert shared <= shapes.shared_bytes(config, problem) <= shared_bytes_of(gpu)
+    assert shared <= shapes.shared_bytes(config, problem) <= gpu.shared_bytes
     assert per_weight(loop, config) <= 1.03 * counted, f"{per_weight(loop, config):.2f}"
     # The cost model that chooses configurations may not be further off than its choices are apart.
     modelled = config.products * shapes.instructions(config, problem, gpu)
@@ -121,7 +122,7 @@ def test_four_bits(tmp_path, budget, experts):
     assert count(loop, "LDG") <= 3 * config.products
     assert count(loop, "HGMMA" if wgmma else "HMMA.16816") == count(loop, "HGMMA") + count(loop, "HMMA") > 0
     # To shared memory: scales, and what wgmma reads of W from there.
-    decoded_stores = config.bn * config.bk * 2 // (16 * 32 * config.warps) if wgmma else 0
+    decoded_stores = config.tile_n * config.tile_k * 2 // (16 * 32 * config.warps) if wgmma else 0
     assert count(loop, "STS.128") == decoded_stores and count(loop, "STS") <= decoded_stores + config.products
 
 
@@ -134,7 +135,7 @@ def test_four_bits(tmp_path, budget, experts):
         ("sm_90", C(16, 64, 64, 2, 4, True), 3.7),
         ("sm_90", C(64, 64, 64, 4, 4), 5.0),
     ],
-    ids=lambda value: value if isinstance(value, str) else f"{getattr(value, 'bm', value)}",
+    ids=lambda value: value if isinstance(value, str) else f"{getattr(value, 'tile_m', value)}",
 )
 def test_int8(tmp_path, target, config, limit, experts):
     """DRAM leaves 9.2 issue slots for a byte on an H100."""
@@ -158,8 +159,8 @@ def test_fp32(tmp_path, config, limit):
     code, loop, _ = main_loop(tmp_path, "sm_80", config, 0, torch.float32)
     assert (code.stack, code.local) == (0, 0)
     assert per_weight(loop, config) <= 1.03 * limit
-    weights = config.bn * config.bk // (32 * config.warps)
-    assert count(loop, "FFMA") <= config.bm * (weights + 1)
+    weights = config.tile_n * config.tile_k // (32 * config.warps)
+    assert count(loop, "FFMA") <= config.tile_m * (weights + 1)
     assert count(loop, "LDGSTS.128") >= 1  # W's; x's tiles have fewer bytes
     assert not count(loop, "HMMA")
     assert not count(loop, "LDS.U8") and not count(loop, "STS.U8")
@@ -175,7 +176,7 @@ def test_fp32(tmp_path, config, limit):
         ("sm_120", C(64, 64, 32, 4, 3, True, products=2), "nf4", K),
         ("sm_90", C(16, 64, 64, 4, 4, True), "int8", K + 16),
     ],
-    ids=lambda value: f"{value.bm}x{value.bn}" if isinstance(value, C) else str(value),
+    ids=lambda value: f"{value.tile_m}x{value.tile_n}" if isinstance(value, C) else str(value),
 )
 def test_eight_bytes_a_load(tmp_path, target, config, format, k):
     """The exceptions that docs/performance.md names. Blocks of 32 leave a thread 8 bytes of W where 64 rows of W have
@@ -184,8 +185,8 @@ def test_eight_bytes_a_load(tmp_path, target, config, format, k):
     options = {"dtype": torch.bfloat16, "format": format, "block_size": 32}
     assert is_run(target, config, **options, k=k), "no GPU runs it"
     code, loop, _ = main_loop(tmp_path, target, config, 0, *options.values(), k=k)
-    weight_bytes = config.products * config.bn * config.bk // (2 if format == "nf4" else 1)
-    x_bytes = config.products * config.bm * config.bk * 2
+    weight_bytes = config.products * config.tile_n * config.tile_k // (2 if format == "nf4" else 1)
+    x_bytes = config.products * config.tile_m * config.tile_k * 2
     threads = 32 * config.warps
     assert (code.stack, code.local) == (0, 0)
     assert count(loop, "LDGSTS.64") == weight_bytes / (8 * threads)
@@ -202,7 +203,7 @@ def test_int8_rows_of_any_length(tmp_path):
     code = machine_code(compiled(made[0], "sm_80")[0], "sm_80", tmp_path)
     loop = code.smallest_loop("LDG.U8")
     assert (code.stack, code.local) == (0, 0)
-    assert count(loop, "LDG.U8") == config.bn * config.bk / (32 * config.warps)
+    assert count(loop, "LDG.U8") == config.tile_n * config.tile_k / (32 * config.warps)
 
 
 def test_split_k_sum(tmp_path):

@@ -11,7 +11,6 @@ from triton_calls import tensor, unaligned
 from lowbit import format as fmt
 from lowbit import reference
 from lowbit.backends.triton import quantize as module
-from lowbit.backends.triton import search
 
 ops = torch.ops.lowbit_triton
 sizes = st.one_of(st.integers(1, 200), st.sampled_from((1024, 1025, 4096, 4099, 8192, 9001)))
@@ -36,7 +35,7 @@ def assert_same(ours, theirs):
 def test_bytes_equal_the_reference(numel, dtype, format, block_size, magnitude, seed):
     """A weight quantized on a GPU has to be the same file as one quantized on a CPU."""
     weight = make_weight((numel,), dtype, magnitude, seed)
-    assert_same(ops.quantize(weight, format, block_size), reference.quantize(weight, format, block_size))
+    assert_same(ops.quantize(weight, f"{format}:{block_size}"), reference.quantize(weight, f"{format}:{block_size}"))
 
 
 @interpreted
@@ -45,7 +44,7 @@ def test_bytes_equal_the_reference(numel, dtype, format, block_size, magnitude, 
 def test_every_block_size(format, block_size):
     """A program holds many short blocks or one long one, and the short last block is a launch of its own."""
     weight = torch.randn(9001, generator=torch.Generator().manual_seed(block_size)).to(torch.bfloat16)
-    assert_same(ops.quantize(weight, format, block_size), reference.quantize(weight, format, block_size))
+    assert_same(ops.quantize(weight, f"{format}:{block_size}"), reference.quantize(weight, f"{format}:{block_size}"))
 
 
 @interpreted
@@ -56,7 +55,7 @@ def test_codes_change_exactly_above_each_threshold(format):
     inf = torch.tensor(float("inf"))
     below, above = torch.nextafter(midpoints, -inf), torch.nextafter(midpoints, inf)
     block = torch.cat([torch.ones(1), below, midpoints, above, torch.zeros(18)])
-    packed, _ = ops.quantize(block, format, 64)
+    packed, _ = ops.quantize(block, f"{format}:64")
     codes = torch.stack([packed >> 4, packed & 15], 1).reshape(-1)
     assert torch.equal(codes[1:46], torch.cat([code_of_rank[:-1], code_of_rank[:-1], code_of_rank[1:]]))
 
@@ -65,8 +64,8 @@ def test_codes_change_exactly_above_each_threshold(format):
 def test_not_contiguous():
     """A transposed weight is quantized in the order of its elements, not of its memory."""
     weight = make_weight((48, 70)).T
-    assert_same(ops.quantize(weight, "nf4", 64), reference.quantize(weight, "nf4", 64))
-    assert_same(ops.quantize(weight, "int8", 48), reference.quantize(weight, "int8", 48))
+    for spec in ("nf4:64", "int8"):
+        assert_same(ops.quantize(weight, spec), reference.quantize(weight, spec))
 
 
 @interpreted
@@ -74,9 +73,8 @@ def test_not_contiguous():
 @pytest.mark.parametrize("shape", [(0, 64), (4, 0), ()])
 def test_empty_and_scalar(format, shape):
     """A model may hold such weights; an empty grid must not be launched."""
-    weight = torch.ones(shape)
-    block_size = fmt.row_shape(shape)[1] if format == "int8" else 64
-    assert_same(ops.quantize(weight, format, block_size), reference.quantize(weight, format, block_size))
+    weight, spec = torch.ones(shape), str(fmt.WeightSpec(format))  # of double-quantized scales too: they follow
+    assert_same(ops.quantize(weight, spec), reference.quantize(weight, spec))
 
 
 @interpreted
@@ -86,12 +84,12 @@ def test_non_finite_values_reach_absmax(dtype, bad, index):
     """The public function finds NaN and inf by absmax alone; a block that hid one would be garbage in silence."""
     weight = make_weight((1031,), dtype)
     weight[index] = bad
-    _, absmax = ops.quantize(weight, "nf4", 64)
+    _, absmax = ops.quantize(weight, "nf4:64")
     bad_block = torch.arange(absmax.numel()) == index // 64
     assert bool((~torch.isfinite(absmax) == bad_block).all())
-    codes, absmax = ops.quantize(weight.view(1, -1), "int8", 1031)
+    codes, absmax = ops.quantize(weight.view(1, -1), "int8")
     assert not torch.isfinite(absmax[0])
-    assert torch.equal(codes, reference.quantize(weight.view(1, -1), "int8", 1031)[0])
+    assert torch.equal(codes, reference.quantize(weight.view(1, -1), "int8")[0])
 
 
 @interpreted
@@ -135,7 +133,7 @@ def test_int8_equals_the_reference(rows, columns, dtype, magnitude):
     """Rows that share a program, rows that it takes in several pieces, and a row of zeros."""
     weight = make_weight((rows, columns), dtype, magnitude)
     weight[-1] = 0
-    assert_same(ops.quantize(weight, "int8", columns), reference.quantize(weight, "int8", columns))
+    assert_same(ops.quantize(weight, "int8"), reference.quantize(weight, "int8"))
 
 
 @compiled_only
@@ -152,11 +150,11 @@ def test_machine_instructions(dtype, format, block_size, numel):
     """Divisions, reciprocals and comparisons as NVIDIA's GPUs execute them; an approximate division moves codes."""
     weight = make_weight((numel,), dtype, 1.0)
     with launches("sm_80") as made:
-        ours = module.quantize(weight, format, block_size)
+        ours = module.quantize(weight, f"{format}:{block_size}")
     assert len(made) == (numel >= block_size) + (numel % block_size > 0)
     for launch in made:
         emulate(launch)
-    assert_same(ours, reference.quantize(weight, format, block_size))
+    assert_same(ours, reference.quantize(weight, f"{format}:{block_size}"))
 
 
 @compiled_only
@@ -164,9 +162,9 @@ def test_unaligned_memory():
     """A weight may be a slice that begins anywhere; a 16-byte access there would be a fault."""
     weight = make_weight((4096,), torch.bfloat16)
     with launches("sm_80") as made:
-        ours = module.quantize(unaligned(weight).copy_(weight), "nf4", 64)
+        ours = module.quantize(unaligned(weight).copy_(weight), "nf4:64")
     emulate(made[0])
-    assert_same(ours, reference.quantize(weight, "nf4", 64))
+    assert_same(ours, reference.quantize(weight, "nf4:64"))
 
 
 @compiled_only
@@ -188,20 +186,20 @@ def test_int8_machine_instructions(shape, dtype):
     weight[0] = torch.arange(shape[1]) % 127 + 0.5
     weight[0, 0] = 127  # the scale is 1
     with launches("sm_80") as made:
-        ours = module.quantize(weight, "int8", shape[1])
+        ours = module.quantize(weight, "int8")
     emulate(made[0])
-    assert_same(ours, reference.quantize(weight, "int8", shape[1]))
+    assert_same(ours, reference.quantize(weight, "int8"))
 
 
 @compiled_only
 def test_more_than_31_bits():
     """A stack of experts may have more elements than 32 bits can number: the last programs of such a tensor."""
     weight = make_weight((4096 + 129,), torch.float16)
-    packed, absmax = reference.quantize(weight, "nf4", 4096)
+    packed, absmax = reference.quantize(weight, "nf4:4096")
     large = tensor(2**31 + 4096 + 129, dtype=torch.float16)
     ends = {"weight": weight, "packed": torch.zeros_like(packed), "absmax": torch.zeros(2)}
     with launches("sm_80") as made:
-        module.quantize(large, "nf4", 4096)
+        module.quantize(large, "nf4:4096")
     for launch in made:
         emulate(launch, ends, blocks=[launch.grid[0] - 1])
     assert_same((ends["packed"], ends["absmax"]), (packed, absmax))
@@ -209,6 +207,6 @@ def test_more_than_31_bits():
     short, scale = weight[-129:].clone(), absmax[-1:].clone()
     ends = {"weight": short, "scales": scale, "packed": torch.zeros(65, dtype=torch.uint8)}
     with launches("sm_80") as made:
-        search.encode(large, tensor(fmt.block_count(large.numel(), 4096)), "nf4", 4096)
+        module.encode(large, tensor(fmt.block_count(large.numel(), 4096)), "nf4:4096")
     emulate(made[0], ends, blocks=[made[0].grid[0] - 1])
-    assert torch.equal(ends["packed"], reference.encode(short, scale, "nf4", 4096))
+    assert torch.equal(ends["packed"], reference.encode(short, scale, "nf4:4096"))

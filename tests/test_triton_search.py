@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import lowbit
 from lowbit import format as fmt
 from lowbit import reference
-from lowbit.backends.triton import search as module
+from lowbit.backends.triton import quantize as module
 
 ops = torch.ops.lowbit_triton
 
@@ -42,8 +42,8 @@ def test_searched_scales_equal_the_reference(shape, dtype, format, block_size, m
     """Every machine has to find the same scale, to the last bit of each block's error sums."""
     weight = make_weight(shape, dtype, magnitude, seed=1)
     importance = importance_of(shape[1]) if weighted else None
-    scales = ops.search_scales(weight, importance, format, block_size)
-    assert torch.equal(scales, reference.search_scales(weight, importance, format, block_size))
+    scales = ops.search_scales(weight, importance, f"{format}:{block_size}")
+    assert torch.equal(scales, reference.search_scales(weight, importance, f"{format}:{block_size}"))
 
 
 @interpreted
@@ -51,7 +51,7 @@ def test_non_finite_values_reach_the_scale():
     """The public function finds NaN and inf by the scales alone."""
     weight = torch.ones(3, 32)
     weight[0, 7], weight[2, 31] = float("nan"), -float("inf")
-    assert torch.isfinite(ops.search_scales(weight, None, "nf4", 32)).tolist() == [False, True, False]
+    assert torch.isfinite(ops.search_scales(weight, None, "nf4:32")).tolist() == [False, True, False]
 
 
 @interpreted
@@ -66,8 +66,8 @@ def test_non_finite_values_reach_the_scale():
 def test_encoded_bytes_equal_the_reference(numel, dtype, format, block_size, magnitude):
     """Codes for scales of either sign, tiny ones among them."""
     weight, scales = make_weight((numel,), dtype, magnitude), scales_of(numel, block_size, magnitude)
-    packed = ops.encode(weight, scales, format, block_size)
-    assert torch.equal(packed, reference.encode(weight, scales, format, block_size))
+    packed = ops.encode(weight, scales, f"{format}:{block_size}")
+    assert torch.equal(packed, reference.encode(weight, scales, f"{format}:{block_size}"))
 
 
 @interpreted
@@ -76,7 +76,7 @@ def test_encode_every_block_size(block_size):
     """Each block's scale has to reach all of its elements."""
     weight, scales = make_weight((9000,)), scales_of(9000, block_size, 0.1)
     assert torch.equal(
-        ops.encode(weight, scales, "fp4", block_size), reference.encode(weight, scales, "fp4", block_size)
+        ops.encode(weight, scales, f"fp4:{block_size}"), reference.encode(weight, scales, f"fp4:{block_size}")
     )
 
 
@@ -106,9 +106,9 @@ def test_machine_instructions(shape, dtype, format, block_size, weighted):
     """Products, sums and their order as NVIDIA's GPUs execute them, in short and long blocks; one FMA moves a sum."""
     weight, importance = make_weight(shape, dtype, 1.0), importance_of(shape[1]) if weighted else None
     with launches("sm_80") as made:
-        scales = module.search_scales(weight, importance, format, block_size)
+        scales = module.search_scales(weight, importance, f"{format}:{block_size}")
     emulate(made[0])
-    assert torch.equal(scales, reference.search_scales(weight, importance, format, block_size))
+    assert torch.equal(scales, reference.search_scales(weight, importance, f"{format}:{block_size}"))
 
 
 @compiled_only
@@ -117,6 +117,6 @@ def test_encode_machine_instructions(numel):
     """The same for encode."""
     weight, scales = make_weight((numel,), torch.bfloat16, 1.0), scales_of(numel, 64, 1.0)
     with launches("sm_80") as made:
-        packed = module.encode(weight, scales, "fp4", 64)
+        packed = module.encode(weight, scales, "fp4:64")
     emulate(made[0])
-    assert torch.equal(packed, reference.encode(weight, scales, "fp4", 64))
+    assert torch.equal(packed, reference.encode(weight, scales, "fp4:64"))

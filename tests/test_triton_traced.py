@@ -1,23 +1,23 @@
 """torch.compile and the Triton backend: the graph holds the kernels' launches. It can be made without a GPU."""
 
 import importlib
-import math
 import types
 
 import pytest
 import torch
-from conftest_triton import compiled_only, gpu_target
+from conftest_triton import compiled_only, gpu_target, weight
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import aot_function, make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton_calls import parts_of
 
 import lowbit
 from lowbit.backends import triton as backend
+from lowbit.format import WeightSpec
 
 pytestmark = compiled_only
 OPS = torch.ops.lowbit_triton
-Q = lowbit.quantize(torch.randn(64, 128))
-WEIGHT = (*Q.parts(), "nf4", 64)
+WEIGHT = parts_of(torch.randn(64, 128))
 
 
 class _Traced(Exception):
@@ -110,9 +110,9 @@ def test_what_torch_cannot_analyse_is_opaque(gpu_driver):
     """Lanes that exchange values look to it as if every argument were written: a copy of the weight at each call."""
 
     def function(x, *parts):
-        return OPS.linear(x, *parts, "nf4", 64, 64, None, None, None, 1.0).relu()
+        return OPS.linear(x, *parts, WEIGHT[4], 64, None, None, None, 1.0).relu()
 
-    nodes = graph_of(function, torch.randn(5, 128), *Q.parts())
+    nodes = graph_of(function, torch.randn(5, 128), *WEIGHT[:4])
     names = [str(node.target) for node in nodes if node.op == "call_function"]
     assert names == ["lowbit_triton.linear.default", "aten.relu.default"]
 
@@ -146,9 +146,8 @@ def compiled_whole(function, dynamic=None):
 
 
 def empty_weight(*shape: int) -> lowbit.QuantizedTensor:
-    blocks = math.prod(shape) // 64
-    scales = torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks // 256)), torch.empty(())
-    return lowbit.QuantizedTensor(torch.empty(32 * blocks, dtype=torch.uint8), *scales, shape=shape, dtype=BF16)
+    parts = (torch.empty_like(part, device="cpu") for part in weight(shape, "nf4")[:4])
+    return lowbit.QuantizedTensor(*parts, shape=shape, dtype=BF16, spec=WeightSpec())
 
 
 def leaf(*shape: int, dtype=FP32) -> torch.Tensor:
@@ -186,14 +185,14 @@ LAYERS = {
     "lora_linear in fp32": (
         lora_linear,
         lambda rows: lora_operands(rows, dtype=FP32),
-        names_of("linear"),
+        names_of("lora_linear"),
         names_of("linear_grad_input"),
     ),
     "grouped_lora_linear": (
         expert_linear,
         expert_operands,
-        names_of("grouped_matmul", "grouped_linear"),
-        names_of("grouped_linear_grad_input", "grouped_matmul", "grouped_outer", "grouped_matmul", "grouped_outer"),
+        names_of("grouped_lora_linear"),
+        names_of("grouped_linear_grad_input", "grouped_matmul", "grouped_outer", "grouped_outer"),
     ),
     "dequantize": (decoded_product, lambda rows: lora_operands(rows)[:2], names_of("dequantize"), []),
 }

@@ -1,7 +1,8 @@
-"""Calls that together launch every Triton kernel in each way it is compiled: what test_triton_compile.py compiles.
+"""What tests of Triton's kernels call them with.
 
-One entry of :data:`CALLS` per call. Tensors are on the meta device, so shapes may be those of real models; launches are
-specialized as for memory aligned to 16 bytes.
+:data:`CALLS` together launch every kernel in each way it is compiled: what test_triton_compile.py compiles. Their
+tensors are on the meta device, so shapes may be those of real models; launches are specialized as for memory aligned to
+16 bytes. The functions before it make small operands, for tests that look at numbers.
 """
 
 import dataclasses
@@ -9,10 +10,57 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from cases import BLOCK_SIZES, DTYPES, FORMATS
+from cases import BLOCK_SIZES, DTYPES, FORMATS, make_weight
 from conftest_triton import function, tensor, weight
 
-from lowbit.format import block_count
+from lowbit import reference
+from lowbit.format import WeightSpec, block_count
+
+RANKS = (0, 1, 8, 17, 64)
+#: Rows of each expert: none at all, some without any, one with all, few and many.
+COUNTS = ((0,), (1,), (0, 3), (2, 0, 1), (5, 0, 0, 9), (0, 0, 0, 0, 4), (1, 1, 1, 1, 1, 1, 1), (13, 40, 7))
+
+
+def parts_of(weight: torch.Tensor, format="nf4", block_size=64, double_quant=True) -> tuple:
+    """The arguments of an op from packed to spec, as the reference quantizes ``weight``."""
+    spec = WeightSpec(format, block_size, double_quant)
+    packed, absmax = reference.quantize(weight, str(spec))
+    if not spec.double_quant:
+        return packed, absmax, None, None, str(spec)
+    offset = absmax.mean() if absmax.numel() else torch.zeros(())
+    return packed, *reference.quantize_scales(absmax, offset), offset, str(spec)
+
+
+def varied_parts(shape, format="nf4", block_size=64, double_quant=True, magnitude=0.02) -> tuple:
+    """The same of blocks of different magnitudes: one's scale for another's is far outside of every tolerance."""
+    weight = make_weight(shape, torch.float32, magnitude)
+    weight *= 2.0 ** (torch.arange(weight.numel()) // 32 * 5 % 7).view(shape)
+    return parts_of(weight, format, block_size, double_quant)
+
+
+def grad_operands(m: int, n: int, k: int, rank: int, dtype: torch.dtype) -> tuple:
+    """grad [m, n], grad_t [m, rank], lora_a [rank, k]; of rank 0 None for the last two."""
+    generator = torch.Generator().manual_seed(m + n + k)
+    grad, grad_t, lora_a = (torch.randn(size, generator=generator) for size in ((m, n), (m, rank), (rank, k)))
+    return (grad.to(dtype), grad_t, lora_a) if rank else (grad.to(dtype), None, None)
+
+
+def ends_of(counts, experts: int) -> torch.Tensor:
+    """expert_ends for so many experts: counts repeated."""
+    return torch.tensor([counts[i % len(counts)] for i in range(experts)]).cumsum(0).to(torch.int32)
+
+
+def expert_product(x, weight, ends, transposed=False) -> torch.Tensor:
+    """Each expert's rows times its matrix, in the operands' own dtype."""
+    parts = [x[at] @ (weight[e] if transposed else weight[e].T) for e, at in enumerate(reference.expert_rows(ends))]
+    return torch.cat([x.new_zeros(0, weight.shape[2 if transposed else 1]), *parts])
+
+
+def unaligned(like: torch.Tensor) -> torch.Tensor:
+    """CPU memory for a tensor such as ``like`` that begins one element after a multiple of 16 bytes."""
+    storage = torch.empty(like.numel() + 16, dtype=like.dtype)
+    first = next(i for i in range(1, 17) if storage[i:].data_ptr() % 16 == like.element_size() % 16)
+    return storage[first : first + like.numel()].view(like.shape)
 
 
 @dataclasses.dataclass
@@ -36,13 +84,6 @@ def add(op: str, *arguments, detail: str = "", every_run: bool = False) -> None:
     CALLS.append(Call(f"{op} {detail}".strip(), make, every_run))
 
 
-def unaligned(like: torch.Tensor) -> torch.Tensor:
-    """CPU memory for a tensor such as ``like`` that begins one element after a multiple of 16 bytes."""
-    storage = torch.empty(like.numel() + 16, dtype=like.dtype)
-    first = next(i for i in range(1, 17) if storage[i:].data_ptr() % 16 == like.element_size() % 16)
-    return storage[first : first + like.numel()].view(like.shape)
-
-
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -50,18 +91,18 @@ def name_of(dtype: torch.dtype) -> str:
 for dtype, format in itertools.product(DTYPES, FORMATS):
     model_weight, detail = tensor(4096, 4096, dtype=dtype), f"{format} {name_of(dtype)}"
     often = (dtype, format) == (torch.bfloat16, "nf4")
-    add("quantize", model_weight, format, 64, detail=detail, every_run=often)
-    add("search_scales", model_weight, None, format, 64, detail=detail)
-    add("search_scales", model_weight, tensor(4096), format, 64, detail=f"{detail} weighted", every_run=often)
-    add("encode", model_weight, tensor(4096 * 64), format, 64, detail=detail, every_run=often)
+    add("quantize", model_weight, f"{format}:64", detail=detail, every_run=often)
+    add("search_scales", model_weight, None, f"{format}:64", detail=detail)
+    add("search_scales", model_weight, tensor(4096), f"{format}:64", detail=f"{detail} weighted", every_run=often)
+    add("encode", model_weight, tensor(4096 * 64), f"{format}:64", detail=detail, every_run=often)
 for block_size in BLOCK_SIZES:
-    add("quantize", tensor(33, 131, dtype=torch.float16), "nf4", block_size, detail=f"ragged blocks of {block_size}")
-    scales = tensor(block_count(33 * 131, block_size))
-    add("encode", tensor(33, 131), scales, "nf4", block_size, detail=f"ragged blocks of {block_size}")
-add("search_scales", tensor(131, 1), tensor(1), "nf4", 32, detail="one column")
+    spec, detail = f"nf4:{block_size}", f"ragged blocks of {block_size}"
+    add("quantize", tensor(33, 131, dtype=torch.float16), spec, detail=detail)
+    add("encode", tensor(33, 131), tensor(block_count(33 * 131, block_size)), spec, detail=detail)
+add("search_scales", tensor(131, 1), tensor(1), "nf4:32", detail="one column")
 for dtype in DTYPES:
-    add("quantize", tensor(4096, 4096, dtype=dtype), "int8", 4096, detail=f"int8 {name_of(dtype)}")
-add("quantize", tensor(33, 131), "int8", 131, detail="int8 ragged")
+    add("quantize", tensor(4096, 4096, dtype=dtype), "int8", detail=f"int8 {name_of(dtype)}")
+add("quantize", tensor(33, 131), "int8", detail="int8 ragged")
 add("quantize_scales", tensor(4096 * 64), tensor(), every_run=True)
 add("quantize_scales", tensor(131), tensor(), detail="ragged")
 
@@ -83,7 +124,7 @@ for dtype in DTYPES:
         every_run=dtype == torch.bfloat16,
     )
 
-#: Rows of x: one for each tile of lowbit/backends/triton/shapes_forward.py.
+#: Rows of x: one for each tile of linear in lowbit/backends/triton/shapes.py.
 LINEAR_ROWS = (1, 8, 16, 32, 64, 128)
 for rows, dtype, format in itertools.product(LINEAR_ROWS, DTYPES, (*FORMATS, "int8")):
     if dtype == torch.float32 and rows > 16:

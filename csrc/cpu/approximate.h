@@ -90,18 +90,21 @@ void approximate_rows(const LinearArgs& args, const T* x, T* y, const float* t, 
 template <class Isa>
 void linear_approximate(const LinearArgs& args, const ParallelFor& parallel_for) {
   // Where the format or a ragged k leaves nothing to approximate with, the exact product serves.
-  if (!args.weight.format || args.k % kApproximateChunk || args.k == 0) return linear<Isa>(args, parallel_for);
-  for_dtype(args.dtype, [&](auto* typed) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-    const T* x = static_cast<const T*>(args.x);
-    T* y = static_cast<T*>(args.y);
-    const auto rows = [&](auto count, int64_t m) {
-      const float* t = args.t ? args.t + m * args.rank : nullptr;
-      approximate_rows<Isa, count, T>(args, x + m * args.k, y + m * args.n, t, parallel_for);
-    };
-    int64_t m = 0;
-    for (; m + 4 <= args.m; m += 4) rows(std::integral_constant<int, 4>(), m);
-    for (; m < args.m; ++m) rows(std::integral_constant<int, 1>(), m);
+  if (args.weight.format->bits != 4 || args.k % kApproximateChunk || args.k == 0)
+    return linear<Isa>(args, parallel_for);
+  with_scaled_t<Isa>(args, [&](const LinearArgs& scaled) {
+    for_dtype(args.dtype, [&](auto* typed) {
+      using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+      const T* x = static_cast<const T*>(args.x);
+      T* y = static_cast<T*>(args.y);
+      const auto rows = [&](auto count, int64_t m) {
+        const float* t = args.t ? scaled.t + m * args.rank : nullptr;
+        approximate_rows<Isa, count, T>(scaled, x + m * args.k, y + m * args.n, t, parallel_for);
+      };
+      int64_t m = 0;
+      for (; m + 4 <= args.m; m += 4) rows(std::integral_constant<int, 4>(), m);
+      for (; m < args.m; ++m) rows(std::integral_constant<int, 1>(), m);
+    });
   });
 }
 

@@ -14,14 +14,15 @@ namespace lowbit::cpu {
 // The decoded scales of blocks [first, first + count).
 template <class Isa>
 void decode_scales(const QuantizedWeight& weight, int64_t first, int64_t count, float* scales) {
-  if (weight.absmax) {
-    std::copy_n(weight.absmax + first, count, scales);
+  const Scales& stored = weight.scales;
+  if (stored.kind != ScaleKind::double_quant) {
+    std::copy_n(stored.values + first, count, scales);
     return;
   }
   while (count > 0) {
     const int64_t group = first / kGroupSize;
     const int64_t in_group = std::min(count, (group + 1) * kGroupSize - first);
-    Isa::decode_scales(weight.scale_codes + first, in_group, weight.group_scales[group], weight.offset, scales);
+    Isa::decode_scales(stored.codes + first, in_group, stored.group_scales[group], *stored.offset, scales);
     first += in_group;
     scales += in_group;
     count -= in_group;
@@ -70,10 +71,10 @@ void decode_range_int8(const QuantizedWeight& weight, int64_t begin, int64_t cou
   const int8_t* codes = reinterpret_cast<const int8_t*>(weight.packed);
   for (int64_t i = begin; i < begin + count;) {
     const int64_t row = i / weight.block_size, end = std::min(begin + count, (row + 1) * weight.block_size);
-    const auto absmax = Isa::broadcast(weight.absmax[row]), unit = Isa::broadcast(kInt8Unit);
+    const auto absmax = Isa::broadcast(weight.scales.values[row]), unit = Isa::broadcast(kInt8Unit);
     for (; i + Isa::kLanes <= end; i += Isa::kLanes, out += Isa::kLanes)
       Isa::store(out, Isa::mul(Isa::mul(Isa::load(codes + i), absmax), unit));
-    for (; i < end; ++i, ++out) from_float(static_cast<float>(codes[i]) * weight.absmax[row] * kInt8Unit, out);
+    for (; i < end; ++i, ++out) from_float(static_cast<float>(codes[i]) * weight.scales.values[row] * kInt8Unit, out);
   }
 }
 
@@ -97,7 +98,7 @@ template <class Isa, class T>
 void dequantize_range(const QuantizedWeight& weight, int64_t begin, int64_t end, bool stream, T* out) {
   constexpr int64_t kPiece = 2048;
   std::optional<typename Isa::Decoder> decode;
-  if (weight.format) decode.emplace(*weight.format);
+  if (weight.format->bits == 4) decode.emplace(*weight.format);
   if (stream) {
     const Scratch storage(kPiece);
     T* piece = reinterpret_cast<T*>(storage.data());

@@ -61,6 +61,7 @@ void with_chunk_scales(const QuantizedWeight& weight, bool aligned, const Body& 
   const uint64_t shift = static_cast<uint64_t>(block_shift(weight));
   const auto block_of = [shift](int64_t element) { return static_cast<uint64_t>(element) >> shift; };
   const uint64_t last_block = block_of(weight.numel - 1);
+  const BlockScales<Isa> scale_of(weight);
   const auto by_blocks = [&](const auto& scale_of_block) {
     if (weight.block_size >= kChunk && aligned)
       return body([&](int64_t element) { return scale_of_block(block_of(element)); });
@@ -74,15 +75,16 @@ void with_chunk_scales(const QuantizedWeight& weight, bool aligned, const Body& 
     if constexpr (kChunk == 4 * kMinBlockSize)
       return body([&](int64_t element) {
         const auto quarter = [&](uint64_t i) {
-          return scale_of(weight, static_cast<int64_t>(std::min(block_of(element) + i, last_block)));
+          return scale_of(static_cast<int64_t>(std::min(block_of(element) + i, last_block)));
         };
         return Isa::quarters(quarter(0), quarter(1), quarter(2), quarter(3));
       });
   };
-  if (weight.absmax)
-    return by_blocks([absmax = weight.absmax](uint64_t block) { return Isa::broadcast(absmax[block]); });
-  by_blocks([codes = weight.scale_codes, group_scales = weight.group_scales,
-             offset = Isa::broadcast(weight.offset)](uint64_t block) {
+  const Scales& scales = weight.scales;
+  if (scales.kind == ScaleKind::block)
+    return by_blocks([values = scales.values](uint64_t block) { return Isa::broadcast(values[block]); });
+  by_blocks([codes = scales.codes, group_scales = scales.group_scales,
+             offset = Isa::broadcast(*scales.offset)](uint64_t block) {
     return Isa::scale(kScaleMap.entries + codes[block], group_scales + block / kGroupSize, offset);
   });
 }
@@ -171,6 +173,32 @@ void gemv(const LinearArgs& args, const ParallelFor& parallel_for) {
   });
 }
 
+// gemv for int8 codes, whose scale belongs to the whole row; any k.
+template <class Isa, int M, class T>
+void gemv_int8(const LinearArgs& args, const ParallelFor& parallel_for) {
+  using Vec = typename Isa::Vec;
+  const T* x = static_cast<const T*>(args.x);
+  const int64_t k = args.k, whole = k / Isa::kLanes * Isa::kLanes;
+  parallel_for(args.n, ceil_div(16384, k), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int8_t* codes = reinterpret_cast<const int8_t*>(args.weight.packed) + (args.first_row + n) * k;
+      Vec total[M];
+      for (auto& sum : total) sum = Isa::zero();
+      for (int64_t i = 0; i < whole; i += Isa::kLanes) {
+        const Vec value = Isa::load(codes + i);
+        for (int m = 0; m < M; ++m) total[m] = Isa::fma(value, Isa::load(x + m * k + i), total[m]);
+      }
+      float sums[M];
+      for (int m = 0; m < M; ++m) {
+        sums[m] = Isa::sum(total[m]);
+        for (int64_t i = whole; i < k; ++i) sums[m] += static_cast<float>(codes[i]) * to_float(x[m * k + i]);
+        sums[m] *= args.weight.scales.values[args.first_row + n] * kInt8Unit;
+      }
+      store_outputs<M, T>(args, n, sums);
+    }
+  });
+}
+
 // sums[m * width + i] += factors[m * stride] * (element i of 64 decoded ones)
 template <class Isa, int M>
 void add_chunk(const typename Isa::Decoder& decode, const uint8_t* packed, float low, float high, const float* factors,
@@ -203,6 +231,7 @@ void gemv_grad_input(const LinearGradInputArgs& args, const ParallelFor& paralle
   const int64_t n_end = args.n, k = args.k;
   const int64_t columns = std::clamp<int64_t>(round_up(ceil_div(k, 4 * parallel_for.threads), 128), 128, kMaxColumns);
   const int shift = block_shift(args.weight);
+  const BlockScales<Isa> scale_of(args.weight);
   const Scratch grad(M * n_end);
   load_row<Isa>(static_cast<const T*>(args.grad), M * n_end, grad.data());
   parallel_for(ceil_div(k, columns), 1, [&](int64_t begin, int64_t end) {
@@ -218,8 +247,8 @@ void gemv_grad_input(const LinearGradInputArgs& args, const ParallelFor& paralle
           __builtin_prefetch(args.weight.packed + (row + kAhead * k + column) / 2);
         for (int64_t column = 0; column < width; column += 64) {
           const int64_t element = row + column;
-          const float low = scale_of(args.weight, element >> shift);
-          const float high = shift == 5 ? scale_of(args.weight, (element + 32) >> shift) : low;
+          const float low = scale_of(element >> shift);
+          const float high = shift == 5 ? scale_of((element + 32) >> shift) : low;
           add_chunk<Isa, M>(decode, args.weight.packed + element / 2, low, high, grad.data() + n, n_end, sums + column,
                             width);
         }
@@ -229,32 +258,6 @@ void gemv_grad_input(const LinearGradInputArgs& args, const ParallelFor& paralle
           add_scaled<Isa>(args.lora_a + r * k + k0, args.grad_t[m * args.rank + r], width, sums + m * width);
       for (int64_t m = 0; m < M; ++m)
         store_row<Isa>(sums + m * width, width, static_cast<T*>(args.grad_x) + m * k + k0);
-    }
-  });
-}
-
-// The same for int8 codes, whose scale belongs to the whole row; any k.
-template <class Isa, int M, class T>
-void gemv_int8(const LinearArgs& args, const ParallelFor& parallel_for) {
-  using Vec = typename Isa::Vec;
-  const T* x = static_cast<const T*>(args.x);
-  const int64_t k = args.k, whole = k / Isa::kLanes * Isa::kLanes;
-  parallel_for(args.n, ceil_div(16384, k), [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      const int8_t* codes = reinterpret_cast<const int8_t*>(args.weight.packed) + (args.first_row + n) * k;
-      Vec total[M];
-      for (auto& sum : total) sum = Isa::zero();
-      for (int64_t i = 0; i < whole; i += Isa::kLanes) {
-        const Vec value = Isa::load(codes + i);
-        for (int m = 0; m < M; ++m) total[m] = Isa::fma(value, Isa::load(x + m * k + i), total[m]);
-      }
-      float sums[M];
-      for (int m = 0; m < M; ++m) {
-        sums[m] = Isa::sum(total[m]);
-        for (int64_t i = whole; i < k; ++i) sums[m] += static_cast<float>(codes[i]) * to_float(x[m * k + i]);
-        sums[m] *= args.weight.absmax[args.first_row + n] * kInt8Unit;
-      }
-      store_outputs<M, T>(args, n, sums);
     }
   });
 }

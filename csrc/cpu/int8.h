@@ -1,4 +1,4 @@
-// quantize_int8: codes of a float weight with one scale per row. (dequantize.h and linear.h read them.)
+// The part of quantize that makes int8 codes with one scale per row. (dequantize.h and linear.h read them.)
 #pragma once
 
 #include <algorithm>
@@ -21,17 +21,17 @@ static inline void encode_int8(const float* values, int64_t count, float scale, 
 constexpr int64_t kInt8Piece = 2048;  // 8 KB in fp32, in the L1 cache
 
 template <class Isa, class T>
-void quantize_int8_rows(const QuantizeInt8Args& args, int64_t begin, int64_t end) {
+void quantize_int8_rows(const QuantizeArgs& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    const T* values = static_cast<const T*>(args.weight) + row * args.columns;
-    int8_t* codes = args.codes + row * args.columns;
-    const float absmax = float_of(Isa::absmax_bits(values, args.columns));
+    const T* values = static_cast<const T*>(args.weight) + row * args.block_size;
+    int8_t* codes = reinterpret_cast<int8_t*>(args.packed) + row * args.block_size;
+    const float absmax = float_of(Isa::absmax_bits(values, args.block_size));
     args.absmax[row] = absmax;
     // Infinite for a row of zeros (and below 3.7e-37), NaN for one with NaN.
     const float exact = 1.0f / absmax * 127.0f;
     const float scale = exact <= std::numeric_limits<float>::max() ? exact : 0.0f;
-    for (int64_t start = 0; start < args.columns; start += kInt8Piece) {
-      const int64_t count = std::min(kInt8Piece, args.columns - start);
+    for (int64_t start = 0; start < args.block_size; start += kInt8Piece) {
+      const int64_t count = std::min(kInt8Piece, args.block_size - start);
       if constexpr (std::is_same_v<T, float>) {
         encode_int8(values + start, count, scale, codes + start);
       } else {
@@ -41,16 +41,6 @@ void quantize_int8_rows(const QuantizeInt8Args& args, int64_t begin, int64_t end
       }
     }
   }
-}
-
-template <class Isa>
-void quantize_int8(const QuantizeInt8Args& args, const ParallelFor& parallel_for) {
-  parallel_for(args.rows, 1 + 16384 / (args.columns + 1), [&](int64_t begin, int64_t end) {
-    for_dtype(args.dtype, [&](auto* typed) {
-      using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-      quantize_int8_rows<Isa, T>(args, begin, end);
-    });
-  });
 }
 
 }  // namespace lowbit::cpu

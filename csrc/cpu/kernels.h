@@ -1,4 +1,4 @@
-// The CPU kernels: what each computes, on raw pointers. Torch is not known here; bindings.cpp checks the arguments.
+// The CPU kernels: what each computes, on raw pointers. Torch is not known here; the bindings check the arguments.
 #pragma once
 
 #include <cstdint>
@@ -18,72 +18,10 @@ struct ParallelFor {
   void operator()(int64_t count, int64_t grain, const Body& body) const { run(count, grain, body); }
 };
 
-// A weight of `numel` elements, flattened row-major: 4-bit codes, or int8 codes with one scale per row.
-struct QuantizedWeight {
-  const uint8_t* packed;       // [(numel + 1) / 2]; int8: [numel], two's complement
-  const float* absmax;         // fp32 scale of each block (int8: absmax of each row), or null where double-quantized:
-  const uint8_t* scale_codes;  // then code of each block,
-  const float* group_scales;   // scale of each group of 256 blocks,
-  float offset;
-  const Format* format;  // null: int8 codes
-  int64_t block_size;    // int8: the length of a row
-  int64_t numel;
-};
-
-// codes[blocks], group_scales[ceil(blocks / 256)]
-struct QuantizeScalesArgs {
-  const float* absmax;
-  float offset;
-  int64_t blocks;
-  uint8_t* codes;
-  float* group_scales;
-};
-
-struct DequantizeArgs {
-  QuantizedWeight weight;
-  void* out;
-  Dtype dtype;
-};
-
-// y[m, n] = x[m, k] W[n, k]^T + t[m, rank] lora_b[n, rank]^T + bias[n]; t is already multiplied by scaling.
-struct LinearArgs {
-  const void* x;
-  Dtype dtype;  // of x and y
-  QuantizedWeight weight;
-  const float* bias;  // or null
-  const float* t;     // or null, as lora_b
-  const float* lora_b;
-  int64_t m, n, k, rank;
-  void* y;
-  int64_t first_row = 0;  // of W in the weight, which may be a stack of matrices
-};
-
-// t[m, rank] = x[m, k] lora_a[rank, k]^T
-struct LoraDownArgs {
-  const void* x;
-  Dtype dtype;
-  const float* lora_a;
-  int64_t m, k, rank;
-  float* t;
-};
-
-// grad_x[m, k] = grad[m, n] W[n, k] + grad_t[m, rank] lora_a[rank, k]
-struct LinearGradInputArgs {
-  const void* grad;
-  Dtype dtype;  // of grad and grad_x
-  QuantizedWeight weight;
-  const float* grad_t;  // or null, as lora_a
-  const float* lora_a;
-  int64_t m, n, k, rank;
-  void* grad_x;
-  int64_t first_row = 0;  // as above
-};
-
 struct Kernels {
   const char* isa;
   void (*quantize)(const QuantizeArgs&, const ParallelFor&);
   void (*quantize_scales)(const QuantizeScalesArgs&, const ParallelFor&);
-  void (*quantize_int8)(const QuantizeInt8Args&, const ParallelFor&);
   void (*search_scales)(const SearchScalesArgs&, const ParallelFor&);
   void (*encode)(const EncodeArgs&, const ParallelFor&);
   void (*dequantize)(const DequantizeArgs&, const ParallelFor&);

@@ -24,8 +24,8 @@ class TransposedTiles {
         n_(args.n),
         k_(args.k),
         rows_before_(args.first_row),
-        whole_chunks_(args.weight.format && args.k % 64 == 0) {
-    if (weight_.format) decode_.emplace(*weight_.format);
+        whole_chunks_(args.weight.format->bits == 4 && args.k % 64 == 0) {
+    if (weight_.format->bits == 4) decode_.emplace(*weight_.format);
     if (whole_chunks_) {
       shift_ = block_shift(weight_);
       scales_stride_ = (k_ >> shift_) + 2;
@@ -137,17 +137,27 @@ template <class Isa, int M, class T>
 void linear_gemv(const LinearArgs& args, const ParallelFor& parallel_for) {
   if constexpr (M > 0) {
     if (args.m != M) return linear_gemv<Isa, M - 1, T>(args, parallel_for);
-    if (!args.weight.format) return gemv_int8<Isa, M, T>(args, parallel_for);
+    if (args.weight.format->bits == 8) return gemv_int8<Isa, M, T>(args, parallel_for);
     using Decoder = typename Isa::template GemvDecoder<T, M>;
     gemv<Isa, Decoder, M, T>(args, parallel_for);
   }
 }
 
+// Calls body(args) with t multiplied by its scaling.
+template <class Isa, class Body>
+void with_scaled_t(const LinearArgs& args, const Body& body) {
+  if (!args.t || args.scaling == 1.0f) return body(args);
+  const Scratch scaled(args.m * args.rank);
+  for (int64_t i = 0; i < args.m * args.rank; ++i) scaled.data()[i] = args.t[i] * args.scaling;
+  LinearArgs scaled_args = args;
+  scaled_args.t = scaled.data();
+  body(scaled_args);
+}
+
 template <class Isa>
-void linear(const LinearArgs& args, const ParallelFor& parallel_for) {
-  if (args.m == 0 || args.n == 0) return;
+void scaled_linear(const LinearArgs& args, const ParallelFor& parallel_for) {
   // Chunks of 64 along k have to start where chunks of the flat 4-bit weight do.
-  const bool whole_chunks = !args.weight.format || args.k % 64 == 0;
+  const bool whole_chunks = args.weight.format->bits == 8 || args.k % 64 == 0;
   if (args.m > kGemvMaxRows || args.k == 0 || !whole_chunks) {
     return for_row_blocks(args.m, [&](int64_t m0, int64_t m) {
       LinearArgs block = args;
@@ -164,13 +174,20 @@ void linear(const LinearArgs& args, const ParallelFor& parallel_for) {
   });
 }
 
+template <class Isa>
+void linear(const LinearArgs& args, const ParallelFor& parallel_for) {
+  if (args.m == 0 || args.n == 0) return;
+  with_scaled_t<Isa>(args, [&](const LinearArgs& scaled) { scaled_linear<Isa>(scaled, parallel_for); });
+}
+
 // Decodes W for accumulate(): the strips are columns of it, in their natural order. Writes rows [n0, n0 + depth) of the
 // strips that begin at column k0, `columns` of them that exist.
 template <class Isa>
 void fill_natural(const QuantizedWeight& weight, const std::optional<typename Isa::Decoder>& decode, int64_t k,
                   int64_t k0, int64_t columns, int64_t n0, int64_t depth, float* tile) {
-  const bool whole_chunks = weight.format && k % 64 == 0;
-  const int shift = weight.format ? block_shift(weight) : 0;
+  const bool whole_chunks = weight.format->bits == 4 && k % 64 == 0;
+  const int shift = block_shift(weight);
+  const BlockScales<Isa> scale_of(weight);
   for (int64_t n = 0; n < depth; ++n) {
     const int64_t begin = (n0 + n) * k + k0;
     const auto to = [&](int64_t column) {
@@ -190,8 +207,8 @@ void fill_natural(const QuantizedWeight& weight, const std::optional<typename Is
       __builtin_prefetch(weight.packed + (begin + kAhead * k + column) / 2);
     for (int64_t column = 0; column < columns; column += 64) {
       const int64_t element = begin + column;
-      const float low = scale_of(weight, element >> shift);
-      const float high = shift == 5 ? scale_of(weight, (element + 32) >> shift) : low;
+      const float low = scale_of(element >> shift);
+      const float high = shift == 5 ? scale_of((element + 32) >> shift) : low;
       typename Isa::Vec values[64 / Isa::kLanes];
       decode->natural(weight.packed + element / 2, low, high, values);
       for (int64_t v = 0; v < 64 / Isa::kLanes; ++v) Isa::store(to(column + v * Isa::kLanes), values[v]);
@@ -208,7 +225,7 @@ void grad_input_gemm(const LinearGradInputArgs& args, const ParallelFor& paralle
                     parallel_for.threads);
   parallel_for(tasks.count, 1, [&](int64_t begin, int64_t end) {
     std::optional<typename Isa::Decoder> decode;
-    if (args.weight.format) decode.emplace(*args.weight.format);
+    if (args.weight.format->bits == 4) decode.emplace(*args.weight.format);
     const Scratch tile(tasks.strips_per_task() * kDepth * kStrip<Isa>);
     const Scratch sums(tasks.panels_per_task() * Isa::kRows * tasks.strips_per_task() * kStrip<Isa>);
     for (int64_t i = begin; i < end; ++i) {
@@ -250,7 +267,7 @@ void few_rows_grad_input(const LinearGradInputArgs& args, const ParallelFor& par
 template <class Isa>
 void linear_grad_input(const LinearGradInputArgs& args, const ParallelFor& parallel_for) {
   if (args.m == 0 || args.k == 0) return;
-  if (args.m <= kGemvMaxRows && args.weight.format && args.k % 64 == 0) {
+  if (args.m <= kGemvMaxRows && args.weight.format->bits == 4 && args.k % 64 == 0) {
     return for_dtype(args.dtype, [&](auto* typed) {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
       few_rows_grad_input<Isa, kGemvMaxRows, T>(args, parallel_for);

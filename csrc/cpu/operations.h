@@ -18,7 +18,6 @@ constexpr Kernels kernels_of() {
       .isa = Isa::name,
       .quantize = quantize<Isa>,
       .quantize_scales = quantize_scales<Isa>,
-      .quantize_int8 = quantize_int8<Isa>,
       .search_scales = search_scales<Isa>,
       .encode = encode<Isa>,
       .dequantize = dequantize<Isa>,

@@ -4,9 +4,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
+#include "int8.h"
 #include "kernels.h"
+#include "support.h"
 
 namespace lowbit::cpu {
 
@@ -62,12 +65,17 @@ void quantize_blocks(const QuantizeArgs& args, int64_t begin, int64_t end) {
 
 template <class Isa>
 void quantize(const QuantizeArgs& args, const ParallelFor& parallel_for) {
-  const int64_t blocks = (args.numel + args.block_size - 1) / args.block_size;
-  parallel_for(blocks, std::max<int64_t>(1, 16384 / args.block_size), [&](int64_t begin, int64_t end) {
-    if (args.dtype == Dtype::f32) quantize_blocks<Isa, float>(args, begin, end);
-    if (args.dtype == Dtype::bf16) quantize_blocks<Isa, Bf16>(args, begin, end);
-    if (args.dtype == Dtype::f16) quantize_blocks<Isa, Fp16>(args, begin, end);
-  });
+  parallel_for(args.blocks, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, args.block_size)),
+               [&](int64_t begin, int64_t end) {
+                 for_dtype(args.dtype, [&](auto* typed) {
+                   using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+                   if (args.format->has_row_scales) {
+                     quantize_int8_rows<Isa, T>(args, begin, end);
+                   } else {
+                     quantize_blocks<Isa, T>(args, begin, end);
+                   }
+                 });
+               });
 }
 
 // The code of each position.
@@ -87,13 +95,14 @@ static inline const std::vector<uint8_t>& scale_code_table() {
 template <class Isa>
 void quantize_scales(const QuantizeScalesArgs& args, const ParallelFor& parallel_for) {
   const uint8_t* table = scale_code_table().data();
-  const int64_t groups = (args.blocks + kGroupSize - 1) / kGroupSize;
+  const float offset = *args.offset;
+  const int64_t groups = ceil_div(args.blocks, kGroupSize);
   parallel_for(groups, 16, [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       const int64_t first = group * kGroupSize;
       const int64_t count = std::min(kGroupSize, args.blocks - first);
       float values[kGroupSize];
-      for (int64_t i = 0; i < count; ++i) values[i] = args.absmax[first + i] - args.offset;
+      for (int64_t i = 0; i < count; ++i) values[i] = args.absmax[first + i] - offset;
       const float group_scale = float_of(Isa::absmax_bits(values, count));
       args.group_scales[group] = group_scale;
       if (group_scale == 0.0f) {

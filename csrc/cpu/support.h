@@ -13,7 +13,6 @@
 
 namespace lowbit::cpu {
 
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // fp32 scratch memory on cache lines, not initialised.
@@ -41,10 +40,10 @@ void for_dtype(Dtype dtype, const Function& function) {
 
 // Element `index` of an array of `dtype`.
 static inline const void* element_of(const void* data, Dtype dtype, int64_t index) {
-  return static_cast<const char*>(data) + index * (dtype == Dtype::f32 ? 4 : 2);
+  return static_cast<const char*>(data) + index * size_of(dtype);
 }
 static inline void* element_of(void* data, Dtype dtype, int64_t index) {
-  return static_cast<char*>(data) + index * (dtype == Dtype::f32 ? 4 : 2);
+  return static_cast<char*>(data) + index * size_of(dtype);
 }
 
 // log2 of the block size of a 4-bit weight.
@@ -52,11 +51,22 @@ static inline int block_shift(const QuantizedWeight& weight) {
   return std::countr_zero(static_cast<uint64_t>(weight.block_size));
 }
 
-// The decoded scale of one block of a 4-bit weight.
-static inline float scale_of(const QuantizedWeight& weight, int64_t block) {
-  if (weight.absmax) return weight.absmax[block];
-  return kScaleMap.entries[weight.scale_codes[block]] * weight.group_scales[block / kGroupSize] + weight.offset;
-}
+// Reads the decoded scales of a weight's blocks.
+template <class Isa>
+class BlockScales {
+ public:
+  explicit BlockScales(const QuantizedWeight& weight)
+      : scales_(weight.scales), offset_(scales_.kind == ScaleKind::double_quant ? *scales_.offset : 0.0f) {}
+
+  float operator()(int64_t block) const {
+    if (scales_.kind != ScaleKind::double_quant) return scales_.values[block];
+    return kScaleMap.entries[scales_.codes[block]] * scales_.group_scales[block / kGroupSize] + offset_;
+  }
+
+ private:
+  const Scales scales_;
+  const float offset_;
+};
 
 // Widens `count` values of T to fp32.
 template <class Isa, class T>

@@ -5,10 +5,10 @@
 // consecutive bytes. What is left over or unaligned goes element by element.
 #include <type_traits>
 
-#include "decode.cuh"
-#include "elements.cuh"
+#include "device/elements.cuh"
+#include "device/launch.h"
+#include "device/weight.cuh"
 #include "kernels.h"
-#include "launch.h"
 
 namespace lowbit::cuda {
 namespace {
@@ -30,14 +30,13 @@ __device__ void decode_byte(const uint8_t* packed, int64_t byte, const Format& f
 // block_shift: log2 of the block size. tiles: how many of the first whole tiles 16-byte accesses can serve.
 template <class T, bool kDoubleQuant>
 __global__ void __launch_bounds__(kThreads)
-    dequantize_kernel(const uint8_t* packed, const float* absmax, const uint8_t* scale_codes, const float* group_scales,
-                      const float* offset, const __grid_constant__ Format format, int block_shift, int64_t numel,
-                      int64_t tiles, T* out) {
+    dequantize_kernel(const uint8_t* packed, const __grid_constant__ Scales scales,
+                      const __grid_constant__ Format format, int block_shift, int64_t numel, int64_t tiles, T* out) {
   constexpr int kCount = kPerAccess<T>;
   using PackedPiece = std::conditional_t<kCount == 8, uint32_t, uint16_t>;  // what decodes to one access
   __shared__ PairTable table;
   __shared__ uint4 staged[kWarps][kWarpSize];
-  const BlockScales<kDoubleQuant> scale_of{absmax, scale_codes, group_scales, offset};
+  const ScaleReader<kDoubleQuant> scale_of(scales);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
 
   table.fill(format);
@@ -129,21 +128,21 @@ int launch_int8(const QuantizedWeight& weight, T* out, Stream stream) {
                        (rows == 1 || columns % kAccessBytes == 0);
   const dim3 grid(static_cast<unsigned>(ceil_div(rows, kWarps)),
                   static_cast<unsigned>(std::clamp<int64_t>(columns / (kTilesPerPiece * kTileBytes), 1, 65535)));
-  dequantize_int8_kernel<<<grid, kThreads, 0, stream>>>(reinterpret_cast<const int8_t*>(weight.packed), weight.absmax,
-                                                        rows, columns, aligned ? columns / kTileBytes : 0, out);
+  dequantize_int8_kernel<<<grid, kThreads, 0, stream>>>(reinterpret_cast<const int8_t*>(weight.packed),
+                                                        weight.scales.values, rows, columns,
+                                                        aligned ? columns / kTileBytes : 0, out);
   return cudaGetLastError();
 }
 
 template <class T>
 int launch(const QuantizedWeight& weight, T* out, Stream stream) {
-  if (!weight.format) return launch_int8(weight, out, stream);
+  if (weight.scales.kind == ScaleKind::row) return launch_int8(weight, out, stream);
   const bool aligned = is_aligned(weight.packed, kAccessBytes) && is_aligned(out, kAccessBytes);
   const int64_t tiles = aligned ? weight.numel / kTileElements : 0;
   const unsigned blocks = grid_for(ceil_div(weight.numel, kTileElements), kWarps, kBlocksPerProcessor);
-  const auto kernel = weight.absmax ? dequantize_kernel<T, false> : dequantize_kernel<T, true>;
-  kernel<<<blocks, kThreads, 0, stream>>>(weight.packed, weight.absmax, weight.scale_codes, weight.group_scales,
-                                          weight.offset, *weight.format, log2_of(weight.block_size), weight.numel,
-                                          tiles, out);
+  const auto kernel = weight.scales.kind == ScaleKind::block ? dequantize_kernel<T, false> : dequantize_kernel<T, true>;
+  kernel<<<blocks, kThreads, 0, stream>>>(weight.packed, weight.scales, *weight.format, log2_of(weight.block_size),
+                                          weight.numel, tiles, out);
   return cudaGetLastError();
 }
 

@@ -24,12 +24,13 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "decode.cuh"
-#include "elements.cuh"
+#include "device/elements.cuh"
+#include "device/launch.h"
+#include "device/layout.h"
+#include "device/ptx.cuh"
+#include "device/split_sum.cuh"
+#include "device/weight.cuh"
 #include "kernels.h"
-#include "launch.h"
-#include "layout.h"
-#include "ptx.cuh"
 
 namespace lowbit::cuda {
 namespace {
@@ -37,8 +38,6 @@ namespace {
 constexpr int kThreads = 256;
 [[maybe_unused]] constexpr int kWarps = kThreads / kWarpSize;  // unused before sm_80
 constexpr int kStages = 4;
-constexpr int kMaxSplits = 16;
-constexpr int64_t kMaxSide = 1 << 23;  // of k and rank: offsets within a tile's rows have 32 bits
 constexpr int kPad = 4;  // floats after each row of the staged output: its writers' rows fall into distinct banks
 
 template <int kRows>
@@ -54,12 +53,6 @@ union Shared {
     uint4 w[kStages][Tile::kN * Tile::kWPieces];
   };
   float sums[Tile::kWarpsK][Tile::kM][Tile::kN + kPad];  // after the last tile
-};
-
-// A block's scale as it is stored: absmax, or the scale of its group and its code.
-struct StoredScale {
-  float value;
-  uint32_t code;
 };
 
 // Four values of a row, of which `count` are in it.
@@ -148,24 +141,16 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int scale_row = warp_n * Tile::kWarpN + quad_lane * 8 + group;
   uint32_t scale_from = static_cast<uint32_t>(((n0 + min(scale_row, n_left - 1)) * k + k0 + warp_k * Tile::kWarpK) /
                                               kScaleK);  // in units of kScaleK columns
-  const float offset = kDoubleQuant ? *args.weight.offset : 0.0f;
-  const auto load_scales = [&](int tile, StoredScale(&scales)[kScales]) {
+  const ScaleReader<kDoubleQuant> scale_of(args.weight.scales);
+  using LoadedScale = typename ScaleReader<kDoubleQuant>::Loaded;
+  const auto load_scales = [&](int tile, LoadedScale(&scales)[kScales]) {
 #pragma unroll
     for (int i = 0; i < kScales; ++i) {
       scales[i] = {};
       if (!reaches(tile, warp_k * Tile::kWarpK + i * kScaleK)) continue;
-      const uint32_t block = (scale_from + i) >> scale_shift;
-      if constexpr (kDoubleQuant) {
-        scales[i] = {args.weight.group_scales[block / kGroupSize], args.weight.scale_codes[block]};
-      } else {
-        scales[i].value = args.weight.absmax[block];
-      }
+      scales[i] = scale_of.load((scale_from + i) >> scale_shift);
     }
     scale_from += Tile::kK / kScaleK;
-  };
-  const auto decode_scale = [&](StoredScale scale) {
-    if constexpr (!kDoubleQuant) return scale.value;
-    return __fadd_rn(__fmul_rn(device_scale_map.entries[scale.code], scale.value), offset);
   };
 
   // --- one tile: decode the warp's 32 x 64 weights, multiply them with every row of x
@@ -227,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 #pragma unroll
   for (int tile = 0; tile < kStages - 1; ++tile) copy_tile(tile);
-  StoredScale stored[kScales];
+  LoadedScale stored[kScales];
   load_scales(0, stored);
   for (int high = warp * 2; high < warp * 2 + 2; ++high)
 #pragma unroll
@@ -240,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     copy_tile(tile + kStages - 1);
     float scales[kScales];
 #pragma unroll
-    for (int i = 0; i < kScales; ++i) scales[i] = decode_scale(stored[i]);
+    for (int i = 0; i < kScales; ++i) scales[i] = scale_of.decode(stored[i]);
     load_scales(tile + 1, stored);
     multiply(tile % kStages, scales);
   }
@@ -334,108 +319,38 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
-// y[i] = the sum of what the splits left, in their order.
-template <class T>
-__global__ void __launch_bounds__(kThreads) sum_splits_kernel(const float* workspace, int splits, int64_t count, T* y) {
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count; i += int64_t{gridDim.x} * kThreads) {
-    float sum = 0.0f;
-    for (int split = 0; split < splits; ++split) sum += workspace[split * count + i];
-    narrow(sum, y + i);
-  }
-}
-
-// --- shapes
-
-struct Config {
-  int rows;           // of x in a tile
-  int scale_columns;  // how many columns certainly share a scale
-  int64_t tiles_m, tiles_n;
-  int tiles_per_split, splits;
-};
-
-// scale_columns: 64 columns share a scale where blocks are that long and start at multiples of it; else 32, for which
-// tiles have at most 32 rows (two sets of block sums beside 64 rows' sums would not fit the registers).
-//
-// The tile is the smallest that holds all rows of x, or the largest: a tile of M rows costs its shared memory 40 + M
-// cycles per step of a warp, so that one large tile beats two small ones.
-//
-// k is split where that costs less. In units of one multiprocessor's time for a tile of k: each round of blocks takes
-// its tiles of k and 4 more (filling table and ring, writing out); the kernel that adds up the splits takes 5, and
-// 8 bytes of each of their sums go through L2, of which 2^16 take about 40 units of one multiprocessor.
-Config configure(int64_t m, int64_t n, int64_t k, int64_t block_size, int64_t processors) {
-  Config config{};
-  config.scale_columns = block_size >= 64 && k % 64 == 0 ? 64 : 32;
-  config.rows = m <= 16 ? 16 : m <= 32 || config.scale_columns == 32 ? 32 : 64;
-  config.tiles_m = ceil_div(m, config.rows);
-  config.tiles_n = ceil_div(n, 4 * config.rows);
-  const int64_t tiles_k = ceil_div(k, 4096 / config.rows), tiles = config.tiles_m * config.tiles_n;
-  int64_t least = INT64_MAX;
-  for (int64_t tried = 1; tried <= std::min<int64_t>(tiles_k, kMaxSplits); ++tried) {
-    const int64_t per_split = ceil_div(tiles_k, tried), splits = ceil_div(tiles_k, per_split);
-    const int64_t rounds = ceil_div(tiles * splits, processors);
-    const int64_t second_pass = splits == 1 ? 0 : 5 + splits * m * n / 65536 * 40 / processors;
-    const int64_t cost = rounds * (per_split + 4) + second_pass;
-    if (cost >= least) continue;
-    least = cost;
-    config.tiles_per_split = static_cast<int>(per_split);
-    config.splits = static_cast<int>(splits);
-  }
-  return config;
-}
-
-Config configure(const LinearArgs& args) {
-  return configure(args.m, args.n, args.k, args.weight.block_size, processor_count());
-}
-
 template <class T, int kRows, int kScaleK>
-int launch(const LinearArgs& args, const Config& config, Stream stream) {
-  const auto kernel = args.weight.absmax ? gemm_kernel<T, kRows, kScaleK, false> : gemm_kernel<T, kRows, kScaleK, true>;
+int launch(const LinearArgs& args, const Plan& plan, Stream stream) {
+  const auto kernel = args.weight.scales.kind == ScaleKind::block ? gemm_kernel<T, kRows, kScaleK, false>
+                                                                  : gemm_kernel<T, kRows, kScaleK, true>;
   constexpr int kBytes = sizeof(Shared<kRows>);
   if (const int code = allow_shared_memory(kernel, kBytes)) return code;
-  const bool direct = config.splits == 1;
+  const bool direct = plan.splits == 1;
   const bool whole = args.n % 4 == 0 && is_aligned(direct ? args.y : args.workspace, direct ? 8 : 16);
-  const dim3 grid(static_cast<unsigned>(config.tiles_m * config.tiles_n), config.splits);
+  const dim3 grid(static_cast<unsigned>(plan.row_tiles * plan.column_tiles), static_cast<unsigned>(plan.splits));
   kernel<<<grid, kThreads, kBytes, stream>>>(args, *args.weight.format, log2_of(args.weight.block_size / kScaleK),
-                                             config.tiles_per_split, whole);
-  if (!direct) {
-    const int64_t count = args.m * args.n;
-    sum_splits_kernel<<<grid_for(count, kThreads, 8), kThreads, 0, stream>>>(args.workspace, config.splits, count,
-                                                                             static_cast<T*>(args.y));
-  }
-  return cudaGetLastError();
+                                             static_cast<int>(plan.split_size), whole);
+  // The first split has added the bias.
+  return direct ? cudaGetLastError() : sum_splits<T>({args.workspace, plan.splits, args.m, args.n}, args.y, stream);
 }
 
 template <class T>
-int launch(const LinearArgs& args, Stream stream) {
-  const Config config = configure(args);
+int launch(const LinearArgs& args, const Plan& plan, Stream stream) {
   const auto for_rows = [&](auto rows) {
     constexpr int kRows = decltype(rows)::value;
-    return config.scale_columns == 64 ? launch<T, kRows, 64>(args, config, stream)
-                                      : launch<T, kRows, 32>(args, config, stream);
+    return plan.scale_columns == 64 ? launch<T, kRows, 64>(args, plan, stream)
+                                    : launch<T, kRows, 32>(args, plan, stream);
   };
-  if (config.rows == 16) return for_rows(std::integral_constant<int, 16>{});
-  if (config.rows == 32) return for_rows(std::integral_constant<int, 32>{});
-  return launch<T, 64, 64>(args, config, stream);
+  if (plan.rows == 16) return for_rows(std::integral_constant<int, 16>{});
+  if (plan.rows == 32) return for_rows(std::integral_constant<int, 32>{});
+  return launch<T, 64, 64>(args, plan, stream);
 }
 
 }  // namespace
 
-bool linear_gemm_fits(const LinearArgs& args) {
-  return args.weight.format && args.dtype != Dtype::f32 && args.k > 0 && args.k % 32 == 0 && args.k < kMaxSide &&
-         args.rank < kMaxSide && args.weight.numel / 32 <= UINT32_MAX && is_aligned(args.x, kAccessBytes) &&
-         is_aligned(args.weight.packed, kAccessBytes) && ceil_div(args.m, 16) * ceil_div(args.n, 64) <= INT32_MAX;
-}
-
-int64_t linear_gemm_workspace(const LinearArgs& args) {
-  if (args.m == 0 || args.n == 0) return 0;
-  const int splits = configure(args).splits;
-  return splits == 1 ? 0 : splits * args.m * args.n;
-}
-
-int linear_gemm(const LinearArgs& args, Stream stream) {
-  if (!linear_gemm_fits(args) || code_capability() < 80) return cudaErrorNotSupported;
-  if (args.m == 0 || args.n == 0) return cudaSuccess;
-  return args.dtype == Dtype::f16 ? launch<Fp16>(args, stream) : launch<Bf16>(args, stream);
+int linear_gemm(const LinearArgs& args, const Plan& plan, Stream stream) {
+  if (!gemm_fits(args) || current_gpu().code_capability < 80) return cudaErrorNotSupported;
+  return args.dtype == Dtype::f16 ? launch<Fp16>(args, plan, stream) : launch<Bf16>(args, plan, stream);
 }
 
 }  // namespace lowbit::cuda

@@ -3,36 +3,22 @@
 // A block of threads takes 16 rows of W; its warps share out their columns, 128 at a time (layout.h). What a warp does
 // with its 16 x 128 weights is either mma, where x has 16 bits, or FMAs in fp32. Scales are decoded for a panel of
 // columns at once, into shared memory. At the end the block adds up its warps' sums, of which LoRA's product is one
-// more. Where N is too small to fill the GPU, the columns are shared out over blocks too, and a second kernel adds up.
-#include "decode.cuh"
-#include "elements.cuh"
+// more. Where N is too small to fill the GPU, the columns are shared out over blocks too, and split_sum adds up.
+#include "device/elements.cuh"
+#include "device/launch.h"
+#include "device/split_sum.cuh"
+#include "device/weight.cuh"
 #include "kernels.h"
-#include "launch.h"
-#include "shape.h"
 
 namespace lowbit::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kPanelBlocks = 64;           // most scales of a row that are decoded at once
-constexpr int kPanelElements = 4096;       // most columns of a panel; 4 steps of each warp
-constexpr int64_t kMostColumns = 1 << 26;  // offsets within 8 rows have 32 bits
 constexpr int kRowThreads = kThreads / kGemvRows;
 
-template <class T>
 struct Arguments {
-  const uint8_t* packed;
-  const float* absmax;
-  const uint8_t* scale_codes;
-  const float* group_scales;
-  const float* offset;
-  const T* x;
-  const float *bias, *t, *lora_b;
-  T* y;
-  float* partial;  // [gridDim.y, m, n], or null where one block takes all columns
-  int64_t m, n, k, rank;
-  float scaling;
+  LinearArgs linear;     // workspace [gridDim.y, m, n], or null where one block takes all columns
   int block_shift;       // log2 of the block size
   int panel_steps;       // steps of 128 columns in a panel, a multiple of kAhead * kWarps
   int panels_per_block;  // of threads
@@ -213,7 +199,9 @@ struct Fmas {
 
 // Blocks: x: 16 rows of W, y: a share of the columns, z: a group of kRows rows of x.
 template <class Product, class T>
-__device__ __forceinline__ void gemv(const Arguments<T>& args) {
+__device__ __forceinline__ void gemv(const Arguments& arguments) {
+  const LinearArgs& args = arguments.linear;
+  const Scales& stored_scales = args.weight.scales;
   constexpr int kRows = Product::kRows, kAhead = Product::kAhead;
   __shared__ typename Product::Table table;
   __shared__ PanelScales scales;
@@ -228,12 +216,12 @@ __device__ __forceinline__ void gemv(const Arguments<T>& args) {
 
   // Steps are numbered along a row of W; a warp takes every eighth.
   constexpr uint32_t kWarpStride = kWarps * kGemvDepth;
-  const int first_step = static_cast<int>(blockIdx.y) * args.panels_per_block * args.panel_steps;
-  const int end_step =
-      min(static_cast<int>((k + kGemvDepth - 1) / kGemvDepth), first_step + args.panels_per_block * args.panel_steps);
+  const int first_step = static_cast<int>(blockIdx.y) * arguments.panels_per_block * arguments.panel_steps;
+  const int end_step = min(static_cast<int>((k + kGemvDepth - 1) / kGemvDepth),
+                           first_step + arguments.panels_per_block * arguments.panel_steps);
   const uint32_t end_k = min(k, end_step * kGemvDepth);
   uint32_t lane_k = (first_step + warp) * kGemvDepth + lane % 4 * kGemvLaneDepth;
-  const uint8_t* packed = args.packed + first_n * (k / 2) + (lane / 4 * k + lane_k) / 2;
+  const uint8_t* packed = args.weight.packed + first_n * (k / 2) + (lane / 4 * k + lane_k) / 2;
   uint4 weights[kAhead][2] = {};
   // The step that is `steps` of the warp's further on. Past the end there is no x to multiply with.
   const auto load = [&](uint32_t steps, uint4(&to)[2]) {
@@ -243,7 +231,7 @@ __device__ __forceinline__ void gemv(const Arguments<T>& args) {
   };
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) load(i, weights[i]);
-  table.fill(args.format);
+  table.fill(arguments.format);
 
   // scaling t lora_b^T, by 16 threads for each row of lora_b.
   const int64_t lora_row = (first_n + thread / kRowThreads) * args.rank;
@@ -257,15 +245,15 @@ __device__ __forceinline__ void gemv(const Arguments<T>& args) {
   }
 
   // Scales of a panel, by 16 threads for each row.
-  const int blocks_per_row = static_cast<int>(k >> args.block_shift);
+  const int blocks_per_row = static_cast<int>(k >> arguments.block_shift);
   const auto decode_scales = [&](int panel, const auto& scale_of) {
     const int thread = ptx::read_thread_index();
     const int row = thread / kRowThreads;
     float2* const to = scales.of[row % (kGemvRows / 2)];
-    const int first_block = panel * kGemvDepth >> args.block_shift;
+    const int first_block = panel * kGemvDepth >> arguments.block_shift;
     const int64_t row_block = (first_n + row) * blocks_per_row + first_block;
 #pragma unroll 1  // what unrolling precomputes would take registers from the loop below
-    for (int block = thread % kRowThreads; block < args.panel_steps * kGemvDepth >> args.block_shift;
+    for (int block = thread % kRowThreads; block < arguments.panel_steps * kGemvDepth >> arguments.block_shift;
          block += kRowThreads) {
       // A block past the end is multiplied with zeros.
       const float scale = first_block + block < blocks_per_row ? scale_of(row_block + block) : 0.0f;
@@ -273,23 +261,23 @@ __device__ __forceinline__ void gemv(const Arguments<T>& args) {
     }
   };
 
-  Product product(args.x + first_m * k + lane_k, rows, k, lane, table);
-  for (int panel = first_step; panel < end_step; panel += args.panel_steps) {
+  Product product(static_cast<const T*>(args.x) + first_m * k + lane_k, rows, k, lane, table);
+  for (int panel = first_step; panel < end_step; panel += arguments.panel_steps) {
     __syncthreads();  // the table is there; the last panel's scales have been read
-    if (args.absmax) {
-      decode_scales(panel, BlockScales<false>{args.absmax, nullptr, nullptr, nullptr});
+    if (stored_scales.kind == ScaleKind::block) {
+      decode_scales(panel, ScaleReader<false>(stored_scales));
     } else {
-      decode_scales(panel, BlockScales<true>{nullptr, args.scale_codes, args.group_scales, args.offset});
+      decode_scales(panel, ScaleReader<true>(stored_scales));
     }
     __syncthreads();
     // All warps take as many steps.
-    const int steps = min(args.panel_steps, end_step - panel);
+    const int steps = min(arguments.panel_steps, end_step - panel);
     for (int step = 0; step < steps; step += kAhead * kWarps) {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (i > 0 && step + i * kWarps >= steps) break;
         product.add(weights[i], scales, lane_k + i * kWarpStride < end_k, i * kWarpStride, step + i * kWarps + warp,
-                    args.block_shift);
+                    arguments.block_shift);
         load(i + kAhead, weights[i]);
       }
       lane_k += kAhead * kWarpStride;
@@ -308,120 +296,48 @@ __device__ __forceinline__ void gemv(const Arguments<T>& args) {
 #pragma unroll
     for (int part = 0; part <= kWarps; ++part) sum += sums[part][m][i % kGemvRows];
     const int64_t at = (first_m + m) * args.n + n;
-    if (args.partial) {
-      args.partial[int64_t{blockIdx.y} * args.m * args.n + at] = sum;
+    if (args.workspace) {
+      args.workspace[int64_t{blockIdx.y} * args.m * args.n + at] = sum;
     } else {
-      narrow(args.bias ? sum + args.bias[n] : sum, args.y + at);
+      narrow(args.bias ? sum + args.bias[n] : sum, static_cast<T*>(args.y) + at);
     }
   }
 }
 
 template <class T, int kParts, int kTiles>
 __global__ void __launch_bounds__(kThreads, 4)  // 64 registers
-    gemv_mma_kernel(const __grid_constant__ Arguments<T> args) {
+    gemv_mma_kernel(const __grid_constant__ Arguments args) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-  gemv<TensorCores<T, kParts, kTiles>>(args);
+  gemv<TensorCores<T, kParts, kTiles>, T>(args);
 #endif
 }
 
 template <class T, int kRows>
-__global__ void __launch_bounds__(kThreads, 4) gemv_fma_kernel(const __grid_constant__ Arguments<T> args) {
-  gemv<Fmas<T, kRows>>(args);
-}
-
-// y = the sum of `parts` partial products, in their order, and bias.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    gemv_sum_kernel(const float* partial, int parts, int64_t outputs, int64_t n, const float* bias, T* y) {
-  const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (at >= outputs) return;
-  float sum = 0.0f;
-  for (int part = 0; part < parts; ++part) sum += partial[part * outputs + at];
-  narrow(bias ? sum + bias[at % n] : sum, y + at);
-}
-
-bool is_fast(const LinearArgs& args) {
-  return args.weight.format && args.n >= kGemvRows && args.k > 0 && args.k <= kMostColumns &&
-         args.k % kGemvLaneDepth == 0 && args.k % args.weight.block_size == 0 &&
-         is_aligned(args.weight.packed, kAccessBytes) && is_aligned(args.x, kAccessBytes);
-}
-
-// How the work is shared out.
-struct Shape {
-  int parts;  // blocks that a step spans, where it goes through the tensor cores; 0: FMAs
-  int rows;   // of x per block of threads
-  int panel_steps, panels_per_block;
-  dim3 grid;
-};
-Shape shape_of(const LinearArgs& args) {
-  Shape shape{};
-  if (args.dtype != Dtype::f32 && code_capability() >= 80) {
-    shape.parts = static_cast<int>(std::clamp<int64_t>(kGemvDepth / args.weight.block_size, 1, 4));
-    shape.rows = shape.parts == 2 && args.m > 4 ? 8 : 8 / shape.parts;
-  } else {
-    shape.rows = args.m > 1 ? 2 : 1;
-  }
-  shape.panel_steps =
-      static_cast<int>(std::min<int64_t>(kPanelElements, kPanelBlocks * args.weight.block_size)) / kGemvDepth;
-  const int64_t tiles = ceil_div(args.n, kGemvRows), groups = ceil_div(args.m, shape.rows);
-  const int64_t panels = ceil_div(args.k, int64_t{shape.panel_steps} * kGemvDepth);
-  const int64_t shares = gemv_column_shares(tiles * groups, panels, processor_count());
-  shape.panels_per_block = static_cast<int>(ceil_div(panels, shares));
-  shape.grid = dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(shares), static_cast<unsigned>(groups));
-  return shape;
+__global__ void __launch_bounds__(kThreads, 4) gemv_fma_kernel(const __grid_constant__ Arguments args) {
+  gemv<Fmas<T, kRows>, T>(args);
 }
 
 template <class T>
-int launch(const LinearArgs& args, Stream stream) {
-  const QuantizedWeight& weight = args.weight;
-  const Shape shape = shape_of(args);
-  const Arguments<T> arguments{weight.packed,
-                               weight.absmax,
-                               weight.scale_codes,
-                               weight.group_scales,
-                               weight.offset,
-                               static_cast<const T*>(args.x),
-                               args.bias,
-                               args.t,
-                               args.lora_b,
-                               static_cast<T*>(args.y),
-                               shape.grid.y > 1 ? args.workspace : nullptr,
-                               args.m,
-                               args.n,
-                               args.k,
-                               args.t ? args.rank : 0,
-                               args.scaling,
-                               log2_of(weight.block_size),
-                               shape.panel_steps,
-                               shape.panels_per_block,
-                               *weight.format};
-  void (*kernel)(Arguments<T>) = shape.rows == 1 ? gemv_fma_kernel<T, 1> : gemv_fma_kernel<T, 2>;
+int launch(const LinearArgs& args, const Plan& plan, Stream stream) {
+  const Arguments arguments{args, log2_of(args.weight.block_size), plan.panel_steps, static_cast<int>(plan.split_size),
+                            *args.weight.format};
+  void (*kernel)(Arguments) = plan.rows == 1 ? gemv_fma_kernel<T, 1> : gemv_fma_kernel<T, 2>;
   if constexpr (sizeof(T) == 2) {
-    if (shape.parts == 1) kernel = gemv_mma_kernel<T, 1, 1>;
-    if (shape.parts == 2) kernel = shape.rows == 4 ? gemv_mma_kernel<T, 2, 1> : gemv_mma_kernel<T, 2, 2>;
-    if (shape.parts == 4) kernel = gemv_mma_kernel<T, 4, 1>;
+    if (plan.scale_parts == 1) kernel = gemv_mma_kernel<T, 1, 1>;
+    if (plan.scale_parts == 2) kernel = plan.rows == 4 ? gemv_mma_kernel<T, 2, 1> : gemv_mma_kernel<T, 2, 2>;
+    if (plan.scale_parts == 4) kernel = gemv_mma_kernel<T, 4, 1>;
   }
-  kernel<<<shape.grid, kThreads, 0, stream>>>(arguments);
-  if (!arguments.partial) return cudaGetLastError();
-  const int64_t outputs = args.m * args.n;
-  gemv_sum_kernel<<<static_cast<unsigned>(ceil_div(outputs, kThreads)), kThreads, 0, stream>>>(
-      args.workspace, static_cast<int>(shape.grid.y), outputs, args.n, args.bias, arguments.y);
-  return cudaGetLastError();
+  const dim3 grid(static_cast<unsigned>(plan.column_tiles), static_cast<unsigned>(plan.splits),
+                  static_cast<unsigned>(plan.row_tiles));
+  kernel<<<grid, kThreads, 0, stream>>>(arguments);
+  if (plan.splits == 1) return cudaGetLastError();
+  return sum_splits<T>({args.workspace, plan.splits, args.m, args.n, args.bias}, args.y, stream);
 }
 
 }  // namespace
 
-int64_t linear_gemv_workspace(const LinearArgs& args) {
-  if (args.m == 0 || args.n == 0 || !is_fast(args)) return 0;
-  const unsigned parts = shape_of(args).grid.y;
-  return parts > 1 ? parts * args.m * args.n : 0;
-}
-
-int linear_gemv(const LinearArgs& args, Stream stream) {
-  if (args.m == 0 || args.n == 0) return cudaSuccess;
-  if (!args.weight.format) return linear_gemv_int8(args, stream);
-  if (!is_fast(args)) return linear_any(args, stream);
-  return for_dtype(args.dtype, [&](auto element) { return launch<decltype(element)>(args, stream); });
+int linear_gemv(const LinearArgs& args, const Plan& plan, Stream stream) {
+  return for_dtype(args.dtype, [&](auto element) { return launch<decltype(element)>(args, plan, stream); });
 }
 
 }  // namespace lowbit::cuda

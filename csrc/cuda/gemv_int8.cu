@@ -1,8 +1,8 @@
 // linear for a few rows of x and an int8 weight. A warp takes four rows of W, so that what it reads of x serves four
 // times; each lane multiplies 16 consecutive weights of each.
-#include "elements.cuh"
+#include "device/elements.cuh"
+#include "device/launch.h"
 #include "kernels.h"
-#include "launch.h"
 
 namespace lowbit::cuda {
 namespace {
@@ -83,17 +83,14 @@ int launch(const LinearArgs& args, Stream stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(args.n, kWarps * kWeightRows)),
                   static_cast<unsigned>(ceil_div(args.m, kRows)));
   gemv_int8_kernel<T, kRows><<<grid, kThreads, 0, stream>>>(
-      args.weight.packed, args.weight.absmax, static_cast<const T*>(args.x), args.bias, args.t, args.lora_b,
-      args.scaling, args.m, args.n, args.k, args.t ? args.rank : 0, static_cast<T*>(args.y));
+      args.weight.packed, args.weight.scales.values, static_cast<const T*>(args.x), args.bias, args.t, args.lora_b,
+      args.scaling, args.m, args.n, args.k, args.rank, static_cast<T*>(args.y));
   return cudaGetLastError();
 }
 
 }  // namespace
 
 int linear_gemv_int8(const LinearArgs& args, Stream stream) {
-  if (args.m == 0 || args.n == 0) return cudaSuccess;
-  if (args.k % kAccessBytes != 0 || !is_aligned(args.weight.packed, kAccessBytes) || !is_aligned(args.x, kAccessBytes))
-    return linear_any(args, stream);
   return for_dtype(args.dtype, [&](auto element) {
     using T = decltype(element);
     return args.m == 1 ? launch<T, 1>(args, stream) : launch<T, 4>(args, stream);

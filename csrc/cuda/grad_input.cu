@@ -8,43 +8,25 @@
 // on, and take fp16 grad out of its range.
 //
 // W is the mma's A (its columns are the 16 rows of A), grad its B, so a lane ends with 8 consecutive columns of a row
-// of grad_x. Blocks of threads write partial sums in fp32, one for each split of the contraction; a second kernel adds
+// of grad_x. Blocks of threads write partial sums in fp32, one for each split of the contraction; split_sum adds
 // these up in order, adds LoRA's part and rounds.
 #include <type_traits>
 
+#include "device/launch.h"
+#include "device/split_sum.cuh"
 #include "grad_input.cuh"
 #include "grad_input_fma.cuh"
-#include "launch.h"
 
 namespace lowbit::cuda {
 namespace {
 
-constexpr int kFinishThreads = 256;
-
-// A block of threads makes kRows x 128 of grad_x from 128 rows of W at a time: warp (i, j) takes columns 64 i and rows
-// 32 j, the columns of a lane being the two codes of each byte of one word.
 template <int kRows>
-struct MmaTile {
-  static constexpr int kColumnWarps = 2, kRowWarps = 4;
-  static constexpr int kThreads = kColumnWarps * kRowWarps * kWarpSize;
-  static constexpr int kColumns = 2 * kPackedRowBytes, kColumnsShift = 7;
-  static constexpr int kSteps = 2;  // of 16 rows of W, by each warp
-  static constexpr int kDepth = kRowWarps * kSteps * 16;
-  static constexpr int kStages = 3;
-  static constexpr int kPackedPieces = kDepth * kPackedRowBytes / kAccessBytes;
-  static constexpr int kGradRowPieces = kDepth * 2 / kAccessBytes;
-  static constexpr int kGradPieces = kRows * kGradRowPieces;
-  // Scales of a tile: for each row of W one per unit of columns. With 32 rows four units, which are blocks of 32, would
-  // take more than 128 registers.
-  static constexpr int kUnits = kColumns / (kRows < 32 ? 32 : 64);
-  static constexpr int kUnitStride = kDepth + 8;  // two units' scales of a quad's rows are in different banks
-
-  struct Shared {
-    PairTable table;
-    uint4 packed[kStages][kPackedPieces];
-    uint4 grad[kStages][kGradPieces];
-    float scales[2][kUnits * kUnitStride];
-  };
+struct MmaShared {
+  using Tile = MmaTile<kRows>;
+  PairTable table;
+  uint4 packed[Tile::kStages][Tile::kPackedPieces];
+  uint4 grad[Tile::kStages][Tile::kGradPieces];
+  float scales[2][Tile::kUnits * Tile::kUnitStride];
 };
 
 // Where the four sums of columns 4 quad, ... of a row are. A quad of lanes holds four rows: without the exclusive or
@@ -62,7 +44,7 @@ __global__ void __launch_bounds__(MmaTile<kRows>::kThreads, 2)
   using Tile = MmaTile<kRows>;
   constexpr int kRowTiles = kRows / 8;
   extern __shared__ uint4 shared_memory[];
-  auto& shared = *reinterpret_cast<typename Tile::Shared*>(shared_memory);
+  auto& shared = *reinterpret_cast<MmaShared<kRows>*>(shared_memory);
   const int thread = threadIdx.x, lane = thread % kWarpSize, warp = thread / kWarpSize;
   const int group = lane / 4, in_quad = lane % 4;
   const int column_warp = warp % Tile::kColumnWarps, row_warp = warp / Tile::kColumnWarps;
@@ -73,7 +55,7 @@ __global__ void __launch_bounds__(MmaTile<kRows>::kThreads, 2)
   // first row, counted from that of the split; .._end is where the thread's pieces end, 0 for columns outside.
   const Position packed_at = packed_piece(thread);
   const uint8_t* packed_from =
-      product.packed + ((tile.first_row + packed_at.row) * product.k + tile.column) / 2 + packed_at.column;
+      product.weight.packed + ((tile.first_row + packed_at.row) * product.k + tile.column) / 2 + packed_at.column;
   const int packed_end = tile.column + 2 * packed_at.column < product.k ? depth - packed_at.row : 0;
   constexpr int kPackedStep = packed_piece(Tile::kThreads).row;  // rows from a thread's piece to its next
   const int grad_row = thread / Tile::kGradRowPieces;
@@ -105,7 +87,7 @@ __global__ void __launch_bounds__(MmaTile<kRows>::kThreads, 2)
 
   // Scales of the next tile, in two steps: a thread takes that of one row and unit, and of a second row where there are
   // four units. Those outside of W are zero. (Block numbers have 32 bits: the launcher sees to it.)
-  const DeferredScales<kDoubleQuant> scale_of(product);
+  const ScaleReader<kDoubleQuant> scale_of(product.weight.scales);
   const int units_shift = Tile::kColumnsShift - unit_shift;
   const int scale_unit = thread & ((1 << units_shift) - 1), scale_row = thread >> units_shift;
   const int64_t scale_column = tile.column + (scale_unit << unit_shift);
@@ -115,7 +97,7 @@ __global__ void __launch_bounds__(MmaTile<kRows>::kThreads, 2)
   // Which tiles, by their first row, have the thread's scales.
   const int scale_end = scale_row < Tile::kDepth && scale_column < product.k ? depth - scale_row : 0;
   const int second_end = Tile::kUnits == 4 && units_shift == 2 ? scale_end - kSecond : 0;
-  typename DeferredScales<kDoubleQuant>::Loaded loaded[2];
+  typename ScaleReader<kDoubleQuant>::Loaded loaded[2];
   const auto load_scales = [&](int first) {
     if (first < scale_end) loaded[0] = scale_of.load(block);
     if (first < second_end) loaded[1] = scale_of.load(block + kSecond * row_blocks);
@@ -234,163 +216,69 @@ __global__ void __launch_bounds__(MmaTile<kRows>::kThreads, 2)
 #endif
 }
 
-// grad_x = the sum of the splits + grad_t lora_a.
-template <class T>
-__global__ void __launch_bounds__(kFinishThreads)
-    grad_input_finish_kernel(const float* partial, int64_t splits, int64_t m, int64_t k, const float* grad_t,
-                             const float* lora_a, int64_t rank, T* grad_x) {
-  const int64_t column_tiles = (k + kFinishThreads - 1) / kFinishThreads;
-  for (int64_t tile = blockIdx.x; tile < m * column_tiles; tile += gridDim.x) {
-    const int64_t row = tile / column_tiles, column = tile % column_tiles * kFinishThreads + threadIdx.x;
-    if (column >= k) continue;
-    float sum = 0.0f;
-    for (int64_t split = 0; split < splits; ++split) sum += partial[(split * m + row) * k + column];
-    for (int64_t r = 0; r < rank; ++r) sum = fmaf(grad_t[row * rank + r], lora_a[r * k + column], sum);
-    narrow(sum, grad_x + row * k + column);
-  }
-}
-
 // --- launching
 
-enum class Path { mma, fma, element };
-
-struct Plan {
-  Path path;
-  int rows, columns, threads;  // of a tile of grad_x
-  int64_t row_tiles, column_tiles, splits, split_rows;
-
-  int64_t blocks() const { return row_tiles * column_tiles * splits; }
-};
-
-// Which kernel serves a product, and how its contraction is split: into no more parts than fill the GPU, since each
-// part writes and reads a tile of fp32.
-Plan plan_of(const LinearGradInputArgs& args) {
-  constexpr int kBlocksPerProcessor = 2;
-  constexpr int64_t kMost = 1 << 30;
-  const QuantizedWeight& weight = args.weight;
-  // 16-byte accesses of W, whose rows the kernels count in 32 bits; for the tensor cores also of grad, whole blocks in
-  // each row, and blocks counted in 32 bits.
-  const bool fits_fma =
-      weight.format && args.k % (2 * kAccessBytes) == 0 && is_aligned(weight.packed, kAccessBytes) && args.n < kMost;
-  const bool fits_mma = fits_fma && args.dtype != Dtype::f32 && is_aligned(args.grad, kAccessBytes) &&
-                        args.n % (kAccessBytes / 2) == 0 && args.k % weight.block_size == 0 &&
-                        weight.numel / weight.block_size < kMost && code_capability() >= 80;
-  Plan plan{};
-  int64_t depth = 64;  // rows of W that a block of threads should have at least, in multiples of which it is split
-  if (fits_mma) {
-    plan = {Path::mma,
-            args.m <= 8                              ? 8
-            : args.m <= 16 || weight.block_size < 64 ? 16
-                                                     : 32,
-            MmaTile<8>::kColumns, MmaTile<8>::kThreads};
-    depth = MmaTile<8>::kDepth;
-  } else if (fits_fma) {
-    plan = {Path::fma, FmaTile::kRows, FmaTile::kColumns, FmaTile::kThreads};
-  } else {
-    plan = {Path::element, ElementTile::kRows, ElementTile::kColumns, ElementTile::kThreads};
-  }
-  plan.row_tiles = ceil_div(args.m, plan.rows);
-  plan.column_tiles = ceil_div(args.k, plan.columns);
-  if (args.n == 0) return plan;
-  const int64_t parts = ceil_div(args.n, depth);
-  const int64_t wanted = processor_count() * kBlocksPerProcessor / (plan.row_tiles * plan.column_tiles);
-  plan.split_rows = ceil_div(parts, std::clamp<int64_t>(wanted, 1, parts)) * depth;
-  plan.splits = ceil_div(args.n, plan.split_rows);
-  return plan;
-}
-
 template <class T, int kRows>
-int launch_mma(const Plan& plan, const GradInputProduct& product, const LinearGradInputArgs& args, Stream stream) {
-  constexpr int kSharedBytes = sizeof(typename MmaTile<kRows>::Shared);
+int launch_mma(const Plan& plan, const GradInputProduct& product, const Format& format, Stream stream) {
+  constexpr int kSharedBytes = sizeof(MmaShared<kRows>);
   static_assert(kSharedBytes <= 99 * 1024);  // what every GPU from sm_80 on has
-  const auto kernel =
-      args.weight.absmax ? grad_input_mma_kernel<T, kRows, false> : grad_input_mma_kernel<T, kRows, true>;
+  const auto kernel = product.weight.scales.kind == ScaleKind::block ? grad_input_mma_kernel<T, kRows, false>
+                                                                     : grad_input_mma_kernel<T, kRows, true>;
   if (const int error = allow_shared_memory(kernel, kSharedBytes)) return error;
   const int unit_shift = std::min(product.block_shift, MmaTile<kRows>::kColumnsShift);
-  kernel<<<static_cast<unsigned>(plan.blocks()), plan.threads, kSharedBytes, stream>>>(product, *args.weight.format,
-                                                                                       unit_shift);
+  kernel<<<static_cast<unsigned>(plan.blocks()), MmaTile<kRows>::kThreads, kSharedBytes, stream>>>(product, format,
+                                                                                                   unit_shift);
   return cudaGetLastError();
 }
 
 template <class T>
-int launch_product(const Plan& plan, const GradInputProduct& product, const LinearGradInputArgs& args, Stream stream) {
+int launch_product(const Plan& plan, const GradInputProduct& product, const Format& format, Stream stream) {
   const auto blocks = static_cast<unsigned>(plan.blocks());
-  const Format& format = args.weight.format ? *args.weight.format : kNf4;  // int8 has none
   if constexpr (sizeof(T) == 2) {
-    if (plan.path == Path::mma) {
-      if (plan.rows == 8) return launch_mma<T, 8>(plan, product, args, stream);
-      if (plan.rows == 16) return launch_mma<T, 16>(plan, product, args, stream);
-      return launch_mma<T, 32>(plan, product, args, stream);
+    if (plan.path == Path::grad_input_mma) {
+      if (plan.rows == 8) return launch_mma<T, 8>(plan, product, format, stream);
+      if (plan.rows == 16) return launch_mma<T, 16>(plan, product, format, stream);
+      return launch_mma<T, 32>(plan, product, format, stream);
     }
   }
-  if (plan.path == Path::fma) {
-    const auto kernel = args.weight.absmax ? grad_input_fma_kernel<T, false> : grad_input_fma_kernel<T, true>;
-    kernel<<<blocks, plan.threads, 0, stream>>>(product, format);
-  } else {
-    const auto kernel = !args.weight.format  ? grad_input_element_kernel<T, Int8Weight>
-                        : args.weight.absmax ? grad_input_element_kernel<T, FourBitWeight<false>>
-                                             : grad_input_element_kernel<T, FourBitWeight<true>>;
-    kernel<<<blocks, plan.threads, 0, stream>>>(product, format);
+  if (plan.path == Path::grad_input_fma) {
+    const auto kernel = product.weight.scales.kind == ScaleKind::block ? grad_input_fma_kernel<T, false>
+                                                                       : grad_input_fma_kernel<T, true>;
+    kernel<<<blocks, FmaTile::kThreads, 0, stream>>>(product, format);
+    return cudaGetLastError();
   }
-  return cudaGetLastError();
+  return for_scale_kind(product.weight, [&](auto kind) {
+    grad_input_element_kernel<T, kind.value><<<blocks, ElementTile::kThreads, 0, stream>>>(product, format);
+    return cudaGetLastError();
+  });
 }
 
 template <class T>
-int launch(const LinearGradInputArgs& args, Stream stream) {
-  const Plan plan = plan_of(args);
+int launch(const LinearGradInputArgs& args, const Plan& plan, Stream stream) {
   if (plan.blocks() > INT32_MAX) return cudaErrorInvalidValue;
   if (plan.splits > 0) {
-    const QuantizedWeight& weight = args.weight;
     const GradInputProduct product{args.grad,
-                                   weight.packed,
-                                   weight.absmax,
-                                   weight.scale_codes,
-                                   weight.group_scales,
-                                   weight.offset,
+                                   args.weight,
                                    args.m,
                                    args.n,
                                    args.k,
-                                   plan.split_rows,
+                                   plan.split_size,
                                    static_cast<unsigned>(plan.row_tiles),
                                    static_cast<unsigned>(plan.column_tiles),
                                    args.workspace,
-                                   weight.format ? log2_of(weight.block_size) : 0};
-    const int error = launch_product<T>(plan, product, args, stream);
-    if (error) return error;
+                                   log2_of(args.weight.block_size)};
+    if (const int error = launch_product<T>(plan, product, *args.weight.format, stream)) return error;
   }
-  const int64_t tiles = args.m * ceil_div(args.k, kFinishThreads);
-  grad_input_finish_kernel<<<grid_for(tiles, 1, 8), kFinishThreads, 0, stream>>>(
-      args.workspace, plan.splits, args.m, args.k, args.grad_t, args.lora_a, args.grad_t ? args.rank : 0,
-      static_cast<T*>(args.grad_x));
-  return cudaGetLastError();
+  const SplitSum sum{args.workspace, plan.splits, args.m,      args.k,
+                     nullptr,        args.grad_t, args.lora_a, args.grad_t ? args.rank : 0};
+  return sum_splits<T>(sum, args.grad_x, stream);
 }
 
 }  // namespace
 
-int64_t linear_grad_input_workspace(const LinearGradInputArgs& args) {
-  if (args.m == 0 || args.k == 0) return 0;
-  return plan_of(args).splits * args.m * args.k;
-}
-
-bool linear_grad_input_decodes_first(const LinearGradInputArgs& args) {
-  if (args.m == 0 || args.n == 0 || args.k == 0) return false;
-  // Cycles of a multiprocessor per weight. An H100 moves 14 bytes in one. To decode to 16 bits and read that again
-  // moves 4.5 bytes: 0.32; to fp32 8.5 bytes, 0.61, and its product of m rows takes m / 128 more. The kernels take
-  //   mma      0.058 (shared memory) per 32 rows: 5.5 tiles; 6, since cuBLAS does not reach all of that speed,
-  //   fma      4.7 instructions of 128 in a cycle, 0.037, per 2 rows: 8 tiles in 16 bits, 24 in fp32,
-  //   element  about 40 instructions, 0.31, per 8 rows: 1 tile.
-  // Other GPUs move fewer bytes in a cycle, so that decoding first costs more, but for the B200 (29 bytes: 3 tiles of
-  // mma) and the H200, which nothing tells from an H100 (20 bytes: would be 4).
-  const Plan plan = plan_of(args);
-  int64_t tiles = 1;
-  if (plan.path == Path::mma) tiles = device_attribute(cudaDevAttrComputeCapabilityMajor) == 10 ? 3 : 6;
-  if (plan.path == Path::fma) tiles = args.dtype == Dtype::f32 ? 24 : 8;
-  return args.m > tiles * (plan.path == Path::mma ? 32 : plan.rows);
-}
-
-int linear_grad_input(const LinearGradInputArgs& args, Stream stream) {
+int linear_grad_input(const LinearGradInputArgs& args, const Plan& plan, Stream stream) {
   if (args.m == 0 || args.k == 0) return cudaSuccess;
-  return for_dtype(args.dtype, [&](auto element) { return launch<decltype(element)>(args, stream); });
+  return for_dtype(args.dtype, [&](auto element) { return launch<decltype(element)>(args, plan, stream); });
 }
 
 }  // namespace lowbit::cuda

@@ -1,20 +1,10 @@
 // linear_grad_input without tensor cores: fp32 grad, GPUs before sm_80, and what is not aligned.
 #pragma once
 
+#include "device/layout.h"
 #include "grad_input.cuh"
-#include "layout.h"
 
 namespace lowbit::cuda {
-
-// Rows of W whose start has 16-byte alignment. A lane takes 32 columns of a row at a time, a warp 1024; the warps of a
-// block share out the rows of W.
-struct FmaTile {
-  static constexpr int kRows = 2;  // of grad_x: 64 sums a lane
-  static constexpr int kLaneColumns = 2 * kAccessBytes;
-  static constexpr int kColumns = kWarpSize * kLaneColumns;
-  static constexpr int kWarps = 8;
-  static constexpr int kThreads = kWarps * kWarpSize;
-};
 
 template <class T, bool kDoubleQuant>
 __global__ void __launch_bounds__(FmaTile::kThreads, 2)
@@ -25,7 +15,7 @@ __global__ void __launch_bounds__(FmaTile::kThreads, 2)
   __shared__ float sums_of_warps[kRows][kLaneColumns * kStride];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const auto tile = product.tile_of(blockIdx.x, kRows, FmaTile::kColumns);
-  const DeferredScales<kDoubleQuant> scale_of(product);
+  const ScaleReader<kDoubleQuant> scale_of(product.weight.scales);
   const int64_t rows = min(int64_t{kRows}, product.m - tile.row);
   const bool has_columns = tile.column + lane * kLaneColumns < product.k;
   const int depth = has_columns ? static_cast<int>(tile.end_row - tile.first_row) : 0;
@@ -37,7 +27,7 @@ __global__ void __launch_bounds__(FmaTile::kThreads, 2)
   const uint32_t lane_base = table.lane_base(lane);
   float sums[kRows][kLaneColumns] = {};
   for (int row = warp; row < depth; row += kWarps) {
-    const uint4 bytes = ptx::load_global_16(product.packed + element / 2);
+    const uint4 bytes = ptx::load_global_16(product.weight.packed + element / 2);
     // The lane's columns lie in one block: both begin at multiples of 32.
     const float scale = scale_of(static_cast<uint64_t>(element) >> product.block_shift);
     float scaled_grad[kRows];
@@ -77,41 +67,7 @@ __global__ void __launch_bounds__(FmaTile::kThreads, 2)
       tile.out[r * product.k + column] = sums_of_warps[r][column % kLaneColumns * kStride + column / kLaneColumns];
 }
 
-// Anything: a thread takes one column, element by element.
-struct ElementTile {
-  static constexpr int kRows = 8;
-  static constexpr int kColumns = 256;
-  static constexpr int kThreads = kColumns;
-};
-
-template <bool kDoubleQuant>
-struct FourBitWeight {
-  const GradInputProduct& product;
-  const Format& format;
-  DeferredScales<kDoubleQuant> scale_of;
-
-  __device__ FourBitWeight(const GradInputProduct& product, const Format& format)
-      : product(product), format(format), scale_of(product) {}
-
-  __device__ float operator()(int64_t row, int64_t column) const {
-    const int64_t element = row * product.k + column;
-    const float scale = scale_of(static_cast<uint64_t>(element) >> product.block_shift);
-    return __fmul_rn(format.codebook[unpack(product.packed, element)], scale);
-  }
-};
-
-struct Int8Weight {
-  const GradInputProduct& product;
-
-  __device__ Int8Weight(const GradInputProduct& product, const Format&) : product(product) {}
-
-  __device__ float operator()(int64_t row, int64_t column) const {
-    const auto code = static_cast<int8_t>(product.packed[row * product.k + column]);
-    return __fmul_rn(__fmul_rn(static_cast<float>(code), product.absmax[row]), kInt8Unit);
-  }
-};
-
-template <class T, class Weight>
+template <class T, ScaleKind kKind>
 __global__ void __launch_bounds__(ElementTile::kThreads)
     grad_input_element_kernel(const __grid_constant__ GradInputProduct product, const __grid_constant__ Format format) {
   constexpr int kRows = ElementTile::kRows;
@@ -119,12 +75,12 @@ __global__ void __launch_bounds__(ElementTile::kThreads)
   const T* grad = static_cast<const T*>(product.grad) + tile.row * product.n;
   const int64_t rows = min(int64_t{kRows}, product.m - tile.row);
   const int64_t column = tile.column + threadIdx.x;
-  const Weight weight_of(product, format);
+  const ElementReader<kKind> weight_of(product.weight, format, product.block_shift);
   if (column >= product.k) return;
 
   float sums[kRows] = {};
   for (int64_t row = tile.first_row; row < tile.end_row; ++row) {
-    const float weight = weight_of(row, column);
+    const float weight = weight_of(row, row * product.k + column);
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
       if (r < rows) sums[r] = fmaf(widen(grad[r * product.n + row]), weight, sums[r]);

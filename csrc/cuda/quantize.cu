@@ -3,9 +3,9 @@
 // A warp takes one unit at a time: a tile, or a block that is longer than one. Each lane's 16-byte loads stay in
 // registers from the absmax to the codes (a longer block is read again). What is left over or unaligned goes block by
 // block, element by element.
-#include "encode.cuh"
+#include "device/encode.cuh"
+#include "device/launch.h"
 #include "kernels.h"
-#include "launch.h"
 
 namespace lowbit::cuda {
 namespace {
@@ -162,6 +162,7 @@ __global__ void __launch_bounds__(kGroupSize)
 }  // namespace
 
 int quantize(const QuantizeArgs& args, Stream stream) {
+  if (args.format->has_row_scales) return quantize_int8(args, stream);
   if (args.numel == 0) return cudaSuccess;
   return for_dtype(args.dtype, [&](auto element) { return launch<decltype(element)>(args, stream); });
 }

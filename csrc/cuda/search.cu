@@ -2,9 +2,9 @@
 //
 // Half a warp searches one block: lane l adds up the errors of elements l, l + 16, ... for all factors side by side,
 // and the lanes' sums are added as the format says. So every backend chooses the same scale, bit for bit.
-#include "encode.cuh"
+#include "device/encode.cuh"
+#include "device/launch.h"
 #include "kernels.h"
-#include "launch.h"
 
 namespace lowbit::cuda {
 namespace {

@@ -3,13 +3,24 @@
 
 using namespace lowbit;
 
-static const Format* format_of(int format) { return format == 0 ? &kNf4 : format == 1 ? &kFp4 : nullptr; }
+static const Format* format_of(int format) { return kFormats[format]; }
+
+// The view of a weight: double-quantized where scale_codes are given, in a format that has scales of blocks.
+static QuantizedWeight weight_of(const uint8_t* packed, const float* absmax, const uint8_t* scale_codes,
+                                 const float* group_scales, const float* offset, int format, int64_t block_size,
+                                 int64_t numel) {
+  const ScaleKind kind = format_of(format)->has_row_scales ? ScaleKind::row
+                         : scale_codes                     ? ScaleKind::double_quant
+                                                           : ScaleKind::block;
+  return {packed, {kind, absmax, scale_codes, group_scales, offset}, format_of(format), block_size, numel};
+}
 
 extern "C" {
 
 int lowbit_quantize(const void* weight, int dtype, int64_t numel, int format, int64_t block_size, uint8_t* packed,
                     float* absmax, void* stream) {
-  return cuda::quantize({weight, static_cast<Dtype>(dtype), numel, format_of(format), block_size, packed, absmax},
+  return cuda::quantize({weight, static_cast<Dtype>(dtype), numel, format_of(format), block_size,
+                         ceil_div(numel, block_size), packed, absmax},
                         static_cast<cuda::Stream>(stream));
 }
 
@@ -18,10 +29,10 @@ int lowbit_quantize_scales(const float* absmax, const float* offset, int64_t blo
   return cuda::quantize_scales({absmax, offset, blocks, codes, group_scales}, static_cast<cuda::Stream>(stream));
 }
 
-int lowbit_quantize_int8(const void* weight, int dtype, int64_t rows, int64_t columns, int8_t* codes, float* absmax,
+int lowbit_quantize_int8(const void* weight, int dtype, int64_t rows, int64_t columns, uint8_t* codes, float* absmax,
                          void* stream) {
-  return cuda::quantize_int8({weight, static_cast<Dtype>(dtype), rows, columns, codes, absmax},
-                             static_cast<cuda::Stream>(stream));
+  return cuda::quantize({weight, static_cast<Dtype>(dtype), rows * columns, &kInt8, columns, rows, codes, absmax},
+                        static_cast<cuda::Stream>(stream));
 }
 
 int lowbit_search_scales(const void* weight, int dtype, int64_t numel, int format, int64_t block_size,
@@ -40,8 +51,7 @@ int lowbit_encode(const void* weight, int dtype, int64_t numel, int format, int6
 int lowbit_dequantize(const uint8_t* packed, const float* absmax, const uint8_t* scale_codes, const float* group_scales,
                       const float* offset, int format, int64_t block_size, int64_t numel, void* out, int dtype,
                       void* stream) {
-  return cuda::dequantize({{packed, absmax, scale_codes, group_scales, offset, format_of(format), block_size, numel},
-                           out,
+  return cuda::dequantize({weight_of(packed, absmax, scale_codes, group_scales, offset, format, block_size, numel), out,
                            static_cast<Dtype>(dtype)},
                           static_cast<cuda::Stream>(stream));
 }
@@ -55,14 +65,13 @@ int lowbit_rounded_factors(const void* low, int low_dtype, const void* up, int u
 }
 
 // A product's arguments as C++ has them, from plain ones.
-static cuda::LinearArgs linear_args(const void* x, int dtype, const uint8_t* packed, const float* absmax,
-                                    const uint8_t* scale_codes, const float* group_scales, const float* offset,
-                                    int format, int64_t block_size, const float* bias, const float* t,
-                                    const float* lora_b, float scaling, int64_t m, int64_t n, int64_t k, int64_t rank,
-                                    void* y, float* workspace) {
+static LinearArgs linear_args(const void* x, int dtype, const uint8_t* packed, const float* absmax,
+                              const uint8_t* scale_codes, const float* group_scales, const float* offset, int format,
+                              int64_t block_size, const float* bias, const float* t, const float* lora_b, float scaling,
+                              int64_t m, int64_t n, int64_t k, int64_t rank, void* y, float* workspace) {
   return {x,
           static_cast<Dtype>(dtype),
-          {packed, absmax, scale_codes, group_scales, offset, format_of(format), block_size, n * k},
+          weight_of(packed, absmax, scale_codes, group_scales, offset, format, block_size, n * k),
           bias,
           t,
           lora_b,
@@ -72,6 +81,7 @@ static cuda::LinearArgs linear_args(const void* x, int dtype, const uint8_t* pac
           k,
           rank,
           y,
+          0,
           workspace};
 }
 
@@ -80,10 +90,11 @@ int lowbit_linear_gemv(const void* x, int dtype, const uint8_t* packed, const fl
                        const float* group_scales, const float* offset, int format, int64_t block_size,
                        const float* bias, const float* t, const float* lora_b, float scaling, int64_t m, int64_t n,
                        int64_t k, int64_t rank, void* y, float* workspace, int64_t* workspace_size, void* stream) {
-  const cuda::LinearArgs args = linear_args(x, dtype, packed, absmax, scale_codes, group_scales, offset, format,
-                                            block_size, bias, t, lora_b, scaling, m, n, k, rank, y, workspace);
-  *workspace_size = cuda::linear_gemv_workspace(args);
-  return y ? cuda::linear_gemv(args, static_cast<cuda::Stream>(stream)) : 0;
+  const LinearArgs args = linear_args(x, dtype, packed, absmax, scale_codes, group_scales, offset, format, block_size,
+                                      bias, t, lora_b, scaling, m, n, k, rank, y, workspace);
+  const cuda::Plan plan = cuda::plan_gemv(args, cuda::current_gpu());
+  *workspace_size = plan.workspace;
+  return y ? cuda::linear(args, plan, static_cast<cuda::Stream>(stream)) : 0;
 }
 
 // workspace: null to be told how many floats of it are needed, or memory for as many, and the product is launched.
@@ -91,10 +102,10 @@ int64_t lowbit_linear_grad_input(const void* grad, int dtype, const uint8_t* pac
                                  const uint8_t* scale_codes, const float* group_scales, const float* offset, int format,
                                  int64_t block_size, const float* grad_t, const float* lora_a, int64_t m, int64_t n,
                                  int64_t k, int64_t rank, void* grad_x, float* workspace, void* stream) {
-  const cuda::LinearGradInputArgs args{
+  const LinearGradInputArgs args{
       grad,
       static_cast<Dtype>(dtype),
-      {packed, absmax, scale_codes, group_scales, offset, format_of(format), block_size, n * k},
+      weight_of(packed, absmax, scale_codes, group_scales, offset, format, block_size, n * k),
       grad_t,
       lora_a,
       m,
@@ -102,26 +113,27 @@ int64_t lowbit_linear_grad_input(const void* grad, int dtype, const uint8_t* pac
       k,
       rank,
       grad_x,
+      0,
       workspace};
-  return workspace ? cuda::linear_grad_input(args, static_cast<cuda::Stream>(stream))
-                   : cuda::linear_grad_input_workspace(args);
+  const cuda::Plan plan = cuda::plan_grad_input_kernel(args, cuda::current_gpu());
+  return workspace ? cuda::linear_grad_input(args, plan, static_cast<cuda::Stream>(stream)) : plan.workspace;
 }
 
 int lowbit_linear_gemm(const void* x, int dtype, const uint8_t* packed, const float* absmax, const uint8_t* scale_codes,
                        const float* group_scales, const float* offset, int format, int64_t block_size,
                        const float* bias, const float* t, const float* lora_b, float scaling, int64_t m, int64_t n,
                        int64_t k, int64_t rank, void* y, float* workspace, void* stream) {
-  return cuda::linear_gemm(linear_args(x, dtype, packed, absmax, scale_codes, group_scales, offset, format, block_size,
-                                       bias, t, lora_b, scaling, m, n, k, rank, y, workspace),
-                           static_cast<cuda::Stream>(stream));
+  const LinearArgs args = linear_args(x, dtype, packed, absmax, scale_codes, group_scales, offset, format, block_size,
+                                      bias, t, lora_b, scaling, m, n, k, rank, y, workspace);
+  return cuda::linear(args, cuda::plan_gemm(args, cuda::current_gpu()), static_cast<cuda::Stream>(stream));
 }
 
 // How many floats linear_gemm needs; -1 where it does not serve.
 int64_t lowbit_linear_gemm_workspace(const void* x, int dtype, const uint8_t* packed, int format, int64_t block_size,
                                      int64_t m, int64_t n, int64_t k) {
-  const cuda::LinearArgs args = linear_args(x, dtype, packed, nullptr, nullptr, nullptr, nullptr, format, block_size,
-                                            nullptr, nullptr, nullptr, 0, m, n, k, 0, nullptr, nullptr);
-  return cuda::linear_gemm_fits(args) ? cuda::linear_gemm_workspace(args) : -1;
+  const LinearArgs args = linear_args(x, dtype, packed, nullptr, nullptr, nullptr, nullptr, format, block_size, nullptr,
+                                      nullptr, nullptr, 0, m, n, k, 0, nullptr, nullptr);
+  return cuda::gemm_fits(args) ? cuda::plan_gemm(args, cuda::current_gpu()).workspace : -1;
 }
 
 }  // extern "C"

@@ -1,5 +1,6 @@
-// Compiles if every lane map of csrc/cuda/layout.h is bijective: each element of the tile in one lane, and none twice.
-#include "cuda/layout.h"
+// Compiles if every lane map of csrc/cuda/device/layout.h is bijective: each element of the tile in one lane, and none
+// twice.
+#include "cuda/device/layout.h"
 
 using namespace lowbit::cuda;
 

@@ -1,7 +1,7 @@
-// Kernels that execute each function of csrc/cuda/ptx.cuh, for tests/test_cuda_ptx.py. One warp each.
-#include "cuda/elements.cuh"
-#include "cuda/layout.h"
-#include "cuda/ptx.cuh"
+// Kernels that execute each function of csrc/cuda/device/ptx.cuh, for tests/test_cuda_ptx.py. One warp each.
+#include "cuda/device/elements.cuh"
+#include "cuda/device/layout.h"
+#include "cuda/device/ptx.cuh"
 
 using namespace lowbit;
 using namespace lowbit::cuda;

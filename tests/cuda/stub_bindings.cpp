@@ -1,7 +1,8 @@
-// csrc/bindings_cuda.cpp for CPU tensors, in the namespace lowbit_stub: so that the bindings run where there is no GPU,
+// csrc/bindings/cuda.cpp for CPU tensors, in the namespace lowbit_stub: so that the bindings run where there is no GPU,
 // on launchers that are linked to the emulator's stub runtime. What torch would do on a device is recorded instead.
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <vector>
@@ -30,6 +31,18 @@ torch::stable::Tensor recorded_to(const torch::stable::Tensor& self, torch::head
   auto tensor = torch::stable::to(self, type);
   record(tensor, true);
   return tensor;
+}
+
+// torch's products, which write memory that a kernel may read after.
+AOTITorchError recorded_call(const char* op, const char* overload, StableIValue* stack, uint64_t version) {
+  const AOTITorchError error = torch_call_dispatcher(op, overload, stack, version);
+  const auto result = torch::stable::detail::to<AtenTensorHandle>(stack[0]);
+  void* data = nullptr;
+  int64_t numel = 0;
+  aoti_torch_get_data_ptr(result, &data);
+  aoti_torch_get_numel(result, &numel);
+  on_allocation(data, numel, true);  // of which the address is what counts: its allocation is known
+  return error;
 }
 
 extern "C" int cudaGetDevice(int*);
@@ -75,7 +88,8 @@ using ::StubGuard;
 }  // namespace torch::stable
 
 #include <torch/csrc/stable/accelerator.h>
-#include "bindings.h"
+#define torch_call_dispatcher recorded_call
+#include "bindings/ops.h"
 #define new_empty recorded_empty
 #define to(...) recorded_to(__VA_ARGS__)  // not to<T>(...)
 #define DeviceGuard StubGuard
@@ -84,4 +98,4 @@ using ::StubGuard;
 #define dlsym stub_dlsym
 #define LOWBIT_CUDA_NAMESPACE lowbit_stub
 #define LOWBIT_CUDA_KEY CPU
-#include "bindings_cuda.cpp"
+#include "bindings/cuda.cpp"

@@ -1,7 +1,7 @@
 """The Triton kernels: NVIDIA GPUs without the compiled CUDA half, AMD and Intel GPUs.
 
-One module per operation, each with its kernels and a function of the op's name and arguments (``lowbit/ops.py``)
-that chooses a configuration (``shapes.py`` and its two neighbours) and launches (``launch.py``). Triton itself is
+One module per operation, each with its kernels and a function of the op's name and arguments (``lowbit/ops``) that
+checks them (``operands.py``), chooses a configuration (``shapes.py``) and launches (``launch.py``). Triton itself is
 imported at the first call: this file only says whether it can be.
 
 Under ``TRITON_INTERPRET=1`` the same kernels run on CPU tensors too, slowly, which is how they are tested.
@@ -19,31 +19,24 @@ from torch.torch_version import TorchVersion
 #: What torch 2.10 brings along; older ones lack what the kernels use.
 OLDEST_TRITON = (3, 6)
 
-#: Which module of this package implements an op. Where torch has no Triton kernel to call, the reference serves.
-MODULES = {
-    "quantize": "quantize",
-    "quantize_scales": "quantize",
-    "search_scales": "search",
-    "encode": "search",
-    "dequantize": "dequantize",
-    "dequantize_out": "dequantize",
-    "linear": "linear",
-    "linear_approximate": "linear",
-    "lora_linear": "linear",
-    "linear_grad_input": "linear_grad_input",
-    "grouped_linear": "grouped",
-    "grouped_linear_grad_input": "grouped",
-    "grouped_matmul": "grouped_products",
-    "grouped_outer": "grouped_products",
+#: By module of this package the ops that it implements. Where torch has no Triton kernel to call, the reference serves.
+_OPS = {
+    "quantize": ("quantize", "quantize_scales", "search_scales", "encode"),
+    "dequantize": ("dequantize", "dequantize_out"),
+    "linear": ("linear", "linear_approximate", "lora_linear"),
+    "linear_grad_input": ("linear_grad_input",),
+    "grouped": ("grouped_linear", "grouped_linear_grad_input", "grouped_matmul", "grouped_outer"),
 }
+#: The module of each op.
+MODULES = {op: module for module, ops in _OPS.items() for op in ops}
 
 #: As Triton reads it.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 #: Ops whose launches torch.compile gets to see, for x in 16 bits on these devices. The others are opaque to it, because
-#: torch would take arguments for written: all of a kernel that decodes to fp32 (assembly that has to stay in place),
-#: and the grouped ones' expert_ends, of which addresses are made.
-_SHOWN = ("linear", "linear_grad_input")
+#: torch takes arguments of their kernels for written: all of one that decodes to fp32 (assembly that has to stay in
+#: place), and the grouped ones' expert_ends, of which addresses are made.
+_SHOWN = ("linear", "lora_linear", "linear_grad_input")
 _SHOWN_ON = ("cuda", "xpu")
 
 #: Whether kernels do without NVIDIA's inline assembly.
@@ -84,7 +77,7 @@ def register(library) -> None:
     if missing_reason() is not None:
         return
     library.define("scale_map(Device device) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl("scale_map", _imported_when_called("copy_of_scale_map", "constants"), "CompositeExplicitAutograd")
+    library.impl("scale_map", _imported_when_called("copy_of_scale_map", "decode"), "CompositeExplicitAutograd")
     fake = lambda device: torch.empty(256, device=device)  # noqa: E731
     torch.library.register_fake(f"{library.ns}::scale_map", fake, lib=library)
     keys = {"cuda": "CUDA", "xpu": "XPU", "cpu": "CPU"}

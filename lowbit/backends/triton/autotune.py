@@ -15,7 +15,7 @@ import triton
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from . import INTERPRETED
+from . import INTERPRETED, shapes
 from .launch import is_traced
 
 #: Without it nothing is ever measured: the first, best predicted configuration runs.
@@ -77,8 +77,8 @@ def _may_measure() -> bool:
     return not is_traced() and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
-def chosen(operation: str, problem, gpu, configs: Sequence, run: Callable):
-    """The first of ``configs`` (dataclasses); where tuning is wanted, the one with which ``run(config)`` is fastest.
+def chosen(problem: shapes.Problem, gpu: shapes.Gpu, configs: Sequence[shapes.Config], run: Callable) -> shapes.Config:
+    """The first of ``configs``; where tuning is wanted, the one with which ``run(config)`` is fastest.
 
     Measured once for a ``problem`` on a ``gpu``. What does not compile or fit is passed over; an error if that is all
     of them. Under torch.compile and in the capture of a CUDA graph nothing is measured: what an eager call found before
@@ -86,7 +86,7 @@ def chosen(operation: str, problem, gpu, configs: Sequence, run: Callable):
     """
     if INTERPRETED or not WANTED:
         return configs[0]
-    key = f"{operation} {problem} {gpu}"
+    key = f"{problem} {gpu}"
     kept = _kept(key)
     for config in configs:
         if kept == dataclasses.asdict(config):
@@ -109,3 +109,8 @@ def chosen(operation: str, problem, gpu, configs: Sequence, run: Callable):
 def measure(run: Callable[[], None]) -> float:
     """Milliseconds, of a median."""
     return triton.testing.do_bench(run, return_mode="median")
+
+
+def run_best(problem: shapes.Problem, gpu: shapes.Gpu, run: Callable[[shapes.Config], None]) -> None:
+    """Run the chosen one of all configurations that there are for ``problem``."""
+    run(chosen(problem, gpu, shapes.configs(problem, gpu), run))

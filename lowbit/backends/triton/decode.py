@@ -5,60 +5,98 @@ more than everything else, so the table is in registers. NVIDIA has two instruct
 
 - 16 bits: ``prmt`` takes any 4 of 8 bytes. For each byte of a value two of them (codes 0-7, codes 8-15) and a choice
   by the code's highest bit, for four codes at once: 2.7 instructions per code. For fp32 it would be 5.9.
-- fp32: lane l of a warp holds the value of code l % 16, and ``shfl`` fetches it from there: it heeds only the low bits
-  of the lane's number, so a shift is all it takes, 2 instructions per code.
+- fp32: lane l of a warp holds the value of code l % 16, and ``shfl`` fetches it from there. It heeds only the low bits
+  of the lane's number, so a shift is all that a code takes: 2 instructions.
 
 Elsewhere (PORTABLE: AMD, Intel, Triton's interpreter) it is a tree of selections by the four bits.
 """
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
 from ... import format as fmt
-from .rounding import round_to
+from . import INTERPRETED
+from .launch import is_traced
 
-_BITS = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4}
+#: The dtypes of products and of decoded weights, as kernels call them.
+DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+#: The formats that kernels here are written for: not one that somebody registers with scales of another kind.
+FORMATS = {f: record for f, record in fmt.FORMATS.items() if record.scales in (fmt.BLOCK_SCALES, fmt.ROW_SCALES)}
+CODEBOOKS = {format: record.codebook for format, record in FORMATS.items() if record.codebook}
+_BITS = tl.constexpr({format: record.bits for format, record in FORMATS.items()})
+#: What a code of 1 stands for in units of its row's scale.
+INT8_UNIT = tl.constexpr(1 / fmt.INT8_MAX)
 
 
-def _value_bytes(format: str, dtype: torch.dtype) -> list[bytes]:
-    """Per code the bytes of its value in ``dtype``, lowest first."""
-    size = _BITS[dtype]
+@triton.constexpr_function
+def codes_per_byte(format):
+    return 8 // _BITS.value[format]
+
+
+@triton.jit
+def round_to(values, DTYPE: tl.constexpr):
+    """fp32 ``values`` in DTYPE, rounded to nearest, ties to even.
+
+    Triton's interpreter would cut them off for bf16: it gets them rounded already.
+    """
+    if _INTERPRETED and DTYPE == tl.bfloat16:
+        bits = values.to(tl.uint32, bitcast=True)
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        rounded = tl.where(values == values, rounded, bits)  # a NaN stays one
+        return (rounded & 0xFFFF0000).to(tl.float32, bitcast=True).to(tl.bfloat16)
+    return values.to(DTYPE)
+
+
+def _tables(format: str, dtype: torch.dtype) -> list[list[str]]:
+    """By byte of a value, lowest first, the words that two ``prmt`` choose from: of codes 0-3, 4-7, 8-11, 12-15."""
+    size = dtype.itemsize
     raw = fmt.codebook(format).to(dtype).view(torch.int16 if size == 2 else torch.int32)
-    return [(int(bits) & (2 ** (8 * size) - 1)).to_bytes(size, "little") for bits in raw]
+    values = [(int(bits) & (2 ** (8 * size) - 1)).to_bytes(size, "little") for bits in raw]
+    words = lambda byte: (bytes(value[byte] for value in values[c : c + 4]) for c in (0, 4, 8, 12))  # noqa: E731
+    return [[f"{int.from_bytes(word, 'little'):#010x}" for word in words(byte)] for byte in range(size)]
 
 
-def _table(values: list[bytes], byte: int) -> list[int]:
-    """One byte of all values, in the four words that two ``prmt`` choose from: codes 0-7, then 8-15."""
-    return [int.from_bytes(bytes(value[byte] for value in values[c : c + 4]), "little") for c in (0, 4, 8, 12)]
-
-
-def _permute_asm(format: str, dtype: torch.dtype) -> str:
+def _permute_asm(format: str, dtype: torch.dtype, scaled: bool) -> str:
     """PTX from one register of 4 packed bytes to the 16-bit values of their high nibbles and of their low ones.
 
-    The outputs are those of 4 elements each: 2 registers of pairs, high nibbles' first. ``prmt`` takes one word of a
-    table as an immediate. ptxas would copy the other from a uniform register each time, one move per code: a zero that
-    it cannot see through (no lane is below itself) makes it keep them in registers.
+    The outputs are those of 4 elements each: 2 registers of pairs, high nibbles' first. ``scaled``: each value times
+    its element's scale, the sum of two operands: value * (high + low) = fma(value, high, value * low), whose inner
+    rounding is 2^-16 of the result and less.
+
+    ``prmt`` takes one word of a table as an immediate. ptxas would copy the other from a uniform register each time,
+    one move per code. Where the values are the result a zero that ptxas cannot see through (no lane is below itself)
+    makes it keep them in registers.
     """
-    values = _value_bytes(format, dtype)
-    tables = [_table(values, byte) for byte in (0, 1)]
+    tables = _tables(format, dtype)
     lines = ["{", ".reg .b32 codes, index, upper, a, b, p0, p1, shifted, zero, t00, t01, t10, t11;"]
-    lines += ["mov.u32 zero, %lanemask_lt;", "mov.u32 a, %lanemask_eq;", "and.b32 zero, zero, a;"]
-    for byte in (0, 1):
-        lines.append(f"xor.b32 t{byte}0, zero, {tables[byte][0]:#010x};")
-        lines.append(f"xor.b32 t{byte}1, zero, {tables[byte][2]:#010x};")
+    if scaled:
+        first = [(table[0], table[2]) for table in tables]
+        lines.append("mov.b32 zero, 0x80008000;")  # two of minus zero: bf16x2 has no product without a sum before sm_90
+    else:
+        first = [("t00", "t01"), ("t10", "t11")]
+        lines += ["mov.u32 zero, %lanemask_lt;", "mov.u32 a, %lanemask_eq;", "and.b32 zero, zero, a;"]
+        for names, table in zip(first, tables, strict=True):
+            lines += [f"xor.b32 {names[0]}, zero, {table[0]};", f"xor.b32 {names[1]}, zero, {table[2]};"]
     lines.append("shl.b32 shifted, $4, 4;")
     for half in (0, 1):  # bytes 2 half and 2 half + 1: nibbles low, high, low, high
-        lines.append(f"shr.u32 codes, $4, {16 * half};")
-        lines.append("and.b32 index, codes, 0x7777;")
+        lines += [f"shr.u32 codes, $4, {16 * half};", "and.b32 index, codes, 0x7777;"]
         # Bytes of ones where a code is 8 or more: prmt repeats the sign of bytes chosen with 8 added.
         lines.append(f"prmt.b32 upper, $4, shifted, {0xBFAE if half else 0x9D8C:#x};")
-        for byte in (0, 1):
-            lines.append(f"prmt.b32 a, t{byte}0, {tables[byte][1]:#010x}, index;")
-            lines.append(f"prmt.b32 b, t{byte}1, {tables[byte][3]:#010x}, index;")
+        for byte, table in enumerate(tables):
+            lines.append(f"prmt.b32 a, {first[byte][0]}, {table[1]}, index;")
+            lines.append(f"prmt.b32 b, {first[byte][1]}, {table[3]}, index;")
             lines.append(f"lop3.b32 p{byte}, upper, b, a, 0xca;")  # upper ? b : a
-        lines.append(f"prmt.b32 ${half}, p0, p1, 0x7351;")
-        lines.append(f"prmt.b32 ${2 + half}, p0, p1, 0x6240;")
+        for result, order in ((half, 0x7351), (2 + half, 0x6240)):
+            lines.append(f"prmt.b32 {'a' if scaled else f'${result}'}, p0, p1, {order:#x};")
+            if scaled:
+                kind = "bf16x2" if dtype == torch.bfloat16 else "f16x2"
+                lines.append(f"fma.rn.{kind} b, a, ${7 + half}, zero;")
+                lines.append(f"fma.rn.{kind} ${result}, a, ${5 + half}, b;")
     return "\n".join([*lines, "}"])
 
 
@@ -67,14 +105,11 @@ def _shuffle_asm(format: str) -> str:
 
     The lane's own value comes from ``prmt``; ptxas computes it once in a kernel.
     """
-    values = _value_bytes(format, torch.float32)
     lines = ["{", ".reg .b32 lane, index, a, b, p0, p1, p2, p3, table, code;", ".reg .pred upper;"]
     lines += ["mov.u32 lane, %laneid;", "and.b32 index, lane, 7;", "and.b32 lane, lane, 8;"]
     lines.append("setp.ne.u32 upper, lane, 0;")
-    for byte in range(4):
-        words = _table(values, byte)
-        lines.append(f"prmt.b32 a, {words[0]:#010x}, {words[1]:#010x}, index;")
-        lines.append(f"prmt.b32 b, {words[2]:#010x}, {words[3]:#010x}, index;")
+    for byte, words in enumerate(_tables(format, torch.float32)):
+        lines += [f"prmt.b32 a, {words[0]}, {words[1]}, index;", f"prmt.b32 b, {words[2]}, {words[3]}, index;"]
         lines.append(f"selp.b32 p{byte}, b, a, upper;")
     lines += ["prmt.b32 a, p0, p1, 0x4040;", "prmt.b32 b, p2, p3, 0x4040;", "prmt.b32 table, a, b, 0x5410;"]
     for nibble in range(8):  # even ones are low
@@ -83,20 +118,22 @@ def _shuffle_asm(format: str) -> str:
     return "\n".join([*lines, "}"])
 
 
-#: By format and Triton's name of the dtype: what a jitted function may look up while it is compiled.
+#: By format, Triton's name of the dtype, and whether scaled: what a jitted function may look up while it is compiled.
 _ASM = tl.constexpr(
     {
-        (format, name): _shuffle_asm(format) if dtype == torch.float32 else _permute_asm(format, dtype)
-        for format in fmt.CODEBOOKS
-        for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16))
+        (format, name, scaled): _permute_asm(format, dtype, scaled)
+        for format in CODEBOOKS
+        for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16))
+        for scaled in (False, True)
     }
+    | {(format, "fp32", False): _shuffle_asm(format) for format in CODEBOOKS}
 )
-_CODEBOOKS = tl.constexpr(fmt.CODEBOOKS)
+_VALUES = tl.constexpr(CODEBOOKS)
 
 
 @triton.constexpr_function
-def _asm(format, dtype):
-    return _ASM.value[format, str(dtype)]
+def _asm(format, dtype, scaled):
+    return _ASM.value[format, str(dtype), scaled]
 
 
 @triton.constexpr_function
@@ -105,14 +142,13 @@ def _both(dtype):
 
 
 @triton.constexpr_function
-def _constraints(dtype):
-    outputs = 8 if dtype == tl.float32 else 4
-    return ",".join(["=r"] * outputs + ["r"])
+def _constraints(outputs, inputs):
+    return ",".join(["=r"] * outputs + ["r"] * inputs)
 
 
 @triton.constexpr_function
 def _value(format, code):
-    return _CODEBOOKS.value[format][code]
+    return _VALUES.value[format][code]
 
 
 @triton.jit
@@ -147,14 +183,27 @@ def decode_codes(packed, FORMAT: tl.constexpr, DTYPE: tl.constexpr, PORTABLE: tl
     if PORTABLE:
         return round_to(_select(packed >> 4, FORMAT), DTYPE), round_to(_select(packed & 15, FORMAT), DTYPE)
     else:  # said, because Triton compiles what follows a return
-        return tl.inline_asm_elementwise(
-            _asm(FORMAT, DTYPE), _constraints(DTYPE), [packed], dtype=_both(DTYPE), is_pure=DTYPE != tl.float32, pack=4
-        )
+        IS_FP32: tl.constexpr = DTYPE == tl.float32
+        constraints: tl.constexpr = _constraints(8 if IS_FP32 else 4, 1)
+        asm: tl.constexpr = _asm(FORMAT, DTYPE, False)
+        return tl.inline_asm_elementwise(asm, constraints, [packed], _both(DTYPE), is_pure=not IS_FP32, pack=4)
 
 
 @triton.jit
-def load_scales(absmax, group_scales, block, mask, DOUBLE_QUANT: tl.constexpr):
-    """What is stored of the scales of the blocks numbered ``block`` (zero where not ``mask``), for scales_of."""
+def decode_scaled(packed, high, low, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
+    """The same of a 16-bit DTYPE on NVIDIA, times the scales ``high + low`` of the bytes, each in DTYPE."""
+    asm: tl.constexpr = _asm(FORMAT, DTYPE, True)
+    constraints: tl.constexpr = _constraints(4, 5)
+    return tl.inline_asm_elementwise(asm, constraints, [packed, high, low], _both(DTYPE), is_pure=True, pack=4)
+
+
+@triton.jit
+def load_scales(scales, block, mask, DOUBLE_QUANT: tl.constexpr):
+    """What is stored of the scales of the blocks numbered ``block`` (zero where not ``mask``), for scales_of.
+
+    ``scales``: the pointers (absmax, group_scales, offset, scale_map), the last two to one number and to fp32 [256].
+    """
+    absmax, group_scales, _, _ = scales
     stored = tl.load(absmax + block, mask=mask, other=0)
     group_scale = stored
     if DOUBLE_QUANT:
@@ -163,12 +212,13 @@ def load_scales(absmax, group_scales, block, mask, DOUBLE_QUANT: tl.constexpr):
 
 
 @triton.jit
-def scales_of(stored, group_scale, offset, scale_map, DOUBLE_QUANT: tl.constexpr):
+def scales_of(stored, group_scale, scales, DOUBLE_QUANT: tl.constexpr):
     """The fp32 scales of what load_scales returned.
 
     Double-quantized: the map's entry for the block's code times its group's scale, plus the offset, each rounded.
-    (``launch`` keeps the two from being one FMA.) ``scale_map`` is fp32 [256], ``offset`` one number on the device.
+    (``launch`` keeps the two from being one FMA.)
     """
+    _, _, offset, scale_map = scales
     if DOUBLE_QUANT:
         return tl.load(scale_map + stored.to(tl.int32)) * group_scale + tl.load(offset)
     else:
@@ -176,7 +226,25 @@ def scales_of(stored, group_scale, offset, scale_map, DOUBLE_QUANT: tl.constexpr
 
 
 @triton.jit
-def decode_scales(absmax, group_scales, offset, scale_map, block, mask, DOUBLE_QUANT: tl.constexpr):
+def decode_scales(scales, block, mask, DOUBLE_QUANT: tl.constexpr):
     """The fp32 scales of the blocks numbered ``block``; something where not ``mask``."""
-    stored, group_scale = load_scales(absmax, group_scales, block, mask, DOUBLE_QUANT)
-    return scales_of(stored, group_scale, offset, scale_map, DOUBLE_QUANT)
+    stored, group_scale = load_scales(scales, block, mask, DOUBLE_QUANT)
+    return scales_of(stored, group_scale, scales, DOUBLE_QUANT)
+
+
+@functools.cache
+def _scale_map(device: torch.device) -> torch.Tensor:
+    return fmt.SCALE_MAP.to(device)
+
+
+def scale_map(device: torch.device) -> torch.Tensor:
+    """What the 256 codes of double-quantized scales stand for, fp32 [256] on ``device``.
+
+    A graph that torch.compile makes owns all its buffers: there it is an op that returns a copy, once per graph.
+    """
+    return torch.ops.lowbit_triton.scale_map.default(device) if is_traced() else _scale_map(device)
+
+
+def copy_of_scale_map(device: torch.device) -> torch.Tensor:
+    """The kernel of that op."""
+    return _scale_map(device).clone()

@@ -10,19 +10,10 @@ import triton.language as tl
 
 from ... import format as fmt
 from . import PORTABLE
-from .constants import scale_map
-from .decode import decode_codes, decode_scales
-from .grid import ceil_div, int8_tile
+from .decode import DTYPES, INT8_UNIT, decode_codes, decode_scales, round_to
 from .launch import launch
 from .operands import check_float, check_size, weight_of, wrong
-from .rounding import DTYPES, round_to
-
-_WARPS = 4
-#: Packed bytes of a program: 16 in each load of a thread, and as many loads as leave room in the registers. More of
-#: them share what a program does once (5.9 instructions per weight; with one load each 7.4).
-_TILES = {torch.float32: 4096, torch.float16: 8192, torch.bfloat16: 8192}
-_INT8_TILE = 8192
-_INT8_UNIT = tl.constexpr(1 / fmt.INT8_MAX)
+from .shapes import DEQUANTIZE_ROWS_TILE, DEQUANTIZE_TILE, WARPS, ceil_div, rows_tile
 
 
 @triton.jit
@@ -52,7 +43,8 @@ def dequantize_kernel(
     codes = tl.load(packed + first + byte, mask=byte < bytes_left, other=0)
     high, low = decode_codes(codes, FORMAT, tl.float32, PORTABLE)
     block = (first + piece) // (BLOCK_SIZE // 2)
-    scale = decode_scales(absmax, group_scales, offset, scale_map, block, piece < bytes_left, DOUBLE_QUANT)
+    scales = (absmax, group_scales, offset, scale_map)
+    scale = decode_scales(scales, block, piece < bytes_left, DOUBLE_QUANT)
     values = tl.join(high * scale[:, None], low * scale[:, None])
     element = tl.arange(0, 2 * TILE)
     tl.store(out + 2 * first + element, round_to(tl.reshape(values, [2 * TILE]), DTYPE), mask=element < left)
@@ -60,79 +52,51 @@ def dequantize_kernel(
 
 @triton.jit
 def dequantize_int8_kernel(
-    codes,
-    absmax,
-    out,
-    rows,
-    columns,
-    DTYPE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    codes, absmax, out, rows, columns, DTYPE: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr
 ):
-    """Each program decodes ROWS x COLUMNS codes, of which some may lie past the end."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    """Each program decodes TILE_ROWS x TILE_COLUMNS codes, of which some may lie past the end."""
+    row = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    column = tl.program_id(1).to(tl.int64) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     at = row[:, None] * columns + column[None, :]
     mask = (row[:, None] < rows) & (column[None, :] < columns)
     scale = tl.load(absmax + row, mask=row < rows, other=0.0)
-    code = tl.load(codes + at, mask=mask, other=0).to(tl.int8, bitcast=True)
-    values = code.to(tl.float32) * scale[:, None] * _INT8_UNIT
+    values = tl.load(codes + at, mask=mask, other=0).to(tl.float32) * scale[:, None] * INT8_UNIT
     tl.store(out + at, round_to(values, DTYPE), mask=mask)
 
 
-def dequantize_out(packed, absmax, group_scales, offset, format, block_size, out) -> None:
+def dequantize_out(packed, absmax, group_scales, offset, spec, out) -> None:
     check_float("out", out.dtype)
     if not out.is_contiguous():
         raise wrong("out", "a contiguous tensor", f"strides {out.stride()}")
-    packed, absmax, group_scales, offset, format, block_size = weight_of(
-        out.shape, out, packed, absmax, group_scales, offset, format, block_size
-    )
+    weight = weight_of(out.shape, out, packed, absmax, group_scales, offset, spec)
     numel, dtype = out.numel(), DTYPES[out.dtype]
     if numel == 0:
         return
-    if format == "int8":
+    codes, absmax, *others = weight.operands()
+    if weight.spec.record.scales.per_row:
         rows, columns = fmt.row_shape(out.shape)
-        tile_rows, tile_columns = int8_tile(columns, _INT8_TILE)
-        launch(
-            dequantize_int8_kernel,
-            (ceil_div(rows, tile_rows), ceil_div(columns, tile_columns)),
-            packed,
-            absmax,
-            out,
-            rows,
-            columns,
-            DTYPE=dtype,
-            ROWS=tile_rows,
-            COLUMNS=tile_columns,
-            num_warps=_WARPS,
-        )
+        tile_rows, tile_columns = rows_tile(columns, DEQUANTIZE_ROWS_TILE)
+        tile = {"TILE_ROWS": tile_rows, "TILE_COLUMNS": tile_columns, "num_warps": WARPS}
+        grid = (ceil_div(rows, tile_rows), ceil_div(columns, tile_columns))
+        launch(dequantize_int8_kernel, grid, codes, absmax, out, rows, columns, DTYPE=dtype, **tile)
         return
-    packed_bytes, tile = ceil_div(numel, 2), _TILES[out.dtype]
+    packed_bytes, tile = ceil_div(numel, 2), DEQUANTIZE_TILE[out.dtype]
     launch(
         dequantize_kernel,
         (ceil_div(packed_bytes, tile),),
-        packed,
-        absmax,
-        group_scales,
-        offset,
-        scale_map(packed.device),
-        out,
-        numel,
-        packed_bytes,
-        FORMAT=format,
-        BLOCK_SIZE=block_size,
-        DOUBLE_QUANT=group_scales is not None,
+        *(codes, absmax, *others, out, numel, packed_bytes),
+        **weight.constants(),
         DTYPE=dtype,
         PORTABLE=PORTABLE,
         TILE=tile,
-        num_warps=_WARPS,
+        num_warps=WARPS,
     )
 
 
-def dequantize(packed, absmax, group_scales, offset, format, block_size, shape, dtype) -> torch.Tensor:
+def dequantize(packed, absmax, group_scales, offset, spec, shape, dtype) -> torch.Tensor:
     check_float("dtype", dtype)
     for size in shape:
         check_size("shape", size)
     out = packed.new_empty(shape, dtype=dtype)
-    dequantize_out(packed, absmax, group_scales, offset, format, block_size, out)
+    dequantize_out(packed, absmax, group_scales, offset, spec, out)
     return out

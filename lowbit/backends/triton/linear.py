@@ -1,28 +1,27 @@
-"""linear: x W^T + scaling t B^T + bias on the packed weight, and the same after decoding W where that is faster."""
+"""linear: x W^T + scaling t B^T + bias on the packed weight, and the same after decoding W where that is faster.
+
+The codebook's values meet x on tensor cores; the sums over TILE_K columns, all of one block, are scaled in fp32. W is
+the right operand: on mma.sync the bytes go from shared memory to the registers which the decoded pairs have to be in.
+(Joining them is no work: a byte's two codes are neighbours in k.)
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch.nn import functional
 
-from . import PORTABLE, autotune, shapes_forward
-from .constants import scale_map
-from .factors import rounded_factors
-from .gpu import gpu_of
-from .grid import ceil_div, expert_of_tile, next_power_of_2, row_tile_count, tile_position
+from . import PORTABLE, autotune, shapes
+from .decode import INT8_UNIT, codes_per_byte, decode_codes, load_scales, round_to, scales_of
 from .launch import launch
-from .operands import (
-    check_dimensions,
-    check_size,
-    checked,
-    lora_factors,
-    optional,
-    rows_of_floats,
-    weight_of,
-)
-from .shapes import Problem, rows_of
-from .splits import add_splits
-from .tiles_forward import add_lora, contract_four_bits, contract_int8, store_tile
+from .operands import Weight, check_dimensions, check_size, checked, lora_factors, optional, rows_of_floats, weight_of
+from .products import add_lora, add_shares, decoded_product, dot, expert_of_tile, shares_of, tile_position
+from .shapes import ceil_div, gpu_of, next_power_of_2, row_tile_count
+
+
+@triton.jit
+def _add_tile(values, weight, total, WEIGHT_FIRST: tl.constexpr):
+    """total + values W^T, or its transpose if W is the left operand."""
+    return dot(weight, values, total) if WEIGHT_FIRST else dot(values, weight, total)
 
 
 @triton.jit(do_not_specialize=["m", "row_tiles"])  # they change from call to call
@@ -50,165 +49,153 @@ def linear_kernel(
     DOUBLE_QUANT: tl.constexpr,
     PORTABLE: tl.constexpr,
     EXPERTS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
     SPLITS: tl.constexpr,
     COPIES: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
     PRODUCTS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """A tile of y, or of its share over a part of k.
+    """A tile of y [m, n], or of its share over a part of k in y [SPLITS, m, n].
 
-    ``packed``: int8 [n, k] in that format. WHOLE: k is a multiple of PRODUCTS * BK, as it is for all others.
-    ``expert_ends``: None, or the weight is a stack of matrices, lora_b and bias too (``grouped.py``).
+    WHOLE: k is a multiple of PRODUCTS * TILE_K, as it is for all formats but int8. BLOCK_SIZE is a multiple of TILE_K.
+    PRODUCTS of 2: Triton gives each warp rows of W of its own only where it sees a second product; with one it lets two
+    warps decode the same weights. ``expert_ends``: None, or the weight is a stack of matrices, lora_b and bias too
+    (``grouped.py``).
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
+    STEP: tl.constexpr = PRODUCTS * TILE_K
     program, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
-    row_tile, column_tile = tile_position(program, row_tiles, tl.cdiv(n, BN))
-    columns = column_tile * BN + tl.arange(0, BN)
+    row_tile, column_tile = tile_position(program, row_tiles, tl.cdiv(n, TILE_N))
+    columns = column_tile * TILE_N + tl.arange(0, TILE_N)
     # Tiles at the edge read the first row instead of what is not there, and store nothing of it.
     w_row = tl.where(columns < n, columns, 0).to(tl.int64)
-    first_row, row_end = row_tile * BM, m
+    first_row, row_end = row_tile * TILE_M, m
     if expert_ends is not None:
-        expert, first_row, row_end = expert_of_tile(row_tile, expert_ends, experts, m, BM, EXPERTS)
+        expert, first_row, row_end = expert_of_tile(row_tile, expert_ends, experts, m, TILE_M, EXPERTS)
         if expert >= experts:
             return
         w_row += expert.to(tl.int64) * n
-    rows = first_row + tl.arange(0, BM)
+    rows = first_row + tl.arange(0, TILE_M)
     x_row = tl.where(rows < row_end, rows, first_row).to(tl.int64)
     x_rows = x + x_row[:, None] * k
-    if FORMAT == "int8":
+    if codes_per_byte(FORMAT) == 1:
+        # x's 16 bits hold int8 codes exactly. The sums are scaled by row at the end.
         w_rows, scale = packed + w_row[:, None] * k, absmax + w_row
-        total = contract_int8(x_rows, w_rows, scale, k, split, DTYPE, BM, BN, BK, SPLITS, WEIGHT_FIRST, PRODUCTS, WHOLE)
+        x_rows += tl.arange(0, TILE_K)[None, :]
+        w_rows += tl.arange(0, TILE_K)[None, :]
+        steps = tl.cdiv(tl.cdiv(k, STEP), SPLITS)
+        begin = split * steps * STEP
+        total = tl.zeros((TILE_N, TILE_M) if WEIGHT_FIRST else (TILE_M, TILE_N), tl.float32)
+        for first in range(begin, min(begin + steps * STEP, k), STEP):
+            for product in tl.static_range(PRODUCTS):
+                at = first + product * TILE_K
+                if WHOLE:
+                    weight = tl.load(w_rows + at)
+                    values = tl.load(x_rows + at)
+                else:
+                    inside = (at + tl.arange(0, TILE_K) < k)[None, :]
+                    weight = tl.load(w_rows + at, mask=inside, other=0)
+                    values = tl.load(x_rows + at, mask=inside, other=0.0)
+                total = _add_tile(values, weight.to(tl.float32).to(DTYPE), total, WEIGHT_FIRST)
+        total = (total.T if WEIGHT_FIRST else total) * (tl.load(scale) * INT8_UNIT)[None, :]
     else:
-        total = contract_four_bits(
-            x_rows,
-            # k is a multiple of 32: written so that the compiler knows rows of packed codes to begin at 16 bytes.
-            packed + w_row[:, None] * (k // 32 * 16),
-            w_row * (k // BLOCK_SIZE),
-            absmax,
-            group_scales,
-            offset,
-            scale_map,
-            k,
-            split,
-            FORMAT,
-            BLOCK_SIZE,
-            DOUBLE_QUANT,
-            DTYPE,
-            PORTABLE,
-            BM,
-            BN,
-            BK,
-            SPLITS,
-            COPIES,
-            WEIGHT_FIRST,
-            PRODUCTS,
-        )
+        # k is a multiple of 32: written so that the compiler knows rows of packed codes to begin at 16 bytes.
+        w_rows = packed + w_row[:, None] * (k // 32 * 16) + tl.arange(0, TILE_K // 2)[None, :]
+        x_rows += tl.arange(0, TILE_K)[None, :]
+        steps = tl.cdiv(k // STEP, SPLITS)
+        begin = split * steps * STEP
+        end = min(begin + steps * STEP, k)
+        # Scales of fewer columns than there are threads: COPIES of each, or the compiler would have every thread decode
+        # those of all of its sums, instead of one that it passes on.
+        scales = (absmax, group_scales, offset, scale_map)
+        block = tl.broadcast_to((w_row * (k // BLOCK_SIZE))[:, None], (TILE_N, COPIES))
+        all_there = block >= 0
+        at_first = min(begin, k - TILE_K)  # a last part of k can be empty
+        stored, group_scale = load_scales(scales, block + at_first // BLOCK_SIZE, all_there, DOUBLE_QUANT)
+        total = tl.zeros((TILE_N, TILE_M) if WEIGHT_FIRST else (TILE_M, TILE_N), tl.float32)
+        for first in range(begin, end, STEP):
+            for product in tl.static_range(PRODUCTS):
+                at = first + product * TILE_K
+                codes = tl.load(w_rows + at // 2)
+                values = tl.load(x_rows + at)
+                scale = tl.max(scales_of(stored, group_scale, scales, DOUBLE_QUANT), axis=1)
+                # A step ahead: nothing else would hide their way from memory.
+                following = block + min(at + TILE_K, end - TILE_K) // BLOCK_SIZE
+                stored, group_scale = load_scales(scales, following, all_there, DOUBLE_QUANT)
+                high, low = decode_codes(codes, FORMAT, DTYPE, PORTABLE)
+                weight = tl.reshape(tl.join(high, low), (TILE_N, TILE_K))
+                sums = _add_tile(values, weight, tl.zeros(total.shape, tl.float32), WEIGHT_FIRST)
+                scale = scale[:, None] if WEIGHT_FIRST else scale[None, :]
+                total = tl.fma(sums, tl.broadcast_to(scale, total.shape), total)
+        total = total.T if WEIGHT_FIRST else total
     if t is not None:
-        summed = tl.where(split == 0, rank, 0)
-        total = add_lora(total, t, x_row, lora_b, w_row, scaling, rank, summed, DTYPE == tl.float32)
+        sums = tl.zeros(total.shape, tl.float32)
+        for first in tl.range(0, tl.where(split == 0, rank, 0), 16, num_stages=1):  # the first split adds it
+            r = first + tl.arange(0, 16)
+            mask = (r < rank)[None, :]
+            a = tl.load(t + x_row[:, None] * rank + r[None, :], mask=mask, other=0.0).to(tl.float32)
+            b = tl.load(lora_b + w_row[:, None] * rank + r[None, :], mask=mask, other=0.0).to(tl.float32)
+            sums = add_lora(a, b, sums, DTYPE, False)
+        total += scaling * sums
     if bias is not None:
         in_first = w_row * 0 + split == 0  # for each column
         total += tl.load(bias + w_row, mask=in_first, other=0.0).to(tl.float32)[None, :]
-    store_tile(y, total, rows, row_end, columns, m, n, split)
+    mask = (rows < row_end)[:, None] & (columns < n)[None, :]
+    y_row = split.to(tl.int64) * m + rows
+    tl.store(y + y_row[:, None] * n + columns[None, :], round_to(total, y.dtype.element_ty), mask=mask)
 
 
-def copies_of_scales(config: shapes_forward.Config) -> int:
-    """So many that there are as many scales as threads, of which NVIDIA has 32 in a warp."""
-    return max(1, 32 * config.warps // config.bn)
-
-
-def fused(
-    config, x, packed, absmax, group_scales, offset, format, block_size, bias, t, lora_b, scaling, y, expert_ends=None
-):
-    """Launches the kernels for x [m, k] and y [m, n] as ``config`` has it; all of the operands contiguous.
+def fused(config: shapes.Config, x, weight: Weight, bias, t, lora_b, scaling, y, expert_ends=None) -> None:
+    """Launch the kernels for x [m, k] and y [m, n] as ``config`` has it; all of the operands contiguous.
 
     With ``expert_ends`` [experts] the rows of x are sorted by expert, whose matrices are those of a stack.
     """
-    (m, k), n = x.shape, y.shape[1]
-    experts = 1 if expert_ends is None else expert_ends.numel()
-    row_tiles = ceil_div(m, config.bm) if expert_ends is None else row_tile_count(m, experts, config.bm)
-    out = y if config.splits == 1 else x.new_empty([config.splits, m, n], dtype=torch.float32)
-    is_int8 = format == "int8"
+    (m, k), n, c = x.shape, y.shape[1], config
+    experts = 0 if expert_ends is None else expert_ends.numel()
+    row_tiles, shares = row_tile_count(m, experts, c.tile_m), shares_of(y, c.splits)
     launch(
         linear_kernel,
-        (row_tiles * ceil_div(n, config.bn) * config.splits,),
-        x,
-        packed.view(torch.int8) if is_int8 else packed,
-        absmax,
-        group_scales,
-        offset,
-        None if group_scales is None else scale_map(x.device),
-        expert_ends,
-        experts,
-        bias,
-        t,
-        lora_b,
-        out,
-        float(scaling),
-        m,
-        n,
-        k,
-        0 if t is None else t.shape[1],
-        row_tiles,
-        FORMAT=format,
-        BLOCK_SIZE=1 if is_int8 else block_size,
-        DOUBLE_QUANT=group_scales is not None,
+        (row_tiles * ceil_div(n, c.tile_n) * c.splits,),
+        *(x, *weight.operands(), expert_ends, max(experts, 1), bias, t, lora_b, shares, float(scaling)),
+        *(m, n, k, 0 if t is None else t.shape[1], row_tiles),
+        **weight.constants(),
         PORTABLE=PORTABLE,
         EXPERTS=next_power_of_2(experts),
-        BM=config.bm,
-        BN=config.bn,
-        BK=config.bk,
-        SPLITS=config.splits,
-        COPIES=copies_of_scales(config),
-        WEIGHT_FIRST=config.weight_first,
-        PRODUCTS=config.products,
-        WHOLE=k % (config.products * config.bk) == 0,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        TILE_M=c.tile_m,
+        TILE_N=c.tile_n,
+        TILE_K=c.tile_k,
+        SPLITS=c.splits,
+        # So many of each scale that there are as many as threads, of which NVIDIA has 32 in a warp.
+        COPIES=max(1, 32 * c.warps // c.tile_n),
+        WEIGHT_FIRST=c.weight_first,
+        PRODUCTS=c.products,
+        WHOLE=k % (c.products * c.tile_k) == 0,
+        num_warps=c.warps,
+        num_stages=c.stages,
     )
-    if config.splits > 1:
-        add_splits(out, y)
+    add_shares(shares, y)
 
 
-def _decoded(x, packed, absmax, group_scales, offset, format, block_size, n, bias, t, lora_b, scaling):
-    """torch's product of x [m, k] and the decoded weight; LoRA's product first, which torch then adds in its sums."""
-    addend = None if bias is None else bias.to(x.dtype)
-    if t is not None:
-        factors = rounded_factors(t, lora_b.view(n, t.shape[1]), x.dtype, scaling)
-        addend = functional.linear(*factors, addend)
-    weight = torch.ops.lowbit_triton.dequantize.default(
-        packed, absmax, group_scales, offset, format, block_size, [n, x.shape[1]], x.dtype
-    )
-    if addend is None or addend.dim() == 1:
-        return functional.linear(x, weight, addend)
-    return torch.addmm(addend, x, weight.T)
-
-
-def linear(
-    x, packed, absmax, group_scales, offset, format, block_size, out_features, bias, t, lora_b, scaling
-) -> torch.Tensor:
+def linear(x, packed, absmax, group_scales, offset, spec, out_features, bias, t, lora_b, scaling) -> torch.Tensor:
     m, n = rows_of_floats("x", x), out_features
     check_size("out_features", n)
     k = int(x.shape[-1])  # a number, where torch.compile has a symbol: a weight's sizes choose its kernel
     leading = list(x.shape[:-1])
-    weight = weight_of((n, k), x, packed, absmax, group_scales, offset, format, block_size)
+    weight = weight_of((n, k), x, packed, absmax, group_scales, offset, spec)
     bias = optional("bias", bias, n, x)
     t, lora_b = lora_factors(("t", "lora_b"), t, lora_b, m, n, x)
     x = x.reshape(m, k).contiguous()
-    gpu = gpu_of(x.device)
-    problem = Problem(rows_of(m, x.dtype), n, k, x.dtype, format, block_size)
     if m == 0 or n == 0:
         return x.new_empty([*leading, n])
-    if shapes_forward.decodes_first(problem, gpu):
-        return _decoded(x, *weight, n, bias, t, lora_b, scaling).view(*leading, n)
+    problem, gpu = shapes.Problem("linear", shapes.rows_of(m, x.dtype), n, k, x.dtype, weight.spec), gpu_of(x.device)
+    if shapes.decodes_first(problem, gpu):
+        up = None if t is None else lora_b.view(n, t.shape[1])
+        return decoded_product(x, weight, [n, k], True, t, up, scaling, bias).view(*leading, n)
     y = x.new_empty([m, n])
-    arguments = (x, *weight, bias, t, lora_b, scaling, y)
-    run = lambda config: fused(config, *arguments)  # noqa: E731
-    run(autotune.chosen("linear", problem, gpu, shapes_forward.linear_configs(problem, gpu), run))
+    autotune.run_best(problem, gpu, lambda config: fused(config, x, weight, bias, t, lora_b, scaling, y))
     return y.view(*leading, n)
 
 
@@ -217,10 +204,11 @@ linear_approximate = linear
 
 
 def lora_linear(
-    x, packed, absmax, group_scales, offset, format, block_size, out_features, bias, lora_a, lora_b, scaling
+    x, packed, absmax, group_scales, offset, spec, out_features, bias, lora_a, lora_b, scaling
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows_of_floats("x", x)
     check_dimensions("lora_a", lora_a, 2)
-    t = functional.linear(x.float(), checked("lora_a", lora_a, lora_a.shape[0] * x.shape[-1], x).float())
-    weight = (packed, absmax, group_scales, offset, format, block_size)
-    return linear(x, *weight, out_features, bias, t, lora_b, scaling), t
+    lora_a = checked("lora_a", lora_a, lora_a.shape[0] * x.shape[-1], x)
+    dtype = torch.float32 if x.device.type == "cpu" else torch.promote_types(x.dtype, lora_a.dtype)
+    t = functional.linear(x.to(dtype), lora_a.to(dtype))
+    return linear(x, packed, absmax, group_scales, offset, spec, out_features, bias, t, lora_b, scaling), t

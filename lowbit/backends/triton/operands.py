@@ -6,11 +6,12 @@ only the GPU knows, where the rows of each expert end: the host would have to wa
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
 from ... import format as fmt
-from .rounding import DTYPES
+from .decode import DTYPES, FORMATS, scale_map
 
 
 def wrong(name: str, expected: object, got: object) -> RuntimeError:
@@ -26,18 +27,6 @@ def check_float(name: str, dtype: torch.dtype) -> None:
         raise wrong(name, "dtype float32, float16 or bfloat16", _name_of(dtype))
 
 
-def check_format(format: str, block_size: int, columns: int | None) -> None:
-    """``columns``: the length of a row, which is int8's block size; None where int8 is not served."""
-    if format == "int8" and columns is not None:
-        if max(block_size, 1) != max(columns, 1):
-            raise wrong("block_size", f"{columns} (the length of a row) for int8", block_size)
-        return
-    if format not in fmt.CODEBOOKS:
-        raise wrong("format", "nf4 or fp4" if columns is None else "nf4, fp4 or int8", format)
-    if not fmt.is_block_size(block_size):
-        raise wrong("block_size", f"a power of two from {fmt.MIN_BLOCK_SIZE} to {fmt.MAX_BLOCK_SIZE}", block_size)
-
-
 def check_size(name: str, value: int) -> None:
     if value < 0:
         raise wrong(name, "at least 0", value)
@@ -48,10 +37,21 @@ def check_dimensions(name: str, tensor: torch.Tensor, dimensions: int) -> None:
         raise wrong(name, f"{dimensions} dimensions", tensor.dim())
 
 
+def spec_of(text: str, searched: bool = False) -> fmt.WeightSpec:
+    """The spec that ``text`` says. ``searched``: of a format whose codes are chosen for given scales of blocks."""
+    spec = fmt.WeightSpec.parse(text)
+    served = [name for name, record in FORMATS.items() if record.codebook or not searched]
+    if spec.format not in served:
+        raise wrong("spec", f"a format out of {', '.join(served)}", text)
+    return spec
+
+
 def checked(
-    name: str, tensor: torch.Tensor, numel: int, like: torch.Tensor, dtype: torch.dtype | None = None
+    name: str, tensor: torch.Tensor | None, numel: int, like: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """``tensor``, contiguous: of ``numel`` elements, on ``like``'s device, of ``dtype`` (None: floats of any)."""
+    if tensor is None:
+        raise wrong(name, "a tensor", None)
     if tensor.device != like.device:
         raise wrong(name, f"device {like.device} (that of the other tensors)", tensor.device)
     if tensor.numel() != numel:
@@ -68,27 +68,44 @@ def optional(name: str, tensor: torch.Tensor | None, numel: int, like: torch.Ten
     return None if tensor is None else checked(name, tensor, numel, like)
 
 
-def weight_of(
-    shape: tuple[int, ...], like: torch.Tensor, packed, absmax, group_scales, offset, format: str, block_size: int
-) -> tuple:
-    """The arguments from packed to block_size of a weight of that shape, for a product with ``like``."""
-    numel, (rows, columns) = math.prod(shape), fmt.row_shape(shape)
-    check_format(format, block_size, columns)
-    if (group_scales is None) != (offset is None):
-        raise wrong("group_scales, offset", "both (double quantization) or neither", "one")
-    if format == "int8":
-        if offset is not None:
-            raise wrong("group_scales, offset", "neither for int8", "both")
-        packed = checked("packed", packed, numel, like, torch.uint8)
-        return packed, checked("absmax", absmax, rows, like, torch.float32), None, None, format, block_size
-    blocks = fmt.block_count(numel, block_size)
-    packed = checked("packed", packed, (numel + 1) // 2, like, torch.uint8)
-    absmax = checked("absmax", absmax, blocks, like, torch.float32 if offset is None else torch.uint8)
-    if offset is not None:
-        groups = fmt.block_count(blocks, fmt.GROUP_SIZE)
+class Weight(NamedTuple):
+    """A weight as an op gets it, its parts checked and contiguous."""
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    group_scales: torch.Tensor | None
+    offset: torch.Tensor | None
+    spec: fmt.WeightSpec
+
+    def operands(self) -> tuple[torch.Tensor | None, ...]:
+        """What a kernel takes: (packed, absmax, group_scales, offset, scale_map); codes without a codebook as int8."""
+        packed = self.packed if self.spec.record.codebook else self.packed.view(torch.int8)
+        return packed, *self[1:4], scale_map(packed.device) if self.spec.double_quant else None
+
+    def constants(self) -> dict[str, object]:
+        """What a kernel is compiled for."""
+        spec = self.spec
+        return {"FORMAT": spec.format, "BLOCK_SIZE": spec.block_size or 1, "DOUBLE_QUANT": spec.double_quant}
+
+    def arguments(self) -> tuple:
+        """What an op takes."""
+        return *self[:4], self.spec.text
+
+
+def weight_of(shape: tuple[int, ...], like: torch.Tensor, packed, absmax, group_scales, offset, spec: str) -> Weight:
+    """The weight of that shape, for a product with ``like``. Its spec alone says which parts there are."""
+    spec, numel = spec_of(spec), math.prod(shape)
+    packed = checked("packed", packed, spec.packed_size(numel), like, torch.uint8)
+    scales = spec.scale_count(shape)
+    absmax = checked("absmax", absmax, scales, like, torch.uint8 if spec.double_quant else torch.float32)
+    if spec.double_quant:
+        groups = fmt.block_count(scales, fmt.GROUP_SIZE)
         group_scales = checked("group_scales", group_scales, groups, like, torch.float32)
-        offset = checked("offset", offset, 1, like, torch.float32)
-    return packed, absmax, group_scales, offset, format, block_size
+        return Weight(packed, absmax, group_scales, checked("offset", offset, 1, like, torch.float32), spec)
+    for name, part in (("group_scales", group_scales), ("offset", offset)):
+        if part is not None:
+            raise wrong(name, f"None for {spec}", "a tensor")
+    return Weight(packed, absmax, None, None, spec)
 
 
 def rows_of_floats(name: str, tensor: torch.Tensor) -> int:

@@ -1,4 +1,4 @@
-// Takes the place of csrc/cpu/isa.cpp in `make avx512-test`: the AVX-512 kernels run whatever the CPU has.
+// Takes the place of csrc/cpu/isa/select.cpp in `make avx512-test`: the AVX-512 kernels run whatever the CPU has.
 #include "../../../csrc/cpu/kernels.h"
 
 namespace lowbit::cpu {

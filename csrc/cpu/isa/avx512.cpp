@@ -1,0 +1,26 @@
+#if defined(__x86_64__)
+
+#include "../standard.h"
+
+#include "../kernels.h"
+
+// GCC 12 takes the undefined operands inside its own intrinsics for mistakes (GCC bug 105593).
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include "avx512.h"
+
+#include "../operations.h"
+
+namespace lowbit::cpu {
+
+const Kernels kAvx512Kernels = kernels_of<Avx512>();
+
+}  // namespace lowbit::cpu
+
+#if defined(__clang__) && !defined(LOWBIT_PORTABLE_INTRINSICS)
+#pragma clang attribute pop
+#endif
+
+#endif  // __x86_64__

@@ -1,0 +1,253 @@
+// The vector primitives of the kernels in AVX-512 (F, BW, DQ, VL); scalar.cpp has the same names and says what each
+// does.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../../format.h"
+#include "../half.h"
+
+// Everything below, up to the end of the file that includes this one, is compiled for AVX-512; see avx2.cpp.
+#if defined(LOWBIT_PORTABLE_INTRINSICS)  // make avx512-test: in plain C++
+#elif defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+namespace lowbit::cpu {
+
+struct Avx512 {
+  using Vec = __m512;
+  static constexpr const char* name = "avx512";
+  static constexpr int64_t kLanes = 16;
+  static constexpr int kRows = 12;  // 24 sums, two vectors of weights and a broadcast: 27 of 32 registers
+
+  static Vec zero() { return _mm512_setzero_ps(); }
+  static Vec broadcast(float value) { return _mm512_set1_ps(value); }
+  static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  static Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static float sum(Vec a) {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+
+  static Vec load(const float* from) { return _mm512_loadu_ps(from); }
+  static Vec load(const Bf16* from) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static Vec load(const Fp16* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static Vec load(const int8_t* from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  }
+  static void store(float* to, Vec v) { _mm512_storeu_ps(to, v); }
+  static void store(Bf16* to, Vec v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i kept = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+  }
+  static void store(Fp16* to, Vec v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void stream(const char* from, int64_t bytes, char* to) {
+    for (int64_t i = 0; i < bytes; i += 64)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+  }
+  static void finish_streams() { _mm_sfence(); }
+
+  // The whole fp32 codebook fits a register: one permutation looks up sixteen codes and reads no index bit but the
+  // lowest four, so that codes need a shift and no mask.
+  struct Decoder {
+    static constexpr int64_t kChunk = 128;
+    explicit Decoder(const Format& format) : codebook(_mm512_loadu_ps(format.codebook)) {}
+    __m512 codebook;
+
+    void operator()(const uint8_t* packed, Vec (&values)[8]) const {
+      const __m512i dwords = _mm512_loadu_si512(packed);
+#pragma GCC unroll 8
+      for (int nibble = 0; nibble < 8; ++nibble) values[nibble] = look_up(_mm512_srli_epi32(dwords, 4 * nibble));
+    }
+    // Lane l has the eight elements of dword l; the even one of a byte is its high nibble.
+    static constexpr int64_t element(int64_t i) { return i % 16 * 8 + (i / 16 ^ 1); }
+
+    void natural(const uint8_t* packed, float low, float high, Vec (&values)[4]) const {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+      // [0, even << 4 | odd] to [odd, even]: codes in bytes, in order
+      const __m512i words = _mm512_cvtepu8_epi16(bytes);
+      const __m512i codes = _mm512_or_si512(_mm512_srli_epi16(words, 4), _mm512_slli_epi16(words, 8));
+      const __m512 scale[2] = {broadcast(low), broadcast(high)};
+      const auto quarter = [&](int i, __m128i bytes_of_codes) {
+        values[i] = mul(look_up(_mm512_cvtepu8_epi32(bytes_of_codes)), scale[i / 2]);
+      };
+      quarter(0, _mm512_castsi512_si128(codes));
+      quarter(1, _mm512_extracti32x4_epi32(codes, 1));
+      quarter(2, _mm512_extracti32x4_epi32(codes, 2));
+      quarter(3, _mm512_extracti32x4_epi32(codes, 3));
+    }
+
+    template <class T>
+    void natural(const uint8_t* packed, float low, float high, T* out) const {
+      Vec values[4];
+      natural(packed, low, high, values);
+      for (int v = 0; v < 4; ++v) store(out + 16 * v, values[v]);
+    }
+
+    void columns(const uint8_t* const (&rows)[kLanes], int64_t offset, Vec scale, float* out, int64_t stride) const {
+      const auto bytes = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + offset)); };
+      const auto four_rows = [&](int i) {  // 16 bytes of rows i, i + 4, i + 8 and i + 12
+        __m512i joined = _mm512_castsi128_si512(bytes(i));
+        joined = _mm512_inserti32x4(joined, bytes(i + 4), 1);
+        joined = _mm512_inserti32x4(joined, bytes(i + 8), 2);
+        return _mm512_inserti32x4(joined, bytes(i + 12), 3);
+      };
+      const __m512i r0 = four_rows(0), r1 = four_rows(1), r2 = four_rows(2), r3 = four_rows(3);
+      const __m512i low01 = _mm512_unpacklo_epi32(r0, r1), high01 = _mm512_unpackhi_epi32(r0, r1);
+      const __m512i low23 = _mm512_unpacklo_epi32(r2, r3), high23 = _mm512_unpackhi_epi32(r2, r3);
+      const auto dword = [&](__m512i dwords, float* to) {
+#pragma GCC unroll 8
+        for (int nibble = 0; nibble < 8; ++nibble)
+          store(to + (nibble ^ 1) * stride, mul(look_up(_mm512_srli_epi32(dwords, 4 * nibble)), scale));
+      };
+      dword(_mm512_unpacklo_epi64(low01, low23), out);
+      dword(_mm512_unpackhi_epi64(low01, low23), out + 8 * stride);
+      dword(_mm512_unpacklo_epi64(high01, high23), out + 16 * stride);
+      dword(_mm512_unpackhi_epi64(high01, high23), out + 24 * stride);
+    }
+
+   private:
+    __m512 look_up(__m512i codes) const { return _mm512_permutexvar_ps(codes, codebook); }
+  };
+
+  template <class T, int M>
+  using GemvDecoder = Decoder;
+
+  static Vec join(Vec low_half, Vec high_half) { return _mm512_mask_blend_ps(0xff00, low_half, high_half); }
+  static Vec scale(const float* entry, const float* group_scale, Vec offset) {
+    return add(mul(broadcast(*entry), broadcast(*group_scale)), offset);
+  }
+  static Vec quarters(float first, float second, float third, float fourth) {
+    const __m512i quarters = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_permutexvar_ps(quarters, _mm512_castps128_ps512(_mm_setr_ps(first, second, third, fourth)));
+  }
+
+  static void decode_scales(const uint8_t* codes, int64_t count, float group_scale, float offset, float* scales) {
+    for (int64_t i = 0; i < count; i += 16) {
+      const __mmask16 lanes = static_cast<__mmask16>((1u << std::min<int64_t>(count - i, 16)) - 1);
+      const __m512i index = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, codes + i));
+      const __m512 entry = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, index, kScaleMap.entries, 4);
+      // Two roundings, as the format says: no FMA.
+      _mm512_mask_storeu_ps(scales + i, lanes, add(mul(entry, broadcast(group_scale)), broadcast(offset)));
+    }
+  }
+
+  struct Int8Dot {
+    explicit Int8Dot(const Format& format) {
+      alignas(16) int8_t table[16];
+      for (int code = 0; code < 16; ++code) table[code] = int8_codebook(format, code);
+      codebook = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+    }
+    __m256i codebook;
+
+    template <int M>
+    void operator()(const uint8_t* packed, const int8_t* x, int64_t x_stride, Vec (&sums)[M]) const {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+      const __m256i low_nibble = _mm256_set1_epi8(15);
+      const __m512i even = look_up(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), low_nibble));
+      const __m512i odd = look_up(_mm256_and_si256(bytes, low_nibble));
+      for (int m = 0; m < M; ++m) {
+        const auto wide = [&](int half) {
+          const int8_t* from = x + m * x_stride + 32 * half;
+          return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+        };
+        sums[m] =
+            _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_madd_epi16(even, wide(0)), _mm512_madd_epi16(odd, wide(1))));
+      }
+    }
+
+   private:
+    __m512i look_up(__m256i codes) const { return _mm512_cvtepi8_epi16(_mm256_shuffle_epi8(codebook, codes)); }
+  };
+
+  template <class T>
+  static uint32_t absmax_bits(const T* values, int64_t count) {
+    __m512i most = _mm512_setzero_si512();
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+      const __m512i bits = _mm512_castps_si512(load(values + i));
+      most = _mm512_max_epi32(most, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
+    }
+    uint32_t result = static_cast<uint32_t>(_mm512_reduce_max_epi32(most));
+    for (; i < count; ++i) result = std::max(result, bits_of(to_float(values[i])) & 0x7fffffff);
+    return result;
+  }
+
+  // The rank among 15 sorted thresholds by binary search: each of the four comparisons adds a bit, and the bits so far
+  // pick the next threshold out of a register.
+  struct Encoder {
+    explicit Encoder(const Format& format) {
+      float padded[16] = {};
+      std::copy_n(format.thresholds, 15, padded);
+      int32_t codes[16];
+      std::copy_n(format.code_of_rank, 16, codes);
+      thresholds = _mm512_loadu_ps(padded);
+      code_of_rank = _mm512_loadu_si512(codes);
+    }
+    __m512 thresholds;
+    __m512i code_of_rank;
+
+    template <class T>
+    void operator()(const T* values, float inverse, uint8_t* packed) const {
+      const __m512 scale = broadcast(inverse);
+      const auto code = [&](int i) {
+        return _mm512_permutexvar_epi32(rank(mul(load(values + i), scale)), code_of_rank);
+      };
+      const __m512i first = code(0), second = code(16);
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(packed), pack_pairs(first));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(packed + 8), pack_pairs(second));
+    }
+
+    __m512i rank(__m512 x) const {
+      __m512i rank = _mm512_setzero_si512();
+#pragma GCC unroll 4
+      for (int step = 8; step > 0; step /= 2) {
+        const __m512i next = _mm512_add_epi32(rank, _mm512_set1_epi32(step - 1));
+        const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_permutexvar_ps(next, thresholds), _CMP_GT_OQ);
+        rank = _mm512_mask_add_epi32(rank, above, rank, _mm512_set1_epi32(step));
+      }
+      return rank;
+    }
+
+   private:
+    // 16 codes to 8 bytes, the even one of each pair in the high nibble.
+    static __m128i pack_pairs(__m512i codes) {
+      return _mm512_cvtepi64_epi8(_mm512_or_si512(_mm512_slli_epi64(codes, 4), _mm512_srli_epi64(codes, 32)));
+    }
+  };
+
+  struct Nearest {
+    explicit Nearest(const Format& format) : encoder(format) {
+      float sorted[16];
+      for (int rank = 0; rank < 16; ++rank) sorted[rank] = format.codebook[format.code_of_rank[rank]];
+      values = load(sorted);
+    }
+    Encoder encoder;
+    __m512 values;
+    Vec operator()(Vec x) const { return _mm512_permutexvar_ps(encoder.rank(x), values); }
+  };
+};
+
+}  // namespace lowbit::cpu

@@ -1,0 +1,66 @@
+// Weights and activations in fp32, f16 or bf16, as fp32: one at a time, and the 16 bytes of one access.
+#pragma once
+
+#include <cstdint>
+
+#include "../../dtype.h"
+#include "layout.h"
+#include "ptx.cuh"
+
+namespace lowbit::cuda {
+
+// Elements of T in one access.
+template <class T>
+constexpr int kPerAccess = kAccessBytes / static_cast<int>(sizeof(T));
+
+__device__ __forceinline__ float widen(float value) { return value; }
+__device__ __forceinline__ float widen(Bf16 value) { return __uint_as_float(static_cast<uint32_t>(value.bits) << 16); }
+__device__ __forceinline__ float widen(Fp16 value) { return ptx::widen(value); }
+
+// Narrowing rounds to nearest even.
+__device__ __forceinline__ void narrow(float value, float* to) { *to = value; }
+__device__ __forceinline__ void narrow(float value, Bf16* to) {
+  to->bits = static_cast<uint16_t>(ptx::narrow_bf16x2(value, 0.0f));
+}
+__device__ __forceinline__ void narrow(float value, Fp16* to) { *to = ptx::narrow_f16(value); }
+
+template <class T>
+__device__ __forceinline__ void widen(uint4 raw, float (&values)[kPerAccess<T>]) {
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < kPerAccess<T>; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      values[i] = __uint_as_float(words[i]);
+    } else {
+      values[i] = widen(T{static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16))});
+    }
+  }
+}
+
+// Two elements of 16 bits, `low` first.
+template <class T>
+__device__ __forceinline__ uint32_t narrow_pair(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t narrow_pair<Bf16>(float low, float high) {
+  return ptx::narrow_bf16x2(low, high);
+}
+template <>
+__device__ __forceinline__ uint32_t narrow_pair<Fp16>(float low, float high) {
+  return ptx::narrow_f16x2(low, high);
+}
+
+template <class T>
+__device__ __forceinline__ uint4 narrow(const float (&values)[kPerAccess<T>]) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      words[i] = __float_as_uint(values[i]);
+    } else {
+      words[i] = narrow_pair<T>(values[2 * i], values[2 * i + 1]);
+    }
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+}  // namespace lowbit::cuda

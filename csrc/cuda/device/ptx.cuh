@@ -1,0 +1,235 @@
+// One function per PTX instruction that the kernels need by name. tests/test_cuda_ptx.py executes each.
+#pragma once
+
+#include <cstdint>
+
+#include "../../dtype.h"
+
+namespace lowbit::cuda::ptx {
+
+// --- global memory: 16 aligned bytes
+
+// Of data that is read once, past L1.
+__device__ __forceinline__ uint4 load_global_16(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
+  return v;
+}
+
+// Of data that other warps read too, through L1.
+__device__ __forceinline__ uint4 load_global_16_cached(const void* from) {
+  uint4 v;
+  asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+  return v;
+}
+
+// The same where `wanted`; otherwise v stays as it is. (Not 32 bytes: of two loads together nvcc makes a branch.)
+__device__ __forceinline__ void load_global_16_if(bool wanted, uint4& v, const void* from) {
+  asm volatile(
+      "{\n\t"
+      ".reg .pred wanted;\n\t"
+      "setp.ne.u32 wanted, %5, 0;\n\t"
+      "@wanted ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n\t"
+      "}"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(from), "r"(static_cast<uint32_t>(wanted)));
+}
+
+__device__ __forceinline__ void store_global_16(void* to, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// --- shared memory, by its 32-bit address
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// volatile: they stay behind the barrier that they stand behind. Only ptxas, which knows what they read, moves them.
+__device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+  return v;
+}
+
+__device__ __forceinline__ float2 load_shared_8(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
+  return v;
+}
+
+__device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  return v;
+}
+
+// --- asynchronous copies from global to shared memory (sm_80)
+
+// 16 aligned bytes past L1, of which the first `valid` are read and the rest are zeros.
+__device__ __forceinline__ void copy_async_16(uint32_t to, const void* from, int valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most kPending of this thread's committed groups are under way; a barrier makes the rest visible to others.
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// --- tensor cores (layout.h says which element is where)
+
+// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void load_matrix_4(uint32_t (&v)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(address)
+               : "memory");
+}
+
+// c += a b in fp32 (sm_80).
+template <class T>
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+template <>
+__device__ __forceinline__ void mma<Bf16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+template <>
+__device__ __forceinline__ void mma<Fp16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// threadIdx.x, read where it stands: nothing that is computed from it is kept in registers until then.
+__device__ __forceinline__ int read_thread_index() {
+  int v;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
+  return v;
+}
+
+// --- lanes of a warp; all 32 take part
+
+__device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int mask) {
+  uint32_t v;
+  asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, 0xffffffff;" : "=r"(v) : "r"(value), "r"(mask));
+  return v;
+}
+
+__device__ __forceinline__ uint32_t shuffle(uint32_t value, int lane) {
+  uint32_t v;
+  asm volatile("shfl.sync.idx.b32 %0, %1, %2, 31, 0xffffffff;" : "=r"(v) : "r"(value), "r"(lane));
+  return v;
+}
+
+// The sum over aligned groups of kLanes lanes, in each of them.
+template <int kLanes>
+__device__ __forceinline__ float sum_lanes(float value) {
+#pragma unroll
+  for (int mask = 1; mask < kLanes; mask *= 2) value += __uint_as_float(shuffle_xor(__float_as_uint(value), mask));
+  return value;
+}
+
+// What lane `lane` of the lane's quad (4 neighbours) has.
+__device__ __forceinline__ uint32_t shuffle_quad(uint32_t value, int lane) {
+  uint32_t v;
+  asm volatile("shfl.sync.idx.b32 %0, %1, %2, 0x1c1f, 0xffffffff;" : "=r"(v) : "r"(value), "r"(lane));
+  return v;
+}
+
+// --- bytes
+
+// sum + factor times byte `b` of `word`, the lowest being number 0; factor: at most 255. One instruction, IDP, in the
+// pipe of IMAD and about as fast: on a B200 118 TOPS were measured of it, 8 operations each, and 36.5 of IMAD, 2 each
+// (OpenCL-Benchmark's README).
+__device__ __forceinline__ uint32_t add_product_of_byte(uint32_t word, int b, uint32_t factor, uint32_t sum) {
+  uint32_t v;
+  asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(v) : "r"(word), "r"(factor << 8 * b), "r"(sum));
+  return v;
+}
+
+// Byte `b` of `word` above the lowest byte of `low`, whose highest is 0.
+__device__ __forceinline__ uint32_t byte_above(uint32_t word, int b, uint32_t low) {
+  uint32_t v;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(word), "r"(low), "r"(0x7704 | b << 4));
+  return v;
+}
+
+__device__ __forceinline__ int signed_byte(uint32_t word, int b) {
+  int v;
+  asm("bfe.s32 %0, %1, %2, 8;" : "=r"(v) : "r"(word), "r"(8 * b));
+  return v;
+}
+
+// --- conversions, rounding to nearest even
+
+__device__ __forceinline__ float widen(Fp16 value) {
+  float v;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(value.bits));
+  return v;
+}
+
+__device__ __forceinline__ Fp16 narrow_f16(float value) {
+  Fp16 v;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(v.bits) : "f"(value));
+  return v;
+}
+
+#if __CUDA_ARCH__ >= 800
+
+// Two at once, `low` in the low half.
+__device__ __forceinline__ uint32_t narrow_f16x2(float low, float high) {
+  uint32_t v;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  return v;
+}
+
+__device__ __forceinline__ uint32_t narrow_bf16x2(float low, float high) {
+  uint32_t v;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  return v;
+}
+
+#else  // sm_75 has neither
+
+__device__ __forceinline__ uint32_t narrow_f16x2(float low, float high) {
+  return narrow_f16(low).bits | static_cast<uint32_t>(narrow_f16(high).bits) << 16;
+}
+
+__device__ __forceinline__ uint32_t narrow_bf16x2(float low, float high) {
+  const auto rounded = [](float value) {
+    const uint32_t bits = __float_as_uint(value);
+    return value != value ? 0x7fffu : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  };
+  return rounded(low) | rounded(high) << 16;
+}
+
+#endif
+
+// --- special registers
+
+// threadIdx.x and blockIdx.x, read where this stands.
+__device__ __forceinline__ int thread_index() {
+  int v;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
+  return v;
+}
+__device__ __forceinline__ unsigned block_index() {
+  unsigned v;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(v));
+  return v;
+}
+
+}  // namespace lowbit::cuda::ptx

@@ -1,0 +1,58 @@
+"""Arguments for every op: what the self-test calls on each set of kernels, and the tests give to torch's opcheck."""
+
+from collections.abc import Iterator
+
+import torch
+
+from ..format import WeightSpec
+
+ROWS, OUT, IN, RANK, EXPERTS = 5, 96, 200, 4, 3
+SPECS = ("nf4:64:double_quant", "fp4:64:double_quant", "nf4:32", "int8")
+
+
+def stored(weight: torch.Tensor, spec: str) -> tuple:
+    """The arguments from packed to spec of a weight, made by the reference."""
+    reference = torch.ops.lowbit_reference
+    packed, absmax = reference.quantize(weight, spec)
+    if not WeightSpec.parse(spec).double_quant:
+        return packed, absmax, None, None, spec
+    offset = absmax.mean()
+    codes, group_scales = reference.quantize_scales(absmax, offset)
+    return packed, codes, group_scales, offset, spec
+
+
+def samples(dtype: torch.dtype = torch.float32, rows: int = ROWS) -> Iterator[tuple[str, str, tuple]]:
+    """``(op's name, what is called, arguments)``: CPU tensors, ``rows`` rows of activations in ``dtype``.
+
+    Rows of the weight begin inside blocks, and LoRA's factors are fp32.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def made(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    weight, x, grad = made(OUT, IN), made(rows, IN).to(dtype), made(rows, OUT).to(dtype)
+    bias, lora_a, lora_b, t = made(OUT), made(RANK, IN), made(OUT, RANK), made(rows, RANK)
+    for spec in SPECS:
+        yield "quantize", spec, (weight.to(dtype), spec)
+        w = stored(weight, spec)
+        yield "dequantize", spec, (*w, [OUT, IN], dtype)
+        yield "dequantize_out", spec, (*w, torch.empty(OUT, IN, dtype=dtype))
+        yield "linear", spec, (x, *w, OUT, None, None, None, 1.0)
+        yield "linear", f"{spec} with bias and LoRA", (x, *w, OUT, bias, t, lora_b, 0.5)
+        yield "linear_approximate", spec, (x, *w, OUT, bias, None, None, 1.0)
+        yield "lora_linear", spec, (x, *w, OUT, bias, lora_a, lora_b, 0.5)
+        yield "linear_grad_input", spec, (grad, *w, IN, None, None)
+        yield "linear_grad_input", f"{spec} with LoRA", (grad, *w, IN, t, lora_a)
+
+    yield "quantize_scales", "scales", (stored(weight, "nf4:32")[1], torch.tensor(1.0))
+    yield "search_scales", "nf4:64", (weight.to(dtype), torch.rand(IN, generator=generator), "nf4:64")
+    yield "encode", "nf4:64", (weight.to(dtype), stored(weight, "nf4:64")[1], "nf4:64")
+
+    stack = (*stored(made(EXPERTS, OUT, IN), SPECS[0]), torch.tensor([2, 2, rows], dtype=torch.int32))
+    biases, a, b = made(EXPERTS, OUT), made(EXPERTS, RANK, IN), made(EXPERTS, OUT, RANK)
+    yield "grouped_linear", "with bias and LoRA", (x, *stack, OUT, biases, t, b, 0.5)
+    yield "grouped_lora_linear", "with bias", (x, *stack, OUT, biases, a, b, 0.5)
+    yield "grouped_linear_grad_input", "with LoRA", (grad, *stack, IN, t, a)
+    yield "grouped_matmul", "of LoRA", (x, a, stack[-1])
+    yield "grouped_outer", "of LoRA", (t, x, stack[-1])

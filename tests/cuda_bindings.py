@@ -1,0 +1,168 @@
+"""csrc/bindings/cuda.cpp on CPU tensors over the stub runtime, and what its tests share.
+
+tests/cuda/stub_bindings.cpp registers the ops of the CUDA bindings as ``torch.ops.lowbit_stub``.
+"""
+
+import contextlib
+import ctypes
+import functools
+
+import numpy as np
+import torch
+from cases import (
+    UNIT_ROUNDOFF,
+    assert_within,
+    make_weight,
+    product_tolerance,
+    tensor_core_tolerance,
+    weight_error_cuda,
+)
+from conftest_cuda import emulator, launchers, spec_of, stub_bindings
+
+from lowbit import ops
+
+STREAM = 0x5EED  # torch's current stream of device 0, says the stub; the next device's is one further
+REFERENCE = torch.ops.lowbit_reference
+alive = []  # memory that the emulator knows must not be given to another tensor
+
+
+allocated = {}  # what torch has not filled, by address
+
+
+def know_allocation(address: int, size: int, filled: bool) -> None:
+    """What an op allocates: the emulator lets kernels write it, and nobody read it before, unless torch filled it."""
+    if filled and address in allocated:
+        allocated.pop(address).written[:] = True
+    elif size:
+        memory = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+        if not filled:
+            memory = allocated[address] = emulator("address_space").Uninitialized(memory)
+        launchers().know(memory)
+
+
+CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool)(know_allocation)
+
+
+@functools.cache
+def stub_library():
+    """tests/cuda/stub_bindings.cpp, loaded by ctypes."""
+    return ctypes.CDLL(str(stub_bindings()))
+
+
+@functools.cache
+def stub():
+    """``torch.ops.lowbit_stub``: compiled, loaded, and told of the emulator."""
+    definitions = torch.library.Library("lowbit_stub", "DEF")
+    for op in ops.OPS.values():
+        definitions.define(op.schema)
+    alive.append(definitions)
+    torch.ops.load_library(str(stub_bindings()))
+    stub_library().stub_set_callback_of_bindings(CALLBACK)
+    return torch.ops.lowbit_stub
+
+
+def run(op: str, *args, device: int = 0):
+    """An op of the CUDA bindings, its tensors on ``device``.
+
+    All that it asks of the CUDA runtime is to launch kernels there, on torch's current stream: no allocation, no wait.
+    """
+    op, library = getattr(stub(), op), launchers()
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    for tensor in tensors:
+        library.know(tensor)
+    earlier = len(library.launches)
+    library.runtime_calls.clear()
+    result = op(*args)
+    alive.extend((tensors, result))
+    assert {(launch.device, launch.stream) for launch in library.launches[earlier:]} == {(device, STREAM + device)}
+    assert not library.runtime_calls
+    assert library.current_device == 0
+    return result
+
+
+@contextlib.contextmanager
+def two_gpus(arch: str):
+    """Tensors are on the second of two GPUs, which is of another architecture; the first is the current one."""
+    library = launchers()
+    library.set_device_count(2)
+    library.other_devices = {1: emulator("device").Device.for_arch(arch)}
+    stub_library().stub_set_device_of_tensors(1)
+    try:
+        yield
+    finally:
+        stub_library().stub_set_device_of_tensors(0)
+        library.other_devices = {}
+        library.set_device_count(1)
+
+
+def assert_same(ours, theirs):
+    for our, their in zip(ours, theirs, strict=True):
+        assert our.dtype == their.dtype and torch.equal(our, their)
+
+
+def quantized(shape, format="nf4", block_size=64, double_quant=False):
+    """A random weight's arguments from packed to spec; double-quantized where its format can be."""
+    plain = spec_of(format, block_size)
+    packed, absmax = REFERENCE.quantize(make_weight(shape), plain)
+    spec = spec_of(format, block_size, double_quant)
+    if spec == plain:
+        return packed, absmax, None, None, plain
+    offset = absmax.mean()
+    return packed, *REFERENCE.quantize_scales(absmax, offset), offset, spec
+
+
+def operands(rows, n, k, rank, dtype, lora_dtype, leading=()):
+    generator = torch.Generator().manual_seed(rows)
+    made = [torch.randn(shape, generator=generator) for shape in ((*leading, rows, k), (n,), (rows, rank), (n, rank))]
+    return [tensor.to(dtype if i < 2 else lora_dtype) for i, tensor in enumerate(made)]
+
+
+def check_linear(
+    rows,
+    n,
+    k,
+    dtype,
+    format="nf4",
+    lora_dtype=torch.float32,
+    bias=True,
+    rank=8,
+    double_quant=True,
+    scaling=0.7,
+    sizes=None,
+):
+    """``linear`` against fp64 arithmetic; returns the kernel that ran last. sizes: of t's and lora_b's elements."""
+    weight = quantized((n, k), format, double_quant=double_quant)
+    x, bias_values, t, lora_b = operands(rows, n, k, rank, dtype, lora_dtype)
+    if sizes:
+        t, lora_b = t * sizes[0], lora_b * sizes[1]
+    lora = (t if rank else None, lora_b if rank else None, scaling)
+    y = run("linear", x, *weight, n, bias_values if bias else None, *lora)
+    assert y.dtype == dtype and y.shape == (rows, n)
+
+    w, x, t, lora_b = (a.double() for a in (REFERENCE.dequantize(*weight, [n, k], torch.float32), x, t, lora_b))
+    exact = x @ w.T + scaling * t @ lora_b.T
+    magnitude = x.abs() @ w.abs().T + abs(scaling) * t.abs() @ lora_b.abs().T
+    if bias:
+        exact, magnitude = exact + bias_values.double(), magnitude + bias_values.double().abs()
+    kernel = launchers().launches[-1].kernel
+    # Decoded for torch's product, weights are rounded to x's dtype, LoRA's two factors too, and so is its product,
+    # with the bias in it: three roundings at most to any term (and one to bias).
+    rounding = 3.1 * UNIT_ROUNDOFF[dtype] if "dequantize" in kernel else weight_error_cuda(format, dtype)
+    assert_within(y, exact, product_tolerance(magnitude, exact, k + rank, dtype, rounding))
+    return kernel
+
+
+def assert_grad_input_is_right(out, grad, parts, k, grad_t=None, lora_a=None):
+    """linear_grad_input's output by whatever way it took."""
+    assert out.dtype == grad.dtype and out.shape == (*grad.shape[:-1], k)
+    weight = REFERENCE.dequantize(*parts, [grad.shape[-1], k], torch.float32).double()
+    exact, magnitude = grad.double() @ weight, grad.double().abs() @ weight.abs()
+    operand = grad.double().abs().sum(-1, keepdim=True)
+    terms, lora_rounding = grad.shape[-1], 0.0
+    if grad_t is not None:
+        lora = grad_t.double().abs() @ lora_a.double().abs()
+        exact, magnitude = exact + grad_t.double() @ lora_a.double(), magnitude + lora
+        terms += grad_t.shape[-1]
+        # For torch's products both factors of LoRA are rounded to grad's dtype, and so is their product.
+        lora_rounding = 3.1 * UNIT_ROUNDOFF[grad.dtype] * lora
+    assert_within(out, exact, tensor_core_tolerance(magnitude, exact, terms, grad.dtype, operand) + lora_rounding)

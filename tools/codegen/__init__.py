@@ -1,0 +1,1 @@
+"""Reading the machine code that nvcc and Triton make of lowbit's kernels, for benchmarks and tests."""

@@ -1,0 +1,97 @@
+"""What CUDA kernels cost per weight: lowbit's as nvcc compiles them here, bitsandbytes' as its wheel has them."""
+
+import functools
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .cuda_build import CSRC, kernels
+from .instruction_costs import Counted, data_path_cycles, mma_macs
+from .machine_code import Kernel, count, disassemble_once
+
+CUDA, BITSANDBYTES = "lowbit", "bitsandbytes"
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A kernel's main loop: where it is found, and how many weights a lane takes in it.
+
+    ``kernel`` is a pattern of the mangled name; its group ``rows``, if it has one, is the number of rows of x that one
+    reading of W serves, otherwise ``rows`` is (0: W is only decoded). ``weights`` is per instruction of an opcode of
+    the loop, divided by rows / 8 where ``per_row_tile`` (mma of several row tiles meet one weight).
+    """
+
+    operation: str
+    library: str
+    source: str  # under csrc/cuda, or BITSANDBYTES
+    kernel: str
+    holds: tuple[str, ...]
+    weights: dict[str, float]
+    rows: int = 0
+    per_row_tile: bool = False
+
+
+#: Kernels that this build lacks are left out, and said to be.
+LOOPS = (
+    Loop("dequantize", CUDA, "dequantize.cu", r"17dequantize_kernelI\w*4Bf16ELb1E", ("LDG.128", "STG.128"),
+         {"LDG.128": 32}),
+    Loop("linear", CUDA, "gemv.cu", r"gemv_mma_kernelI\w*4Bf16ELi2ELi1E", ("HMMA.16816",), {"HMMA.16816": 8}, 4),
+    Loop("linear", CUDA, "gemv.cu", r"gemv_mma_kernelI\w*4Bf16ELi2ELi2E", ("HMMA.16816",), {"HMMA.16816": 4}, 8),
+    Loop("linear", CUDA, "gemm.cu", r"gemm_kernelI\w*4Bf16ELi(?P<rows>\d+)ELi64ELb1E", ("HMMA.16816", "LDGSTS"),
+         {"HMMA.16816": 8}, per_row_tile=True),
+    Loop("linear_grad_input", CUDA, "grad_input.cu", r"grad_input_mma_kernelI\w*4Bf16ELi(?P<rows>\d+)ELb1E",
+         ("HMMA.16816", "LDGSTS"), {"HMMA.16816": 8}, per_row_tile=True),
+    Loop("dequantize", BITSANDBYTES, BITSANDBYTES, r"kDequantizeBlockwiseI13__nv_bfloat16Li512ELi64ELi8ELi2E",
+         ("LDG.U8", "STG"), {"STG.U16": 1, "STG.128": 8}),
+    Loop("linear", BITSANDBYTES, BITSANDBYTES, r"gemm_4bit_simtI13__nv_bfloat16Li(?P<rows>\d+)E", ("LDG.EF.128",),
+         {"LDG.EF.128": 32}),
+    Loop("linear", BITSANDBYTES, BITSANDBYTES, r"gemm_4bit_sm80_m16n8k16I13__nv_bfloat16Li(?P<rows>\d+)E",
+         ("LDG.EF", "HMMA"), {"LDG.EF.128": 32, "LDG.EF.64": 16}),
+)  # fmt: skip
+
+
+def counted(loop: Loop, kernel: Kernel) -> Counted | None:
+    """The loop's costs per weight; None where this compilation of the kernel has no such loop."""
+    named = re.search(loop.kernel, kernel.name)
+    fitting = [body for body in kernel.loops() if all(count(body, opcode) for opcode in loop.holds)]
+    if not named or not fitting:
+        return None
+    body = min(fitting, key=len)
+    rows = int(named["rows"]) if "rows" in named.groupdict() else loop.rows
+    weights = sum(count(body, opcode) * each for opcode, each in loop.weights.items())
+    if loop.per_row_tile:
+        weights /= rows / 8
+    return Counted(
+        loop.operation,
+        loop.library,
+        kernel.name,
+        rows,
+        len(body) / weights,
+        data_path_cycles(body) / (32 * weights),
+        mma_macs(body) / (32 * weights),
+    )
+
+
+def library_of_bitsandbytes() -> Path | None:
+    """The newest CUDA library in its wheel."""
+    spec = importlib.util.find_spec(BITSANDBYTES)
+    found = sorted(Path(spec.origin).parent.glob("libbitsandbytes_cuda*.so")) if spec else []
+    return found[-1] if found else None
+
+
+@functools.cache
+def kernels_of(source: str, arch: str) -> tuple[Kernel, ...]:
+    """The kernels of a source of lowbit, or of bitsandbytes' wheel; none where it is not there."""
+    if source == BITSANDBYTES:
+        library = library_of_bitsandbytes()
+        return tuple(disassemble_once(library, arch)) if library else ()
+    path = CSRC / "cuda" / source
+    return kernels(path, arch) if path.exists() else ()
+
+
+@functools.cache
+def counts(arch: str) -> tuple[Counted, ...]:
+    """Every loop of :data:`LOOPS` that there is."""
+    found = (counted(loop, kernel) for loop in LOOPS for kernel in kernels_of(loop.source, arch))
+    return tuple(entry for entry in found if entry)

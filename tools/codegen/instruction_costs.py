@@ -1,0 +1,41 @@
+"""What instructions cost: cycles of the data path that L1 and shared memory share, and products on tensor cores."""
+
+from dataclasses import dataclass
+
+from .machine_code import count
+
+#: Bytes that a lane moves through the L1/shared data path, by the opcode's last number.
+_WIDTHS = {"U8": 4, "S8": 4, "U16": 4, "S16": 4, "64": 8, "128": 16}
+_MMA_MACS = {"HMMA.16816": 2048, "HMMA.1688": 1024}
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a kernel costs per weight."""
+
+    operation: str
+    library: str
+    kernel: str
+    rows: int  # of x that one reading of W serves; 0: W is only decoded, or encoded
+    instructions: float
+    cycles: float  # of the L1/shared data path, for a lane's weight: 32 lanes share each
+    macs: float  # of mma.sync
+    peak_macs: float = 0.0  # of wgmma and tcgen05, which reach the peak
+
+
+def data_path_cycles(body: list[str]) -> float:
+    """Cycles in which L1 and shared memory serve one execution of a warp, without bank conflicts."""
+    cycles = 0.0
+    for text in body:
+        opcode, *suffixes = text.split()[0].split(".")
+        if opcode in ("LDSM", "STSM"):
+            cycles += 4 if suffixes[-1] == "4" else 2 if suffixes[-1] == "2" else 1
+        elif opcode in ("LDS", "STS", "LDG", "STG", "LDGSTS", "SHFL"):
+            width = max((_WIDTHS[suffix] for suffix in suffixes if suffix in _WIDTHS), default=4)
+            cycles += 32 * width / 128
+    return cycles
+
+
+def mma_macs(body: list[str]) -> int:
+    """Multiply-adds of one execution of a warp by mma.sync."""
+    return sum(count(body, opcode) * each for opcode, each in _MMA_MACS.items())
