@@ -92,15 +92,6 @@ struct LinearGradInputArgs {
   float* workspace = nullptr;  // as above; 16-byte aligned
 };
 
-// t[m, rank] = x[m, k] lora_a[rank, k]^T
-struct LoraDownArgs {
-  const void* x;
-  Dtype dtype;
-  const float* lora_a;
-  int64_t m, k, rank;
-  float* t;
-};
-
 // LoRA's factors rounded to `dtype`: the product low_out up_out^T is scaling low up^T. Only fp16 has too small a range
 // for low, whose size is x's or the loss scale's. There up, which is small, takes over what of low is beyond 2^15 and a
 // large scaling, for each component of the rank. What is not finite stays so in its own row of low and does not count

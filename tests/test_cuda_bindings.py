@@ -76,7 +76,6 @@ def every_binding(dtype, device=0):
         for rows in (1, 8, 16, 300):
             x, bias, t, lora_b = operands(rows, 16, k, 4, dtype, dtype)
             on("linear", x, *parts, 16, bias, t, lora_b, 2.0)
-            on("lora_linear", x, *parts, 16, bias, torch.ones(4, k, dtype=dtype), lora_b, 2.0)
             on("linear_grad_input", torch.ones(rows, 16, dtype=dtype), *parts, k, t, torch.ones(4, k))
 
 

@@ -83,38 +83,6 @@ def test_linear_shapes():
     assert torch.equal(stub().linear(torch.zeros(30, 0), *nothing, 4, bias, None, None, 1.0), bias.expand(30, 4))
 
 
-@pytest.mark.parametrize("lora_dtype", DTYPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_lora_linear(dtype, lora_dtype):
-    """t is torch's product in the wider dtype, and the rest is linear with it: on every path, and for no rows."""
-    n, k, rank = 24, 128, 5
-    parts = quantized((n, k), double_quant=True)
-    generator = torch.Generator().manual_seed(0)
-    lora_a = torch.randn(rank, k, generator=generator).to(lora_dtype)
-    for rows in (0, 3, 20, 260):
-        x, bias, _, lora_b = operands(rows, n, k, rank, dtype, lora_dtype)
-        op = functools.partial(run, "lora_linear") if rows else stub().lora_linear
-        y, t = op(x.view(1, rows, k), *parts, n, bias, lora_a, lora_b, 0.7)
-        wide = torch.promote_types(dtype, lora_dtype)
-        assert t.dtype == wide and t.shape == (1, rows, rank) and y.dtype == dtype and y.shape == (1, rows, n)
-        assert torch.equal(t[0], torch.nn.functional.linear(x.to(wide), lora_a.to(wide)))
-        if rows:
-            assert torch.equal(y[0], run("linear", x, *parts, n, bias, t[0], lora_b, 0.7))
-
-
-def test_wrong_lora_linear_calls_raise():
-    """Before any work: not after t has been computed."""
-    parts = quantized((16, 64))
-    x, lora_b = torch.zeros(3, 64), torch.zeros(16, 4)
-    for lora_a, message in (
-        (torch.zeros(4), "lora_a: expected 2 dimensions, got 1"),
-        (torch.zeros(4, 63), "lora_a: expected 256 elements, got 252"),
-        (torch.zeros(3, 64), "lora_b: expected 48 elements, got 64"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            stub().lora_linear(x, *parts, 16, None, lora_a, lora_b, 1.0)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", (*FORMATS, "int8"))
 def test_linear_grad_input(format, dtype):

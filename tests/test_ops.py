@@ -63,7 +63,7 @@ def test_gradients_equal_those_of_dense_arithmetic(name):
     """An op's backward that forgets a term trains to something else."""
     op = getattr(torch.ops.lowbit_reference, name).default
     names = [argument.name for argument in op._schema.arguments]
-    for sampled, what, arguments in samples():
+    for sampled, _, arguments in samples():
         if sampled != name:
             continue
         given = dict(zip(names, arguments, strict=True))
@@ -75,7 +75,7 @@ def test_gradients_equal_those_of_dense_arithmetic(name):
         expected, magnitudes = (
             gradients_in_fp64(name, given, list(leaves), grad, change) for change in (torch.Tensor.double, absolute)
         )
-        for of, ours, exact, magnitude in zip(leaves, actual, expected, magnitudes, strict=True):
+        for ours, exact, magnitude in zip(actual, expected, magnitudes, strict=True):
             # The chain from grad through lora_b or W, and then lora_a, or the sum over rows.
             tolerance = product_tolerance(magnitude, exact, OUT + IN + RANK, torch.float32)
             assert_within(ours, exact, tolerance)
@@ -104,7 +104,9 @@ def dense(name: str, given: dict, change) -> torch.Tensor:
     shape = [EXPERTS, OUT, IN] if grouped else [OUT, IN]
     w = change(torch.ops.lowbit_reference.dequantize(*weight, shape, torch.float32))
     x, rows = given["x"], given["x"].shape[0]
-    experts = torch.bucketize(torch.arange(rows), given["expert_ends"], right=True) if grouped else torch.zeros(rows, dtype=torch.long)
+    experts = torch.zeros(rows, dtype=torch.long)
+    if grouped:
+        experts = torch.bucketize(torch.arange(rows), given["expert_ends"], right=True)
 
     def of_row(stack):
         return (stack if grouped else stack[None])[experts]
@@ -379,7 +381,7 @@ ENDS = torch.tensor([1, 2, 4], dtype=torch.int32)
         ("dequantize", (*PARTS, [33, 130], torch.float64), "dtype: expected dtype float32, float16 or bfloat16"),
         ("linear_grad_input", (torch.ones(2, 32), *PARTS, 130), "packed: expected 2080 elements, got 2145"),
         ("linear_grad_input", (torch.ones(2, 33), *PARTS, 130, torch.ones(2, 4)), "grad_t, lora_a: expected both"),
-        ("lora_linear", (torch.ones(2, 130), *PARTS, 33, None, torch.ones(4, 129), torch.ones(33, 4), 1.0), "lora_a"),
+        ("lora_linear", (torch.ones(2, 130), *PARTS, 33, None, torch.ones(4, 129), torch.ones(33, 4), 1.0), "130x4|129x4"),
         (
             "grouped_linear",
             (WEIGHT, *GROUPED.operands(), ENDS.long(), 5, None, None, None, 1.0),

@@ -89,18 +89,6 @@ struct Cpu {
     (approximate ? kernels.linear_approximate : kernels.linear)(args, parallel_for());
   }
 
-  // torch's bf16 product on a CPU without instructions for it is up to eight times slower than its fp32 one.
-  static ScalarType lora_dtype(ScalarType, ScalarType) { return ScalarType::Float; }
-
-  // Up to four rows by a kernel of our own: a call of torch's would cost more than its work.
-  void lora_down(const LinearCall<Cpu>& call, Operand<Cpu>& lora_a, const Tensor& t) const {
-    constexpr int64_t kFewRows = 4;
-    if (call.m > kFewRows) return multiply_lora_down(call, lora_a, t);
-    active_kernels().lora_down(
-        {call.x.data_ptr(), call.dtype, lora_a.fp32(), call.m, call.k, call.rank, static_cast<float*>(t.data_ptr())},
-        parallel_for());
-  }
-
   void linear_grad_input(GradInputCall<Cpu>& call, const Tensor& grad_x) const {
     LinearGradInputArgs args = call.args(grad_x);
     args.grad_t = call.grad_t.fp32();

@@ -85,12 +85,6 @@ class Cuda {
     multiply(reshaped(call.x, call.m, call.k), decoded(args.weight, call.n, call.k, type, "linear"), addend, out);
   }
 
-  static ScalarType lora_dtype(ScalarType x, ScalarType lora_a) { return x == lora_a ? x : ScalarType::Float; }
-
-  void lora_down(const LinearCall<Cuda>& call, const Operand<Cuda>& lora_a, const Tensor& t) const {
-    multiply_lora_down(call, lora_a, t);
-  }
-
   void linear_grad_input(GradInputCall<Cuda>& call, const Tensor& grad_x) const {
     LinearGradInputArgs args = call.args(grad_x);
     const Plan plan = cuda::plan_grad_input(args, cuda::current_gpu());

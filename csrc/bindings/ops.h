@@ -224,34 +224,6 @@ Tensor linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> grou
   return y;
 }
 
-// linear with t = x A^T, which the device computes first.
-template <class Device>
-std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> group_scales,
-                                       std::optional<Tensor> offset, std::string spec, int64_t out_features,
-                                       std::optional<Tensor> bias, Tensor lora_a, Tensor lora_b, double scaling) {
-  STD_TORCH_CHECK(lora_a.dim() == 2, "lora_a: expected 2 dimensions, got ", lora_a.dim());
-  const int64_t rank = lora_a.size(0);
-  const Device device(x);
-  LinearCall<Device> call(device, x, packed, absmax, group_scales, offset, spec, out_features, bias, lora_b, rank,
-                          scaling);
-  Operand<Device> lora_a_operand(device, x, lora_a, "lora_a", product(rank, call.k, "lora_a"));
-  Tensor t = device.empty(with_last(x, rank), Device::lora_dtype(x.scalar_type(), lora_a.scalar_type()));
-  device.lora_down(call, lora_a_operand, t);
-  Operand<Device> t_operand(device, x, t, "t", call.m * rank);
-  Tensor y = device.empty(with_last(x, out_features), x.scalar_type());
-  device.linear(call, t_operand, y, false);
-  return {y, t};
-}
-
-// t = x A^T by torch.
-template <class Device>
-void multiply_lora_down(const LinearCall<Device>& call, const Operand<Device>& lora_a, const Tensor& t) {
-  if (t.numel() == 0) return;
-  const ScalarType type = t.scalar_type();
-  multiply(converted(reshaped(call.x, call.m, call.k), type), converted(reshaped(*lora_a, call.rank, call.k), type), {},
-           reshaped(t, call.m, call.rank));
-}
-
 // As LinearCall, for grad_x = grad W.
 template <class Device>
 struct GradInputCall {
@@ -318,7 +290,6 @@ void implement(Library& library) {
   library.impl("dequantize_out", TORCH_BOX(&dequantize_out<Device>));
   library.impl("linear", TORCH_BOX((&linear<Device, false>)));
   library.impl("linear_approximate", TORCH_BOX((&linear<Device, true>)));
-  library.impl("lora_linear", TORCH_BOX(&lora_linear<Device>));
   library.impl("linear_grad_input", TORCH_BOX(&linear_grad_input<Device>));
 }
 

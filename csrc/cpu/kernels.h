@@ -25,7 +25,6 @@ struct Kernels {
   void (*search_scales)(const SearchScalesArgs&, const ParallelFor&);
   void (*encode)(const EncodeArgs&, const ParallelFor&);
   void (*dequantize)(const DequantizeArgs&, const ParallelFor&);
-  void (*lora_down)(const LoraDownArgs&, const ParallelFor&);
   void (*linear)(const LinearArgs&, const ParallelFor&);
   // The same product, approximately: codebook and activations in int8 (4-bit weights only).
   void (*linear_approximate)(const LinearArgs&, const ParallelFor&);

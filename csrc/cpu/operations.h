@@ -6,7 +6,6 @@
 #include "int8.h"
 #include "kernels.h"
 #include "linear.h"
-#include "lora.h"
 #include "quantize.h"
 #include "search.h"
 
@@ -21,7 +20,6 @@ constexpr Kernels kernels_of() {
       .search_scales = search_scales<Isa>,
       .encode = encode<Isa>,
       .dequantize = dequantize<Isa>,
-      .lora_down = lora_down<Isa>,
       .linear = linear<Isa>,
       .linear_approximate = linear_approximate<Isa>,
       .linear_grad_input = linear_grad_input<Isa>,

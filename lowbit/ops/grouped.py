@@ -97,14 +97,12 @@ def _autograd_matmul(namespace: str):
 
 
 def _lora_by_parts(namespace: str):
-    linear = op_of(namespace, "grouped_linear")
-
-    def grouped_lora_linear(x, *args):
+    def kernel(x, *args):
         *weight, expert_ends, features, bias, lora_a, lora_b, scaling = args
-        t = GroupedProduct(namespace, (), expert_ends).matmul(x, lora_a)
-        return linear(x, *weight, expert_ends, features, bias, t, lora_b, scaling), t
+        product = GroupedProduct(namespace, tuple(weight), expert_ends)
+        return product.lora_forward(x, features, bias, lora_a, lora_b, scaling)
 
-    return grouped_lora_linear
+    return kernel
 
 
 def expert_part(packed, absmax, group_scales, offset, spec: str, expert: int, rows: int, columns: int) -> tuple | None:
@@ -171,7 +169,7 @@ def by_expert(namespace: str) -> dict:
     return {"grouped_linear": grouped_linear, "grouped_linear_grad_input": grouped_linear_grad_input}
 
 
-def _fake_linear(x, packed, absmax, group_scales, offset, spec, expert_ends, out_features, bias, t, lora_b, scaling):
+def _fake_linear(x, packed, absmax, group_scales, offset, spec, expert_ends, out_features, *rest):
     return x.new_empty([x.shape[0], out_features])
 
 
@@ -182,9 +180,7 @@ def _fake_lora_linear(
     return x.new_empty([x.shape[0], out_features]), t
 
 
-def _fake_grad_input(
-    grad, packed, absmax, group_scales, offset, spec, expert_ends, in_features, grad_t=None, lora_a=None
-):
+def _fake_grad_input(grad, packed, absmax, group_scales, offset, spec, expert_ends, in_features, *lora):
     return grad.new_empty([grad.shape[0], in_features])
 
 

@@ -48,10 +48,11 @@ class Product:
         arguments = (x, *self.weight, *self.groups, features, bias, t, lora_b, scaling)
         return below_autograd(_cached_op(self.namespace, self.name), keyset, *arguments)
 
-    def lora_forward(self, keyset, x, features, bias, lora_a, lora_b, scaling) -> tuple[torch.Tensor, torch.Tensor]:
+    def lora_forward(self, x, features, bias, lora_a, lora_b, scaling) -> tuple[torch.Tensor, torch.Tensor]:
         """(x W^T + scaling t lora_b^T + bias, t) with t = x lora_a^T."""
-        arguments = (x, *self.weight, *self.groups, features, bias, lora_a, lora_b, scaling)
-        return below_autograd(_cached_op(self.namespace, _LORA[self.name]), keyset, *arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            t = self.matmul(x, lora_a)
+        return self.forward(None, x, features, bias, t, lora_b, scaling), t
 
     def grad_input(self, grad, features, grad_t=None, lora_a=None) -> torch.Tensor:
         """grad W + grad_t lora_a."""
@@ -71,9 +72,6 @@ class Product:
     def sum_rows(self, grad: torch.Tensor) -> torch.Tensor:
         """The sum over rows, in fp32."""
         return rows(grad).sum(0, dtype=torch.float32)
-
-
-_LORA = {"linear": "lora_linear", "grouped_linear": "grouped_lora_linear"}
 
 
 class Linear(torch.autograd.Function):
@@ -105,7 +103,7 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, bias, lora_a, lora_b, product, keyset, features, scaling):
-        y, t = product.lora_forward(keyset, x, features, bias, lora_a, lora_b, scaling)
+        y, t = product.lora_forward(x, features, bias, lora_a, lora_b, scaling)
         ctx.save_for_backward(x, t, lora_a, lora_b)
         ctx.product, ctx.scaling = product, scaling
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -182,7 +180,7 @@ def lora_linear_of(product: Product, keyset, x, features, bias, lora_a, lora_b, 
     """(y, t) of a product and its LoRA, recorded where a gradient is wanted."""
     if wants_gradient(x, bias, lora_a, lora_b):
         return LoraLinear.apply(x, bias, lora_a, lora_b, product, keyset, features, scaling)
-    return product.lora_forward(keyset, x, features, bias, lora_a, lora_b, scaling)
+    return product.lora_forward(x, features, bias, lora_a, lora_b, scaling)
 
 
 def _autograd_linear(namespace: str):
@@ -212,18 +210,15 @@ def _autograd_grad_input(namespace: str):
 
 
 def _lora_by_parts(namespace: str):
-    """Where a backend has no kernel of its own: t by torch's product, the rest by the backend's ``linear``."""
-    op = op_of(namespace, "linear")
+    """The kernel of every backend: t by torch's product, the rest by the backend's ``linear``."""
 
-    def lora_linear(x, *args):
-        *weight, features, bias, lora_a, lora_b, scaling = args
-        t = Product(namespace, ()).matmul(x, lora_a)
-        return op(x, *weight, features, bias, t, lora_b, scaling), t
+    def kernel(x, *args):
+        return Product(namespace, args[:5]).lora_forward(x, *args[5:])
 
-    return lora_linear
+    return kernel
 
 
-def _fake_linear(x, packed, absmax, group_scales, offset, spec, out_features, bias, t, lora_b, scaling):
+def _fake_linear(x, packed, absmax, group_scales, offset, spec, out_features, *rest):
     return x.new_empty([*x.shape[:-1], out_features])
 
 
@@ -232,9 +227,7 @@ def _fake_lora_linear(x, packed, absmax, group_scales, offset, spec, out_feature
     return x.new_empty([*x.shape[:-1], out_features]), t
 
 
-def _fake_linear_grad_input(
-    grad, packed, absmax, group_scales, offset, spec, in_features, grad_t=None, lora_a=None
-):
+def _fake_linear_grad_input(grad, packed, absmax, group_scales, offset, spec, in_features, *lora):
     return grad.new_empty([*grad.shape[:-1], in_features])
 
 

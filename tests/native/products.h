@@ -1,4 +1,4 @@
-// The checks of linear, linear_approximate, lora_down and linear_grad_input: against sums in double precision.
+// The checks of linear, linear_approximate and linear_grad_input: against sums in double precision.
 #pragma once
 
 #include "values.h"
@@ -159,19 +159,6 @@ void check_linear(const Kernels& kernels, const Case& c, Random& random) {
   kernels.linear_grad_input(grad_arguments(grad_again), on_threads(2));
   report(grad_x == grad_again, c.text(kernels.isa, "linear_grad_input") + ": differs on two threads");
   check_later_rows(kernels, c, weight, arguments(y), y, grad);
-
-  // LoRA's first product, of x with a dense A.
-  if (c.rank) {
-    Weight dense_a(0, 0, c.format, c.block_size, false, random);
-    dense_a.decoded = Buffer<float>(c.rank * c.k);
-    for (int64_t i = 0; i < c.rank * c.k; ++i) dense_a.decoded[i] = lora_a_rows[i];
-    Case down = c;
-    down.n = c.rank, down.rank = 0, down.has_bias = false, down.dtype = Dtype::f32;
-    Values product(Dtype::f32, c.m * c.rank);
-    kernels.lora_down({x.data(), c.dtype, lora_a_rows.data(), c.m, c.k, c.rank, static_cast<float*>(product.data())},
-                      on_threads(2));
-    check_product(c.text(kernels.isa, "lora_down"), product, down, x, dense_a, t, lora_b, bias, 0);
-  }
 
   // The approximate product: within 3% in norm, row by row; exact where there is nothing to round.
   kernels.linear_approximate(arguments(again), serial());

@@ -23,7 +23,7 @@ OLDEST_TRITON = (3, 6)
 _OPS = {
     "quantize": ("quantize", "quantize_scales", "search_scales", "encode"),
     "dequantize": ("dequantize", "dequantize_out"),
-    "linear": ("linear", "linear_approximate", "lora_linear"),
+    "linear": ("linear", "linear_approximate"),
     "linear_grad_input": ("linear_grad_input",),
     "grouped": ("grouped_linear", "grouped_linear_grad_input", "grouped_matmul", "grouped_outer"),
 }
@@ -36,7 +36,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 #: Ops whose launches torch.compile gets to see, for x in 16 bits on these devices. The others are opaque to it, because
 #: torch takes arguments of their kernels for written: all of one that decodes to fp32 (assembly that has to stay in
 #: place), and the grouped ones' expert_ends, of which addresses are made.
-_SHOWN = ("linear", "lora_linear", "linear_grad_input")
+_SHOWN = ("linear", "linear_grad_input")
 _SHOWN_ON = ("cuda", "xpu")
 
 #: Whether kernels do without NVIDIA's inline assembly.

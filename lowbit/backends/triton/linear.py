@@ -8,12 +8,11 @@ the right operand: on mma.sync the bytes go from shared memory to the registers 
 import torch
 import triton
 import triton.language as tl
-from torch.nn import functional
 
 from . import PORTABLE, autotune, shapes
 from .decode import INT8_UNIT, codes_per_byte, decode_codes, load_scales, round_to, scales_of
 from .launch import launch
-from .operands import Weight, check_dimensions, check_size, checked, lora_factors, optional, rows_of_floats, weight_of
+from .operands import Weight, check_size, lora_factors, optional, rows_of_floats, weight_of
 from .products import add_lora, add_shares, decoded_product, dot, expert_of_tile, shares_of, tile_position
 from .shapes import ceil_div, gpu_of, next_power_of_2, row_tile_count
 
@@ -201,14 +200,3 @@ def linear(x, packed, absmax, group_scales, offset, spec, out_features, bias, t,
 
 #: On a GPU nothing is faster than the exact product.
 linear_approximate = linear
-
-
-def lora_linear(
-    x, packed, absmax, group_scales, offset, spec, out_features, bias, lora_a, lora_b, scaling
-) -> tuple[torch.Tensor, torch.Tensor]:
-    rows_of_floats("x", x)
-    check_dimensions("lora_a", lora_a, 2)
-    lora_a = checked("lora_a", lora_a, lora_a.shape[0] * x.shape[-1], x)
-    dtype = torch.float32 if x.device.type == "cpu" else torch.promote_types(x.dtype, lora_a.dtype)
-    t = functional.linear(x.to(dtype), lora_a.to(dtype))
-    return linear(x, packed, absmax, group_scales, offset, spec, out_features, bias, t, lora_b, scaling), t
