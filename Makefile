@@ -11,13 +11,15 @@ TEST_ARGS ?= -q
 # Whatever is compiled or installed; a change here makes the next call install the package again.
 SOURCES := setup.py pyproject.toml $(shell find lowbit lowbit_lora csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test native-test neon-test avx512-test headers-test wheel-cuda lint format clean
+.PHONY: help demo test test-fast prove native-test neon-test avx512-test headers-test wheel-cuda lint format clean
 .DELETE_ON_ERROR:
 .SECONDARY:  # keep the stamps that pattern rules make
 
 help:
 	@echo "make demo   fine-tune the bundled encoder with QLoRA on the bundled reviews (DEMO_ARGS=...)"
-	@echo "make test   run every test (TEST_ARGS=...)"
+	@echo "make test   run every test (TEST_ARGS=..., JOBS=2)"
+	@echo "make test-fast  run the quick ones, in 2 minutes"
+	@echo "make prove  execute every emulated proof, and record them in tests/proofs.txt"
 	@echo "make native-test  check the kernels without torch, plain and under sanitizers"
 	@echo "make neon-test    the same cross-compiled for 64-bit ARM, under an emulator"
 	@echo "make avx512-test  the same for both sets of AVX-512 kernels on any x86-64 CPU, with SIMDe's portable intrinsics"
@@ -31,22 +33,32 @@ demo: .venv-demo/package.stamp .venv-demo/data.stamp
 	.venv-demo/bin/python examples/train_qlora_text_classifier.py $(DEMO_ARGS)
 
 # `pytest`, not `python -m pytest`: the latter would import the source folder instead of what was installed.
-# Beside the others run the tests of the CUDA kernels and of the emulator, and those that want Triton's interpreter in a
-# process of their own, which has it either on or off; their output follows. (5 says that TEST_ARGS leaves a run without
-# tests; 5 three times is an error.)
+# JOBS processes share the tests; one that has none left takes some of another's. Their threads do not wait busily for
+# each other, as there are more of them than processors.
+JOBS ?= 2
+PYTEST := OMP_WAIT_POLICY=passive .venv-test/bin/pytest -n $(JOBS) --dist worksteal
+# Triton's interpreter is on or off for a whole process, so the tests that want it come after the others. (5 says that
+# TEST_ARGS leaves a run without tests; that is an error only if both are.)
 test: .venv-test/package.stamp .venv-test/data.stamp
-	@mkdir -p build && rm -f build/test.status
-	@{ .venv-test/bin/pytest -m "cuda_kernels" $(TEST_ARGS); cuda=$$?; \
-	TRITON_INTERPRET=1 .venv-test/bin/pytest -m interpreted $(TEST_ARGS); echo $$cuda $$? > build/test.status; } \
-	> build/test-beside.log 2>&1 & \
-	.venv-test/bin/pytest -m "not cuda_kernels" $(TEST_ARGS); others=$$?; \
-	wait; cat build/test-beside.log; read cuda interpreted < build/test.status || exit 1; \
-	for status in $$others $$cuda $$interpreted; do [ $$status = 0 ] || [ $$status = 5 ] || exit $$status; done; \
-	[ "$$others $$cuda $$interpreted" != "5 5 5" ]
+	@$(PYTEST) -m "not interpreted" $(TEST_ARGS); others=$$?; \
+	TRITON_INTERPRET=1 $(PYTEST) -m interpreted $(TEST_ARGS); interpreted=$$?; \
+	for status in $$others $$interpreted; do [ $$status = 0 ] || [ $$status = 5 ] || exit $$status; done; \
+	[ "$$others $$interpreted" != "5 5" ]
+
+# The inner loop: no test that executes or counts machine code, starts another program, or trains a model.
+test-fast: .venv-test/package.stamp .venv-test/data.stamp
+	@$(PYTEST) -m "not interpreted and not slow" $(TEST_ARGS)
+
+# Executes all proofs, also those that `make test` spares because tests/proofs.txt has them, and writes that file.
+prove: .venv-test/package.stamp .venv-test/data.stamp
+	@$(PYTEST) -q -m "not interpreted" --prove $(wildcard tests/test_cuda_*.py tests/test_triton_*.py)
 
 # The kernels without torch: what can run here, then the same with every access and every arithmetic step watched.
 DRIVER_SOURCES := tests/native/driver.cpp $(wildcard csrc/cpu/isa/*.cpp)
 DRIVER_FLAGS := -std=c++20 -Wall -ffp-contract=off -pthread
+# Compiling takes half as long again with -g, by which the sanitizers name lines and not only functions:
+# make native-test SANITIZED_FLAGS="-O1 -g"
+SANITIZED_FLAGS := -O1
 native-test: build/native/driver build/native/driver-sanitized
 	build/native/driver
 	build/native/driver-sanitized
@@ -65,7 +77,7 @@ build/native/driver: $(DRIVER_SOURCES) $(SOURCES)
 
 build/native/driver-sanitized: $(DRIVER_SOURCES) $(SOURCES)
 	mkdir -p $(@D)
-	$(CXX) -O1 -g $(DRIVER_FLAGS) -fsanitize=address,undefined -fno-sanitize-recover=all -o $@ $(DRIVER_SOURCES)
+	$(CXX) $(SANITIZED_FLAGS) $(DRIVER_FLAGS) -fsanitize=address,undefined -fno-sanitize-recover=all -o $@ $(DRIVER_SOURCES)
 
 ARM_CXX := aarch64-linux-gnu-g++
 build/native/driver-neon: $(DRIVER_SOURCES) $(SOURCES)

@@ -281,24 +281,32 @@ def _permute(op, q, order):
 
 
 def product(x: torch.Tensor, q: QuantizedTensor) -> torch.Tensor:
-    """x q, of x [m, k] and a weight [k, n]; NotImplemented where our kernels do not compute it."""
-    operands = q.operands()
-    if operands is None or x.dtype not in FLOAT_DTYPES or len(q.stored.shape) != 2 or x.device != q.packed.device:
+    """x q, of x [..., k] and a weight [k, n]; NotImplemented where our kernels do not compute it."""
+    operands, shape = q.operands(), q.stored.logical_shape
+    if operands is None or len(shape) != 2 or x.dtype not in FLOAT_DTYPES or x.device != q.packed.device:
         return NotImplemented
+    if x.shape[-1:] != shape[:1]:
+        return NotImplemented  # torch's own error
     namespace = backends.namespace_for_product(x.device.type, x, q.spec.format, backends.selected)
-    features = q.stored.logical_shape[1]
     if q.stored.transposed:
-        return op_of(namespace, "linear")(x, *operands, features, None, None, None, 1.0)
-    return op_of(namespace, "linear_grad_input")(x, *operands, features, None, None)
+        return op_of(namespace, "linear")(x, *operands, shape[1], None, None, None, 1.0)
+    return op_of(namespace, "linear_grad_input")(x, *operands, shape[1], None, None)
+
+
+def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b, one of them a quantized weight [k, n], the other of any leading dimensions; or NotImplemented."""
+    if isinstance(b, QuantizedTensor):
+        return NotImplemented if isinstance(a, QuantizedTensor) else product(a, b)
+    if a.dim() != 2 or b.dim() < 2:
+        return product(b, _t(aten.t.default, a)) if a.dim() == 2 else NotImplemented
+    y = product(b.mT, _t(aten.t.default, a))
+    return NotImplemented if y is NotImplemented else y.mT.contiguous()
 
 
 @implements(aten.mm.default)
 @decoding
 def _mm(op, a, b):
-    if isinstance(b, QuantizedTensor):
-        return NotImplemented if isinstance(a, QuantizedTensor) else product(a, b)
-    y = product(b.t(), _t(aten.t.default, a))
-    return NotImplemented if y is NotImplemented else y.t()
+    return matmul(a, b)
 
 
 @implements(aten.addmm.default)
@@ -306,8 +314,21 @@ def _mm(op, a, b):
 def _addmm(op, bias, a, b, *, beta=1, alpha=1):
     if isinstance(bias, QuantizedTensor) or (beta, alpha) != (1, 1):
         return NotImplemented
-    y = _mm(aten.mm.default, a, b)
-    return y + bias
+    y = matmul(a, b)
+    return NotImplemented if y is NotImplemented else y + bias
+
+
+@implements(aten._grouped_mm.default)
+@decoding
+def _grouped_mm(op, x, q, offs=None, bias=None, out_dtype=None):
+    """Tokens times the matrices of their experts; its backward comes here again, with the stack transposed."""
+    operands = q.operands() if isinstance(q, QuantizedTensor) and q.dim() == 3 and x.dim() == 2 else None
+    if operands is None or offs is None or bias is not None or out_dtype not in (None, x.dtype):
+        return NotImplemented
+    namespace, features = backends.namespace_for_experts(x.device.type, backends.selected), q.stored.logical_shape[2]
+    if q.stored.transposed:
+        return op_of(namespace, "grouped_linear")(x, *operands, offs, features, None, None, None, 1.0)
+    return op_of(namespace, "grouped_linear_grad_input")(x, *operands, offs, features)
 
 
 # --- anything else

@@ -273,6 +273,12 @@ def _dynamic_scale_map() -> torch.Tensor:
 
 
 SCALE_MAP = _dynamic_scale_map()
+_SCALE_MAP_VALUES = SCALE_MAP.tolist()
+
+
+def scale_map(device: torch.device | str | None = None) -> torch.Tensor:
+    """:data:`SCALE_MAP` on a device. It is made anew: torch.compile takes no tensor from outside of what it traces."""
+    return torch.tensor(_SCALE_MAP_VALUES, dtype=torch.float32, device=device)
 
 
 def _scale_code_table() -> torch.Tensor:

@@ -123,7 +123,7 @@ def embedding(ids: torch.Tensor, q: QuantizedTensor) -> torch.Tensor:
     if spec.double_quant:
         blocks = features // spec.block_size
         block = flat[:, None] * blocks + torch.arange(blocks, device=flat.device)
-        scales = fmt.SCALE_MAP.to(flat.device)[scales.int()] * q.group_scales[block // fmt.GROUP_SIZE] + q.offset
+        scales = fmt.scale_map(flat.device)[scales.int()] * q.group_scales[block // fmt.GROUP_SIZE] + q.offset
     text = spec.without_double_quant().text
     op = op_of(backends.namespace_for(flat.device.type, backends.selected), "dequantize")
     return op(codes, scales, None, None, text, [flat.numel(), features], layout.dtype).view(*ids.shape, features)
@@ -224,7 +224,7 @@ def _checked_weight(q: QuantizedTensor, x: torch.Tensor, bias: torch.Tensor | No
         raise ValueError(f"q: expected a weight of 2 dimensions (out, in), got shape {layout.logical_shape}")
     if layout.transposed:
         raise ValueError("q: expected a weight (out, in), got a transposed one; use x @ q, or q.T")
-    weight = q.operands()
+    weight = QuantizedTensor.operands(q)  # not q.operands(): torch.compile does not look into methods of an argument
     if weight is None:
         raise ValueError(
             f"q: expected a weight that begins with a block of its own, got a slice that begins inside one ({q!r}); use "

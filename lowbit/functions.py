@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from . import functional
-from .aten import refuse_writing
+from .aten import matmul, refuse_writing
 from .tensor import QuantizedTensor
 
 
@@ -28,6 +28,36 @@ def _linear(input, weight, bias=None):
         return functional.linear(input, weight, bias)
     with torch._C.DisableTorchFunctionSubclass():
         return F.linear(input, weight, bias)
+
+
+@implements(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+def _matmul(a, b, *, out=None):
+    """Here, since torch makes batched products of a matrix and activations of three dimensions, copying the matrix."""
+    y = NotImplemented
+    if out is None and isinstance(b, QuantizedTensor):
+        y = functional.outside_autocast(matmul, a, b)
+    elif out is None:
+        y = functional.outside_autocast(lambda x, q: matmul(q, x), b, a)
+    if y is not NotImplemented:
+        return y
+    with torch._C.DisableTorchFunctionSubclass():
+        return torch.matmul(a, b, out=out)
+
+
+@implements(torch.Tensor.__rmatmul__)
+def _rmatmul(b, a):
+    return _matmul(a, b)
+
+
+@implements(F.multi_head_attention_forward)
+def _multi_head_attention(query, key, value, *args, **kwargs):
+    """On contiguous activations, whose products torch folds to two dimensions; see :func:`_matmul`."""
+    same_key, same_value = key is query, value is key  # torch asks for identity
+    query = query.contiguous()
+    key = query if same_key else key.contiguous()
+    value = key if same_value else value.contiguous()
+    with torch._C.DisableTorchFunctionSubclass():
+        return F.multi_head_attention_forward(query, key, value, *args, **kwargs)
 
 
 @implements(F.embedding)

@@ -105,7 +105,7 @@ def _checked_stack(x, q, expert_ends, bias) -> tuple:
             f"q: expected weights of 3 dimensions (experts, out, in), got {kind} of shape {layout.logical_shape}"
         )
     experts, out_features, in_features = layout.shape
-    weight = q.operands()
+    weight = QuantizedTensor.operands(q)  # not q.operands(): torch.compile does not look into methods of an argument
     if weight is None:
         raise ValueError(f"q: expected a stack that begins with a block of its own, got a slice of one ({q!r})")
     if not isinstance(x, torch.Tensor):

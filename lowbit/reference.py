@@ -143,13 +143,20 @@ def quantize_scales(absmax: torch.Tensor, offset: torch.Tensor) -> tuple[torch.T
 
 
 def decode_scales(
-    absmax: torch.Tensor, group_scales: torch.Tensor | None, offset: torch.Tensor | None, spec: str
+    absmax: torch.Tensor,
+    group_scales: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    spec: str,
+    first_block: int = 0,
 ) -> torch.Tensor:
-    """The fp32 scale of each block or row, flat: ``absmax`` itself, or its codes decoded."""
+    """The fp32 scale of each block or row, flat: ``absmax`` itself, or its codes decoded.
+
+    ``first_block``: which block of the whole weight, whose ``group_scales`` these are, absmax begins with.
+    """
     how, absmax = WeightSpec.parse(spec), absmax.reshape(-1)
     if how.double_quant:
-        entries = fmt.SCALE_MAP.to(absmax.device)[absmax.int()]
-        group = torch.arange(absmax.numel(), device=absmax.device) // fmt.GROUP_SIZE
+        entries = fmt.scale_map(absmax.device)[absmax.int()]
+        group = torch.arange(first_block, first_block + absmax.numel(), device=absmax.device) // fmt.GROUP_SIZE
         return entries * group_scales[group] + offset
     decode = how.record.scales.decode
     return absmax if decode is None else decode(absmax)

@@ -163,13 +163,6 @@ def test_a_compiler_that_is_no_compiler(setup, monkeypatch, compiler, reason):
     assert setup.missing_native_reason() is None
 
 
-def test_this_machine_s_compiler_builds_it(setup):
-    """The question to the compiler does not ask for more than the kernels need."""
-    if setup.find_compiler() is None:
-        pytest.skip("no C++ compiler")
-    assert (setup.missing_native_reason() is None) == (native.missing_reason() is None)
-
-
 @pytest.mark.parametrize("free_threaded", [False, True])
 def test_only_pythons_with_a_limited_api_use_it(setup, monkeypatch, free_threaded):
     """Python.h of a free-threaded build refuses Py_LIMITED_API, and setuptools the abi3 tag."""
@@ -202,6 +195,12 @@ needs_installation = pytest.mark.skipif(
 
 
 @needs_installation
+def test_a_compiler_that_built_the_extension_is_asked_for_no_more(setup):
+    """The question to the compiler asks for nothing that the kernels do not need."""
+    assert setup.missing_native_reason() is None
+
+
+@needs_installation
 def test_the_wheel_serves_every_later_python():
     """The tag says cp310-abi3, and so does the extension's file name."""
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
@@ -211,28 +210,37 @@ def test_the_wheel_serves_every_later_python():
         assert (installed_with_extension() / "_C.abi3.so").exists()
 
 
-@needs_installation
-def test_python_m_lowbit_in_a_clone_tells_of_the_installed_package(clone):
-    """README's line after `pip install .`: in the clone Python finds the sources first, which are not built."""
-    done = run(sys.executable, "-m", "lowbit", cwd=clone)
-    installed = installed_with_extension()
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"The sources in {clone / 'lowbit'} are not built. The installed lowbit:" in done.stdout
-    assert f"in {installed}\n" in done.stdout and "backend native    available" in done.stdout
-    assert f"imported from {clone / 'lowbit'}" in done.stderr and f"that in {installed} has one" in done.stderr
+@pytest.mark.parametrize("file", ["_C.abi3.so", "native_missing.txt"])
+def test_python_m_lowbit_in_a_clone_tells_of_the_installed_package(clone, tmp_path, file):
+    """README's line after an installation: in the clone Python finds the sources first, which are not built."""
+    installed = tmp_path / "lowbit"
+    installed.mkdir()
+    (installed / "__init__.py").touch()
+    (installed / "__main__.py").write_text("import sys; print(__file__, sys.argv[1:]); sys.exit(3)")
+    (installed / file).touch()
+    done = run(sys.executable, "-W", "ignore", "-m", "lowbit", "--self-test", cwd=clone, PYTHONPATH=tmp_path)
+    assert done.stdout.splitlines() == [
+        f"The sources in {clone / 'lowbit'} are not built. The installed lowbit:",
+        f"{installed / '__main__.py'} ['--self-test']",
+    ]
+    assert done.returncode == 3
 
 
-def test_sources_that_are_not_built_say_how_to_build_them(clone):
-    """Without an installed package the sources are all there is. (-S: no site-packages but those named.)"""
-    torch_folder = Path(importlib.util.find_spec("torch").origin).parents[1]
-    code = (
-        f"import sys; sys.path.append({str(torch_folder)!r}); from importlib.machinery import PathFinder as finder; "
-        "find = finder.find_spec; from lowbit.backends import native; native.installed_copy = lambda: None; "
-        "print(native.missing_reason())"
-    )
-    done = run(sys.executable, "-W", "ignore", "-c", code, cwd=clone)
-    assert f"imported from the sources in {clone / 'lowbit'}" in done.stdout, done.stderr
-    assert "python setup.py build_ext --inplace" in done.stdout
+@pytest.mark.parametrize("installed", [True, False])
+def test_sources_that_are_not_built_say_what_to_do(monkeypatch, tmp_path, installed):
+    """Which is to start Python elsewhere if a package is installed, and to build if none is."""
+    sources, site = tmp_path / "clone" / "lowbit", tmp_path / "site" / "lowbit"
+    sources.mkdir(parents=True)
+    (sources.parent / "setup.py").touch()
+    if installed:
+        site.mkdir(parents=True)
+        (site / "_C.abi3.so").touch()
+    monkeypatch.setattr(native, "PACKAGE", sources)
+    monkeypatch.setattr(native, "_IMPORT_ERROR", ImportError("No module named 'lowbit._C'"))
+    monkeypatch.setattr(sys, "path", [str(sources.parent), str(site.parent)])
+    reason = native._missing_reason()
+    assert str(sources) in reason and "python setup.py build_ext --inplace" in reason
+    assert (f"that in {site} has one: start Python in another folder" in reason) == installed
 
 
 def test_an_extension_that_does_not_load_is_named(monkeypatch, tmp_path):
@@ -241,7 +249,7 @@ def test_an_extension_that_does_not_load_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "PACKAGE", tmp_path)
     monkeypatch.setattr(native, "_IMPORT_ERROR", ImportError("undefined symbol: aoti"))
     assert native.installed_copy() is None
-    assert str(tmp_path) in native.missing_reason() and "undefined symbol: aoti" in native.missing_reason()
+    assert str(tmp_path) in native._missing_reason() and "undefined symbol: aoti" in native._missing_reason()
 
 
 def test_the_check_of_the_headers_reports_and_remembers(setup, monkeypatch, tmp_path):

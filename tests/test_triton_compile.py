@@ -48,7 +48,7 @@ def test_compiles(monkeypatch, tmp_path, call, target):
 
 
 def test_every_op_is_called():
-    """An op without a kernel is the reference's, and slow; one that triton_calls.py leaves out is never compiled here."""
+    """An op without a kernel would be the reference's; one that triton_calls.py leaves out is never compiled here."""
     from lowbit.backends import triton as backend
     from lowbit.ops import OPS
 

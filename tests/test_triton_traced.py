@@ -1,12 +1,11 @@
 """torch.compile and the Triton backend: the graph holds the kernels' launches. It can be made without a GPU."""
 
 import importlib
-import math
 import types
 
 import pytest
 import torch
-from conftest_triton import compiled_only, gpu_target
+from conftest_triton import compiled_only, gpu_target, weight
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import aot_function, make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,6 +13,7 @@ from triton_calls import parts_of
 
 import lowbit
 from lowbit.backends import triton as backend
+from lowbit.format import WeightSpec
 
 pytestmark = compiled_only
 OPS = torch.ops.lowbit_triton
@@ -146,9 +146,8 @@ def compiled_whole(function, dynamic=None):
 
 
 def empty_weight(*shape: int) -> lowbit.QuantizedTensor:
-    blocks = math.prod(shape) // 64
-    scales = torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks // 256)), torch.empty(())
-    return lowbit.QuantizedTensor(torch.empty(32 * blocks, dtype=torch.uint8), *scales, shape=shape, dtype=BF16)
+    parts = (torch.empty_like(part, device="cpu") for part in weight(shape, "nf4")[:4])
+    return lowbit.QuantizedTensor(*parts, shape=shape, dtype=BF16, spec=WeightSpec())
 
 
 def leaf(*shape: int, dtype=FP32) -> torch.Tensor:
@@ -192,8 +191,8 @@ LAYERS = {
     "grouped_lora_linear": (
         expert_linear,
         expert_operands,
-        names_of("grouped_matmul", "grouped_linear"),
-        names_of("grouped_linear_grad_input", "grouped_matmul", "grouped_outer", "grouped_matmul", "grouped_outer"),
+        names_of("grouped_lora_linear"),
+        names_of("grouped_linear_grad_input", "grouped_matmul", "grouped_outer", "grouped_outer"),
     ),
     "dequantize": (decoded_product, lambda rows: lora_operands(rows)[:2], names_of("dequantize"), []),
 }

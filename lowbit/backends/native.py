@@ -10,6 +10,7 @@ import torch  # noqa: F401  (the extension links to libtorch, which this loads)
 #: The folder that lowbit was imported from.
 PACKAGE = Path(__file__).resolve().parents[1]
 _INSTALL = "pip install --no-build-isolation ."
+_NOTE = "native_missing.txt"  # setup.py writes it into a wheel without the extension: why it was not built
 
 _IMPORT_ERROR: ImportError | None = None
 _CUDA_ARCHITECTURES = ""
@@ -32,34 +33,33 @@ def _has_extension(folder: Path) -> bool:
     return importlib.machinery.PathFinder.find_spec("_C", [str(folder)]) is not None
 
 
+def _is_installed(folder: Path) -> bool:
+    return _has_extension(folder) or (folder / _NOTE).exists()
+
+
 def installed_copy() -> Path | None:
-    """The folder of another lowbit on Python's path that has the extension, where this one has not; else None.
+    """The folder of an installed lowbit on Python's path, where this one is sources that are not built; else None.
 
     Python started in a clone finds the sources there before the installed package.
     """
-    if _has_extension(PACKAGE):
+    if _is_installed(PACKAGE):
         return None
-    for folder in map(Path, sys.path):
-        candidate = (folder / "lowbit").resolve()
-        if candidate != PACKAGE and _has_extension(candidate):
-            return candidate
-    return None
+    candidates = ((Path(folder) / "lowbit").resolve() for folder in sys.path)
+    return next((candidate for candidate in candidates if _is_installed(candidate)), None)
 
 
-def missing_reason() -> str | None:
-    """None if the extension is loaded, else why not and what to do."""
+def _missing_reason() -> str | None:
     if _IMPORT_ERROR is None:
         return None
     problem = f"the C++ extension lowbit._C of {PACKAGE} did not load ({_IMPORT_ERROR})"
     if _has_extension(PACKAGE):
         return f"{problem}; reinstall with `{_INSTALL}` where this torch ({torch.__version__}) is installed"
-    note = PACKAGE / "native_missing.txt"
-    if note.exists():
+    if (note := PACKAGE / _NOTE).exists():
         return (
             f"{PACKAGE} was installed without the C++ extension lowbit._C: {note.read_text().strip()}; reinstall with "
             f"`{_INSTALL}` where there is g++ or clang++ for C++20 (LOWBIT_NATIVE=1 makes a failed build an error)"
         )
-    if (copy := installed_copy()) is not None:
+    if (copy := installed_copy()) is not None and _has_extension(copy):
         return (
             f"lowbit was imported from {PACKAGE}, which has no C++ extension lowbit._C; that in {copy} has "
             "one: start Python in another folder, or build it here with `python setup.py build_ext --inplace`"
@@ -70,6 +70,14 @@ def missing_reason() -> str | None:
             f"it with `python setup.py build_ext --inplace`, or `{_INSTALL}` and start Python in another folder"
         )
     return f"{problem}; reinstall with `{_INSTALL}`"
+
+
+_MISSING_REASON = _missing_reason()
+
+
+def missing_reason() -> str | None:
+    """None if the extension is loaded, else why not and what to do."""
+    return _MISSING_REASON
 
 
 def missing_cuda_reason() -> str | None:

@@ -44,7 +44,7 @@ def to_state(q: QuantizedTensor, prefix: str = "weight") -> dict[str, torch.Tens
     }
     if q.spec.double_quant:
         state[f"{prefix}.nested_absmax"] = q.group_scales
-        state[f"{prefix}.nested_quant_map"] = fmt.SCALE_MAP.to(q.device)
+        state[f"{prefix}.nested_quant_map"] = fmt.scale_map(q.device)
         about |= {
             "nested_blocksize": fmt.GROUP_SIZE,
             "nested_dtype": "float32",

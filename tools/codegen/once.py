@@ -1,4 +1,4 @@
-"""Things that take long to make: one of several test processes makes them, and again only where their inputs changed."""
+"""Things that take long to make: one of several test processes makes them, and only where their inputs changed."""
 
 import hashlib
 import shutil

@@ -23,12 +23,17 @@ from .machine_code import Kernel, disassemble
 
 @dataclasses.dataclass
 class Launch:
-    """What a function of lowbit.backends.triton passed to ``launch``; ``values`` by the kernel's parameter."""
+    """What a function of lowbit.backends.triton passed to ``launch``; ``values`` by the kernel's parameter.
+
+    ``together``: the launches that were collected with this one, which is among them.
+    """
 
     kernel: object
     grid: tuple[int, ...]
     arguments: tuple
     options: dict
+    together: list["Launch"] = dataclasses.field(default_factory=list, repr=False)
+    compiled: dict[str, tuple] = dataclasses.field(default_factory=dict, repr=False)  # by target
 
     def __post_init__(self):
         names = [parameter.name for parameter in self.kernel.params]
@@ -79,18 +84,22 @@ def launches(target: str | None = None, processors: int = 108):
     """A list of the launches made meanwhile; none is run.
 
     With a ``target``, "sm_90" or "gfx942", those that its GPU with so many multiprocessors (an A100's) would get.
+    Memory that nobody initializes has the same contents each time, so that launches can be told by their arguments.
     """
     collected = []
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
     def collect(kernel, grid, *arguments, **options):
         if 0 not in grid:
-            collected.append(Launch(kernel, (*grid, 1, 1)[:3], arguments, options))
+            collected.append(Launch(kernel, (*grid, 1, 1)[:3], arguments, options, collected))
 
     replaced = {"launch": collect} | (_of_gpu(target, processors) if target is not None else {})
     with contextlib.ExitStack() as patches:
         for module in _modules():
             for name in replaced.keys() & vars(module).keys():
                 patches.enter_context(mock.patch.object(module, name, replaced[name]))
+        patches.callback(torch.use_deterministic_algorithms, deterministic[0], warn_only=deterministic[1])
+        torch.use_deterministic_algorithms(True, warn_only=True)
         yield collected
 
 
@@ -136,15 +145,37 @@ def specialized(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict
     return signature, constants, attributes
 
 
-def compiled(launch: Launch, target: str):
-    """The compiled kernel of a launch for ``target``, and its signature."""
-    import triton
+def _source(launch: Launch):
+    """(what Triton compiles, for which options, and the signature)."""
     from triton.compiler import ASTSource
 
     signature, constants, attributes = specialized(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"enable_fp_fusion": False, **launch.compiler_options}
-    return triton.compile(source, target=gpu_target(target), options=options), signature
+    return source, {"enable_fp_fusion": False, **launch.compiler_options}, signature
+
+
+def key_of(launch: Launch, target: str) -> str:
+    """Triton's own key for a compiled kernel. Equal keys are equal PTX and equal machine code.
+
+    It covers the sources of the kernel and of all that it calls, what it is specialized on, the target, the options,
+    and the contents of Triton and of ptxas.
+    """
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.cache import get_cache_key
+
+    source, options, _ = _source(launch)
+    backend_of_target = make_backend(gpu_target(target))
+    return get_cache_key(source, backend_of_target, backend_of_target.parse_options(options), env_vars={})
+
+
+def compiled(launch: Launch, target: str):
+    """The compiled kernel of a launch for ``target``, and its signature."""
+    import triton
+
+    if target not in launch.compiled:
+        source, options, signature = _source(launch)
+        launch.compiled[target] = triton.compile(source, target=gpu_target(target), options=options), signature
+    return launch.compiled[target]
 
 
 def machine_code(kernel, target: str, folder: Path) -> Kernel:

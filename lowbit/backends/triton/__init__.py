@@ -34,7 +34,7 @@ MODULES = {op: module for module, ops in _OPS.items() for op in ops}
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 #: Ops whose launches torch.compile gets to see, for x in 16 bits on these devices. The others are opaque to it, because
-#: torch takes arguments of their kernels for written: all of a kernel that decodes to fp32 (assembly that has to stay in
+#: torch takes arguments of their kernels for written: all of one that decodes to fp32 (assembly that has to stay in
 #: place), and the grouped ones' expert_ends, of which addresses are made.
 _SHOWN = ("linear", "lora_linear", "linear_grad_input")
 _SHOWN_ON = ("cuda", "xpu")

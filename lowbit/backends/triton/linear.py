@@ -20,7 +20,7 @@ from .shapes import ceil_div, gpu_of, next_power_of_2, row_tile_count
 
 @triton.jit
 def _add_tile(values, weight, total, WEIGHT_FIRST: tl.constexpr):
-    """total + values W^T, or its transpose if W is the left operand."""
+    """Return total + values W^T, or its transpose if W is the left operand."""
     return dot(weight, values, total) if WEIGHT_FIRST else dot(values, weight, total)
 
 
@@ -58,7 +58,7 @@ def linear_kernel(
     PRODUCTS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """A tile of y [m, n], or of its share over a part of k in y [SPLITS, m, n].
+    """Write a tile of y [m, n], or of its share over a part of k in y [SPLITS, m, n].
 
     WHOLE: k is a multiple of PRODUCTS * TILE_K, as it is for all formats but int8. BLOCK_SIZE is a multiple of TILE_K.
     PRODUCTS of 2: Triton gives each warp rows of W of its own only where it sees a second product; with one it lets two
@@ -80,13 +80,15 @@ def linear_kernel(
         w_row += expert.to(tl.int64) * n
     rows = first_row + tl.arange(0, TILE_M)
     x_row = tl.where(rows < row_end, rows, first_row).to(tl.int64)
-    x_rows = x + x_row[:, None] * k + tl.arange(0, TILE_K)[None, :]
-    total = tl.zeros((TILE_N, TILE_M) if WEIGHT_FIRST else (TILE_M, TILE_N), tl.float32)
+    x_rows = x + x_row[:, None] * k
     if codes_per_byte(FORMAT) == 1:
         # x's 16 bits hold int8 codes exactly. The sums are scaled by row at the end.
-        w_rows = packed + w_row[:, None] * k + tl.arange(0, TILE_K)[None, :]
+        w_rows, scale = packed + w_row[:, None] * k, absmax + w_row
+        x_rows += tl.arange(0, TILE_K)[None, :]
+        w_rows += tl.arange(0, TILE_K)[None, :]
         steps = tl.cdiv(tl.cdiv(k, STEP), SPLITS)
         begin = split * steps * STEP
+        total = tl.zeros((TILE_N, TILE_M) if WEIGHT_FIRST else (TILE_M, TILE_N), tl.float32)
         for first in range(begin, min(begin + steps * STEP, k), STEP):
             for product in tl.static_range(PRODUCTS):
                 at = first + product * TILE_K
@@ -98,27 +100,29 @@ def linear_kernel(
                     weight = tl.load(w_rows + at, mask=inside, other=0)
                     values = tl.load(x_rows + at, mask=inside, other=0.0)
                 total = _add_tile(values, weight.to(tl.float32).to(DTYPE), total, WEIGHT_FIRST)
-        total = (total.T if WEIGHT_FIRST else total) * (tl.load(absmax + w_row) * INT8_UNIT)[None, :]
+        total = (total.T if WEIGHT_FIRST else total) * (tl.load(scale) * INT8_UNIT)[None, :]
     else:
         # k is a multiple of 32: written so that the compiler knows rows of packed codes to begin at 16 bytes.
         w_rows = packed + w_row[:, None] * (k // 32 * 16) + tl.arange(0, TILE_K // 2)[None, :]
+        x_rows += tl.arange(0, TILE_K)[None, :]
         steps = tl.cdiv(k // STEP, SPLITS)
         begin = split * steps * STEP
         end = min(begin + steps * STEP, k)
-        # Scales of fewer columns than there are threads: COPIES of each, or the compiler would have every thread decode
-        # those of all of its sums, instead of one that it passes on.
+        # There are COPIES of each scale where a tile has fewer columns than threads. Else the compiler has every thread
+        # decode the scales of all of its sums, instead of one that it passes on.
         scales = (absmax, group_scales, offset, scale_map)
         block = tl.broadcast_to((w_row * (k // BLOCK_SIZE))[:, None], (TILE_N, COPIES))
         all_there = block >= 0
         at_first = min(begin, k - TILE_K)  # a last part of k can be empty
         stored, group_scale = load_scales(scales, block + at_first // BLOCK_SIZE, all_there, DOUBLE_QUANT)
+        total = tl.zeros((TILE_N, TILE_M) if WEIGHT_FIRST else (TILE_M, TILE_N), tl.float32)
         for first in range(begin, end, STEP):
             for product in tl.static_range(PRODUCTS):
                 at = first + product * TILE_K
                 codes = tl.load(w_rows + at // 2)
                 values = tl.load(x_rows + at)
                 scale = tl.max(scales_of(stored, group_scale, scales, DOUBLE_QUANT), axis=1)
-                # A step ahead: nothing else would hide their way from memory.
+                # They are loaded a step ahead: nothing else would hide their way from memory.
                 following = block + min(at + TILE_K, end - TILE_K) // BLOCK_SIZE
                 stored, group_scale = load_scales(scales, following, all_there, DOUBLE_QUANT)
                 high, low = decode_codes(codes, FORMAT, DTYPE, PORTABLE)
@@ -164,7 +168,7 @@ def fused(config: shapes.Config, x, weight: Weight, bias, t, lora_b, scaling, y,
         TILE_N=c.tile_n,
         TILE_K=c.tile_k,
         SPLITS=c.splits,
-        # So many of each scale that there are as many as threads, of which NVIDIA has 32 in a warp.
+        # As many scales as threads, of which NVIDIA has 32 in a warp.
         COPIES=max(1, 32 * c.warps // c.tile_n),
         WEIGHT_FIRST=c.weight_first,
         PRODUCTS=c.products,

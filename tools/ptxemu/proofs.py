@@ -1,0 +1,196 @@
+"""A pytest plugin that spares proofs which were executed before, with the same code, inputs, emulator and test.
+
+A test that runs kernels on the emulator calls ``step`` before each run, with all that decides what comes out of it: the
+PTX (or all that its compiler makes it of), the launch and its input. The plugin adds the sources of the emulator, of
+the test and of what is expected. The hash of all steps of a test is its proof. The file of proofs is under version
+control. Where the hash of a test is in it, the last step is not executed, and the test is skipped. Whatever changes the
+hash has the test executed again.
+
+Of the proofs in the file a random tenth is executed in each run. ``--prove`` executes all and writes the file anew, if
+every test passed. Tests of hypothesis have other inputs each time, and are always executed.
+"""
+
+import ast
+import functools
+import hashlib
+import random
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from .address_space import as_bytes
+
+EMULATOR = Path(__file__).parent
+#: The share of known proofs that each run executes.
+SHARE = 0.1
+_DEBUG_SECTION = re.compile(r"^\s*\.section\s+\.debug_.*?^\s*\}", re.MULTILINE | re.DOTALL)
+_DEBUG_LINE = re.compile(r"^\s*(\.loc|\.file|//|\$L__(tmp|func_begin|func_end)\d+:)")
+
+
+def digest(parts: Iterable) -> str:
+    """A hash of texts, numbers, bytes and arrays (with their dtype, shape and strides) in this order."""
+    hashed = hashlib.sha256()
+    for part in parts:
+        contents, description = b"", repr(part) if isinstance(part, (str, int, float, tuple, type(None))) else ""
+        if type(part).__module__ == "torch":
+            description, contents = f"{part.dtype} {tuple(part.shape)} {part.stride()}", _tensor_bytes(part)
+        elif isinstance(part, np.ndarray):
+            description, contents = f"array {part.dtype} {part.shape} {part.strides}", part.tobytes()
+        elif isinstance(part, bytes):
+            contents = part
+        elif not description:
+            raise TypeError(f"a proof cannot depend on {part!r}")
+        hashed.update(f"{len(description)} {len(contents)} {description}".encode() + contents)
+    return hashed.hexdigest()
+
+
+def _tensor_bytes(tensor) -> bytes:
+    """In the order of its elements; torch is not imported here, as the emulator needs none."""
+    if tensor.is_meta:
+        return b""
+    alignment = tensor.data_ptr() % 16
+    return bytes([alignment]) + as_bytes(tensor.contiguous()).tobytes()
+
+
+def code_of(ptx: str) -> str:
+    """PTX without what debuggers want. It holds paths of this machine and line numbers, and decides nothing."""
+    lines = _DEBUG_SECTION.sub("", ptx).splitlines()
+    return "\n".join(line for line in lines if line.strip() and not _DEBUG_LINE.match(line))
+
+
+@functools.cache
+def sources_of(test: Path) -> tuple[Path, ...]:
+    """A test's file, and those of its folder that it imports, directly or through each other."""
+    found, waiting = set(), [test]
+    while waiting:
+        path = waiting.pop()
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            imported = {test.parent / f"{name.split('.')[0]}.py" for name in names}
+            waiting += [path for path in imported if path.exists() and path not in found]
+    return tuple(sorted(found))
+
+
+@functools.cache
+def emulator_sources(folder: Path = EMULATOR) -> tuple[Path, ...]:
+    """The files that the emulator consists of, its tests and this plugin left out."""
+    own = (*folder.glob("*.py"), *folder.glob("*.c"), *(folder / "instructions").glob("*.py"))
+    return tuple(sorted(path for path in own if path.name != Path(__file__).name))
+
+
+class Proof:
+    """What is known of the running test: ``digest`` of its steps so far, None before the first."""
+
+    def __init__(self, name: str, sources: Iterable[Path], known: str | None, is_due: bool):
+        self.name, self.known, self.is_due = name, known, is_due
+        self.parts = [name, *(path.read_bytes() for path in sources)]
+        self.digest: str | None = None
+        self.taken: list = []  # what steps were of
+
+    def step(self, parts: Iterable, of: object = None) -> None:
+        """Another run is next. It is skipped where it ends a proof that is known and not due."""
+        self.taken.append(of)
+        self.parts = [digest([*self.parts, *parts])]
+        self.digest = self.parts[0][:20]
+        if self.digest == self.known and not self.is_due:
+            pytest.skip("proved before, with the same code, inputs, emulator and test")
+
+
+_running: Proof | None = None
+
+
+def step(*parts, of: object = None) -> None:
+    """Call this before a kernel runs, with all that decides what it makes; it skips the test where that is known.
+
+    ``of``: what ``has_taken`` is asked for.
+    """
+    if _running is not None:
+        _running.step(parts, of)
+
+
+def has_taken(of: object) -> bool:
+    """Whether the running test took a step ``of`` this very object, or is no proof."""
+    return _running is None or any(taken is of for taken in _running.taken)
+
+
+def read(path: Path) -> dict[str, str]:
+    """The file of proofs: the hash of each test."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {name: proof for proof, name in (line.split(" ", 1) for line in lines)}
+
+
+def write(path: Path, proofs: dict[str, str]) -> None:
+    """One line a test, in the order of their names."""
+    path.write_text("".join(f"{proofs[name]} {name}\n" for name in sorted(proofs)))
+
+
+# ---- pytest's hooks
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("proofs", "emulated proofs")
+    group.addoption("--prove", action="store_true", help="execute every proof, and write the file of proofs")
+    group.addoption("--proof-seed", type=int, help="chooses the known proofs that are executed")
+    parser.addini("proofs", "the file of proofs", default="proofs.txt")
+    parser.addini("proofs_expect", "files that say what proofs expect", type="paths", default=[])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    if config.option.proof_seed is None:  # the workers of pytest-xdist get the options, and so this number
+        config.option.proof_seed = random.SystemRandom().randrange(10**6)
+    config.pluginmanager.register(_Session(config), "proofs-session")
+
+
+class _Session:
+    """The plugin's state in one process."""
+
+    def __init__(self, config):
+        self.config, self.path = config, config.rootpath / config.getini("proofs")
+        self.known, self.proved, self.new = read(self.path), {}, 0
+        self.common = [*emulator_sources(), *config.getini("proofs_expect")]
+
+    def pytest_report_header(self):
+        return f"proofs: {len(self.known)} known, --proof-seed {self.config.option.proof_seed}"
+
+    def is_due(self, name: str) -> bool:
+        generator = random.Random(f"{self.config.option.proof_seed} {name}")
+        return self.config.option.prove or generator.random() < SHARE
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item):
+        """Fixtures may take steps too."""
+        global _running
+        if not hasattr(getattr(item, "obj", None), "hypothesis"):
+            sources = [*self.common, *sources_of(item.path)]
+            _running = Proof(item.nodeid, sources, self.known.get(item.nodeid), self.is_due(item.nodeid))
+        yield
+        _running = None
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_call(self, item):
+        yield
+        if _running is not None and _running.digest is not None:
+            item.user_properties.append(("proof", _running.digest))
+
+    def pytest_runtest_logreport(self, report):
+        proof = dict(report.user_properties).get("proof")
+        if report.when == "call" and report.passed and proof is not None:
+            self.proved[report.nodeid] = proof
+            self.new += self.known.get(report.nodeid) != proof
+
+    def pytest_terminal_summary(self, terminalreporter):
+        if self.proved and not self.config.option.prove:
+            again = len(self.proved) - self.new
+            advice = " (`make prove` records them)" if self.new else ""
+            terminalreporter.write_line(f"proofs executed: {again} known ones, {self.new} new ones{advice}")
+
+    def pytest_sessionfinish(self, exitstatus):
+        is_worker = hasattr(self.config, "workerinput")
+        if self.config.option.prove and not is_worker and exitstatus == pytest.ExitCode.OK:
+            write(self.path, self.proved)

@@ -1,0 +1,210 @@
+"""The proofs that are spared: none that something changed, none that failed, and a tenth of the rest is executed."""
+
+import numpy as np
+import pytest
+import torch
+from ptxemu import proofs
+
+pytest_plugins = ["pytester"]
+
+PTX = """
+.version 8.4
+.target sm_80
+.address_size 64
+    .file 1 "/somewhere/kernel.py"
+.visible .entry add()
+{
+    .loc 1 3 0
+    // a comment
+    add.s32 %r1, %r2, 1;
+$L__tmp0:
+$L__BB0_1:
+    ret;
+}
+    .section .debug_abbrev
+    {
+.b8 1
+    }
+"""
+
+TEST = """
+import numpy as np
+import pytest
+from helper import EXPECTED
+from ptxemu import proofs
+
+@pytest.mark.parametrize("case", [1, 2])
+def test_add(case):
+    proofs.step("PTX", np.array([case]))
+    with open("executed.txt", "a") as executed:
+        executed.write(f"{case}")
+    assert case < EXPECTED
+"""
+
+
+@pytest.fixture
+def project(pytester):
+    pytester.makepyfile(helper="EXPECTED = 3", test_kernels=TEST)
+    return pytester
+
+
+def executed(project, *arguments):
+    """The cases that a run executes. No known one is due: see the seed."""
+    log = project.path / "executed.txt"
+    log.write_text("")
+    project.runpytest_inprocess("-p", "ptxemu.proofs", "-p", "no:cacheprovider", "--proof-seed=0", *arguments)
+    return sorted(log.read_text())
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_what_was_proved_is_not_executed_again(project):
+    """Nor is it taken for proved before `--prove` has recorded it."""
+    assert executed(project) == executed(project) == ["1", "2"]
+    assert executed(project, "--prove") == ["1", "2"]
+    assert executed(project) == []
+    assert executed(project, "--prove") == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("ptx", "add", "sub"),
+        ("input", "1", "2"),
+        ("test_kernels.py", "case < EXPECTED", "case <= EXPECTED"),
+        ("helper.py", "EXPECTED = 3", "EXPECTED = 4"),
+        ("engine.py", "lanes", "no lanes"),
+    ],
+)
+def test_every_change_is_executed(tmp_path, file, old, new):
+    """The kernel, its input, the test, what that imports, and the emulator (or what says what is expected)."""
+    files = {"ptx": "add", "input": "1", "test_kernels.py": TEST, "helper.py": "EXPECTED = 3", "engine.py": "lanes"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+
+    def is_executed(known):
+        sources = [tmp_path / "engine.py", *proofs.sources_of(tmp_path / "test_kernels.py")]
+        proof = proofs.Proof("test_add[1]", sources, known, is_due=False)
+        try:
+            proof.step([(tmp_path / "ptx").read_text(), (tmp_path / "input").read_bytes()])
+        except pytest.skip.Exception:
+            return False, proof.digest
+        return True, proof.digest
+
+    first, digest = is_executed(None)
+    assert first and is_executed(digest) == (False, digest)
+    edit(tmp_path / file, old, new)
+    again, other = is_executed(digest)
+    assert again and other != digest
+
+
+def test_the_emulator_is_all_its_files():
+    """A file that is left out could change without a proof being executed again."""
+    found = {path.relative_to(proofs.EMULATOR).as_posix() for path in proofs.emulator_sources()}
+    assert {"engine.py", "parser.py", "cudart_stub.c", "instructions/matrix.py"} <= found
+    everything = {path.relative_to(proofs.EMULATOR) for path in proofs.EMULATOR.rglob("*") if path.is_file()}
+    others = {path for path in everything if path.as_posix() not in found}
+    assert all(
+        path.parts[0] == "tests" or "__pycache__" in path.parts or path.suffix == ".md" or path.name == "proofs.py"
+        for path in others
+    )
+
+
+def test_a_failing_proof_is_not_recorded(project):
+    """Not even where it passed before."""
+    executed(project, "--prove")
+    before = (project.path / "proofs.txt").read_text()
+    edit(project.path / "helper.py", "3", "2")
+    assert executed(project, "--prove") == ["1", "2"]
+    assert (project.path / "proofs.txt").read_text() == before
+    assert executed(project) == executed(project) == ["1", "2"]
+
+
+def test_a_tenth_is_executed_by_the_seed():
+    """Every proof comes around, and the seed says which."""
+
+    class Config:
+        rootpath = proofs.EMULATOR
+
+        class option:
+            prove, proof_seed = False, 0
+
+        def getini(self, name):
+            return "none.txt" if name == "proofs" else []
+
+    session = proofs._Session(Config())
+    names = [f"test[{number}]" for number in range(1000)]
+    due = [name for name in names if session.is_due(name)]
+    assert 70 < len(due) < 130 and due == [name for name in names if session.is_due(name)]
+    Config.option.proof_seed = 1
+    assert due != [name for name in names if session.is_due(name)]
+
+
+def test_the_seed_is_printed(project):
+    """A run that fails on a proof can be repeated."""
+    result = project.runpytest_inprocess("-p", "ptxemu.proofs")
+    result.stdout.re_match_lines([r"proofs: 0 known, --proof-seed \d+", r"proofs executed: 0 known ones, 2 new ones.*"])
+
+
+def test_only_the_last_step_is_spared(project):
+    """The input of a later step may be what an earlier one makes."""
+    steps = TEST.replace(
+        "    assert", "    proofs.step('another')\n    open('executed.txt', 'a').write('+')\n    assert"
+    )
+    (project.path / "test_kernels.py").write_text(steps)
+    assert executed(project, "--prove") == ["+", "+", "1", "2"]
+    assert executed(project) == ["1", "2"]
+
+
+def test_steps_are_taken_once(project):
+    """Launches that were collected together are one step, whichever of them is first."""
+    twice = TEST.replace("case):", "case, made=[]):").replace("([case]))", "([case]), of=made)")
+    twice += "    assert proofs.has_taken(made) and not proofs.has_taken([])"
+    (project.path / "test_kernels.py").write_text(twice)
+    assert executed(project, "--prove") == ["1", "2"]
+    assert executed(project) == []
+
+
+def test_hypothesis_is_always_executed(project):
+    """Its inputs are others each time."""
+    given = "from hypothesis import given, strategies\n@given(strategies.just(1))"
+    (project.path / "test_kernels.py").write_text(TEST.replace('@pytest.mark.parametrize("case", [1, 2])', given))
+    assert executed(project, "--prove") and executed(project)
+    assert proofs.read(project.path / "proofs.txt") == {}
+
+
+def test_workers_share_the_seed_and_the_file(project, monkeypatch):
+    """With pytest-xdist the proofs come back from its workers."""
+    pytest.importorskip("xdist")
+    monkeypatch.setenv("PYTHONPATH", str(proofs.EMULATOR.parent))
+    project.runpytest_subprocess("-p", "ptxemu.proofs", "-n2", "--prove").assert_outcomes(passed=2)
+    assert len(proofs.read(project.path / "proofs.txt")) == 2
+    result = project.runpytest_subprocess("-p", "ptxemu.proofs", "-n2", "--proof-seed=0")
+    result.assert_outcomes(skipped=2)
+
+
+def test_debug_information_is_no_code():
+    """It holds the folder of the sources and their line numbers."""
+    code = proofs.code_of(PTX)
+    assert "add.s32" in code and "$L__BB0_1" in code
+    assert all(word not in code for word in ("somewhere", ".loc", "comment", "tmp0", "debug", ".b8"))
+    assert code == proofs.code_of(PTX.replace("/somewhere", "/elsewhere").replace(".loc 1 3", ".loc 1 4"))
+    assert code != proofs.code_of(PTX.replace("%r2, 1", "%r2, 2"))
+
+
+def test_a_digest_tells_values_apart():
+    """Also those whose bytes are the same."""
+    zeros = torch.zeros(4, 4)
+    values = [
+        *("1", 1, 1.0, (1,), None, b"1", zeros, zeros.int(), zeros.view(16), zeros.t()[::2], zeros + 1),
+        *(np.zeros(4), np.zeros(4, np.int64)),
+    ]
+    digests = [proofs.digest([value]) for value in values]
+    assert len(set(digests)) == len(values) and digests == [proofs.digest([value]) for value in values]
+    assert proofs.digest(["ab", "c"]) != proofs.digest(["a", "bc"])
+    with pytest.raises(TypeError, match="cannot depend on"):
+        proofs.digest([object()])
