@@ -201,7 +201,7 @@ struct Fmas {
 template <class Product, class T>
 __device__ __forceinline__ void gemv(const Arguments& arguments) {
   const LinearArgs& args = arguments.linear;
-  const Scales& stored_scales = args.weight.scales;
+  const Scales stored_scales = args.weight.scales;  // a copy: by reference ptxas spills for sm_90
   constexpr int kRows = Product::kRows, kAhead = Product::kAhead;
   __shared__ typename Product::Table table;
   __shared__ PanelScales scales;
