@@ -16,6 +16,7 @@ from . import backends, ops, reference
 from . import format as fmt
 from .format import WeightSpec, check_float_dtype
 from .sharding import Sharded
+from .version import __version__
 
 PARTS = ("packed", "absmax", "group_scales", "offset")
 
@@ -214,9 +215,8 @@ class QuantizedTensor(Sharded, torch.Tensor):
 
     def _stable_hash_for_caching(self) -> str:
         """All that compiled code depends on. torch's cache of compiled graphs, which outlives a process, asks for it."""
-        from . import __version__  # what functions.py and aten.py made of a function is in the compiled code
-
         parts = [None if p is None else (p.shape, p.stride(), p.dtype, p.device) for p in self.parts()]
+        # The version stands for what functions.py and aten.py made of a function: that is in the compiled code.
         return repr((__version__, self.stored, self.requires_grad, parts))
 
     def __reduce_ex__(self, protocol):
