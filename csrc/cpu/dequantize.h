@@ -29,8 +29,8 @@ void decode_scales(const QuantizedWeight& weight, int64_t first, int64_t count, 
   }
 }
 
-// Decodes elements [begin, begin + count) of the flattened weight to T. Any begin: work goes in chunks of 64 elements
-// aligned on the flat index, which no block boundary cuts except in the middle (block size 32).
+// Decodes elements [begin, begin + count) of the flattened weight to T. `begin` may be anything: the work is done in
+// chunks of 64 elements aligned on the flat index, which block boundaries cut in the middle only (block size 32).
 template <class Isa, class T>
 void decode_range(const QuantizedWeight& weight, const typename Isa::Decoder& decode, int64_t begin, int64_t count,
                   T* out) {
@@ -42,7 +42,7 @@ void decode_range(const QuantizedWeight& weight, const typename Isa::Decoder& de
     const int64_t batch_end = std::min(end, (batch + kChunksPerBatch) * kChunk);
     const int64_t first_block = std::max(begin, batch * kChunk) >> shift, last_block = (batch_end - 1) >> shift;
     decode_scales<Isa>(weight, first_block, last_block - first_block + 1, scales);
-    // Of a chunk that begins or ends outside of the range only blocks inside have a decoded scale.
+    // A chunk may begin or end outside of the range, where blocks have no decoded scale.
     const auto scale_at = [&](int64_t element) {
       return scales[std::clamp(element >> shift, first_block, last_block) - first_block];
     };
@@ -78,7 +78,7 @@ void decode_range_int8(const QuantizedWeight& weight, int64_t begin, int64_t cou
   }
 }
 
-// Either; `decode` is empty for int8 codes.
+// Any format; `decode` is empty for int8 codes.
 template <class Isa, class T>
 void decode_elements(const QuantizedWeight& weight, const std::optional<typename Isa::Decoder>& decode, int64_t begin,
                      int64_t count, T* out) {
@@ -89,8 +89,8 @@ void decode_elements(const QuantizedWeight& weight, const std::optional<typename
   }
 }
 
-// A result from this size on goes past the caches: most of it would not stay in them, and a store through them reads
-// memory before it writes it (a fifth slower on 4096 x 14336).
+// Results of at least this size are stored past the caches: most of one would not stay in them, and a store through
+// them reads memory before it writes it (a fifth slower on 4096 x 14336).
 constexpr int64_t kStreamBytes = 32 << 20;
 
 // Elements [begin, end) of the weight, begin being a multiple of 4096.

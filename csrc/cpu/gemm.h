@@ -38,8 +38,8 @@ struct Fp32Words {
   static void join_rows(float*, int64_t) {}
 };
 
-// A word is two elements: of A, bf16 as it is, or of B, rounded to bf16. Where the depth is odd the last has a zero
-// beside it, in A and in B: whatever lay there could be NaN.
+// A word is two elements: of A, bf16 as it is, or of B, rounded to bf16. Where the depth is odd, a zero stands beside
+// the last element, in A and in B: what was in memory there could be NaN.
 template <class Isa>
 struct Bf16Words {
   using Vec = typename Isa::Vec;

@@ -1,5 +1,5 @@
-// gemv: y = x W^T for up to four rows of x. Weights go from codes to registers to the sum, never to memory, so that
-// reading them is what it costs: lanes run along k, one row of W at a time. And grad_x = grad W, for as few rows.
+// gemv: y = x W^T for up to four rows of x, and grad_x = grad W for as few. Weights are decoded into registers and
+// never stored, so that reading their codes is the cost. Lanes run along k, one row of W at a time.
 #pragma once
 
 #include <algorithm>
@@ -145,7 +145,7 @@ void gemv(const LinearArgs& args, const ParallelFor& parallel_for) {
   // As much of x as stays in the L1 cache, M x kDepth floats, meets kRowBlock rows of W before the next piece does.
   // The rows after those are fetched meanwhile: the hardware's prefetcher stops at each page (a quarter slower).
   constexpr int64_t kDepth = kGemvDepth / M / 128 * 128, kRowBlock = 4;
-  // Rows of W in one loop: with two, for one row of x, it is left half as often (3%); for more, registers are too few.
+  // Rows of W in one loop. Two for one row of x leave the loop half as often (3%); for more rows registers are too few.
   constexpr int kTogether = M == 1 ? 2 : 1;
   const int64_t n_end = args.n, k = args.k;
   const Scratch x = permute_to_lane_order<Decoder, M>(static_cast<const T*>(args.x), k);

@@ -25,7 +25,7 @@ inline float to_float(Fp16 value) {
   const uint32_t sign = uint32_t{value.bits} >> 15 << 31;
   const uint32_t magnitude = value.bits & 0x7fff;
   if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);  // inf, NaN
-  // Shifted into place the exponent is 112 too small; the product repairs it, for subnormals too.
+  // After the shift the exponent is 112 too small; the product repairs it, for subnormals too.
   return float_of(sign | bits_of(float_of(magnitude << 13) * float_of((127 + 112) << 23)));
 }
 

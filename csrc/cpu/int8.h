@@ -11,8 +11,8 @@
 namespace lowbit::cpu {
 
 // codes[i] = round_to_even(values[i] * scale), for |values[i] * scale| < 2^22. Adding 1.5 * 2^23 leaves no bits for a
-// fraction: the sum is rounded to the integer, whose two's complement stands in its lowest bits. Whatever comes in, NaN
-// too, is some code.
+// fraction: the sum is rounded to the integer, whose two's complement is in the lowest bits. Any input gives some code,
+// NaN too.
 static inline void encode_int8(const float* values, int64_t count, float scale, int8_t* codes) {
   constexpr float kRound = 12582912.0f;
   for (int64_t i = 0; i < count; ++i) codes[i] = static_cast<int8_t>(bits_of(values[i] * scale + kRound));

@@ -1,4 +1,4 @@
-// The CPU kernels: what each computes, on raw pointers. Torch is not known here; the bindings check the arguments.
+// The CPU kernels, on raw pointers. They do not know torch; the bindings check the arguments.
 #pragma once
 
 #include <cstdint>

@@ -38,8 +38,8 @@ static void encode_short_block(const Format& format, const T* values, int64_t co
 
 template <class Isa, class T>
 void quantize_blocks(const QuantizeArgs& args, int64_t begin, int64_t end) {
-  // Scales first for a few blocks, then their codes: the steps from values to a scale, its reciprocal and the codes
-  // wait for each other, those of different blocks do not.
+  // A few blocks get their scales first, then their codes: within a block scale, reciprocal and codes wait for each
+  // other, but those of different blocks do not.
   constexpr int64_t kBatchElements = 1024;
   const T* weight = static_cast<const T*>(args.weight);
   const int64_t size = args.block_size, full_blocks = args.numel / size;
@@ -110,8 +110,8 @@ void quantize_scales(const QuantizeScalesArgs& args, const ParallelFor& parallel
         continue;
       }
       const float inverse = 1.0f / group_scale;
-      // Apart from the look-ups, and clamped as an integer (floats from zero up are ordered as their bits), so that the
-      // compiler makes vectors of it. Whatever comes in, NaN too, the index is within the table.
+      // The compiler vectorizes this because it is apart from the look-ups and clamps integers (floats from zero up are
+      // ordered as their bits). The index is within the table for any input, NaN too.
       int32_t positions[kGroupSize];
       constexpr int32_t kLast = 0x477fff80;  // 65535.5
       for (int64_t i = 0; i < count; ++i) {

@@ -53,7 +53,7 @@ template <class Isa, class T>
 void search_blocks(const SearchScalesArgs& args, int64_t begin, int64_t end) {
   const T* weight = static_cast<const T*>(args.weight);
   const typename Isa::Nearest nearest(*args.format);
-  // Of a short last block the rest is zeros, which add no error.
+  // A short last block is filled up with zeros, which add no error.
   std::vector<float> v(static_cast<size_t>(args.block_size)), h(v.size());
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * args.block_size, count = std::min(args.block_size, args.numel - first);
@@ -100,7 +100,7 @@ void encode_blocks(const EncodeArgs& args, int64_t begin, int64_t end) {
     const T* values = static_cast<const T*>(args.weight) + first;
     uint8_t* packed = args.packed + first / 2;
     const float scale = args.scales[block];
-    // A scale whose inverse would overflow decodes everything to nearly zero: the code of zero it is.
+    // A scale whose inverse would overflow decodes everything to nearly zero, so every element gets the code of zero.
     const float inverse = scale >= kTinyAbsmax || scale <= -kTinyAbsmax ? 1.0f / scale : 0.0f;
     int64_t i = 0;
     for (; i + 32 <= count; i += 32) encode(values + i, inverse, packed + i / 2);

@@ -1,5 +1,5 @@
 // Every standard header that the kernels use. A file that switches the compiler to an instruction set includes them
-// first: an inline function of theirs, compiled there, could otherwise be the copy that the linker keeps for all.
+// first. Otherwise an inline function of theirs could be compiled there and be the copy that the linker keeps for all.
 #pragma once
 
 #include <algorithm>

@@ -2,7 +2,7 @@
 //
 // A warp takes one tile at a time: each lane loads 16 packed bytes, the warp passes them through shared memory to the
 // lanes that will write what they decode to, and each lane writes 16 bytes at a time; every access of a warp is 512
-// consecutive bytes. What is left over or unaligned goes element by element.
+// consecutive bytes. The rest and unaligned memory go element by element.
 #include <type_traits>
 
 #include "device/elements.cuh"

@@ -1,9 +1,9 @@
-// linear for a few rows of x and a 4-bit weight: reading W once is what it costs.
+// linear for a few rows of x and a 4-bit weight. Its cost is to read W once.
 //
-// A block of threads takes 16 rows of W; its warps share out their columns, 128 at a time (layout.h). What a warp does
-// with its 16 x 128 weights is either mma, where x has 16 bits, or FMAs in fp32. Scales are decoded for a panel of
-// columns at once, into shared memory. At the end the block adds up its warps' sums, of which LoRA's product is one
-// more. Where N is too small to fill the GPU, the columns are shared out over blocks too, and split_sum adds up.
+// A block of threads takes 16 rows of W; its warps share their columns, 128 at a time (layout.h). A warp multiplies its
+// 16 x 128 weights by mma where x has 16 bits, by FMAs in fp32 elsewhere. The scales of a panel of columns are decoded
+// into shared memory at once. At the end the block adds up the sums of its warps and LoRA's product. Where N is too
+// small to fill the GPU, several blocks share the columns, and split_sum adds up their sums.
 #include "device/elements.cuh"
 #include "device/launch.h"
 #include "device/split_sum.cuh"
@@ -34,13 +34,13 @@ struct PanelScales {
 // What a lane reads past the end of x.
 [[maybe_unused]] __device__ const uint4 zeros[4] = {};  // unused before sm_80
 
-// W as A, x as B of mma.m16n8k16. The order of the contraction is free: mma i takes bytes 2i and 2i + 1 of each lane's
-// 16, and the lane's x is as consecutive. A step spans kParts blocks (4, 2 or 1 of 32, 64 or more), each in lanes of
-// its own. So that each sum has one scale, each part of a row of x has a column of B of its own, zero for the other
-// lanes: with kTiles = 1 beside the other parts, with kTiles = kParts in another B.
+// W is A and x is B of mma.m16n8k16. The order of the contraction is free: mma i takes bytes 2i and 2i + 1 of each
+// lane's 16, and the lane's elements of x are consecutive too. A step spans kParts blocks (4, 2 or 1 of 32, 64 or
+// more), each in lanes of its own. So that each sum has one scale, each part of a row of x has a column of B of its
+// own, zero for the other lanes: with kTiles = 1 beside the other parts, with kTiles = kParts in another B.
 //
-// The second B, for 5 to 8 rows and blocks of 64, makes it 2.1 instructions a weight in place of 1.75: 16 mma and 8
-// FMAs more for 128 weights of a lane. The reason is the width of the loads of W: two lanes of a quad have all 64
+// The second B, for 5 to 8 rows and blocks of 64, takes 2.1 instructions per weight where one B takes 1.75: 16 mma and
+// 8 FMAs more for 128 weights of a lane. The reason is the width of the loads of W: two lanes of a quad have all 64
 // columns of a block, and an mma adds up what four have.
 template <class T, int kParts, int kTiles>
 struct TensorCores {
@@ -201,7 +201,7 @@ struct Fmas {
 template <class Product, class T>
 __device__ __forceinline__ void gemv(const Arguments& arguments) {
   const LinearArgs& args = arguments.linear;
-  const Scales& stored_scales = args.weight.scales;
+  const Scales stored_scales = args.weight.scales;  // a copy: by reference ptxas spills for sm_90
   constexpr int kRows = Product::kRows, kAhead = Product::kAhead;
   __shared__ typename Product::Table table;
   __shared__ PanelScales scales;
@@ -209,7 +209,7 @@ __device__ __forceinline__ void gemv(const Arguments& arguments) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize;
   const int warp = static_cast<int>(ptx::shuffle(threadIdx.x / kWarpSize, 0));  // known to be the same in all lanes
   const uint32_t k = static_cast<uint32_t>(args.k);
-  // The last 16 rows may have been begun by the block before.
+  // The last 16 rows may overlap those of the block before.
   const int64_t first_n = min(int64_t{blockIdx.x} * kGemvRows, args.n - kGemvRows);
   const int64_t first_m = int64_t{blockIdx.z} * kRows;
   const int rows = static_cast<int>(min(args.m - first_m, int64_t{kRows}));
@@ -223,7 +223,7 @@ __device__ __forceinline__ void gemv(const Arguments& arguments) {
   uint32_t lane_k = (first_step + warp) * kGemvDepth + lane % 4 * kGemvLaneDepth;
   const uint8_t* packed = args.weight.packed + first_n * (k / 2) + (lane / 4 * k + lane_k) / 2;
   uint4 weights[kAhead][2] = {};
-  // The step that is `steps` of the warp's further on. Past the end there is no x to multiply with.
+  // The warp's step `steps` ahead. Past the end there is no x to multiply with.
   const auto load = [&](uint32_t steps, uint4(&to)[2]) {
     if (lane_k + steps * kWarpStride >= end_k) return;
     to[0] = ptx::load_global_16(packed + steps * (kWarpStride / 2));
@@ -270,7 +270,7 @@ __device__ __forceinline__ void gemv(const Arguments& arguments) {
       decode_scales(panel, ScaleReader<true>(stored_scales));
     }
     __syncthreads();
-    // All warps take as many steps.
+    // All warps take equally many steps.
     const int steps = min(arguments.panel_steps, end_step - panel);
     for (int step = 0; step < steps; step += kAhead * kWarps) {
 #pragma unroll

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first_n = (int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize) * kWeightRows;
   const int64_t first_m = int64_t{blockIdx.y} * kRows;
   if (first_n >= n) return;
-  // Rows past the last are the last once more, and thrown away.
+  // Rows past the last repeat the last row; their sums are not written.
   const auto row_of_w = [&](int row) { return min(first_n + row, n - 1); };
   const auto row_of_x = [&](int row) { return min(first_m + row, m - 1); };
 

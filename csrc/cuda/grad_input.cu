@@ -2,10 +2,10 @@
 //
 // The contraction runs over the rows of W. A fragment of the tensor core pairs rows n and n + 1 of one column, which
 // are far apart in memory: a lane looks up both in fp32, multiplies each by its row's scale and packs them into one
-// register. So a weight is rounded once, to what dequantize writes, bit for bit: 2.5 instructions a weight, and half of
-// an 8-byte access to shared memory. A table of pairs of rows and their scales, all in 16 bits, would save 0.75 and
-// half of the access, at three roundings a weight; scales multiplied into grad would cost more than that from 64 rows
-// on, and take fp16 grad out of its range.
+// register. So a weight is rounded once, to what dequantize writes, bit for bit. This takes 2.5 instructions per weight
+// and half of an 8-byte access to shared memory. A table of pairs of rows and their scales, all in 16 bits, would save
+// 0.75 and half of the access, but round each weight three times. Scales multiplied into grad would cost more than that
+// from 64 rows on, and take fp16 grad out of its range.
 //
 // W is the mma's A (its columns are the 16 rows of A), grad its B, so a lane ends with 8 consecutive columns of a row
 // of grad_x. Blocks of threads write partial sums in fp32, one for each split of the contraction; split_sum adds
@@ -179,13 +179,13 @@ __global__ void __launch_bounds__(MmaTile<kRows>::kThreads, 2)
   }
   ptx::wait_copies<0>();
 
-  // The row warps add up one after the other, in shared memory, so that the sum is always the same. (Where a thread
-  // stands is worked out anew: what is only needed here would take registers from the loop.)
+  // The row warps add up one after the other, in shared memory, so that the sum is always the same. (The thread's place
+  // is computed again: what is only needed here would take registers from the loop.)
   __syncthreads();
   float4* sums_of_warps = reinterpret_cast<float4*>(shared.packed);
   static_assert(sizeof(shared.packed) >= kRows * Tile::kColumns * sizeof(float));
-  const int again = ptx::thread_index();
-  const auto to_tile = product.tile_of(ptx::block_index(), kRows, Tile::kColumns);
+  const int again = ptx::read_thread_index();
+  const auto to_tile = product.tile_of(ptx::read_block_index(), kRows, Tile::kColumns);
   for (int adding = 0; adding < Tile::kRowWarps; ++adding) {
     if (again / kWarpSize / Tile::kColumnWarps == adding) {
       const int lane_columns = again / kWarpSize % Tile::kColumnWarps * 64 + again % kWarpSize / 4 * 8;

@@ -1,4 +1,4 @@
-// What the kernels of grad_input.cu share: the product.
+// The product as the kernels of grad_input.cu take it.
 #pragma once
 
 #include <cstdint>

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(FmaTile::kThreads, 2)
     }
   }
 
-  // In the order of the warps, so that the sum is always the same.
+  // The warps add up in their order, so that the sum is always the same.
   for (int adding = 0; adding < kWarps; ++adding) {
     if (warp == adding) {
 #pragma unroll

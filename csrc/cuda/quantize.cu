@@ -1,7 +1,7 @@
 // quantize: absmax scales and 4-bit codes of a float weight; quantize_scales: the scales in 8 bits.
 //
 // A warp takes one unit at a time: a tile, or a block that is longer than one. Each lane's 16-byte loads stay in
-// registers from the absmax to the codes (a longer block is read again). What is left over or unaligned goes block by
+// registers from the absmax to the codes (a longer block is read again). The rest and unaligned memory go block by
 // block, element by element.
 #include "device/encode.cuh"
 #include "device/launch.h"
@@ -38,8 +38,8 @@ __device__ __forceinline__ void reduce_blocks(Magnitude<T> (&largest)[kAccesses]
   for (auto& magnitude : largest) magnitude.reduce(min(pieces, kWarpSize));
 }
 
-// One block by a warp, from and to any address. The short last block divides by absmax, where full ones multiply by its
-// reciprocal (the format says so).
+// A warp quantizes one block, from and to any address. The short last block divides by absmax, where full ones multiply
+// by its reciprocal (the format says so).
 template <class T>
 __device__ void quantize_block(const T* values, int count, bool is_short, uint8_t zero_code, uint32_t lane_base,
                                uint8_t* packed, float* absmax) {

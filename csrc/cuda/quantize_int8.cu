@@ -16,7 +16,7 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kBlocksPerProcessor = 8;
 
 // The integer nearest to x, ties to even, for |x| < 2^22, in the low byte. Adding 1.5 * 2^23 leaves no bits for a
-// fraction. Whatever comes in, NaN too, is some code.
+// fraction. Any input gives some code, NaN too.
 __device__ __forceinline__ uint32_t round_to_byte(float x) { return __float_as_uint(__fadd_rn(x, 12582912.0f)) & 255; }
 
 // tiles: whole tiles of a row that 16-byte accesses can serve.

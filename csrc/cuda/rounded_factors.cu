@@ -1,7 +1,7 @@
 // rounded_factors: LoRA's two factors in the dtype of x, for torch's product after the weight was decoded.
 //
-// A few blocks of threads take one component of the rank, a column of each factor. Each of them finds out by how much
-// the whole column has to be divided; then they share out what is written.
+// A few blocks of threads take one component of the rank, a column of each factor. Each of them finds the divisor of
+// the whole column; then they share the writing.
 #include <cmath>
 #include <type_traits>
 
@@ -14,10 +14,10 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-// So many blocks, where the rank is less, keep enough loads on their way; more would each read all of low.
+// This many blocks keep enough loads in flight where the rank is small; each block more would read all of low again.
 constexpr int64_t kBlocks = 128;
 constexpr int64_t kRowsPerThread = 4;
-// Of a component of low, what is beyond it goes to up. fp16 ends just below 2^16.
+// Larger values of a component of low are divided, and up multiplied. fp16 ends just below 2^16.
 constexpr float kLargest = 0x1p15f;
 
 // The largest finite magnitude of a column of low, times scaling; by all threads of the block.
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads)
   float moved = 1.0f;
   if constexpr (kMoves) {
     const float largest = largest_finite(low + component, m, rank, scaling);
-    // At most 2^15: up, below 2 in any LoRA, would be infinite for all rows because of one far beyond fp16.
+    // At most 2^15: a row far beyond fp16 would make up, which is below 2 in any LoRA, infinite for all rows.
     moved = fminf(fmaxf(__fmul_rn(largest, 1 / kLargest), fmaxf(fabsf(scaling), 1.0f)), kLargest);
   }
   const int64_t first_row = int64_t{blockIdx.y} * kThreads + threadIdx.x, step = int64_t{gridDim.y} * kThreads;

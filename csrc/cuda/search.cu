@@ -1,7 +1,7 @@
 // search_scales: per block the signed scale that minimises the squared error; encode: codes for given scales.
 //
-// Half a warp searches one block: lane l adds up the errors of elements l, l + 16, ... for all factors side by side,
-// and the lanes' sums are added as the format says. So every backend chooses the same scale, bit for bit.
+// Half a warp searches one block: lane l adds up the errors of elements l, l + 16, ... for all factors at once, and the
+// lanes' sums are added in the format's order, so that every backend chooses the same scale, bit for bit.
 #include "device/encode.cuh"
 #include "device/launch.h"
 #include "kernels.h"
@@ -39,7 +39,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const uint32_t lane_base = tree.lane_base(threadIdx.x % kWarpSize);
   const int64_t stride = int64_t{gridDim.x} * (kThreads / kPartialSums);
   const int64_t half_warp = int64_t{blockIdx.x} * (kThreads / kPartialSums) + threadIdx.x / kPartialSums;
-  // Both halves of a warp go round as often: they shuffle together. A half past the last block has no elements.
+  // Both halves of a warp take equally many rounds, since they shuffle together. A half past the last block has no
+  // elements.
   for (int64_t block = half_warp; (block & ~int64_t{1}) * block_size < numel; block += stride) {
     const int64_t first = block * block_size;
     const int count = static_cast<int>(max(int64_t{0}, min(int64_t{block_size}, numel - first)));
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// A scale whose inverse would overflow decodes everything to nearly zero: the code of zero it is.
+// A scale whose inverse would overflow decodes everything to nearly zero, so every element gets the code of zero.
 __device__ __forceinline__ float inverse_of(float scale) {
   return scale >= kTinyAbsmax || scale <= -kTinyAbsmax ? __frcp_rn(scale) : 0.0f;
 }

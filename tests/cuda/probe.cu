@@ -63,8 +63,8 @@ __global__ void probe_words(const uint32_t* x, uint32_t* products, int* signed_b
 
 // Where each thread stands.
 __global__ void probe_indices(int* threads, unsigned* blocks) {
-  threads[blockIdx.x * kWarpSize + threadIdx.x] = ptx::thread_index();
-  blocks[blockIdx.x * kWarpSize + threadIdx.x] = ptx::block_index();
+  threads[blockIdx.x * kWarpSize + threadIdx.x] = ptx::read_thread_index();
+  blocks[blockIdx.x * kWarpSize + threadIdx.x] = ptx::read_block_index();
 }
 
 }  // extern "C"

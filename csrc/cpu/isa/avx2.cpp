@@ -6,8 +6,8 @@
 #include "../kernels.h"
 #include "../standard.h"
 
-// Everything below, the operations too, is compiled for AVX2. Standard headers have to
-// come first: an inline function of theirs compiled here could otherwise be the copy that the linker keeps.
+// Everything below, the operations too, is compiled for AVX2. Standard headers come first: an inline function of theirs
+// compiled here could otherwise be the copy that the linker keeps.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else

@@ -4,7 +4,7 @@
 
 #include "../kernels.h"
 
-// GCC 12 takes the undefined operands inside its own intrinsics for mistakes (GCC bug 105593).
+// GCC 12 warns of the undefined operands inside its own intrinsics (GCC bug 105593).
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"

@@ -4,14 +4,14 @@
 #include "../kernels.h"
 #include "../standard.h"
 
-// GCC 12 takes the undefined operands inside its own intrinsics for mistakes (GCC bug 105593).
+// GCC 12 warns of the undefined operands inside its own intrinsics (GCC bug 105593).
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include "avx512.h"
 
-// From here on for these too. What avx512.h defines stays without: the kernels of Avx512 may share it.
+// The code below is compiled for these too. What avx512.h defines is not: the kernels of Avx512 may share it.
 #if defined(LOWBIT_PORTABLE_INTRINSICS)
 #elif defined(__clang__)
 #pragma clang attribute pop

@@ -37,7 +37,7 @@ struct Scalar {
     return c;
   }
   static float sum(const Vec& a) {
-    // This order in every instruction set: a lane and the one half the lanes further on, again and again.
+    // Every instruction set adds in this order: each lane and the one half the lanes further on, again and again.
     return ((a.lane[0] + a.lane[4]) + (a.lane[2] + a.lane[6])) + ((a.lane[1] + a.lane[5]) + (a.lane[3] + a.lane[7]));
   }
   template <class T>

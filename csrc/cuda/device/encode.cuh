@@ -16,7 +16,7 @@ namespace lowbit::cuda {
 struct CodeTree {
   uint32_t nodes[32][kWarpSize];
 
-  // By all threads of the block, with leaf_of(code); a barrier has to follow.
+  // All threads of the block call this; leaf_of(code) is a leaf. A barrier has to follow.
   template <class LeafOf>
   __device__ __forceinline__ void fill(const Format& format, const LeafOf& leaf_of) {
     for (int i = static_cast<int>(threadIdx.x); i < 32 * kWarpSize; i += static_cast<int>(blockDim.x)) {
@@ -69,7 +69,7 @@ struct Magnitude {
   __device__ __forceinline__ void take(Bf16 value) { bits = max(bits, uint32_t{value.bits} << 16 & 0x7fff0000); }
   __device__ __forceinline__ void take(Fp16 value) { bits = max(bits, uint32_t{value.bits} << 16 & 0x7fff0000); }
 
-  // With those of the lanes that differ in the low bits of their number: 2, 4, ... or 32 lanes.
+  // The largest of those of 2, 4, ... or 32 lanes, which differ in the low bits of their number.
   __device__ __forceinline__ void reduce(int lanes) {
     for (int mask = 1; mask < lanes; mask *= 2) bits = max(bits, ptx::shuffle_xor(bits, mask));
   }
@@ -90,7 +90,7 @@ __device__ __forceinline__ float Magnitude<Fp16>::value() const {
   return widen(Fp16{static_cast<uint16_t>(bits >> 16)});
 }
 
-// A tile of 4-bit codes on its way: each lane puts the packed codes of its accesses, then stores 16 packed bytes.
+// A tile of 4-bit codes in shared memory: each lane puts the packed codes of its accesses, then stores 16 packed bytes.
 template <class T>
 struct PackedTile {
   static constexpr int kCount = kPerAccess<T>;

@@ -16,8 +16,8 @@ inline unsigned grid_for(int64_t units, int64_t per_block, int64_t per_processor
   return blocks_for(units, per_block, per_processor, current_gpu().processors);
 }
 
-// Lets `kernel` have so many bytes of dynamic shared memory. Returns 0, or a CUDA error code, which is not left behind
-// for whoever asks for the last error next.
+// Lets `kernel` have so many bytes of dynamic shared memory. Returns 0, or a CUDA error code, which the next
+// cudaGetLastError() does not return again.
 template <class Kernel>
 int allow_shared_memory(Kernel kernel, int bytes) {
   const int code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

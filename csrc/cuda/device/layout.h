@@ -117,7 +117,7 @@ struct FmaTile {
   static constexpr int kThreads = kWarps * kWarpSize;
 };
 
-// Anything: a thread takes one column, element by element.
+// For any shape: a thread takes one column, element by element.
 struct ElementTile {
   static constexpr int kRows = 8;
   static constexpr int kColumns = 256;

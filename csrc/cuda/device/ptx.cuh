@@ -9,7 +9,7 @@ namespace lowbit::cuda::ptx {
 
 // --- global memory: 16 aligned bytes
 
-// Of data that is read once, past L1.
+// For data that is read once: past L1.
 __device__ __forceinline__ uint4 load_global_16(const void* from) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -18,14 +18,14 @@ __device__ __forceinline__ uint4 load_global_16(const void* from) {
   return v;
 }
 
-// Of data that other warps read too, through L1.
+// For data that other warps read too: through L1.
 __device__ __forceinline__ uint4 load_global_16_cached(const void* from) {
   uint4 v;
   asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
   return v;
 }
 
-// The same where `wanted`; otherwise v stays as it is. (Not 32 bytes: of two loads together nvcc makes a branch.)
+// The same where `wanted`; otherwise v stays as it is. (16 bytes, because nvcc makes a branch of two loads together.)
 __device__ __forceinline__ void load_global_16_if(bool wanted, uint4& v, const void* from) {
   asm volatile(
       "{\n\t"
@@ -47,7 +47,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// volatile: they stay behind the barrier that they stand behind. Only ptxas, which knows what they read, moves them.
+// volatile: they stay behind the barrier before them. Only ptxas, which knows what they read, moves them.
 __device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
   uint32_t v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
@@ -75,7 +75,7 @@ __device__ __forceinline__ void copy_async_16(uint32_t to, const void* from, int
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until at most kPending of this thread's committed groups are under way; a barrier makes the rest visible to others.
+// Waits until at most kPending of this thread's committed groups are pending; a barrier makes the others' data visible.
 template <int kPending>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -113,10 +113,15 @@ __device__ __forceinline__ void mma<Fp16>(float (&c)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// threadIdx.x, read where it stands: nothing that is computed from it is kept in registers until then.
+// threadIdx.x and blockIdx.x, read at this point: nothing that is computed from them is kept in registers until then.
 __device__ __forceinline__ int read_thread_index() {
   int v;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
+  return v;
+}
+__device__ __forceinline__ unsigned read_block_index() {
+  unsigned v;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(v));
   return v;
 }
 
@@ -134,7 +139,7 @@ __device__ __forceinline__ uint32_t shuffle(uint32_t value, int lane) {
   return v;
 }
 
-// The sum over aligned groups of kLanes lanes, in each of them.
+// The sum over aligned groups of kLanes lanes; each lane of a group gets it.
 template <int kLanes>
 __device__ __forceinline__ float sum_lanes(float value) {
 #pragma unroll
@@ -151,9 +156,9 @@ __device__ __forceinline__ uint32_t shuffle_quad(uint32_t value, int lane) {
 
 // --- bytes
 
-// sum + factor times byte `b` of `word`, the lowest being number 0; factor: at most 255. One instruction, IDP, in the
-// pipe of IMAD and about as fast: on a B200 118 TOPS were measured of it, 8 operations each, and 36.5 of IMAD, 2 each
-// (OpenCL-Benchmark's README).
+// sum + factor times byte `b` of `word`, the lowest being number 0; factor: at most 255. It is one instruction,
+// IDP, in the pipe of IMAD and about as fast: OpenCL-Benchmark's README measured 118 TOPS of it on a B200, 8 operations
+// each, and 36.5 of IMAD, 2 each.
 __device__ __forceinline__ uint32_t add_product_of_byte(uint32_t word, int b, uint32_t factor, uint32_t sum) {
   uint32_t v;
   asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(v) : "r"(word), "r"(factor << 8 * b), "r"(sum));
@@ -217,19 +222,5 @@ __device__ __forceinline__ uint32_t narrow_bf16x2(float low, float high) {
 }
 
 #endif
-
-// --- special registers
-
-// threadIdx.x and blockIdx.x, read where this stands.
-__device__ __forceinline__ int thread_index() {
-  int v;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
-  return v;
-}
-__device__ __forceinline__ unsigned block_index() {
-  unsigned v;
-  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(v));
-  return v;
-}
 
 }  // namespace lowbit::cuda::ptx

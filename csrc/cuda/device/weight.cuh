@@ -72,14 +72,14 @@ struct PairTable {
 
   alignas(16) float2 pairs[256][kCopies];
 
-  // By all threads of the block; a barrier has to follow. Two copies at a time, those of neighbouring lanes in other
-  // banks.
+  // All threads of the block call this; a barrier has to follow. A thread writes two copies at a time, in other banks
+  // than its neighbours.
   __device__ __forceinline__ void fill(const Format& format) {
 #pragma unroll 1  // it runs once or twice; unrolled it would take more registers than the loop of a kernel
     for (int byte = static_cast<int>(threadIdx.x); byte < 256; byte += static_cast<int>(blockDim.x)) {
       const float even = format.codebook[byte >> 4], odd = format.codebook[byte & 15];
       float4* copies = reinterpret_cast<float4*>(pairs[byte]);
-#pragma unroll 2  // so that weights which are on their way keep their registers
+#pragma unroll 2  // so that weights in flight keep their registers
       for (int i = 0; i < kCopies / 2; ++i) copies[(i + byte) % (kCopies / 2)] = {even, odd, even, odd};
     }
   }
@@ -100,7 +100,7 @@ template <class T>
 struct NarrowPairTable {
   uint32_t pairs[256][kWarpSize];
 
-  // By all threads of the block; a barrier has to follow. Neighbouring threads begin at different banks.
+  // All threads of the block call this; a barrier has to follow. Neighbouring threads begin at different banks.
   __device__ __forceinline__ void fill(const Format& format) {
     constexpr int kPieces = kWarpSize / 4;
     for (int byte = static_cast<int>(threadIdx.x); byte < 256; byte += static_cast<int>(blockDim.x)) {
