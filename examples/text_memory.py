@@ -24,22 +24,14 @@ class BaseBytes:
 
 def base_bytes(model: torch.nn.Module) -> BaseBytes:
     """Count every stored tensor once, but LoRA matrices and trained copies of the head (the adapter)."""
-    parameters = total = quantized = quantized_dense = 0
-    seen: set[int] = set()
-    for module in model.modules():
-        weight = getattr(module, "quantized_weight", None)
-        if isinstance(weight, lowbit.QuantizedTensor):
-            quantized += weight.nbytes
-            quantized_dense += 4 * weight.numel()
-            parameters += weight.numel()
-            seen.update(part.data_ptr() for part in weight.parts() if part is not None)
-    total = quantized
-    for name, parameter in model.named_parameters():
-        if "lora_" in name or "modules_to_save" in name or parameter.data_ptr() in seen:
-            continue
-        parameters += parameter.numel()
-        total += parameter.nbytes
-    return BaseBytes(parameters, total, quantized, quantized_dense)
+    stored = [p for name, p in model.named_parameters() if "lora_" not in name and "modules_to_save" not in name]
+    quantized = [p for p in stored if isinstance(p, lowbit.QuantizedTensor)]
+    return BaseBytes(
+        parameters=sum(p.numel() for p in stored),
+        total=sum(p.nbytes for p in stored),
+        quantized=sum(p.nbytes for p in quantized),
+        quantized_dense=sum(4 * p.numel() for p in quantized),
+    )
 
 
 def peak_memory_bytes() -> int | None:

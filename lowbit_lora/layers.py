@@ -50,7 +50,8 @@ class LoRABaseLayer(nn.Module):
 
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """``(A [rank, in], B [out, rank])``."""
-        return self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        modules = self._modules  # directly: nn.Module's own look-up costs 1 us for each name
+        return modules["lora_A"]._modules[ADAPTER].weight, modules["lora_B"]._modules[ADAPTER].weight
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -162,16 +163,17 @@ class LoRALinear(LoRABaseLayer):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features] in the dtype of input (under autocast, in the autocast dtype)."""
-        base, (lora_a, lora_b) = self.base_layer, self.factors()
-        if isinstance(base.weight, QuantizedTensor):
+        base, (lora_a, lora_b) = self._modules["base_layer"], self.factors()
+        weight, bias = base.weight, base.bias
+        if isinstance(weight, QuantizedTensor):
             return lowbit.lora_linear(
-                input, base.weight, lora_a, lora_b, self.scaling, base.bias, self.lora_dropout, self.training
+                input, weight, lora_a, lora_b, self.scaling, bias, self.lora_dropout, self.training
             )
         if input.shape[-1] != self.in_features:
             raise ValueError(
                 f"input: expected a last dimension of in_features={self.in_features}, got {tuple(input.shape)}"
             )
-        y = frozen_linear(input, base.weight, base.bias)
+        y = frozen_linear(input, weight, bias)
         dropped = F.dropout(input, self.lora_dropout, self.training)
         with _without_autocast(input.device):
             # LoRA in the adapter's own precision, as on a quantized base.
@@ -179,19 +181,7 @@ class LoRALinear(LoRABaseLayer):
             return y + (self.scaling * F.linear(t, lora_b)).to(y.dtype)
 
 
-def QLoRALinear(
-    in_features: int,
-    out_features: int,
-    bias: bool = True,
-    *,
-    quantization: QuantizationType | str = QuantizationType.NF4,
-    double_quant: bool = True,
-    block_size: int = 64,
-    scale: str = "absmax",
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    **lora: Any,
-) -> LoRALinear:
+class QLoRALinear(LoRALinear):
     """A LoRALinear on a random weight as nn.Linear's, which is stored in 4 bits or in 8.
 
     Args:
@@ -203,12 +193,53 @@ def QLoRALinear(
     Raises:
         TypeError, ValueError: an argument out of range.
     """
-    for name, size in (("in_features", in_features), ("out_features", out_features)):
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
-    stored = QLoRAConfig(quantization=quantization, double_quant=double_quant, block_size=block_size, scale=scale)
-    linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-    return LoRALinear(lowbit.quantize_(linear, stored.spec, scale=scale), **lora)
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        quantization: QuantizationType | str = QuantizationType.NF4,
+        double_quant: bool = True,
+        block_size: int = 64,
+        scale: str = "absmax",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **lora: Any,
+    ):
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
+        stored = QLoRAConfig(quantization=quantization, double_quant=double_quant, block_size=block_size, scale=scale)
+        linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        super().__init__(lowbit.quantize_(linear, stored.spec, scale=scale), **lora)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        quantization: QuantizationType | str = QuantizationType.NF4,
+        double_quant: bool = True,
+        block_size: int = 64,
+        scale: str = "absmax",
+        **lora: Any,
+    ) -> "QLoRALinear":
+        """A layer with the weight of ``linear`` stored in 4 bits or in 8, and its bias; ``linear`` is not changed.
+
+        Raises:
+            TypeError: ``linear`` is not an nn.Linear, or its dtype is not float32, float16 or bfloat16.
+            ValueError: an option out of range, or NaN or inf in the weight.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
+        stored = QLoRAConfig(quantization=quantization, double_quant=double_quant, block_size=block_size, scale=scale)
+        base = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        base.weight, base.bias = linear.weight, linear.bias
+        layer = cls.__new__(cls)
+        LoRALinear.__init__(layer, lowbit.quantize_(base, stored.spec, scale=scale), **lora)
+        return layer
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:

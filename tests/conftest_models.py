@@ -1,8 +1,12 @@
 """Tiny models for the tests of lowbit_lora: random weights from a seed, no file, no network."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+
+from lowbit import QuantizedTensor
 
 IDS = torch.arange(21).reshape(3, 7) % 50
 LABELS = torch.tensor([0, 1, 1])
@@ -60,10 +64,15 @@ def llama(seed: int = 0, tied: bool = False):
     return transformers.LlamaForCausalLM(config).eval()
 
 
+def decoded(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or what a quantized one stands for."""
+    return tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
+
+
 def snapshot(model: nn.Module) -> dict:
     """All that a failed conversion must leave alone: values, flags, module types, Parameter objects."""
     return {
-        "state": {key: value.clone() for key, value in model.state_dict().items()},
+        "state": {key: decoded(value).clone() for key, value in model.state_dict().items()},
         "parameters": {name: (id(p), p.requires_grad, p.dtype) for name, p in model.named_parameters()},
         "modules": {name: id(module) for name, module in model.named_modules()},
         "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
@@ -100,3 +109,23 @@ def logits(model: nn.Module) -> torch.Tensor:
     """The model's logits on the fixed input."""
     with torch.no_grad():
         return model(input_ids=IDS).logits
+
+
+def randomize(wrapper: nn.Module, seed: int = 0) -> nn.Module:
+    """Fill B, which begins as zero and hides a LoRA that computes nothing."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in wrapper.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.1)
+    return wrapper
+
+
+def assert_as_precise(actual: torch.Tensor, model: nn.Module, run) -> None:
+    """``actual`` is what ``model`` computes, up to roundings: ``run(model)`` in fp64 is the truth, and its error in the
+    model's own precision the measure. The largest of many such errors varies; 4 of the model's are allowed.
+    """
+    exact = run(copy.deepcopy(model).double())
+    own = (run(model).double() - exact).abs().max()
+    error = (actual.double() - exact).abs().max()
+    assert error <= 4 * own, f"off by {error:.3g}, where the model itself is by {own:.3g}"

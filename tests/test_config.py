@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowbit import WeightSpec
 from lowbit_lora import LoraConfig, QLoRAConfig, QuantizationType
 
 
@@ -31,6 +32,8 @@ from lowbit_lora import LoraConfig, QLoRAConfig, QuantizationType
         ({"quantization": "nf3"}, ValueError, ("quantization", "NF4", "nf3")),
         ({"quantization": 4}, ValueError, ("quantization", "NF4", "4")),
         ({"double_quant": 1}, TypeError, ("double_quant", "1")),
+        ({"scale": "best"}, ValueError, ("scale", "absmax", "search", "best")),
+        ({"scale": "search", "quantization": "int8"}, ValueError, ("scale", "absmax", "int8")),
         ({"paged_adamw": True}, NotImplementedError, ("paged_adamw",)),
     ],
 )
@@ -54,6 +57,11 @@ def test_quantization_may_be_named(member):
     """Settings that come from a command line are strings."""
     for name in (member, member.name, member.value):
         assert QLoRAConfig(quantization=name).quantization is member
+
+
+def test_int8_ignores_what_only_4_bits_have():
+    """A script that changes nothing but the format must run."""
+    assert QLoRAConfig(quantization="int8", block_size=48).spec == WeightSpec("int8")
 
 
 @given(

@@ -6,19 +6,25 @@ import pickle
 
 import pytest
 import torch
-from conftest_models import IDS, LABELS, assert_untouched, bert, llama, logits, mlp, snapshot, train
+from conftest_models import (
+    IDS,
+    LABELS,
+    assert_as_precise,
+    assert_untouched,
+    bert,
+    decoded,
+    llama,
+    logits,
+    mlp,
+    randomize,
+    snapshot,
+    train,
+)
 from torch import nn
 
-from lowbit_lora import (
-    LoraConfig,
-    LoRALinear,
-    LoraModel,
-    QLoRAConfig,
-    QLoRALinear,
-    QLoRAModel,
-    QuantizationType,
-    QuantizedLinear,
-)
+import lowbit
+from lowbit import QuantizedTensor, WeightSpec
+from lowbit_lora import LoraConfig, LoRALinear, LoraModel, QLoRAConfig, QLoRAModel, QuantizationType
 
 KINDS = [(LoraModel, LoraConfig), (QLoRAModel, QLoRAConfig)]
 kinds = pytest.mark.parametrize(("model_type", "config_type"), KINDS, ids=["lora", "qlora"])
@@ -28,20 +34,16 @@ def layers_of(model, kind):
     return {name for name, module in model.named_modules() if type(module) is kind}
 
 
-def quantized_base(model):
-    """The base with QuantizedLinear layers put in by hand, head left out."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and name not in ("classifier", "lm_head"):
-                setattr(parent, name, QuantizedLinear.from_linear(child))
-    return model
+def quantized_weights(model):
+    return {name: p for name, p in model.named_parameters(remove_duplicate=False) if isinstance(p, QuantizedTensor)}
 
 
 @pytest.mark.parametrize("make", [bert, llama])
 def test_starts_exactly_as_the_quantized_base(make):
     """B = 0: the first step starts from the base, bit for bit."""
     wrapped = QLoRAModel(make(), QLoRAConfig())
-    assert torch.equal(logits(wrapped), logits(quantized_base(make())))
+    heads = [name for name in ("classifier", "lm_head") if hasattr(make(), name)]
+    assert torch.equal(logits(wrapped), logits(lowbit.quantize_(make(), skip=heads)))
 
 
 def test_lora_starts_exactly_as_the_dense_base():
@@ -51,16 +53,17 @@ def test_lora_starts_exactly_as_the_dense_base():
 
 def test_stores_all_but_the_head_in_4_bits():
     """The memory is saved on every linear layer, not only on those with LoRA; heads stay precise."""
-    dense = sum(p.nbytes for p in llama().parameters())
+    dense = sum(tensor.nbytes for tensor in [*llama().parameters(), *llama().buffers()])
     wrapped = QLoRAModel(llama(), QLoRAConfig(target_modules=["q_proj"]))
     model = wrapped.get_base_model()
-    assert layers_of(model, QLoRALinear) == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
-    assert len(layers_of(model, QuantizedLinear)) == 2 * 6
-    assert layers_of(model, nn.Linear) == {"lm_head"}
-    in_linears = dense - sum(
-        p.nbytes for n, p in llama().named_parameters() if "embed" in n or "head" in n or "norm" in n
-    )
-    assert wrapped.memory_footprint() < dense - 0.8 * in_linears
+    assert layers_of(model, LoRALinear) == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
+    stored = quantized_weights(model)
+    assert len(stored) == 2 * 7 and not any("lm_head" in name for name in stored)
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+    # Half a byte a weight, a byte for each 64, and fp32 for each 256 of those and for the offset.
+    expected = sum(q.numel() // 2 + q.numel() // 64 + 4 * -(-q.numel() // 64 // 256) + 4 for q in stored.values())
+    assert sum(q.nbytes for q in stored.values()) == expected
+    assert wrapped.memory_footprint() == dense - sum(4 * q.numel() for q in stored.values()) + expected
 
 
 @pytest.mark.parametrize(
@@ -167,16 +170,17 @@ def test_what_trains(bias):
     model = wrapped.get_base_model()
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     lora = {f"bert.encoder.layer.{i}.attention.self.query" for i in (0, 1)}
-    expected = {f"{name}.{part}" for name in lora for part in ("lora_A", "lora_B")}
+    expected = {f"{name}.{part}.default.weight" for name in lora for part in ("lora_A", "lora_B")}
     expected |= {"classifier.weight", "classifier.bias"}
     if bias == "all":
-        expected |= {name for name, _ in bert().named_parameters() if name.endswith("bias")}
+        expected |= {name for name, _ in model.named_parameters() if name.endswith("bias")}
     if bias == "lora_only":
-        expected |= {f"{name}.bias" for name in lora}
+        expected |= {f"{name}.base_layer.bias" for name in lora}
     assert trains == expected
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    before = copy.deepcopy(model).state_dict()
     train(wrapped)
-    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    after = model.state_dict()
+    changed = {n for n in before if not torch.equal(*(decoded(state[n]) for state in (before, after)))}
     # The gradient of the key's bias is zero in exact arithmetic, so it need not move.
     assert changed <= expected
     assert {name for name in expected if "key.bias" not in name} <= changed
@@ -220,14 +224,15 @@ def test_merge_gives_a_plain_model_that_predicts_the_same(model_type, config_typ
     """What is deployed is what was trained, with nothing of lowbit left in it."""
     wrapped = model_type(make(), config_type(use_rslora=True, bias="all"))
     train(wrapped)
-    expected = logits(wrapped)
+    before = logits(wrapped)
     merged = wrapped.merge_and_unload()
     assert type(merged) is type(make())
+    assert {type(module) for module in merged.modules()} == {type(module) for module in make().modules()}
     assert {n: (p.shape, p.dtype, p.requires_grad) for n, p in merged.named_parameters()} == {
         n: (p.shape, p.dtype, p.requires_grad) for n, p in make().named_parameters()
     }
     assert merged.state_dict().keys() == make().state_dict().keys()
-    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+    assert_as_precise(before, merged, logits)
     with pytest.raises(ValueError, match="merged"):
         wrapped.merge_and_unload()
     model_type(merged, config_type())  # and it can be adapted again
@@ -238,7 +243,7 @@ def test_a_merge_that_fails_changes_nothing(monkeypatch):
     wrapped = QLoRAModel(bert(), QLoRAConfig())
     train(wrapped)
     expected, before = logits(wrapped), snapshot(wrapped.get_base_model())
-    real, calls = QLoRALinear.merge, []
+    real, calls = LoRALinear.merged_weight, []
 
     def failing(layer):
         calls.append(layer)
@@ -246,7 +251,7 @@ def test_a_merge_that_fails_changes_nothing(monkeypatch):
             raise MemoryError("no more")
         return real(layer)
 
-    monkeypatch.setattr(QLoRALinear, "merge", failing)
+    monkeypatch.setattr(LoRALinear, "merged_weight", failing)
     with pytest.raises(MemoryError):
         wrapped.merge_and_unload()
     assert_untouched(wrapped.get_base_model(), before)
@@ -291,7 +296,7 @@ def test_lora_on_a_tied_head_keeps_the_tie_until_the_merge():
     wrapped = QLoRAModel(llama(tied=True), QLoRAConfig(target_modules=["lm_head", "q_proj"]))
     model = wrapped.get_base_model()
     assert type(model.lm_head) is LoRALinear
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.base_layer.weight is model.model.embed_tokens.weight
     with pytest.warns(UserWarning, match="tied"):
         wrapped.merge_and_unload()
 
@@ -300,7 +305,7 @@ def test_a_layer_used_twice_stays_one_layer():
     """Two copies of a shared layer would drift apart in training."""
     wrapped = QLoRAModel(mlp(), QLoRAConfig(target_modules=["shared", "second"]))
     model = wrapped.get_base_model()
-    assert type(model.first) is QLoRALinear
+    assert type(model.first) is LoRALinear
     assert model.first is model.shared
     merged = wrapped.merge_and_unload()
     assert merged.first is merged.shared
@@ -308,44 +313,32 @@ def test_a_layer_used_twice_stays_one_layer():
     assert merged(x).shape == (2, 3)
 
 
-def test_layers_that_share_a_weight_share_its_4_bit_form():
-    """Weight tying halves memory; quantizing each copy would undo it, and the merge must tie again."""
+def test_layers_that_share_a_weight_share_its_4_bit_form(tmp_path):
+    """Weight tying halves memory; neither wrapping, a checkpoint nor merging may undo it."""
     model = mlp()
     model.second.weight = model.first.weight
     wrapped = QLoRAModel(model, QLoRAConfig(target_modules=["head"]))
-    assert model.first.weight_packed is model.second.weight_packed
+    assert model.first.weight is model.second.weight and isinstance(model.first.weight, QuantizedTensor)
+    torch.save(wrapped.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["model.first.weight"].packed.data_ptr() == state["model.second.weight"].packed.data_ptr()
+    wrapped.load_state_dict(state)
+    assert model.first.weight is model.second.weight
     merged = wrapped.merge_and_unload()
     assert merged.first.weight is merged.second.weight
 
 
-def test_torch_transformer_layers_do_not_bypass_lora():
-    """In eval mode nn.TransformerEncoderLayer reads linear1.weight itself: LoRA would be skipped unseen."""
-    torch.manual_seed(0)
-    model = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).eval()
-    x = torch.randn(2, 5, 32)
-    with torch.no_grad():
-        dense = model(x)
-        for wrapped in (
-            LoraModel(copy.deepcopy(model), LoraConfig(target_modules=["linear1"])),
-            QLoRAModel(copy.deepcopy(model), QLoRAConfig(target_modules=["linear1"])),
-        ):
-            start = wrapped(x)
-            torch.testing.assert_close(start, dense, rtol=0.3, atol=0.3)
-            wrapped.get_base_model().linear1.lora_B.normal_()
-            trained = wrapped(x)
-            assert not torch.allclose(trained, start, atol=1e-3)
-            merged = wrapped.merge_and_unload()
-            assert merged.activation_relu_or_gelu == model.activation_relu_or_gelu
-            torch.testing.assert_close(merged(x), trained, rtol=1e-3, atol=1e-4)
-
-
-def test_attention_that_reads_its_weight_is_left_alone():
-    """nn.MultiheadAttention uses out_proj.weight itself; a 4-bit layer there would crash in the forward."""
-    model = nn.Sequential(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), nn.Linear(32, 2))
-    wrapped = QLoRAModel(model, QLoRAConfig())
-    assert wrapped(torch.randn(2, 5, 32)).shape == (2, 5, 2)
-    with pytest.raises(TypeError, match="out_proj.*NonDynamicallyQuantizableLinear"):
-        LoraModel(wrapped.merge_and_unload(), LoraConfig(target_modules=["out_proj"]))
+def test_merging_says_that_it_unties_a_4_bit_weight():
+    """Two layers with LoRA on one weight have two weights once they are merged: the file would double unseen."""
+    model = mlp()
+    model.second.weight = model.first.weight
+    wrapped = randomize(QLoRAModel(model, QLoRAConfig(target_modules=["first", "second"])))
+    assert model.first.base_layer.weight is model.second.base_layer.weight
+    x = torch.randn(2, 40)
+    expected = wrapped(x).detach()
+    with pytest.warns(UserWarning, match="first.weight is tied"):
+        merged = wrapped.merge_and_unload()
+    assert_as_precise(expected, merged, lambda model: model(x.to(model.norm.weight.dtype)).detach())
 
 
 def test_counts_are_of_weights_not_of_bytes(capsys):
@@ -389,9 +382,9 @@ def test_casting_the_wrapper_keeps_the_stored_weights():
     """model.to(torch.bfloat16) on the whole wrapper is common; the 4-bit weights must survive it."""
     wrapped = QLoRAModel(llama(), QLoRAConfig())
     layer = wrapped.get_base_model().model.layers[0].mlp.up_proj
-    before = layer.quantized_weight.dequantize(torch.float32)
+    before = layer.base_weight(torch.float32)
     wrapped.to(torch.bfloat16)
-    assert torch.equal(layer.quantized_weight.dequantize(torch.float32), before)
+    assert torch.equal(layer.base_weight(torch.float32), before)
     assert logits(wrapped).dtype == torch.bfloat16
 
 
@@ -402,18 +395,21 @@ def test_training_mode_is_kept():
     assert torch.equal(logits(wrapped), logits(wrapped))
 
 
-def test_other_storage_settings_reach_the_layers():
+@pytest.mark.parametrize("scale", ["absmax", "search"])
+def test_storage_settings_reach_the_layers(scale):
     """A config that is read but not obeyed."""
-    config = QLoRAConfig(quantization="fp4", double_quant=False, block_size=128)
-    weight = QLoRAModel(mlp(), config).get_base_model().first.quantized_weight
-    assert (weight.format, weight.double_quant, weight.block_size) == ("fp4", False, 128)
+    config = QLoRAConfig(quantization="fp4", double_quant=False, block_size=128, scale=scale)
+    weight = QLoRAModel(mlp(), config).get_base_model().first.base_layer.weight
+    assert weight.spec == WeightSpec("fp4", 128, False)
+    expected = lowbit.quantize(mlp().first.weight, format="fp4", block_size=128, double_quant=False, scale=scale)
+    assert torch.equal(weight.dequantize(), expected.dequantize())
 
 
 def test_int8_from_config_to_merge(tmp_path):
     """QuantizationType.INT8 goes every way NF4 goes: train, save, load with its settings, merge."""
     wrapped = QLoRAModel(bert(), QLoRAConfig(quantization="INT8")).train()
     query = wrapped.get_base_model().bert.encoder.layer[0].attention.self.query
-    assert query.quantized_weight.format == "int8"
+    assert query.base_layer.weight.spec == WeightSpec("int8")
     losses = train(wrapped)
     assert losses[2] < losses[1] < losses[0]
     wrapped.save_pretrained(tmp_path)
@@ -422,8 +418,7 @@ def test_int8_from_config_to_merge(tmp_path):
     wrapped.eval()
     assert torch.equal(logits(again), logits(wrapped))
     assert wrapped.count_parameters() == QLoRAModel(bert(), QLoRAConfig()).count_parameters()
-    expected = logits(wrapped)
-    torch.testing.assert_close(logits(wrapped.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
+    assert_as_precise(logits(wrapped), wrapped.merge_and_unload(), logits)
 
 
 def test_plain_head_in_modules_to_save():
@@ -432,3 +427,73 @@ def test_plain_head_in_modules_to_save():
     assert type(wrapped.get_base_model().head) is nn.Linear
     assert wrapped.get_base_model().head.weight.requires_grad
     assert not wrapped.get_base_model().norm.weight.requires_grad
+
+
+@pytest.mark.parametrize("rest", ["dense", "quantized"])
+def test_lora_on_a_model_that_was_quantized_in_place(rest):
+    """lowbit.quantize_ and LoRA go together; merging decodes what has LoRA and leaves the rest as it was stored."""
+    model = lowbit.quantize_(mlp(), skip=["head"] if rest == "quantized" else ["head", "second"])
+    wrapped = randomize(LoraModel(model, LoraConfig(target_modules=["first"])))
+    second = model.second.weight
+    x = torch.randn(2, 40)
+    expected = wrapped(x).detach()
+    merged = wrapped.merge_and_unload()
+    assert type(merged.first.weight) is nn.Parameter and merged.second.weight is second
+    plain = lowbit.dequantize_(copy.deepcopy(merged))
+    assert_as_precise(expected, plain, lambda model: model(x.to(model.norm.weight.dtype)).detach())
+
+
+def test_a_quantized_head_cannot_be_trained_whole():
+    """Only its LoRA could learn; the user is told to leave it dense before anything has changed."""
+    model = lowbit.quantize_(bert())
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="classifier.*skip="):
+        LoraModel(model, LoraConfig())
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_ddp_never_sends_the_base(tmp_path, monkeypatch, inside):
+    """DistributedDataParallel broadcasts parameters on wrapping: a 65B base would take minutes and twice the memory."""
+    wrapped, sent = QLoRAModel(bert(), QLoRAConfig(target_modules=["query"])), []
+    distributed = torch.distributed
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    real = distributed._broadcast_coalesced
+
+    def broadcast(group, tensors, *arguments):
+        sent.extend(tensors)
+        real(group, tensors, *arguments)
+
+    monkeypatch.setattr(distributed, "_broadcast_coalesced", broadcast)
+    try:  # the wrapper, or the model inside of it
+        parallel = nn.parallel.DistributedDataParallel(wrapped.get_base_model() if inside else wrapped)
+        parallel(input_ids=IDS, labels=LABELS).loss.backward()
+    finally:
+        distributed.destroy_process_group()
+    assert quantized_weights(wrapped)
+    dense = [p for p in wrapped.parameters() if not isinstance(p, QuantizedTensor)]
+    assert sum(t.numel() for t in sent) >= sum(p.numel() for p in dense)
+    assert not any(isinstance(t, QuantizedTensor) or t.dtype == torch.uint8 for t in sent)
+    assert all(p.grad is not None for p in wrapped.trainable_parameters())
+
+
+@kinds
+def test_hooks_go_on_firing(model_type, config_type):
+    """Probes and placement tools hang on a layer before it is wrapped; their handles still remove them afterwards."""
+    model, seen = mlp(), []
+    handles = [
+        model.second.register_forward_pre_hook(lambda module, args: seen.append("before")),
+        model.second.register_forward_hook(lambda module, args, y: seen.append("after") or 2 * y),
+        model.second.register_full_backward_hook(lambda module, before, after: seen.append("backward")),
+    ]
+    x = torch.randn(2, 40, requires_grad=True)
+    wrapped = model_type(model, config_type(target_modules=["second"]))
+    wrapped(x).sum().backward()
+    assert seen == ["before", "after", "backward"]
+    wrapped.merge_and_unload()(x).sum().backward()
+    assert seen == 2 * ["before", "after", "backward"]
+    for handle in handles:
+        handle.remove()
+    model(x)
+    assert len(seen) == 6

@@ -9,6 +9,7 @@ import torch
 from conftest_models import assert_untouched, bert, llama, logits, mlp, snapshot, train
 from safetensors.torch import load_file, save_file
 
+from lowbit import WeightSpec
 from lowbit_lora import LoraConfig, LoraModel, QLoRAConfig, QLoRAModel, saving
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -54,11 +55,17 @@ def test_a_loaded_adapter_predicts_the_same(tmp_path, model_type, config_type, m
     assert not again.trainable_parameters()
 
 
-def test_saved_storage_settings_come_back(tmp_path):
-    """An adapter belongs to the base it was trained on, block size and all."""
-    trained(quantization="fp4", double_quant=False, block_size=128).save_pretrained(tmp_path)
-    config = QLoRAModel.from_pretrained(bert(), tmp_path).lora_config
-    assert (config.quantization.value, config.double_quant, config.block_size) == ("fp4", False, 128)
+@pytest.mark.parametrize("scale", ["absmax", "search"])
+def test_saved_storage_settings_come_back(tmp_path, scale):
+    """An adapter belongs to the base it was trained on: other blocks or scales are another base."""
+    wrapped = trained(quantization="fp4", double_quant=False, block_size=128, scale=scale)
+    wrapped.save_pretrained(tmp_path)
+    again = QLoRAModel.from_pretrained(bert(), tmp_path)
+    config = again.lora_config
+    assert (config.spec, config.scale) == (WeightSpec("fp4", 128, False), scale)
+    assert torch.equal(logits(again), logits(wrapped))
+    other = {"absmax": "search", "search": "absmax"}[scale]
+    assert not torch.equal(logits(QLoRAModel.from_pretrained(bert(), tmp_path, scale=other)), logits(wrapped))
     assert QLoRAModel.from_pretrained(bert(), tmp_path, block_size=32).lora_config.block_size == 32
     with pytest.raises(TypeError, match="rnk"):
         QLoRAModel.from_pretrained(bert(), tmp_path, rnk=3)
