@@ -42,7 +42,7 @@ def spec_of(text: str, searched: bool = False) -> fmt.WeightSpec:
     spec = fmt.WeightSpec.parse(text)
     served = [name for name, record in FORMATS.items() if record.codebook or not searched]
     if spec.format not in served:
-        raise wrong("spec", f"a format out of {', '.join(served)}", text)
+        raise wrong("spec", " or ".join(served), spec.format)
     return spec
 
 
