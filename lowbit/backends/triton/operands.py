@@ -42,16 +42,14 @@ def spec_of(text: str, searched: bool = False) -> fmt.WeightSpec:
     spec = fmt.WeightSpec.parse(text)
     served = [name for name, record in FORMATS.items() if record.codebook or not searched]
     if spec.format not in served:
-        raise wrong("spec", f"a format out of {', '.join(served)}", text)
+        raise wrong("spec", " or ".join(served), spec.format)
     return spec
 
 
 def checked(
-    name: str, tensor: torch.Tensor | None, numel: int, like: torch.Tensor, dtype: torch.dtype | None = None
+    name: str, tensor: torch.Tensor, numel: int, like: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Return ``tensor``, contiguous: ``numel`` elements of ``dtype`` (None: any floats) on ``like``'s device."""
-    if tensor is None:
-        raise wrong(name, "a tensor", None)
     if tensor.device != like.device:
         raise wrong(name, f"device {like.device} (that of the other tensors)", tensor.device)
     if tensor.numel() != numel:
@@ -98,14 +96,15 @@ def weight_of(shape: tuple[int, ...], like: torch.Tensor, packed, absmax, group_
     packed = checked("packed", packed, spec.packed_size(numel), like, torch.uint8)
     scales = spec.scale_count(shape)
     absmax = checked("absmax", absmax, scales, like, torch.uint8 if spec.double_quant else torch.float32)
-    if spec.double_quant:
-        groups = fmt.block_count(scales, fmt.GROUP_SIZE)
-        group_scales = checked("group_scales", group_scales, groups, like, torch.float32)
-        return Weight(packed, absmax, group_scales, checked("offset", offset, 1, like, torch.float32), spec)
-    for name, part in (("group_scales", group_scales), ("offset", offset)):
-        if part is not None:
-            raise wrong(name, f"None for {spec}", "a tensor")
-    return Weight(packed, absmax, None, None, spec)
+    missing = (group_scales is None) + (offset is None)
+    if missing != (0 if spec.double_quant else 2):
+        expected = f"{'both' if spec.double_quant else 'neither'} for {spec}"
+        raise wrong("group_scales, offset", expected, ("both", "one", "neither")[missing])
+    if not spec.double_quant:
+        return Weight(packed, absmax, None, None, spec)
+    groups = fmt.block_count(scales, fmt.GROUP_SIZE)
+    group_scales = checked("group_scales", group_scales, groups, like, torch.float32)
+    return Weight(packed, absmax, group_scales, checked("offset", offset, 1, like, torch.float32), spec)
 
 
 def rows_of_floats(name: str, tensor: torch.Tensor) -> int:
