@@ -88,15 +88,14 @@ class Proof:
 
     def __init__(self, name: str, sources: Iterable[Path], known: str | None, is_due: bool):
         self.name, self.known, self.is_due = name, known, is_due
-        self.parts = [name, *(path.read_bytes() for path in sources)]
-        self.digest: str | None = None
+        self.sources, self.digest = tuple(sources), None
         self.taken: list = []  # what steps were of
 
     def step(self, parts: Iterable, of: object = None) -> None:
         """Another run is next. It is skipped where it ends a proof that is known and not due."""
         self.taken.append(of)
-        self.parts = [digest([*self.parts, *parts])]
-        self.digest = self.parts[0][:20]
+        before = [self.digest] if self.digest else [path.read_bytes() for path in self.sources]
+        self.digest = digest([self.name, *before, *parts])[:24]
         if self.digest == self.known and not self.is_due:
             pytest.skip("proved before, with the same code, inputs, emulator and test")
 
