@@ -163,13 +163,14 @@ class _Session:
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item):
-        """Fixtures may take steps too."""
+        """Fixtures may take steps too. A test of this plugin runs pytest, and has its own proof afterwards."""
         global _running
+        outer, _running = _running, None
         if not hasattr(getattr(item, "obj", None), "hypothesis"):
             sources = [*self.common, *sources_of(item.path)]
             _running = Proof(item.nodeid, sources, self.known.get(item.nodeid), self.is_due(item.nodeid))
         yield
-        _running = None
+        _running = outer
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_call(self, item):
