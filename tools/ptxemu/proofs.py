@@ -88,15 +88,14 @@ class Proof:
 
     def __init__(self, name: str, sources: Iterable[Path], known: str | None, is_due: bool):
         self.name, self.known, self.is_due = name, known, is_due
-        self.parts = [name, *(path.read_bytes() for path in sources)]
-        self.digest: str | None = None
+        self.sources, self.digest = tuple(sources), None
         self.taken: list = []  # what steps were of
 
     def step(self, parts: Iterable, of: object = None) -> None:
         """Another run is next. It is skipped where it ends a proof that is known and not due."""
         self.taken.append(of)
-        self.parts = [digest([*self.parts, *parts])]
-        self.digest = self.parts[0][:20]
+        before = [self.digest] if self.digest else [path.read_bytes() for path in self.sources]
+        self.digest = digest([self.name, *before, *parts])[:24]
         if self.digest == self.known and not self.is_due:
             pytest.skip("proved before, with the same code, inputs, emulator and test")
 
@@ -164,13 +163,14 @@ class _Session:
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item):
-        """Fixtures may take steps too."""
+        """Fixtures may take steps too. A test of this plugin runs pytest, and has its own proof afterwards."""
         global _running
+        outer, _running = _running, None
         if not hasattr(getattr(item, "obj", None), "hypothesis"):
             sources = [*self.common, *sources_of(item.path)]
             _running = Proof(item.nodeid, sources, self.known.get(item.nodeid), self.is_due(item.nodeid))
         yield
-        _running = None
+        _running = outer
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_call(self, item):

@@ -43,7 +43,8 @@ def test_add(case):
 
 
 @pytest.fixture
-def project(pytester):
+def project(pytester, monkeypatch):
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # none is needed, and they take long to import
     pytester.makepyfile(helper="EXPECTED = 3", test_kernels=TEST)
     return pytester
 
@@ -181,9 +182,9 @@ def test_workers_share_the_seed_and_the_file(project, monkeypatch):
     """With pytest-xdist the proofs come back from its workers."""
     pytest.importorskip("xdist")
     monkeypatch.setenv("PYTHONPATH", str(proofs.EMULATOR.parent))
-    project.runpytest_subprocess("-p", "ptxemu.proofs", "-n2", "--prove").assert_outcomes(passed=2)
+    project.runpytest_subprocess("-p", "ptxemu.proofs", "-p", "xdist", "-n2", "--prove").assert_outcomes(passed=2)
     assert len(proofs.read(project.path / "proofs.txt")) == 2
-    result = project.runpytest_subprocess("-p", "ptxemu.proofs", "-n2", "--proof-seed=0")
+    result = project.runpytest_subprocess("-p", "ptxemu.proofs", "-p", "xdist", "-n2", "--proof-seed=0")
     result.assert_outcomes(skipped=2)
 
 
