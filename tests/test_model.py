@@ -336,7 +336,7 @@ def test_merging_says_that_it_unties_a_4_bit_weight():
     assert model.first.base_layer.weight is model.second.base_layer.weight
     x = torch.randn(2, 40)
     expected = wrapped(x).detach()
-    with pytest.warns(UserWarning, match="first.weight is tied"):
+    with pytest.warns(UserWarning, match="(first|second).weight is tied"):
         merged = wrapped.merge_and_unload()
     assert_as_precise(expected, merged, lambda model: model(x.to(model.norm.weight.dtype)).detach())
 
