@@ -1,6 +1,7 @@
 """Linear layers with LoRA. A layer wraps its base, whose weight may be dense or quantized, and keeps PEFT's names."""
 
 import contextlib
+import copy
 import math
 from typing import Any
 
@@ -152,10 +153,7 @@ class LoRALinear(LoRABaseLayer):
         lora_dtype: torch.dtype = torch.float32,
         freeze: bool = True,
     ):
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
-        if linear.weight.numel() == 0:
-            raise ValueError(f"linear: expected at least one weight, got shape {tuple(linear.weight.shape)}")
+        _check_linear(linear)
         super().__init__(linear, linear.in_features, linear.out_features)
         self._add_lora(rank, lora_alpha, lora_dropout, use_rslora, lora_dtype)
         if freeze:
@@ -181,36 +179,64 @@ class LoRALinear(LoRABaseLayer):
             return y + (self.scaling * F.linear(t, lora_b)).to(y.dtype)
 
 
-def QLoRALinear(
-    in_features: int,
-    out_features: int,
-    bias: bool = True,
-    *,
-    quantization: QuantizationType | str = QuantizationType.NF4,
-    double_quant: bool = True,
-    block_size: int = 64,
-    scale: str = "absmax",
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    **lora: Any,
-) -> LoRALinear:
-    """A LoRALinear on a random weight as nn.Linear's, which is stored in 4 bits or in 8.
+class QLoRALinear:
+    """Constructors of a :class:`LoRALinear` whose base is quantized; ``QLoRALinear(...)`` returns a LoRALinear.
 
     Args:
-        in_features, out_features, bias, device: as nn.Linear.
-        quantization, double_quant, block_size, scale: see :class:`~lowbit_lora.QLoRAConfig`.
+        in_features, out_features, bias, device: as nn.Linear, from whose random weight the layer starts.
         dtype: of the bias and of the decoded weight; float32, float16 or bfloat16.
-        lora: rank and the other arguments of :class:`LoRALinear`.
+        options: those of :meth:`from_linear`.
 
     Raises:
         TypeError, ValueError: an argument out of range.
     """
-    for name, size in (("in_features", in_features), ("out_features", out_features)):
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
-    stored = QLoRAConfig(quantization=quantization, double_quant=double_quant, block_size=block_size, scale=scale)
-    linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-    return LoRALinear(lowbit.quantize_(linear, stored.spec, scale=scale), **lora)
+
+    def __new__(
+        cls,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> LoRALinear:
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
+        return cls.from_linear(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), **options)
+
+    @staticmethod
+    def from_linear(
+        linear: nn.Linear,
+        *,
+        quantization: QuantizationType | str = QuantizationType.NF4,
+        double_quant: bool = True,
+        block_size: int = 64,
+        scale: str = "absmax",
+        **lora: Any,
+    ) -> LoRALinear:
+        """A layer on a quantized copy of ``linear``, which is not changed.
+
+        Args:
+            linear: any nn.Linear.
+            quantization, double_quant, block_size, scale: see :class:`~lowbit_lora.QLoRAConfig`.
+            lora: rank and the other arguments of :class:`LoRALinear`.
+
+        Raises:
+            TypeError: ``linear`` is not an nn.Linear, or not of these dtypes.
+            ValueError: an option out of range, or NaN or inf in the weight.
+        """
+        stored = QLoRAConfig(quantization=quantization, double_quant=double_quant, block_size=block_size, scale=scale)
+        _check_linear(linear)
+        return LoRALinear(lowbit.quantize_(copy.deepcopy(linear), stored.spec, scale=scale), **lora)
+
+
+def _check_linear(linear: Any) -> None:
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
+    if linear.weight.numel() == 0:
+        raise ValueError(f"linear: expected at least one weight, got shape {tuple(linear.weight.shape)}")
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
