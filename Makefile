@@ -49,9 +49,9 @@ test: .venv-test/package.stamp .venv-test/data.stamp
 test-fast: .venv-test/package.stamp .venv-test/data.stamp
 	@$(PYTEST) -m "not interpreted and not slow" $(TEST_ARGS)
 
-# Executes all emulated proofs, also those that `make test` spares because tests/proofs.txt has them, and writes the file.
+# Executes all proofs, also those that `make test` spares because tests/proofs.txt has them, and writes that file.
 prove: .venv-test/package.stamp .venv-test/data.stamp
-	@$(PYTEST) -m "not interpreted" --prove $(TEST_ARGS) tests
+	@$(PYTEST) -q -m "not interpreted" --prove $(wildcard tests/test_cuda_*.py tests/test_triton_*.py)
 
 # The kernels without torch: what can run here, then the same with every access and every arithmetic step watched.
 DRIVER_SOURCES := tests/native/driver.cpp $(wildcard csrc/cpu/isa/*.cpp)

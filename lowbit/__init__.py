@@ -10,8 +10,8 @@ from .grouped import grouped_linear, grouped_lora_linear
 from .modules import dequantize_, quantize_
 from .quantizers import quantize
 from .tensor import QuantizedTensor
+from .version import __version__ as __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "QuantizedTensor",
     "WeightSpec",

@@ -142,14 +142,15 @@ def quantize_scales(absmax: torch.Tensor, offset: torch.Tensor) -> tuple[torch.T
     return codes.reshape(-1)[:blocks].contiguous(), group_scales
 
 
-def decode_scales(
-    absmax: torch.Tensor, group_scales: torch.Tensor | None, offset: torch.Tensor | None, spec: str
-) -> torch.Tensor:
-    """The fp32 scale of each block or row, flat: ``absmax`` itself, or its codes decoded."""
+def decode_scales(absmax, group_scales, offset, spec, first_block=0) -> torch.Tensor:
+    """The fp32 scale of each block or row, flat: ``absmax`` itself, or its codes decoded.
+
+    ``first_block``: which block of the whole weight, whose ``group_scales`` these are, absmax begins with.
+    """
     how, absmax = WeightSpec.parse(spec), absmax.reshape(-1)
     if how.double_quant:
         entries = fmt.scale_map(absmax.device)[absmax.int()]
-        group = torch.arange(absmax.numel(), device=absmax.device) // fmt.GROUP_SIZE
+        group = torch.arange(first_block, first_block + absmax.numel(), device=absmax.device) // fmt.GROUP_SIZE
         return entries * group_scales[group] + offset
     decode = how.record.scales.decode
     return absmax if decode is None else decode(absmax)
@@ -164,15 +165,7 @@ def decode_codes(packed: torch.Tensor, spec: str) -> torch.Tensor:
     return fmt.codebook(record.name, packed.device)[codes.int()]
 
 
-def dequantize(
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    group_scales: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    spec: str,
-    shape: list[int],
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def dequantize(packed, absmax, group_scales, offset, spec, shape, dtype) -> torch.Tensor:
     """The decoded weight: fp32 product of codebook value and block scale, rounded once to ``dtype``."""
     how, numel = WeightSpec.parse(spec), math.prod(shape)
     values, scales = decode_codes(packed, spec)[:numel], decode_scales(absmax, group_scales, offset, spec)
@@ -183,45 +176,19 @@ def dequantize(
     return values.to(dtype).reshape(shape)
 
 
-def dequantize_out(
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    group_scales: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    spec: str,
-    out: torch.Tensor,
-) -> None:
+def dequantize_out(packed, absmax, group_scales, offset, spec, out) -> None:
     """Writes what :func:`dequantize` returns into ``out``, of its shape and dtype."""
     out.copy_(dequantize(packed, absmax, group_scales, offset, spec, list(out.shape), out.dtype))
 
 
-def linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    group_scales: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    spec: str,
-    out_features: int,
-    bias: torch.Tensor | None,
-    t: torch.Tensor | None,
-    lora_b: torch.Tensor | None,
-    scaling: float,
-) -> torch.Tensor:
+def linear(x, packed, absmax, group_scales, offset, spec, out_features, bias, t, lora_b, scaling) -> torch.Tensor:
     """``x W^T + scaling * t lora_b^T + bias`` in fp32, rounded once to x's dtype; x [..., K] -> [..., N]."""
     shape = [out_features, x.shape[-1]]
     weight = dequantize(packed, absmax, group_scales, offset, spec, shape, torch.float32)
     return dense_linear(x, weight, bias, t, lora_b, scaling)
 
 
-def dense_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    t: torch.Tensor | None,
-    lora_b: torch.Tensor | None,
-    scaling: float,
-) -> torch.Tensor:
+def dense_linear(x, weight, bias, t, lora_b, scaling) -> torch.Tensor:
     """``linear`` for a decoded weight, fp32 [N, K]."""
     y = x.float() @ weight.T
     if t is not None:
@@ -232,17 +199,7 @@ def dense_linear(
 
 
 def linear_approximate(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    group_scales: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    spec: str,
-    out_features: int,
-    bias: torch.Tensor | None,
-    t: torch.Tensor | None,
-    lora_b: torch.Tensor | None,
-    scaling: float,
+    x, packed, absmax, group_scales, offset, spec, out_features, bias, t, lora_b, scaling
 ) -> torch.Tensor:
     """``linear`` with activations in int8, one scale per 64 of a row, and the codebook in multiples of 1 / 127.
 
@@ -272,15 +229,7 @@ def linear_approximate(
 
 
 def linear_grad_input(
-    grad: torch.Tensor,
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    group_scales: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    spec: str,
-    in_features: int,
-    grad_t: torch.Tensor | None = None,
-    lora_a: torch.Tensor | None = None,
+    grad, packed, absmax, group_scales, offset, spec, in_features, grad_t=None, lora_a=None
 ) -> torch.Tensor:
     """``grad W + grad_t lora_a`` in fp32, rounded once to grad's dtype; [..., N] (and [..., rank]) -> [..., K]."""
     shape = [grad.shape[-1], in_features]
@@ -305,18 +254,7 @@ def expert_rows(expert_ends: torch.Tensor) -> list[slice]:
 
 
 def grouped_linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    group_scales: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    spec: str,
-    expert_ends: torch.Tensor,
-    out_features: int,
-    bias: torch.Tensor | None,
-    t: torch.Tensor | None,
-    lora_b: torch.Tensor | None,
-    scaling: float,
+    x, packed, absmax, group_scales, offset, spec, expert_ends, out_features, bias, t, lora_b, scaling
 ) -> torch.Tensor:
     """``linear`` of each expert's rows of x [T, K] with its matrix of the stack [E, N, K]; -> [T, N].
 
@@ -333,16 +271,7 @@ def grouped_linear(
 
 
 def grouped_linear_grad_input(
-    grad: torch.Tensor,
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    group_scales: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    spec: str,
-    expert_ends: torch.Tensor,
-    in_features: int,
-    grad_t: torch.Tensor | None = None,
-    lora_a: torch.Tensor | None = None,
+    grad, packed, absmax, group_scales, offset, spec, expert_ends, in_features, grad_t=None, lora_a=None
 ) -> torch.Tensor:
     """``linear_grad_input`` by expert: grad [T, N] (and grad_t [T, r], lora_a [E, r, K]) -> [T, K]."""
     shape = [expert_ends.numel(), grad.shape[-1], in_features]

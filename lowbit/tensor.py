@@ -16,6 +16,7 @@ from . import backends, ops, reference
 from . import format as fmt
 from .format import WeightSpec, check_float_dtype
 from .sharding import Sharded
+from .version import __version__
 
 PARTS = ("packed", "absmax", "group_scales", "offset")
 
@@ -149,14 +150,8 @@ class QuantizedTensor(Sharded, torch.Tensor):
 
     def scales(self) -> torch.Tensor:
         """The decoded scale of each block that is held, fp32 [blocks]; int8: the absmax of each row, fp32 [rows]."""
-        layout = self.stored
-        if not layout.spec.double_quant:
-            return reference.decode_scales(self.absmax, None, None, layout.spec.text)
-        first_block = layout.first_element // layout.spec.block_size
-        before = first_block % fmt.GROUP_SIZE
-        codes = torch.nn.functional.pad(self.absmax.reshape(-1), (before, 0)) if before else self.absmax
-        groups = self.group_scales[first_block // fmt.GROUP_SIZE :]
-        return reference.decode_scales(codes, groups, self.offset, layout.spec.text)[before:]
+        first_block = self.stored.first_element // (self.spec.block_size or 1)
+        return reference.decode_scales(self.absmax, self.group_scales, self.offset, self.spec.text, first_block)
 
     def dequantize(self, dtype: torch.dtype | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """The decoded weight in ``dtype``, written into ``out`` where given; as :func:`lowbit.dequantize`."""
@@ -219,9 +214,10 @@ class QuantizedTensor(Sharded, torch.Tensor):
         return QuantizedTensor._make(tuple(inner.get(name) for name in PARTS), layout)
 
     def _stable_hash_for_caching(self) -> str:
-        """All that compiled code knows of this weight. torch's cache of compiled graphs calls it."""
+        """All that compiled code depends on. torch's cache of compiled graphs, which outlives a process, asks for it."""
         parts = [None if p is None else (p.shape, p.stride(), p.dtype, p.device) for p in self.parts()]
-        return repr((self.stored, self.requires_grad, parts))
+        # The version stands for what functions.py and aten.py made of a function: that is in the compiled code.
+        return repr((__version__, self.stored, self.requires_grad, parts))
 
     def __reduce_ex__(self, protocol):
         layout = self.stored

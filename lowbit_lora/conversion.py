@@ -78,7 +78,10 @@ class Conversion:
 
         self._weights = {}
         if isinstance(config, QLoRAConfig):
-            self._weights = quantized_weights(find_weights(model, inside_saved | heads), config.spec, config.scale)
+            fused = hf.read_by_fused_kernels(model)
+            _check_not_fused(targets, fused)
+            weights = find_weights(model, inside_saved | heads | fused.keys())
+            self._weights = quantized_weights(weights, config.spec, config.scale)
         self._replacements = {module: self._new_layer(module) for module in targets}
         self.layers = {name: self._replacements[module] for module, name in targets.items()}
         self._copies, self._cast_modules = _full_precision_copies(model, saved, inside_saved)
@@ -229,6 +232,17 @@ def trainable_biases(
         if "bias" in last and parameter not in in_saved and (bias == "all" or owner in layers):
             found[f"{owner}.base_layer.{last}" if owner in layers else name] = parameter
     return found
+
+
+def _check_not_fused(targets: dict[nn.Module, str], fused: dict[nn.Module, str]) -> None:
+    refused = [name for module, name in targets.items() if module in fused]
+    if refused:
+        others = sorted({name.rpartition(".")[2] for module, name in targets.items() if module not in fused})
+        raise ValueError(
+            f"target_modules: expected layers that the model calls, but its fused kernels read the weights of "
+            f"{', '.join(refused[:3])}{' and others' if len(refused) > 3 else ''} from memory, which 4-bit weights do "
+            f"not have. Name other layers, as in target_modules={others}; these then stay dense (LoraModel adapts them)"
+        )
 
 
 def _check_convertible(model: nn.Module) -> None:

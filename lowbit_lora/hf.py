@@ -35,6 +35,20 @@ def automatic_names(task_type: str | None) -> tuple[str, ...]:
     return next((names for task, names in _HEADS.values() if task is not None and task == task_type), ())
 
 
+def read_by_fused_kernels(model: nn.Module) -> dict[nn.Module, str]:
+    """The layers whose weight a fused kernel of the model reads from memory, past the layer, with their names.
+
+    Where mamba_ssm is installed, transformers' state space mixers hand these weights to its kernels. A 4-bit weight has
+    no memory that such a kernel could read.
+    """
+    found = {}
+    for name, mixer in model.named_modules():
+        if "A_log" in mixer._parameters:
+            names = [n for n in ("x_proj", "dt_proj", "out_proj") if isinstance(getattr(mixer, n, None), nn.Linear)]
+            found |= {getattr(mixer, n): f"{name}.{n}" if name else n for n in names}
+    return found
+
+
 def base_name(model: nn.Module) -> str | None:
     """Where the base came from (path or hub name), if it says so."""
     return getattr(getattr(model, "config", None), "name_or_path", None) or None

@@ -179,20 +179,21 @@ class LoRALinear(LoRABaseLayer):
             return y + (self.scaling * F.linear(t, lora_b)).to(y.dtype)
 
 
-class QLoRALinear:
-    """Constructors of a :class:`LoRALinear` whose base is quantized; ``QLoRALinear(...)`` returns a LoRALinear.
+class QLoRALinear(LoRALinear):
+    """A LoRALinear on a random weight as nn.Linear's, which is stored in 4 bits or in 8.
 
     Args:
-        in_features, out_features, bias, device: as nn.Linear, from whose random weight the layer starts.
+        in_features, out_features, bias, device: as nn.Linear.
         dtype: of the bias and of the decoded weight; float32, float16 or bfloat16.
-        options: those of :meth:`from_linear`.
+        options: quantization, double_quant, block_size and scale of :class:`~lowbit_lora.QLoRAConfig`; rank and the
+            other arguments of :class:`LoRALinear`.
 
     Raises:
         TypeError, ValueError: an argument out of range.
     """
 
-    def __new__(
-        cls,
+    def __init__(
+        self,
         in_features: int,
         out_features: int,
         bias: bool = True,
@@ -200,36 +201,36 @@ class QLoRALinear:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
-    ) -> LoRALinear:
+    ):
         for name, size in (("in_features", in_features), ("out_features", out_features)):
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
-        return cls.from_linear(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), **options)
+        self._quantize(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), **options)
 
-    @staticmethod
-    def from_linear(
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **options: Any) -> "QLoRALinear":
+        """A layer on a quantized copy of ``linear``, which is not changed; ``options`` are those of the constructor.
+
+        Raises:
+            TypeError: ``linear`` is not an nn.Linear, or its dtype is not float32, float16 or bfloat16.
+            ValueError: an option out of range, or NaN or inf in the weight.
+        """
+        _check_linear(linear)
+        layer = cls.__new__(cls)
+        layer._quantize(copy.deepcopy(linear), **options)
+        return layer
+
+    def _quantize(
+        self,
         linear: nn.Linear,
-        *,
         quantization: QuantizationType | str = QuantizationType.NF4,
         double_quant: bool = True,
         block_size: int = 64,
         scale: str = "absmax",
         **lora: Any,
-    ) -> LoRALinear:
-        """A layer on a quantized copy of ``linear``, which is not changed.
-
-        Args:
-            linear: any nn.Linear.
-            quantization, double_quant, block_size, scale: see :class:`~lowbit_lora.QLoRAConfig`.
-            lora: rank and the other arguments of :class:`LoRALinear`.
-
-        Raises:
-            TypeError: ``linear`` is not an nn.Linear, or not of these dtypes.
-            ValueError: an option out of range, or NaN or inf in the weight.
-        """
+    ) -> None:
         stored = QLoRAConfig(quantization=quantization, double_quant=double_quant, block_size=block_size, scale=scale)
-        _check_linear(linear)
-        return LoRALinear(lowbit.quantize_(copy.deepcopy(linear), stored.spec, scale=scale), **lora)
+        super().__init__(lowbit.quantize_(linear, stored.spec, scale=scale), **lora)
 
 
 def _check_linear(linear: Any) -> None:

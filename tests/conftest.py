@@ -10,6 +10,29 @@ pytest_plugins = ["ptxemu.proofs"]
 # Triton compiles for the GPUs of several tests; each kernel once for all of them, and for the next run.
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "triton"))
 
+#: Tests that execute CUDA kernels on inputs that their own files make.
+CUDA_PROOFS = {f"test_cuda_{name}.py" for name in ("dequantize", "factors", "gemm", "gemv", "grad_input", "large")}
+CUDA_PROOFS |= {"test_cuda_quantize.py"}
+#: What `make test-fast` leaves out: tests that execute, compile or count machine code, and those that start programs.
+SLOW = ("test_cuda_", "test_triton_", "test_ptxemu_", "test_predict_gpu", "test_benchmarks", "test_example")
+FAST = ("test_triton_autotune", "test_triton_traced")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name.startswith(SLOW) and not item.path.name.startswith(FAST):
+            item.add_marker("slow")
+
+
+@pytest.fixture(autouse=True)
+def proved_by_sources(request):
+    """Spares a test of CUDA kernels that passed with the same kernels, launchers and sources of tests."""
+    if request.path.name in CUDA_PROOFS and not hasattr(request.node.obj, "hypothesis"):
+        from conftest_cuda import told_by_sources
+        from ptxemu import proofs
+
+        proofs.step(told_by_sources())
+
 
 def pytest_runtest_setup(item):
     from lowbit.backends import triton

@@ -11,11 +11,14 @@ import torch
 import torch.utils.cpp_extension
 from codegen.cuda_build import ARCHS, CSRC, SOURCES, compiled_all
 from codegen.once import ROOT, made_once
+from ptxemu import proofs
 
 from lowbit.format import WeightSpec
 
 __all__ = ["CSRC", "DTYPE_CODES", "FORMAT_CODES", "ROOT", "SOURCES", "call", "emulator", "launchers", "multiprocessors"]
-__all__ += ["require_nvcc", "spec_of", "stub_bindings", "unaligned", "written"]
+__all__ += ["require_nvcc", "spec_of", "stub_bindings", "told_by_sources", "unaligned", "written"]
+
+LAUNCHERS = ROOT / "tests" / "cuda" / "launchers.cu"
 
 #: The values of Dtype in csrc/dtype.h, and of the format argument in tests/cuda/launchers.cu.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -42,7 +45,7 @@ def launchers():
     """
     require_nvcc()
     hostlaunch = emulator("hostlaunch")
-    found = compiled_all([ROOT / "tests" / "cuda" / "launchers.cu", *SOURCES])
+    found = compiled_all([LAUNCHERS, *SOURCES])
     objects = [each.object for each in found]
     folder = made_once("launchers", [*objects, hostlaunch.STUB], lambda folder: hostlaunch.link(objects, folder))
     modules = [emulator("module").Module(each.ptx.read_text()) for each in found]
@@ -50,6 +53,15 @@ def launchers():
     library = hostlaunch.load(folder / "launchers.so", modules, [each.source for each in found], device)
     library.options = {"warp_races": True, "detect_global_waw": True}
     return library
+
+
+@functools.cache
+def told_by_sources() -> str:
+    """A hash of all that decides what the launchers do: the PTX of every kernel, and the sources of the host code."""
+    launchers()
+    host = sorted(path for path in (*CSRC.glob("*.h"), *(CSRC / "cuda").iterdir(), *LAUNCHERS.parent.iterdir()))
+    ptx = [proofs.code_of(each.ptx.read_text()) for each in compiled_all([LAUNCHERS, *SOURCES])]
+    return proofs.digest([*ptx, *(part for path in host for part in (path.name, path.read_bytes()))])
 
 
 @functools.cache

@@ -15,8 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 from cases import BLOCK_SIZES, DTYPES, FORMATS
+from codegen import triton_code
 from codegen.machine_code import resources
-from codegen.triton_code import Launch, compiled, function, gpu_target, launches, machine_code, tensor, weight
+from codegen.triton_code import (
+    Launch,
+    function,
+    gpu_target,
+    key_of,
+    launches,
+    machine_code,
+    specialized,
+    tensor,
+    weight,
+)
 from ptxemu import proofs
 
 from lowbit.backends import triton as backend
@@ -157,18 +168,24 @@ def _memory(value):
 
 
 def _told_by(launch: Launch, target: str):
-    """All that decides what a launch does: its PTX, its shape and its arguments."""
-    kernel, signature = compiled(launch, target)
-    yield from (proofs.code_of(kernel.asm["ptx"]), kernel.metadata.num_warps, kernel.metadata.shared, launch.grid)
+    """All that decides what a launch does: its code, its grid and its arguments."""
+    signature, *_ = specialized(launch)
+    yield from (key_of(launch, target), launch.grid)
     for name, kind in signature.items():
         yield from (name, kind, launch.values[name] if kind != "constexpr" else None)
 
 
-def _prove(launch: Launch, ends: dict[str, torch.Tensor], target: str, options: dict) -> None:
-    """A step of the running test's proof. What was launched together is one step, taken before the first of it runs."""
-    if launch is launch.together[0]:
-        inputs = [*sum(ends.items(), ()), *(f"{name}={value}" for name, value in options.items())]
-        proofs.step(target, *inputs, *(part for each in launch.together for part in _told_by(each, target)))
+def _prove(launch: Launch, target: str, *inputs) -> None:
+    """A step of the running test's proof: all that was launched together, before the first of it is compiled."""
+    if not proofs.has_taken(launch.together):
+        told = (part for each in launch.together for part in _told_by(each, target))
+        proofs.step(target, *inputs, *told, of=launch.together)
+
+
+def compiled(launch: Launch, target: str):
+    """The compiled kernel of a launch for ``target``, and its signature: a step of the running test's proof."""
+    _prove(launch, target)
+    return triton_code.compiled(launch, target)
 
 
 def emulate(launch: Launch, ends: dict[str, torch.Tensor] | None = None, target: str = "sm_80", **options):
@@ -177,8 +194,8 @@ def emulate(launch: Launch, ends: dict[str, torch.Tensor] | None = None, target:
     ``ends``: by argument the last elements of a tensor, all of it that there is memory for (it may be a meta tensor).
     """
     emulator = pytest.importorskip("ptxemu")
-    _prove(launch, ends or {}, target, options)
-    kernel, signature = compiled(launch, target)
+    _prove(launch, target, *sum((ends or {}).items(), ()), *(f"{name}={value}" for name, value in options.items()))
+    kernel, signature = triton_code.compiled(launch, target)
     arguments = []
     for name, kind in signature.items():
         argument, end = launch.values[name], (ends or {}).get(name)

@@ -145,7 +145,7 @@ def test_linear_grad_input_with_lora(dtype, lora_dtype):
     parts = quantized((n, k), block_size=32)
     generator = torch.Generator().manual_seed(0)
     lora_a = torch.randn(rank, k, generator=generator).to(lora_dtype)
-    for rows, name in ((3, "grad_input"), (250, "dequantize")):
+    for rows, name in ((3, "split_sum"), (250, "dequantize")):
         grad = torch.randn(rows, n, generator=generator).to(dtype)
         grad_t = torch.randn(rows, rank, generator=generator).to(lora_dtype)
         out = run("linear_grad_input", grad, *parts, k, grad_t, lora_a)
@@ -159,7 +159,7 @@ def test_grad_t_beyond_the_range_of_fp16(size):
     parts = quantized((40, 96), block_size=32)
     generator = torch.Generator().manual_seed(0)
     lora_a = torch.randn(5, 96, generator=generator) * 30 / size
-    for rows, name in ((3, "grad_input"), (250, "dequantize")):
+    for rows, name in ((3, "split_sum"), (250, "dequantize")):
         grad = torch.randn(rows, 40, generator=generator).half()
         grad_t = torch.randn(rows, 5, generator=generator) * size
         out = run("linear_grad_input", grad, *parts, 96, grad_t, lora_a)

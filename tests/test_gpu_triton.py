@@ -10,6 +10,7 @@ from cases import BLOCK_SIZES, DTYPES, FORMATS, UNIT_ROUNDOFF, assert_within, ma
 import lowbit
 from lowbit import reference, selftest
 from lowbit.backends import triton as backend
+from lowbit.format import WeightSpec
 
 DEVICE = "xpu" if hasattr(torch, "xpu") and torch.xpu.is_available() else "cuda"
 HAS_GPU = torch.get_device_module(DEVICE).is_available()
@@ -22,7 +23,7 @@ OPTIONS = ({}, {"format": "fp4", "block_size": 128, "double_quant": False}, {"bl
 
 def on_gpu(q: lowbit.QuantizedTensor) -> tuple:
     """A weight as the ops take it, on the GPU."""
-    return (*q.to(DEVICE).parts(), q.format, q.block_size)
+    return q.to(DEVICE).operands()
 
 
 def bound(exact, magnitude, terms, dtype):
@@ -38,13 +39,14 @@ def test_four_bits(dtype, format, block_size):
     """Files must not depend on the GPU that wrote them."""
     for numel in (1, 63, 1025, 100_003, 1 << 18):
         weight = make_weight((numel,), dtype)
-        packed, absmax = OPS.quantize(weight.to(DEVICE), format, block_size)
-        expected = reference.quantize(weight, format, block_size)
+        spec = WeightSpec(format, block_size)
+        packed, absmax = OPS.quantize(weight.to(DEVICE), str(spec))
+        expected = reference.quantize(weight, str(spec))
         assert torch.equal(packed.cpu(), expected[0]) and torch.equal(absmax.cpu(), expected[1])
         offset = expected[1].mean()
         codes, groups = OPS.quantize_scales(absmax, offset.to(DEVICE))
         assert all(map(torch.equal, (codes.cpu(), groups.cpu()), reference.quantize_scales(expected[1], offset)))
-        arguments = (format, block_size, [numel], dtype)
+        arguments = (str(spec), [numel], dtype)
         decoded = OPS.dequantize(packed, codes, groups, offset.to(DEVICE), *arguments)
         exact = reference.dequantize(packed.cpu(), codes.cpu(), groups.cpu(), offset, *arguments)
         assert torch.equal(decoded.cpu(), exact)
@@ -82,7 +84,7 @@ def test_grouped(dtype):
     t, lora_b, lora_a = torch.randn(217, 8), torch.randn(6, 192, 8), torch.randn(6, 8, 512)
     weight = (*on_gpu(q), ends.to(DEVICE))
     y = OPS.grouped_linear(x.to(DEVICE), *weight, 192, None, t.to(DEVICE), lora_b.to(DEVICE), 0.5)
-    cpu = (*q.parts(), "nf4", 64, ends)
+    cpu = (*q.operands(), ends)
     exact = reference.grouped_linear(x.double(), *cpu, 192, None, t, lora_b, 0.5).double()
     magnitude = torch.full_like(exact, float(x.float().norm(dim=1).max() * q.dequantize().norm(dim=-1).max() + 50))
     assert_within(y.cpu(), exact, bound(exact, magnitude, 520, dtype))

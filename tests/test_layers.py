@@ -325,7 +325,7 @@ def test_qlora_linear_stores_its_weight_as_told(stored, spec):
         double_quant=spec.double_quant,
         scale=stored.get("scale", "absmax"),
     )
-    assert type(layer) is LoRALinear and type(layer.base_layer) is nn.Linear
+    assert isinstance(layer, LoRALinear) and type(layer.base_layer) is nn.Linear
     assert layer.base_layer.weight.spec == spec
     assert torch.equal(layer.base_weight(), expected.dequantize()) and torch.equal(layer.bias, dense.bias)
     assert (layer.rank, layer.scaling) == (4, 2)

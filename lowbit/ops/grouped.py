@@ -8,7 +8,6 @@ nothing waits for it.
 
 import torch
 
-from .. import format as fmt
 from .. import reference
 from ..format import WeightSpec
 from . import linear as single
@@ -124,10 +123,7 @@ def expert_part(packed, absmax, group_scales, offset, spec: str, expert: int, ro
     part = slice(expert * blocks, (expert + 1) * blocks)
     if not weight.double_quant:
         return codes, absmax[part], None, None, spec
-    # The groups that these blocks lie in are decoded, without what they hold of the neighbours.
-    begin = part.start // fmt.GROUP_SIZE * fmt.GROUP_SIZE
-    groups = group_scales[begin // fmt.GROUP_SIZE :]
-    scales = reference.decode_scales(absmax[begin : part.stop], groups, offset, spec)[part.start - begin :]
+    scales = reference.decode_scales(absmax[part], group_scales, offset, spec, part.start)
     return codes, scales, None, None, weight.without_double_quant().text
 
 

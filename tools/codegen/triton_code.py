@@ -145,17 +145,36 @@ def specialized(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict
     return signature, constants, attributes
 
 
+def _source(launch: Launch):
+    """(what Triton compiles, for which options, and the signature)."""
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = specialized(launch)
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return source, {"enable_fp_fusion": False, **launch.compiler_options}, signature
+
+
+def key_of(launch: Launch, target: str) -> str:
+    """Triton's own key for a compiled kernel. Equal keys are equal PTX and equal machine code.
+
+    It covers the sources of the kernel and of all that it calls, what it is specialized on, the target, the options,
+    and the contents of Triton and of ptxas.
+    """
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.cache import get_cache_key
+
+    source, options, _ = _source(launch)
+    backend_of_target = make_backend(gpu_target(target))
+    return get_cache_key(source, backend_of_target, backend_of_target.parse_options(options), env_vars={})
+
+
 def compiled(launch: Launch, target: str):
     """The compiled kernel of a launch for ``target``, and its signature."""
     import triton
-    from triton.compiler import ASTSource
 
-    if target in launch.compiled:
-        return launch.compiled[target]
-    signature, constants, attributes = specialized(launch)
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"enable_fp_fusion": False, **launch.compiler_options}
-    launch.compiled[target] = triton.compile(source, target=gpu_target(target), options=options), signature
+    if target not in launch.compiled:
+        source, options, signature = _source(launch)
+        launch.compiled[target] = triton.compile(source, target=gpu_target(target), options=options), signature
     return launch.compiled[target]
 
 

@@ -6,7 +6,6 @@ it does once and the rare branches of divisions.
 
 import tempfile
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,11 +122,14 @@ def _compile_and_count(launch: Launch, arch: str) -> Costs:
 
 
 def count_all(launches: Iterable[Launch], arch: str) -> None:
-    """Compile what :func:`costs` will be asked for, several kernels at a time."""
-    missing = {key: launch for launch in launches if (key := _key(launch, arch)) not in _COSTS}
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda launch: _compile_and_count(launch, arch), missing.values())
-        _COSTS.update(zip(missing, found, strict=True))
+    """Compile what :func:`costs` will be asked for.
+
+    One kernel at a time: Triton parses each with Python's ``ast``, which in Python 3.11 may fail where several threads
+    do ("AST constructor recursion depth mismatch").
+    """
+    for launch in launches:
+        if (key := _key(launch, arch)) not in _COSTS:
+            _COSTS[key] = _compile_and_count(launch, arch)
 
 
 def costs(launch: Launch, arch: str) -> Costs:

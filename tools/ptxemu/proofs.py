@@ -1,9 +1,10 @@
-"""A pytest plugin that spares proofs which were executed before, with the same PTX, inputs, emulator and test.
+"""A pytest plugin that spares proofs which were executed before, with the same code, inputs, emulator and test.
 
 A test that runs kernels on the emulator calls ``step`` before each run, with all that decides what comes out of it: the
-PTX, the launch and its input. The plugin adds the sources of the emulator, of the test and of what is expected. The
-hash of all steps of a test is its proof. The file of proofs is under version control. Where the hash of a test is in
-it, the last step is not executed, and the test is skipped. Whatever changes the hash has the test executed again.
+PTX (or all that its compiler makes it of), the launch and its input. The plugin adds the sources of the emulator, of
+the test and of what is expected. The hash of all steps of a test is its proof. The file of proofs is under version
+control. Where the hash of a test is in it, the last step is not executed, and the test is skipped. Whatever changes the
+hash has the test executed again.
 
 Of the proofs in the file a random tenth is executed in each run. ``--prove`` executes all and writes the file anew, if
 every test passed. Tests of hypothesis have other inputs each time, and are always executed.
@@ -89,22 +90,32 @@ class Proof:
         self.name, self.known, self.is_due = name, known, is_due
         self.parts = [name, *(path.read_bytes() for path in sources)]
         self.digest: str | None = None
+        self.taken: list = []  # what steps were of
 
-    def step(self, parts: Iterable) -> None:
+    def step(self, parts: Iterable, of: object = None) -> None:
         """Another run is next. It is skipped where it ends a proof that is known and not due."""
+        self.taken.append(of)
         self.parts = [digest([*self.parts, *parts])]
         self.digest = self.parts[0][:20]
         if self.digest == self.known and not self.is_due:
-            pytest.skip("proved before, with the same PTX, inputs, emulator and test")
+            pytest.skip("proved before, with the same code, inputs, emulator and test")
 
 
 _running: Proof | None = None
 
 
-def step(*parts) -> None:
-    """Call this before a kernel runs, with all that decides what it makes; it skips the test where that is known."""
+def step(*parts, of: object = None) -> None:
+    """Call this before a kernel runs, with all that decides what it makes; it skips the test where that is known.
+
+    ``of``: what ``has_taken`` is asked for.
+    """
     if _running is not None:
-        _running.step(parts)
+        _running.step(parts, of)
+
+
+def has_taken(of: object) -> bool:
+    """Whether the running test took a step ``of`` this very object, or is no proof."""
+    return _running is None or any(taken is of for taken in _running.taken)
 
 
 def read(path: Path) -> dict[str, str]:

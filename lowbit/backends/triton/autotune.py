@@ -18,28 +18,28 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from . import INTERPRETED, shapes
 from .launch import is_traced
 
-#: Without it nothing is ever measured: the first, best predicted configuration runs.
+#: Without it nothing is measured: the first configuration runs, which is predicted to be the best.
 WANTED = os.environ.get("LOWBIT_TRITON_AUTOTUNE", "0") == "1"
 
-#: What a configuration is passed over for, as Triton's own autotuner does (of CompilationError: a failed assertion).
+#: A configuration that fails with one of these is passed over. Triton's own autotuner does the same.
 _DOES_NOT_RUN = (OutOfResources, CompilationError, PTXASError)
 
-#: By key the fields of its configuration: what this process has found, or read once.
+#: The fields of each key's configuration that this process has found or read.
 _KNOWN: dict[str, dict] = {}
 
 
 def cache_folder() -> Path:
-    """Where finds are kept, in Triton's own cache directory."""
+    """Return the folder of what was found, in Triton's own cache directory."""
     return Path(triton.knobs.cache.dir) / "lowbit-autotune"
 
 
 def _path(key: str) -> Path:
-    """A file for each key: processes that tune at the same time have nothing to merge, and none to lose."""
+    """Return the key's own file. One for each key: processes that tune at the same time do not overwrite each other."""
     return cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
 
 def _kept(key: str) -> dict | None:
-    """The fields of what was found for ``key``, by whichever process."""
+    """Return the fields of what any process has found for ``key``."""
     if key in _KNOWN:
         return _KNOWN[key]
     path = _path(key)
@@ -57,7 +57,7 @@ def _kept(key: str) -> dict | None:
 
 
 def _keep(key: str, config) -> None:
-    """Written beside its file and renamed: a reader never sees half of it."""
+    """Write what was found. The file is renamed into place: a reader never sees half of it."""
     _KNOWN[key] = dataclasses.asdict(config)
     path = _path(key)
     own = path.with_suffix(f".{uuid.uuid4().hex}")  # not by pid: threads share one, and so may containers
@@ -73,16 +73,16 @@ def _keep(key: str, config) -> None:
 
 
 def _may_measure() -> bool:
-    """Not while a graph is made, by torch.compile or by a stream's capture: nothing runs then."""
+    """Whether calls run now. They do not while torch.compile or a stream's capture makes a graph."""
     return not is_traced() and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def chosen(problem: shapes.Problem, gpu: shapes.Gpu, configs: Sequence[shapes.Config], run: Callable) -> shapes.Config:
-    """The first of ``configs``; where tuning is wanted, the one with which ``run(config)`` is fastest.
+    """Return the first of ``configs``; where tuning is wanted, the one with which ``run(config)`` is fastest.
 
-    Measured once for a ``problem`` on a ``gpu``. What does not compile or fit is passed over; an error if that is all
-    of them. Under torch.compile and in the capture of a CUDA graph nothing is measured: what an eager call found before
-    is used, else the first. So call once eagerly. Triton's interpreter, which has no GPU to measure, takes the first.
+    It is measured once for a ``problem`` on a ``gpu``. What does not compile or fit is passed over; it is an error if
+    nothing is left. Under torch.compile and in the capture of a CUDA graph nothing is measured: what an eager call
+    found before is used, else the first. So call once eagerly. Triton's interpreter, which has no GPU, takes the first.
     """
     if INTERPRETED or not WANTED:
         return configs[0]
@@ -107,7 +107,7 @@ def chosen(problem: shapes.Problem, gpu: shapes.Gpu, configs: Sequence[shapes.Co
 
 
 def measure(run: Callable[[], None]) -> float:
-    """Milliseconds, of a median."""
+    """Return the median time in milliseconds."""
     return triton.testing.do_bench(run, return_mode="median")
 
 

@@ -40,7 +40,7 @@ def codes_per_byte(format):
 
 @triton.jit
 def round_to(values, DTYPE: tl.constexpr):
-    """fp32 ``values`` in DTYPE, rounded to nearest, ties to even.
+    """Return fp32 ``values`` in DTYPE, rounded to nearest, ties to even.
 
     Triton's interpreter would cut them off for bf16: it gets them rounded already.
     """
@@ -53,7 +53,7 @@ def round_to(values, DTYPE: tl.constexpr):
 
 
 def _tables(format: str, dtype: torch.dtype) -> list[list[str]]:
-    """By byte of a value, lowest first, the words that two ``prmt`` choose from: of codes 0-3, 4-7, 8-11, 12-15."""
+    """Return for each byte of a value, lowest first, the words that two ``prmt`` choose from: codes 0-3, 4-7, ..."""
     size = dtype.itemsize
     raw = fmt.codebook(format).to(dtype).view(torch.int16 if size == 2 else torch.int32)
     values = [(int(bits) & (2 ** (8 * size) - 1)).to_bytes(size, "little") for bits in raw]
@@ -62,7 +62,7 @@ def _tables(format: str, dtype: torch.dtype) -> list[list[str]]:
 
 
 def _permute_asm(format: str, dtype: torch.dtype, scaled: bool) -> str:
-    """PTX from one register of 4 packed bytes to the 16-bit values of their high nibbles and of their low ones.
+    """Return PTX from one register of 4 packed bytes to the 16-bit values of their high nibbles and of their low ones.
 
     The outputs are those of 4 elements each: 2 registers of pairs, high nibbles' first. ``scaled``: each value times
     its element's scale, the sum of two operands: value * (high + low) = fma(value, high, value * low), whose inner
@@ -101,7 +101,7 @@ def _permute_asm(format: str, dtype: torch.dtype, scaled: bool) -> str:
 
 
 def _shuffle_asm(format: str) -> str:
-    """The same to fp32: 8 registers. All lanes of a warp have to take part, as they do in Triton's code.
+    """Return the same to fp32, to 8 registers. All lanes of a warp have to take part, as they do in Triton's code.
 
     The lane's own value comes from ``prmt``; ptxas computes it once in a kernel.
     """
@@ -118,7 +118,7 @@ def _shuffle_asm(format: str) -> str:
     return "\n".join([*lines, "}"])
 
 
-#: By format, Triton's name of the dtype, and whether scaled: what a jitted function may look up while it is compiled.
+#: The key is (format, Triton's name of the dtype, whether scaled). A jitted function may look it up while compiled.
 _ASM = tl.constexpr(
     {
         (format, name, scaled): _permute_asm(format, dtype, scaled)
@@ -158,7 +158,7 @@ def _either(bit, FORMAT: tl.constexpr, CODE: tl.constexpr):
 
 @triton.jit
 def _select(code, FORMAT: tl.constexpr):
-    """fp32 values of codes in 0...15."""
+    """Return the fp32 values of codes in 0...15."""
     bit0, bit1 = (code & 1) != 0, (code & 2) != 0
     bit2, bit3 = (code & 4) != 0, (code & 8) != 0
     low = tl.where(
@@ -176,9 +176,9 @@ def _select(code, FORMAT: tl.constexpr):
 
 @triton.jit
 def decode_codes(packed, FORMAT: tl.constexpr, DTYPE: tl.constexpr, PORTABLE: tl.constexpr):
-    """The codebook's values, rounded to DTYPE, for the high and for the low nibbles of uint8 ``packed``.
+    """Return the codebook's values, rounded to DTYPE, for the high and for the low nibbles of uint8 ``packed``.
 
-    To fp32 lanes exchange values, which the compiler must not move to where some of them do not come: not pure.
+    To fp32, lanes exchange values. The compiler must not move that to where some lanes do not come, so it is not pure.
     """
     if PORTABLE:
         return round_to(_select(packed >> 4, FORMAT), DTYPE), round_to(_select(packed & 15, FORMAT), DTYPE)
@@ -191,7 +191,7 @@ def decode_codes(packed, FORMAT: tl.constexpr, DTYPE: tl.constexpr, PORTABLE: tl
 
 @triton.jit
 def decode_scaled(packed, high, low, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
-    """The same of a 16-bit DTYPE on NVIDIA, times the scales ``high + low`` of the bytes, each in DTYPE."""
+    """Return the same in a 16-bit DTYPE, on NVIDIA, times the bytes' scales ``high + low``, which are in DTYPE too."""
     asm: tl.constexpr = _asm(FORMAT, DTYPE, True)
     constraints: tl.constexpr = _constraints(4, 5)
     return tl.inline_asm_elementwise(asm, constraints, [packed, high, low], _both(DTYPE), is_pure=True, pack=4)
@@ -199,7 +199,7 @@ def decode_scaled(packed, high, low, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def load_scales(scales, block, mask, DOUBLE_QUANT: tl.constexpr):
-    """What is stored of the scales of the blocks numbered ``block`` (zero where not ``mask``), for scales_of.
+    """Return what is stored of the scales of the blocks numbered ``block`` (zero where not ``mask``), for scales_of.
 
     ``scales``: the pointers (absmax, group_scales, offset, scale_map), the last two to one number and to fp32 [256].
     """
@@ -213,7 +213,7 @@ def load_scales(scales, block, mask, DOUBLE_QUANT: tl.constexpr):
 
 @triton.jit
 def scales_of(stored, group_scale, scales, DOUBLE_QUANT: tl.constexpr):
-    """The fp32 scales of what load_scales returned.
+    """Return the fp32 scales of what load_scales returned.
 
     Double-quantized: the map's entry for the block's code times its group's scale, plus the offset, each rounded.
     (``launch`` keeps the two from being one FMA.)
@@ -227,7 +227,7 @@ def scales_of(stored, group_scale, scales, DOUBLE_QUANT: tl.constexpr):
 
 @triton.jit
 def decode_scales(scales, block, mask, DOUBLE_QUANT: tl.constexpr):
-    """The fp32 scales of the blocks numbered ``block``; something where not ``mask``."""
+    """Return the fp32 scales of the blocks numbered ``block``; something where not ``mask``."""
     stored, group_scale = load_scales(scales, block, mask, DOUBLE_QUANT)
     return scales_of(stored, group_scale, scales, DOUBLE_QUANT)
 
@@ -238,7 +238,7 @@ def _scale_map(device: torch.device) -> torch.Tensor:
 
 
 def scale_map(device: torch.device) -> torch.Tensor:
-    """What the 256 codes of double-quantized scales stand for, fp32 [256] on ``device``.
+    """Return what the 256 codes of double-quantized scales stand for, fp32 [256] on ``device``.
 
     A graph that torch.compile makes owns all its buffers: there it is an op that returns a copy, once per graph.
     """
@@ -246,5 +246,5 @@ def scale_map(device: torch.device) -> torch.Tensor:
 
 
 def copy_of_scale_map(device: torch.device) -> torch.Tensor:
-    """The kernel of that op."""
+    """Return a copy of the map: the kernel of that op."""
     return _scale_map(device).clone()

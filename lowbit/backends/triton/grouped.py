@@ -110,7 +110,7 @@ def grouped_matmul_kernel(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
-    """fp32 y [splits, m, n], TILE_M rows of one expert by TILE_N columns.
+    """Write fp32 y [splits, m, n], TILE_M rows of one expert by TILE_N columns.
 
     A split sums over ``split_columns`` of x, a multiple of TILE_K.
     """
@@ -152,7 +152,7 @@ def grouped_outer_kernel(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
-    """fp32 out [experts, n, k], one expert's TILE_N by TILE_K; zero where it has no rows."""
+    """Write fp32 out [experts, n, k], one expert's TILE_N by TILE_K; zero where it has no rows."""
     column_tiles = tl.cdiv(k, TILE_K)
     tiles = tl.cdiv(n, TILE_N) * column_tiles
     expert, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles

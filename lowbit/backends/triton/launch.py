@@ -24,7 +24,7 @@ def is_traced() -> bool:
     return _TRACED.get()
 
 
-#: What Triton itself asks for.
+#: Triton itself asks for it.
 _OLDEST_CAPABILITY = (8, 0)
 
 

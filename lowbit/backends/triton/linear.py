@@ -20,7 +20,7 @@ from .shapes import ceil_div, gpu_of, next_power_of_2, row_tile_count
 
 @triton.jit
 def _add_tile(values, weight, total, WEIGHT_FIRST: tl.constexpr):
-    """total + values W^T, or its transpose if W is the left operand."""
+    """Return total + values W^T, or its transpose if W is the left operand."""
     return dot(weight, values, total) if WEIGHT_FIRST else dot(values, weight, total)
 
 
@@ -58,7 +58,7 @@ def linear_kernel(
     PRODUCTS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """A tile of y [m, n], or of its share over a part of k in y [SPLITS, m, n].
+    """Write a tile of y [m, n], or of its share over a part of k in y [SPLITS, m, n].
 
     WHOLE: k is a multiple of PRODUCTS * TILE_K, as it is for all formats but int8. BLOCK_SIZE is a multiple of TILE_K.
     PRODUCTS of 2: Triton gives each warp rows of W of its own only where it sees a second product; with one it lets two
@@ -108,8 +108,8 @@ def linear_kernel(
         steps = tl.cdiv(k // STEP, SPLITS)
         begin = split * steps * STEP
         end = min(begin + steps * STEP, k)
-        # Scales of fewer columns than there are threads: COPIES of each, or the compiler would have every thread decode
-        # those of all of its sums, instead of one that it passes on.
+        # There are COPIES of each scale where a tile has fewer columns than threads. Else the compiler has every thread
+        # decode the scales of all of its sums, instead of one that it passes on.
         scales = (absmax, group_scales, offset, scale_map)
         block = tl.broadcast_to((w_row * (k // BLOCK_SIZE))[:, None], (TILE_N, COPIES))
         all_there = block >= 0
@@ -122,7 +122,7 @@ def linear_kernel(
                 codes = tl.load(w_rows + at // 2)
                 values = tl.load(x_rows + at)
                 scale = tl.max(scales_of(stored, group_scale, scales, DOUBLE_QUANT), axis=1)
-                # A step ahead: nothing else would hide their way from memory.
+                # They are loaded a step ahead: nothing else would hide their way from memory.
                 following = block + min(at + TILE_K, end - TILE_K) // BLOCK_SIZE
                 stored, group_scale = load_scales(scales, following, all_there, DOUBLE_QUANT)
                 high, low = decode_codes(codes, FORMAT, DTYPE, PORTABLE)
@@ -168,7 +168,7 @@ def fused(config: shapes.Config, x, weight: Weight, bias, t, lora_b, scaling, y,
         TILE_N=c.tile_n,
         TILE_K=c.tile_k,
         SPLITS=c.splits,
-        # So many of each scale that there are as many as threads, of which NVIDIA has 32 in a warp.
+        # As many scales as threads, of which NVIDIA has 32 in a warp.
         COPIES=max(1, 32 * c.warps // c.tile_n),
         WEIGHT_FIRST=c.weight_first,
         PRODUCTS=c.products,

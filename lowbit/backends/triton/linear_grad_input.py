@@ -30,7 +30,7 @@ _RANKS = tl.constexpr(16)
 
 @triton.jit
 def _to_lanes(tile, WARPS: tl.constexpr):
-    """[rows, BYTES] with its columns in the order that the sums have them in.
+    """Return [rows, BYTES] with its columns in the order of the sums.
 
     In the A operand of mma.sync and wgmma lane 4 g + q of a warp holds rows g and g + 8 of each 16: row number bits
     (from the highest) are (repetition, warp, half, g), of which repetition and half are one lane's.
@@ -42,7 +42,7 @@ def _to_lanes(tile, WARPS: tl.constexpr):
 
 @triton.jit
 def _from_lanes(tile, WARPS: tl.constexpr):
-    """The inverse."""
+    """Return the inverse of :func:`_to_lanes`."""
     REPEATS: tl.constexpr = tile.shape[1] // (16 * WARPS)
     lanes = tl.permute(tl.reshape(tile, (tile.shape[0], REPEATS, WARPS, 2, 8)), (0, 2, 4, 1, 3))
     return tl.reshape(lanes, tile.shape)
@@ -50,7 +50,7 @@ def _from_lanes(tile, WARPS: tl.constexpr):
 
 @triton.jit
 def _over_columns(scale, BYTES: tl.constexpr, WARPS: tl.constexpr):
-    """[rows, blocks] repeated for each byte of the blocks."""
+    """Return [rows, blocks] repeated for each byte of the blocks, in the order of the sums."""
     ROWS: tl.constexpr = scale.shape[0]
     BLOCKS: tl.constexpr = scale.shape[1]
     scale = tl.broadcast_to(scale[:, :, None], (ROWS, BLOCKS, BYTES // BLOCKS))
@@ -61,9 +61,9 @@ def _over_columns(scale, BYTES: tl.constexpr, WARPS: tl.constexpr):
 def _scaled_weight(
     codes, scale, FORMAT: tl.constexpr, DTYPE: tl.constexpr, PORTABLE: tl.constexpr, WARPS: tl.constexpr
 ):
-    """(W of the high nibbles, W of the low ones) in DTYPE, of codes [TILE_N, BYTES] and scale [TILE_N, blocks].
+    """Return (W of the high nibbles, W of the low ones) in DTYPE, of codes [TILE_N, BYTES] and scale [TILE_N, blocks].
 
-    Of codes of a byte twice the same.
+    Codes of a byte give the same W twice.
     """
     BYTES: tl.constexpr = codes.shape[1]
     codes = _to_lanes(codes, WARPS)
@@ -122,7 +122,7 @@ def grad_input_kernel(
     TILE_K: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    """One tile of ``out`` [splits, m, k]: the sum over the rows of W in one split, LoRA in the first.
+    """Write one tile of ``out`` [splits, m, k]: the sum over the rows of W in one split. The first split adds LoRA.
 
     ``expert_ends``: None, or the weight is a stack of matrices, lora_a too (``grouped.py``).
     """
@@ -146,7 +146,7 @@ def grad_input_kernel(
     first = split * split_rows
     end = tl.minimum(first + split_rows, n)
 
-    # W^T grad^T: of even and odd columns (of codes of a byte: all of them, and zeros).
+    # W^T grad^T: one sum for even columns and one for odd ones. Codes of a byte have all columns in the first.
     high_sum = tl.zeros((BYTES, TILE_M), tl.float32)
     low_sum = tl.zeros((BYTES, TILE_M), tl.float32)
     column_byte = column_tile * BYTES + tl.arange(0, BYTES)

@@ -38,7 +38,7 @@ def check_dimensions(name: str, tensor: torch.Tensor, dimensions: int) -> None:
 
 
 def spec_of(text: str, searched: bool = False) -> fmt.WeightSpec:
-    """The spec that ``text`` says. ``searched``: of a format whose codes are chosen for given scales of blocks."""
+    """Return the spec that ``text`` says. ``searched``: its format must be one that has codes for given scales."""
     spec = fmt.WeightSpec.parse(text)
     served = [name for name, record in FORMATS.items() if record.codebook or not searched]
     if spec.format not in served:
@@ -49,7 +49,7 @@ def spec_of(text: str, searched: bool = False) -> fmt.WeightSpec:
 def checked(
     name: str, tensor: torch.Tensor | None, numel: int, like: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """``tensor``, contiguous: of ``numel`` elements, on ``like``'s device, of ``dtype`` (None: floats of any)."""
+    """Return ``tensor``, contiguous: ``numel`` elements of ``dtype`` (None: any floats) on ``like``'s device."""
     if tensor is None:
         raise wrong(name, "a tensor", None)
     if tensor.device != like.device:
@@ -64,7 +64,7 @@ def checked(
 
 
 def optional(name: str, tensor: torch.Tensor | None, numel: int, like: torch.Tensor) -> torch.Tensor | None:
-    """:func:`checked`, of an operand of floats that need not be there."""
+    """Return :func:`checked` of an operand of floats, or None if it is None."""
     return None if tensor is None else checked(name, tensor, numel, like)
 
 
@@ -78,22 +78,22 @@ class Weight(NamedTuple):
     spec: fmt.WeightSpec
 
     def operands(self) -> tuple[torch.Tensor | None, ...]:
-        """What a kernel takes: (packed, absmax, group_scales, offset, scale_map); codes without a codebook as int8."""
+        """Return a kernel's (packed, absmax, group_scales, offset, scale_map); codes without a codebook are int8."""
         packed = self.packed if self.spec.record.codebook else self.packed.view(torch.int8)
         return packed, *self[1:4], scale_map(packed.device) if self.spec.double_quant else None
 
     def constants(self) -> dict[str, object]:
-        """What a kernel is compiled for."""
+        """Return what a kernel is compiled for."""
         spec = self.spec
         return {"FORMAT": spec.format, "BLOCK_SIZE": spec.block_size or 1, "DOUBLE_QUANT": spec.double_quant}
 
     def arguments(self) -> tuple:
-        """What an op takes."""
+        """Return what an op takes."""
         return *self[:4], self.spec.text
 
 
 def weight_of(shape: tuple[int, ...], like: torch.Tensor, packed, absmax, group_scales, offset, spec: str) -> Weight:
-    """The weight of that shape, for a product with ``like``. Its spec alone says which parts there are."""
+    """Return the weight of that shape, for a product with ``like``. Its spec alone says which parts there are."""
     spec, numel = spec_of(spec), math.prod(shape)
     packed = checked("packed", packed, spec.packed_size(numel), like, torch.uint8)
     scales = spec.scale_count(shape)
@@ -109,7 +109,7 @@ def weight_of(shape: tuple[int, ...], like: torch.Tensor, packed, absmax, group_
 
 
 def rows_of_floats(name: str, tensor: torch.Tensor) -> int:
-    """How many rows an activation [..., length of a row] has."""
+    """Return how many rows an activation [..., length of a row] has."""
     check_float(name, tensor.dtype)
     if not tensor.dim():
         raise wrong(name, "at least 1 dimension", "a scalar")
@@ -119,7 +119,7 @@ def rows_of_floats(name: str, tensor: torch.Tensor) -> int:
 def lora_factors(
     names: tuple[str, str], low: torch.Tensor | None, up: torch.Tensor | None, rows: int, features: int, like
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(low [rows, rank], up of ``features`` times rank elements); (None, None) without LoRA or with one of rank 0."""
+    """Return (low [rows, rank], up of ``features`` * rank elements); (None, None) without LoRA or with rank 0."""
     if (low is None) != (up is None):
         raise wrong(", ".join(names), "both (LoRA) or neither", "one")
     if low is None:
@@ -130,7 +130,7 @@ def lora_factors(
 
 
 def expert_ends_of(expert_ends: torch.Tensor, rows: int, like: torch.Tensor) -> torch.Tensor:
-    """``expert_ends`` int32 [experts], contiguous: at least one where there are rows."""
+    """Return ``expert_ends`` int32 [experts], contiguous: at least one where there are rows."""
     if rows and not expert_ends.numel():
         raise wrong("expert_ends", f"the last to be {rows}, the rows", "no experts")
     return checked("expert_ends", expert_ends, expert_ends.numel(), like, torch.int32)

@@ -11,17 +11,17 @@ from .operands import Weight
 from .shapes import FACTOR_PROGRAMS, FACTOR_TILE, SUM_TILE, WARPS, ceil_div
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
-#: Tiles of rows that are numbered one after the other for the same columns: their programs run at the same time, and
-#: what they read of W comes from the L2 cache but for the first.
+#: So many tiles of rows are numbered one after the other for the same columns. Their programs run at the same time, and
+#: all but the first read W from the L2 cache.
 _BAND = tl.constexpr(8)
-#: Of a component of a low factor, what is beyond the largest goes to the other factor. fp16 ends just below 2^16.
+#: A component of a low factor is at most this large; the other factor takes the rest. fp16 ends just below 2^16.
 _LARGEST = tl.constexpr(2.0**15)
 _OF_LARGEST = tl.constexpr(2.0**-15)
 
 
 @triton.jit
 def tile_position(tile, row_tiles, column_tiles):
-    """(row tile, column tile) of tile number ``tile``."""
+    """Return (row tile, column tile) of tile number ``tile``."""
     band = tile // (_BAND * column_tiles) * _BAND
     rows = tl.minimum(row_tiles - band, _BAND)
     within = tile % (_BAND * column_tiles)
@@ -30,10 +30,10 @@ def tile_position(tile, row_tiles, column_tiles):
 
 @triton.jit
 def expert_of_tile(row_tile, expert_ends, experts, m, TILE_M: tl.constexpr, EXPERTS: tl.constexpr):
-    """(expert, its first row in the tile, the end of its rows); an expert of ``experts`` or more: no such tile.
+    """Return (expert, its first row in the tile, the end of its rows). An expert of ``experts`` or more: no such tile.
 
-    Each expert's rows are cut into tiles of TILE_M of their own, so one without rows has none. How many there are in
-    all only the device knows: ceil(m / TILE_M) + experts are enough. EXPERTS: ``experts`` or more, a power of two.
+    Each expert's rows are cut into tiles of TILE_M of their own, so one without rows has none. Only the device knows
+    how many there are in all: ceil(m / TILE_M) + experts are enough. EXPERTS: ``experts`` or more, a power of two.
     Ends that are out of order or past the ``m`` rows leave rows out, but nothing is read or written past them.
     """
     index = tl.arange(0, EXPERTS)
@@ -53,7 +53,7 @@ def expert_of_tile(row_tile, expert_ends, experts, m, TILE_M: tl.constexpr, EXPE
 
 @triton.jit
 def dot(a, b, total, TRANSPOSED: tl.constexpr = False):
-    """total + a b^T (TRANSPOSED: a^T b^T), summed in fp32.
+    """Return total + a b^T (TRANSPOSED: a^T b^T), summed in fp32.
 
     Triton's interpreter would multiply the bits of bf16 as integers.
     """
@@ -64,14 +64,14 @@ def dot(a, b, total, TRANSPOSED: tl.constexpr = False):
 
 @triton.jit
 def rest_of(values, high):
-    """What fp32 ``values`` have beyond ``high``, their rounded ones; 0 beside an infinity (which would make a NaN)."""
+    """Return values - high of fp32 ``values`` and the rounded ones; 0 beside an infinity, where it would be a NaN."""
     high = high.to(tl.float32)
     return tl.where(high - high == 0, values - high, 0.0)
 
 
 @triton.jit
 def _in_three_bf16(values):
-    """(high, low, high without infinities): |values - high - low| <= 2^-16 |values|.
+    """Return (high, low, high without infinities): |values - high - low| <= 2^-16 |values|.
 
     An infinity has no low part, and a factor whose low part is 0 must not make NaN of it.
     """
@@ -84,7 +84,7 @@ def _in_three_bf16(values):
 
 @triton.jit
 def _in_two_bf16(values):
-    """(high, low), the same two for every product: an infinity or NaN is the low one, beside 1.
+    """Return (high, low), the same two for every product: an infinity or NaN is the low one, beside 1.
 
     The third does not fit the registers next to 128 rows of grad; with these two ptxas spills in linear's int8 tiles.
     """
@@ -97,9 +97,10 @@ def _in_two_bf16(values):
 
 @triton.jit
 def add_lora(a, b, total, DTYPE: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """:func:`dot` of fp32 factors; next to 16-bit DTYPEs from bf16 parts, which leave out low times low, 2^-16 of it.
+    """Return :func:`dot` of fp32 factors.
 
-    (fp16's range would not hold the low parts of small numbers.)
+    Next to 16-bit DTYPEs the factors are sums of two bf16, and low times low is left out, 2^-16 of a product. (fp16's
+    range would not hold the low parts of small numbers.)
     """
     if DTYPE == tl.float32:
         return dot(a, b, total, TRANSPOSED)
@@ -118,7 +119,7 @@ def add_lora(a, b, total, DTYPE: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def sum_splits_kernel(shares, y, numel, SPLITS: tl.constexpr, TILE: tl.constexpr):
-    """y from the shares [SPLITS, numel], added in order: bits do not depend on which program was first."""
+    """Write y, the sum of the shares [SPLITS, numel] in order: bits do not depend on which program was first."""
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     mask = at < numel
     total, share = tl.zeros((TILE,), tl.float32), shares + at
@@ -129,12 +130,12 @@ def sum_splits_kernel(shares, y, numel, SPLITS: tl.constexpr, TILE: tl.constexpr
 
 
 def shares_of(y: torch.Tensor, splits: int) -> torch.Tensor:
-    """What the programs of a product write: y, or fp32 [splits, *y.shape] for :func:`add_shares`."""
+    """Return what the programs of a product write: y, or fp32 [splits, *y.shape] for :func:`add_shares`."""
     return y if splits == 1 else y.new_empty([splits, *y.shape], dtype=torch.float32)
 
 
 def add_shares(shares: torch.Tensor, y: torch.Tensor) -> None:
-    """y = the sum of the shares, rounded to y's dtype; nothing to do where y is the only one."""
+    """Write the sum of the shares to y, rounded to its dtype. There is nothing to do where y is the only share."""
     if shares is not y:
         grid, options = (ceil_div(y.numel(), SUM_TILE),), {"TILE": SUM_TILE, "num_warps": WARPS}
         launch(sum_splits_kernel, grid, shares, y, y.numel(), SPLITS=shares.shape[0], **options)
@@ -155,7 +156,7 @@ def rounded_factors_kernel(
     MOVES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One component of the rank, every num_programs(1)-th tile of rows of each factor; up_out lies as up does.
+    """Round one component of the rank, every num_programs(1)-th tile of rows of each factor. up_out is laid out as up.
 
     MOVES: up takes over what of the component is beyond 2^15, and a large scaling.
     """
@@ -194,7 +195,7 @@ def rounded_factors_kernel(
 def rounded_factors(
     low: torch.Tensor, up: torch.Tensor, dtype: torch.dtype, scaling: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(low [m, rank], up [n, rank]) in ``dtype``, whose product low up^T is scaling times that of the given ones.
+    """Return (low [m, rank], up [n, rank]) in ``dtype``; their product low up^T is scaling times that of the given.
 
     low is contiguous; up, as given and as returned, may be the transpose of what is. Only fp16 has too small a range
     for low, whose size is x's or the loss scale's: there the other factor, which is small, takes over what of it is
@@ -213,7 +214,7 @@ def rounded_factors(
 
 
 def decoded_product(x, weight: Weight, shape, is_transposed: bool, low, up, scaling=1.0, bias=None) -> torch.Tensor:
-    """torch's product of x and W^T (``is_transposed``) or W, decoded to ``shape``, plus scaling low up^T and the bias.
+    """Return torch's product of x and W^T (``is_transposed``) or W, of ``shape``, plus scaling low up^T and the bias.
 
     LoRA's product comes first: torch then adds it in its sums.
     """

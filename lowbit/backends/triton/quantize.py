@@ -47,14 +47,14 @@ def _is_sorted(format):
 
 @triton.constexpr_function
 def _codes_of_8_ranks(format, first):
-    """Their codes as the nibbles of an int32, the first rank's lowest."""
+    """Return the codes of 8 ranks as the nibbles of an int32, the first rank's lowest."""
     word = sum(code << 4 * i for i, code in enumerate(_TABLES.value["code"][format][first : first + 8]))
     return word - (1 << 32) if word >> 31 else word
 
 
 @triton.jit
 def _one_of_4(bit1, bit0, TABLE: tl.constexpr, FORMAT: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr):
-    """The entry FIRST + STEP * (2 * bit1 + bit0)."""
+    """Return the entry FIRST + STEP * (2 * bit1 + bit0)."""
     return tl.where(
         bit1,
         tl.where(bit0, _entry(TABLE, FORMAT, FIRST + 3 * STEP), _entry(TABLE, FORMAT, FIRST + 2 * STEP)),
@@ -82,7 +82,7 @@ def _one_of_8(bit2, bit1, bit0, TABLE: tl.constexpr, FORMAT: tl.constexpr, FIRST
 
 @triton.jit
 def rank_bits(x, FORMAT: tl.constexpr):
-    """How many midpoints fp32 ``x`` is above (NaN: none), as four truth values, the highest bit first."""
+    """Return how many midpoints fp32 ``x`` is above (NaN: none), as four truth values, the highest bit first."""
     bit3 = x > _entry("midpoint", FORMAT, 7)
     bit2 = x > tl.where(bit3, _entry("midpoint", FORMAT, 11), _entry("midpoint", FORMAT, 3))
     bit1 = x > _one_of_4(bit3, bit2, "midpoint", FORMAT, 1, 4)
@@ -92,7 +92,7 @@ def rank_bits(x, FORMAT: tl.constexpr):
 
 @triton.jit
 def nearest_value(x, FORMAT: tl.constexpr):
-    """The codebook's value that the code of fp32 ``x`` stands for."""
+    """Return the codebook's value that the code of fp32 ``x`` stands for."""
     bit3, bit2, bit1, bit0 = rank_bits(x, FORMAT)
     return tl.where(
         bit3,
@@ -103,7 +103,7 @@ def nearest_value(x, FORMAT: tl.constexpr):
 
 @triton.jit
 def code_of(x, FORMAT: tl.constexpr):
-    """The code, int32, of fp32 ``x`` in units of its block's scale."""
+    """Return the code, int32, of fp32 ``x`` in units of its block's scale."""
     bit3, bit2, bit1, bit0 = rank_bits(x, FORMAT)
     rank = (bit2.to(tl.int32) * 4 + bit1.to(tl.int32) * 2) + bit0.to(tl.int32)
     if _is_sorted(FORMAT):
@@ -115,21 +115,21 @@ def code_of(x, FORMAT: tl.constexpr):
 
 @triton.jit
 def encode_pairs(x, FORMAT: tl.constexpr):
-    """fp32 ``x`` [rows, columns] to packed uint8 [rows, columns // 2]."""
+    """Return packed uint8 [rows, columns // 2] of fp32 ``x`` [rows, columns]."""
     high, low = tl.split(tl.reshape(code_of(x, FORMAT), [x.shape[0], x.shape[1] // 2, 2]))
     return (high << 4 | low).to(tl.uint8)
 
 
 @triton.jit
 def largest_magnitude(x):
-    """fp32 [rows, columns] to the largest |x| of each row. As integers, which puts NaN on top."""
+    """Return the largest |x| of each row of fp32 [rows, columns], compared as integers, which puts NaN on top."""
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return tl.max(bits, axis=1).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def raised(absmax):
-    """absmax, or 1e-38 if that is more; NaN stays."""
+    """Return absmax, or 1e-38 if that is more; NaN stays."""
     return tl.where(absmax < _TINY_ABSMAX, _TINY_ABSMAX, absmax)
 
 
@@ -164,7 +164,7 @@ def quantize_kernel(
     tl.store(absmax + block, largest, mask=exists)
     byte = block[:, None] * (BLOCK_SIZE // 2) + tl.arange(0, BLOCK_SIZE // 2)[None, :]
     stored = 2 * byte < numel if SHORT else exists[:, None]
-    # x is not clamped to [-1, 1]: beyond the outermost midpoints no code changes.
+    # x is not clamped to [-1, 1]: no code changes beyond the outermost midpoints.
     tl.store(packed + byte, encode_pairs(scaled, FORMAT), mask=stored)
 
 
@@ -304,18 +304,18 @@ def encode_kernel(
 
 @functools.cache
 def _scale_code_table(device: torch.device) -> torch.Tensor:
-    """uint8 [65536] on ``device``: an entry is read per scale, not per weight."""
+    """Return the table of scales' codes, uint8 [65536] on ``device``: an entry is read per scale, not per weight."""
     return fmt.SCALE_CODE_TABLE.to(device)
 
 
 @functools.cache
 def _scale_factors(device: torch.device) -> torch.Tensor:
-    """fp32 [36] on ``device``."""
+    """Return what a search multiplies absmax with, fp32 [36] on ``device``."""
     return torch.tensor(fmt.SCALE_FACTORS, dtype=torch.float32, device=device)
 
 
 def _weight_of_floats(weight: torch.Tensor, spec: str, searched: bool) -> tuple[torch.Tensor, fmt.WeightSpec]:
-    """(weight, contiguous; its spec), checked."""
+    """Return (weight, contiguous; its spec), checked."""
     check_float("weight", weight.dtype)
     return weight.detach().contiguous(), spec_of(spec, searched)
 

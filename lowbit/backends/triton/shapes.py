@@ -14,12 +14,12 @@ from ...format import WeightSpec
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up. In Python, Triton's cdiv costs 5 us, and so does its next_power_of_2."""
+    """Return a / b, rounded up. In Python, Triton's cdiv costs 5 us, and so does its next_power_of_2."""
     return -(-a // b)
 
 
 def next_power_of_2(number: int) -> int:
-    """The smallest power of two that is at least ``number`` and 1."""
+    """Return the smallest power of two that is at least ``number`` and 1."""
     return 1 << max(number - 1, 0).bit_length()
 
 
@@ -81,7 +81,7 @@ FACTOR_TILE, FACTOR_PROGRAMS = 1024, 128
 
 
 def rows_tile(columns: int, elements: int) -> tuple[int, int]:
-    """(rows, columns) that a program takes of an int8 weight at a time: a piece of one long row, or several short rows.
+    """Return (rows, columns) that a program takes of an int8 weight at a time: part of a long row, or several.
 
     ``elements``: of the tile, a power of two of at least 64.
     """
@@ -157,8 +157,8 @@ _ROWS[torch.bfloat16] = _ROWS[torch.float16]
 
 
 def rows_of(m: int, dtype: torch.dtype) -> int:
-    """m rounded up to one of few numbers. By comparisons: where torch.compile has a symbol for m, a graph then serves
-    all numbers in between.
+    """Return m rounded up to one of few numbers. Comparisons find it: where torch.compile has a symbol for m, one graph
+    serves all numbers in between.
     """
     for rows in _ROWS[dtype]:
         if m <= rows:
@@ -197,7 +197,7 @@ def decodes_first(problem: Problem, gpu: Gpu) -> bool:
 
 
 def tiles(problem: Problem, gpu: Gpu) -> list[Config]:
-    """The tiles that can be right for the problem's number of rows, without splits."""
+    """Return the tiles that can be right for the problem's number of rows, without splits."""
     return _forward_tiles(problem, gpu) if problem.is_forward else _backward_tiles(problem, gpu)
 
 
@@ -241,7 +241,9 @@ def _forward_tiles(problem: Problem, gpu: Gpu) -> list[Config]:
 
 
 def _backward_tiles(problem: Problem, gpu: Gpu) -> list[Config]:
-    """16 bits: 64 rows of W at a time, in pieces of 128 bytes. Up to 32 rows of grad, where reading and decoding W is
+    """Return tiles for linear_grad_input.
+
+    16 bits: 64 rows of W at a time, in pieces of 128 bytes. Up to 32 rows of grad, where reading and decoding W is
     the work, four warps: a lane's 4 bytes of a row come with one load, 8.0 to 8.8 instructions a weight on sm_80. More
     rows take eight warps, with 2 bytes to a lane: 64 rows at 11.7 instructions a weight, of which one is an HMMA, 8
     cycles of an A100's tensor core. wgmma keeps no grad in registers: 128 rows fit without a spill, 10.0 instructions
@@ -271,25 +273,25 @@ def _backward_tiles(problem: Problem, gpu: Gpu) -> list[Config]:
 
 
 def steps_of(config: Config, problem: Problem) -> int:
-    """Steps of the sum, in all splits together."""
+    """Return the steps of the sum, in all splits together."""
     p = problem
     return ceil_div(p.k, config.products * config.tile_k) if p.is_forward else ceil_div(p.n, config.tile_n)
 
 
 def split_rows(config: Config, n: int) -> int:
-    """How many rows of W (of n) a split of linear_grad_input sums over: whole steps."""
+    """Return how many rows of W (of n) a split of linear_grad_input sums over: whole steps."""
     return ceil_div(ceil_div(n, config.tile_n), config.splits) * config.tile_n
 
 
 def step_bytes(config: Config, problem: Problem) -> int:
-    """Bytes of x and of W that a program copies from the L2 cache in a step."""
+    """Return the bytes of x and of W that a program copies from the L2 cache in a step."""
     summed = config.tile_k if problem.is_forward else config.tile_n
     of_x = config.tile_m * summed * problem.dtype.itemsize
     return config.products * (of_x + config.tile_n * config.tile_k * problem.spec.record.bits // 8)
 
 
 def shared_bytes(config: Config, problem: Problem) -> int:
-    """An upper bound on a program's shared memory: x and codes in every stage, and W decoded in one.
+    """Return an upper bound on a program's shared memory: x and codes in every stage, and W decoded in one.
 
     FMAs, wgmma and tcgen05 read the decoded W from there.
     """
@@ -298,7 +300,7 @@ def shared_bytes(config: Config, problem: Problem) -> int:
 
 
 def instructions(config: Config, problem: Problem, gpu: Gpu) -> float:
-    """About how many a program's warps issue, in all, for one tile of W; for linear of 16-bit x."""
+    """Return about how many a program's warps issue in all for one tile of W; for linear of 16-bit x."""
     is_bytes = problem.spec.record.bits == 8
     weights = config.tile_n * config.tile_k / 32  # of a lane, if one warp decoded them all
     wide_products = config.tile_m >= 64 and gpu.has_wgmma
@@ -323,14 +325,14 @@ def instructions(config: Config, problem: Problem, gpu: Gpu) -> float:
 
 
 def _registers(config: Config, problem: Problem) -> int:
-    """Of a thread."""
+    """Return the registers of a thread."""
     if problem.is_forward:
         return 255 if config.tile_m >= 64 else 144
     return 255 if config.tile_m >= 64 and config.warps == 4 else 168
 
 
 def predicted_cycles(config: Config, problem: Problem, gpu: Gpu) -> float:
-    """Cycles of a multiprocessor: a lower bound that orders configurations, not a prediction of time."""
+    """Return cycles of a multiprocessor: a lower bound that orders configurations, not a prediction of time."""
     p, (width, tile) = problem, (problem.n, config.tile_n) if problem.is_forward else (problem.k, config.tile_k)
     programs = p.with_rows * ceil_div(p.rows_each, config.tile_m) * ceil_div(width, tile) * config.splits
     by_registers = 65536 // (32 * config.warps * _registers(config, p))
@@ -350,7 +352,7 @@ def predicted_cycles(config: Config, problem: Problem, gpu: Gpu) -> float:
 
 
 def splits_of(steps: int) -> tuple[int, ...]:
-    """Into how many parts a sum of so many steps may go: a program with 4 steps still fills its pipeline."""
+    """Return into how many parts a sum of so many steps may go: a program with 4 steps still fills its pipeline."""
     return tuple(splits for splits in (1, 2, 4, 8, 16) if splits == 1 or steps >= 4 * splits)
 
 
@@ -376,7 +378,7 @@ def _lora_tile(features: int) -> int:
 
 
 def grouped_matmul_config(m: int, n: int, k: int, experts: int, dtype: torch.dtype, gpu: Gpu) -> Config:
-    """That of grouped_matmul: m rows by dense matrices [n, k]. One of n and k is LoRA's rank."""
+    """Return the configuration of grouped_matmul: m rows by dense matrices [n, k], one of n and k being LoRA's rank."""
     is_fp32 = dtype == torch.float32  # whose operands pass through shared memory
     tile_m = 16 if m <= 16 * experts or is_fp32 else 64  # few rows to an expert: small tiles
     tile_n, tile_k = _lora_tile(n), 32 if is_fp32 else 64
@@ -388,10 +390,10 @@ def grouped_matmul_config(m: int, n: int, k: int, experts: int, dtype: torch.dty
 
 
 def grouped_outer_config(n: int, k: int) -> Config:
-    """That of grouped_outer, whose results are [n, k]; tile_m rows are summed in a step."""
+    """Return the configuration of grouped_outer, whose results are [n, k]. A step sums over tile_m rows."""
     return Config(32, _lora_tile(n), _lora_tile(k), WARPS, 2)
 
 
 def row_tile_count(m: int, experts: int, tile_m: int) -> int:
-    """An upper bound on the tiles of rows: those of each expert are its own, and its last one may be short."""
+    """Return an upper bound on the tiles of rows: those of each expert are its own, and its last one may be short."""
     return min(ceil_div(m, tile_m) + experts, m) if experts else ceil_div(m, tile_m)

@@ -160,6 +160,15 @@ def test_only_the_last_step_is_spared(project):
     assert executed(project) == ["1", "2"]
 
 
+def test_steps_are_taken_once(project):
+    """Launches that were collected together are one step, whichever of them is first."""
+    twice = TEST.replace("case):", "case, made=[]):").replace("([case]))", "([case]), of=made)")
+    twice += "    assert proofs.has_taken(made) and not proofs.has_taken([])"
+    (project.path / "test_kernels.py").write_text(twice)
+    assert executed(project, "--prove") == ["1", "2"]
+    assert executed(project) == []
+
+
 def test_hypothesis_is_always_executed(project):
     """Its inputs are others each time."""
     given = "from hypothesis import given, strategies\n@given(strategies.just(1))"

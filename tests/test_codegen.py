@@ -1,0 +1,85 @@
+"""tools/codegen: what is made once for all test processes is made again when it should be."""
+
+import subprocess
+import sys
+
+import pytest
+from codegen import cuda_build, once
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """A call of ``made_once`` in a folder of its own, and how often it made something."""
+    monkeypatch.setattr(once, "KEPT", tmp_path / "kept")
+    calls = []
+
+    def make(folder):
+        calls.append(folder)
+        (folder / "result").write_text(str(len(calls)))
+
+    return lambda *inputs: (once.made_once("thing", inputs, make) / "result").read_text(), calls
+
+
+def test_equal_inputs_are_made_once(made, tmp_path):
+    """The contents of a file count, not its name."""
+    get, calls = made
+    (tmp_path / "a.cu").write_text("kernel")
+    (tmp_path / "b.cu").write_text("kernel")
+    assert get("flags", tmp_path / "a.cu") == get("flags", tmp_path / "b.cu") == "1"
+    (tmp_path / "a.cu").write_text("edited kernel")
+    assert get("flags", tmp_path / "a.cu") == "2"
+    assert get("other flags", tmp_path / "a.cu") == "3"
+    assert get("flags", b"") != get("flag", b"s")
+    assert len(calls) == 5
+
+
+def test_only_the_newest_is_kept(made, tmp_path):
+    """The build folder does not grow with each edit."""
+    get, _ = made
+    get("one"), get("two")
+    assert len([path for path in (tmp_path / "kept" / "thing").iterdir() if path.is_dir()]) == 1
+
+
+def test_nothing_is_kept_of_a_failure(made, tmp_path):
+    """A kernel that does not compile must not pass for compiled in the next run."""
+
+    def fail(folder):
+        (folder / "result").write_text("half")
+        raise RuntimeError("does not compile")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="does not compile"):
+            once.made_once("thing", ["input"], fail)
+    get, calls = made
+    assert get("input") == "1" and len(calls) == 1
+
+
+def test_processes_wait_for_each_other(tmp_path):
+    """Two workers of pytest-xdist would compile the same kernels, or read what is half written."""
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(once.ROOT / "tools")!r})
+from pathlib import Path
+from codegen import once
+once.KEPT = Path({str(tmp_path)!r})
+def make(folder):
+    with open({str(tmp_path / "log")!r}, "a") as log:
+        log.write("made ")
+    (folder / "result").write_text("half")
+    time.sleep(0.5)
+    (folder / "result").write_text("whole")
+print((once.made_once("thing", ["input"], make) / "result").read_text())
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [process.communicate()[0].strip() for process in processes] == ["whole"] * 3
+    assert (tmp_path / "log").read_text() == "made "
+
+
+def test_a_header_is_an_input_of_every_kernel(monkeypatch):
+    """An edit there would otherwise be tested with the code from before it."""
+    monkeypatch.setattr(cuda_build, "nvcc_version", lambda: "nvcc 13")
+    (source, *_) = cuda_build.SOURCES
+    inputs = cuda_build._inputs(source, cuda_build.ARCHS)
+    headers = {path for path in cuda_build.CSRC.rglob("*") if path.suffix in (".h", ".cuh")}
+    assert headers and headers <= set(inputs) and source in inputs and "nvcc 13" in inputs
+    assert inputs != cuda_build._inputs(source, ("sm_75",))
