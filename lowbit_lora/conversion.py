@@ -205,7 +205,7 @@ def _warn_of_untying(model: nn.Module, bases: set[nn.Module]) -> None:
             warnings.warn(
                 f"{name.removesuffix('.base_layer')}.weight is tied to that of another layer; merging unties them. Set "
                 "config.tie_word_embeddings = False before saving the merged model",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 

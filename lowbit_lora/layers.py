@@ -1,6 +1,7 @@
 """Linear layers with LoRA. A layer wraps its base, whose weight may be dense or quantized, and keeps PEFT's names."""
 
 import contextlib
+import copy
 import math
 from typing import Any
 
@@ -152,10 +153,7 @@ class LoRALinear(LoRABaseLayer):
         lora_dtype: torch.dtype = torch.float32,
         freeze: bool = True,
     ):
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
-        if linear.weight.numel() == 0:
-            raise ValueError(f"linear: expected at least one weight, got shape {tuple(linear.weight.shape)}")
+        _check_linear(linear)
         super().__init__(linear, linear.in_features, linear.out_features)
         self._add_lora(rank, lora_alpha, lora_dropout, use_rslora, lora_dtype)
         if freeze:
@@ -186,9 +184,9 @@ class QLoRALinear(LoRALinear):
 
     Args:
         in_features, out_features, bias, device: as nn.Linear.
-        quantization, double_quant, block_size, scale: see :class:`~lowbit_lora.QLoRAConfig`.
         dtype: of the bias and of the decoded weight; float32, float16 or bfloat16.
-        lora: rank and the other arguments of :class:`LoRALinear`.
+        options: quantization, double_quant, block_size and scale of :class:`~lowbit_lora.QLoRAConfig`; rank and the
+            other arguments of :class:`LoRALinear`.
 
     Raises:
         TypeError, ValueError: an argument out of range.
@@ -200,46 +198,46 @@ class QLoRALinear(LoRALinear):
         out_features: int,
         bias: bool = True,
         *,
-        quantization: QuantizationType | str = QuantizationType.NF4,
-        double_quant: bool = True,
-        block_size: int = 64,
-        scale: str = "absmax",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **lora: Any,
+        **options: Any,
     ):
         for name, size in (("in_features", in_features), ("out_features", out_features)):
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
-        stored = QLoRAConfig(quantization=quantization, double_quant=double_quant, block_size=block_size, scale=scale)
-        linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        super().__init__(lowbit.quantize_(linear, stored.spec, scale=scale), **lora)
+        self._quantize(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), **options)
 
     @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        *,
-        quantization: QuantizationType | str = QuantizationType.NF4,
-        double_quant: bool = True,
-        block_size: int = 64,
-        scale: str = "absmax",
-        **lora: Any,
-    ) -> "QLoRALinear":
-        """A layer with the weight of ``linear`` stored in 4 bits or in 8, and its bias; ``linear`` is not changed.
+    def from_linear(cls, linear: nn.Linear, **options: Any) -> "QLoRALinear":
+        """A layer on a quantized copy of ``linear``, which is not changed; ``options`` are those of the constructor.
 
         Raises:
             TypeError: ``linear`` is not an nn.Linear, or its dtype is not float32, float16 or bfloat16.
             ValueError: an option out of range, or NaN or inf in the weight.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
-        stored = QLoRAConfig(quantization=quantization, double_quant=double_quant, block_size=block_size, scale=scale)
-        base = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        base.weight, base.bias = linear.weight, linear.bias
+        _check_linear(linear)
         layer = cls.__new__(cls)
-        LoRALinear.__init__(layer, lowbit.quantize_(base, stored.spec, scale=scale), **lora)
+        layer._quantize(copy.deepcopy(linear), **options)
         return layer
+
+    def _quantize(
+        self,
+        linear: nn.Linear,
+        quantization: QuantizationType | str = QuantizationType.NF4,
+        double_quant: bool = True,
+        block_size: int = 64,
+        scale: str = "absmax",
+        **lora: Any,
+    ) -> None:
+        stored = QLoRAConfig(quantization=quantization, double_quant=double_quant, block_size=block_size, scale=scale)
+        super().__init__(lowbit.quantize_(linear, stored.spec, scale=scale), **lora)
+
+
+def _check_linear(linear: Any) -> None:
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
+    if linear.weight.numel() == 0:
+        raise ValueError(f"linear: expected at least one weight, got shape {tuple(linear.weight.shape)}")
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:

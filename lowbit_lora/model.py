@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import lowbit
-
 from . import saving
 from .config import LoraConfig, QLoRAConfig
 from .conversion import Conversion, merge_all

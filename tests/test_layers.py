@@ -325,10 +325,19 @@ def test_qlora_linear_stores_its_weight_as_told(stored, spec):
         double_quant=spec.double_quant,
         scale=stored.get("scale", "absmax"),
     )
-    assert type(layer) is LoRALinear and type(layer.base_layer) is nn.Linear
+    assert isinstance(layer, LoRALinear) and type(layer.base_layer) is nn.Linear
     assert layer.base_layer.weight.spec == spec
     assert torch.equal(layer.base_weight(), expected.dequantize()) and torch.equal(layer.bias, dense.bias)
     assert (layer.rank, layer.scaling) == (4, 2)
+
+
+def test_from_linear_leaves_its_argument_alone():
+    """Whoever compares a layer with its dense original still needs the original."""
+    linear = nn.Linear(72, 40)
+    weight, layer = linear.weight, QLoRALinear.from_linear(linear, rank=4)
+    assert linear.weight is weight and all(p.requires_grad for p in linear.parameters())
+    assert torch.equal(layer.base_weight(), lowbit.quantize(weight).dequantize())
+    assert torch.equal(layer.bias, linear.bias) and layer.bias is not linear.bias and layer.rank == 4
 
 
 def nan_linear():
@@ -349,11 +358,12 @@ def nan_linear():
         (lambda: QLoRALinear(8, 8, dtype=torch.float64), TypeError, ("float64",)),
         (lambda: QLoRALinear(8, 8, ranc=3), TypeError, ("ranc",)),
         (lambda: LoRALinear(nn.Conv1d(2, 2, 1)), TypeError, ("linear", "Conv1d")),
+        (lambda: QLoRALinear.from_linear(nn.Embedding(2, 2)), TypeError, ("linear", "Embedding")),
         (lambda: LoRALinear(nn.Linear(2, 2), rank=-1), ValueError, ("rank", "-1")),
         (lambda: make(spec=WeightSpec())(torch.zeros(2, 71)), ValueError, ("72", "71")),
         (lambda: make()(torch.zeros(2, 71)), ValueError, ("in_features", "72", "71")),
         (lambda: make(spec=WeightSpec())(torch.zeros(2, 72, dtype=torch.int64)), TypeError, ("int64",)),
-        (lambda: lowbit.quantize_(nan_linear()), ValueError, ("weight", "finite")),
+        (lambda: QLoRALinear.from_linear(nan_linear()), ValueError, ("weight", "finite")),
     ],
 )
 def test_bad_input_is_named(call, error, names):

@@ -1,4 +1,4 @@
-"""lowbit_lora/model.py, conversion.py, targets.py: wrapping, what trains, merging, failures."""
+"""lowbit_lora/model.py, conversion.py, targets.py: wrapping, what trains, failures."""
 
 import copy
 import math
@@ -16,7 +16,6 @@ from conftest_models import (
     llama,
     logits,
     mlp,
-    randomize,
     snapshot,
     train,
 )
@@ -218,129 +217,6 @@ def test_one_seed_gives_one_result():
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
 
 
-@kinds
-@pytest.mark.parametrize("make", [bert, llama])
-def test_merge_gives_a_plain_model_that_predicts_the_same(model_type, config_type, make):
-    """What is deployed is what was trained, with nothing of lowbit left in it."""
-    wrapped = model_type(make(), config_type(use_rslora=True, bias="all"))
-    train(wrapped)
-    before = logits(wrapped)
-    merged = wrapped.merge_and_unload()
-    assert type(merged) is type(make())
-    assert {type(module) for module in merged.modules()} == {type(module) for module in make().modules()}
-    assert {n: (p.shape, p.dtype, p.requires_grad) for n, p in merged.named_parameters()} == {
-        n: (p.shape, p.dtype, p.requires_grad) for n, p in make().named_parameters()
-    }
-    assert merged.state_dict().keys() == make().state_dict().keys()
-    assert_as_precise(before, merged, logits)
-    with pytest.raises(ValueError, match="merged"):
-        wrapped.merge_and_unload()
-    model_type(merged, config_type())  # and it can be adapted again
-
-
-def test_a_merge_that_fails_changes_nothing(monkeypatch):
-    """Running out of memory in a merge must not cost the trained adapter."""
-    wrapped = QLoRAModel(bert(), QLoRAConfig())
-    train(wrapped)
-    expected, before = logits(wrapped), snapshot(wrapped.get_base_model())
-    real, calls = LoRALinear.merged_weight, []
-
-    def failing(layer):
-        calls.append(layer)
-        if len(calls) == 5:
-            raise MemoryError("no more")
-        return real(layer)
-
-    monkeypatch.setattr(LoRALinear, "merged_weight", failing)
-    with pytest.raises(MemoryError):
-        wrapped.merge_and_unload()
-    assert_untouched(wrapped.get_base_model(), before)
-    assert torch.equal(logits(wrapped), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_head_trains_in_fp32_in_a_16_bit_model(dtype):
-    """A new head learns nothing from updates that bf16 rounds away; the rest of the model keeps its dtype."""
-    wrapped = QLoRAModel(bert().to(dtype), QLoRAConfig())
-    model = wrapped.get_base_model()
-    assert model.classifier.weight.dtype == torch.float32
-    assert model.bert.embeddings.word_embeddings.weight.dtype == dtype
-    output = wrapped(input_ids=IDS, labels=LABELS)
-    assert output.logits.dtype == dtype
-    output.loss.backward()
-    assert model.classifier.weight.grad.abs().sum() > 0
-    copies = [copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))]
-    for twin in (*copies, wrapped):
-        merged = twin.merge_and_unload()
-        assert {p.dtype for p in merged.parameters()} == {dtype}
-        assert not merged.classifier._forward_hooks
-        assert not merged.classifier._forward_pre_hooks
-        assert logits(merged).dtype == dtype
-
-
-def test_tied_embeddings_stay_tied_when_saved_whole():
-    """Training an embedding but not the head tied to it would silently untie the two."""
-    wrapped = QLoRAModel(llama(tied=True).bfloat16(), QLoRAConfig(modules_to_save=["embed_tokens"]))
-    model = wrapped.get_base_model()
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert model.lm_head.weight.dtype == torch.float32
-    losses = train(wrapped)
-    assert losses[-1] < losses[0]
-    merged = wrapped.merge_and_unload()
-    assert merged.lm_head.weight is merged.model.embed_tokens.weight
-    assert merged.lm_head.weight.dtype == torch.bfloat16
-
-
-def test_lora_on_a_tied_head_keeps_the_tie_until_the_merge():
-    """The embedding's memory must not double, and the user must be told that a merge unties."""
-    wrapped = QLoRAModel(llama(tied=True), QLoRAConfig(target_modules=["lm_head", "q_proj"]))
-    model = wrapped.get_base_model()
-    assert type(model.lm_head) is LoRALinear
-    assert model.lm_head.base_layer.weight is model.model.embed_tokens.weight
-    with pytest.warns(UserWarning, match="tied"):
-        wrapped.merge_and_unload()
-
-
-def test_a_layer_used_twice_stays_one_layer():
-    """Two copies of a shared layer would drift apart in training."""
-    wrapped = QLoRAModel(mlp(), QLoRAConfig(target_modules=["shared", "second"]))
-    model = wrapped.get_base_model()
-    assert type(model.first) is LoRALinear
-    assert model.first is model.shared
-    merged = wrapped.merge_and_unload()
-    assert merged.first is merged.shared
-    x = torch.randn(2, 40)
-    assert merged(x).shape == (2, 3)
-
-
-def test_layers_that_share_a_weight_share_its_4_bit_form(tmp_path):
-    """Weight tying halves memory; neither wrapping, a checkpoint nor merging may undo it."""
-    model = mlp()
-    model.second.weight = model.first.weight
-    wrapped = QLoRAModel(model, QLoRAConfig(target_modules=["head"]))
-    assert model.first.weight is model.second.weight and isinstance(model.first.weight, QuantizedTensor)
-    torch.save(wrapped.state_dict(), tmp_path / "state.pt")
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert state["model.first.weight"].packed.data_ptr() == state["model.second.weight"].packed.data_ptr()
-    wrapped.load_state_dict(state)
-    assert model.first.weight is model.second.weight
-    merged = wrapped.merge_and_unload()
-    assert merged.first.weight is merged.second.weight
-
-
-def test_merging_says_that_it_unties_a_4_bit_weight():
-    """Two layers with LoRA on one weight have two weights once they are merged: the file would double unseen."""
-    model = mlp()
-    model.second.weight = model.first.weight
-    wrapped = randomize(QLoRAModel(model, QLoRAConfig(target_modules=["first", "second"])))
-    assert model.first.base_layer.weight is model.second.base_layer.weight
-    x = torch.randn(2, 40)
-    expected = wrapped(x).detach()
-    with pytest.warns(UserWarning, match="first.weight is tied"):
-        merged = wrapped.merge_and_unload()
-    assert_as_precise(expected, merged, lambda model: model(x.to(model.norm.weight.dtype)).detach())
-
-
 def test_counts_are_of_weights_not_of_bytes(capsys):
     """ "All params" must not halve because two weights share a byte."""
     dense = sum(p.numel() for p in bert().parameters())
@@ -427,20 +303,6 @@ def test_plain_head_in_modules_to_save():
     assert type(wrapped.get_base_model().head) is nn.Linear
     assert wrapped.get_base_model().head.weight.requires_grad
     assert not wrapped.get_base_model().norm.weight.requires_grad
-
-
-@pytest.mark.parametrize("rest", ["dense", "quantized"])
-def test_lora_on_a_model_that_was_quantized_in_place(rest):
-    """lowbit.quantize_ and LoRA go together; merging decodes what has LoRA and leaves the rest as it was stored."""
-    model = lowbit.quantize_(mlp(), skip=["head"] if rest == "quantized" else ["head", "second"])
-    wrapped = randomize(LoraModel(model, LoraConfig(target_modules=["first"])))
-    second = model.second.weight
-    x = torch.randn(2, 40)
-    expected = wrapped(x).detach()
-    merged = wrapped.merge_and_unload()
-    assert type(merged.first.weight) is nn.Parameter and merged.second.weight is second
-    plain = lowbit.dequantize_(copy.deepcopy(merged))
-    assert_as_precise(expected, plain, lambda model: model(x.to(model.norm.weight.dtype)).detach())
 
 
 def test_a_quantized_head_cannot_be_trained_whole():
