@@ -87,15 +87,19 @@ def _copy_(op, to, source, non_blocking=False):
     if not isinstance(to, QuantizedTensor):
         return to.copy_(source.dequantize(), non_blocking)
     if not isinstance(source, QuantizedTensor):
-        refuse_writing(op.overloadpacket.__name__)
+        raise RuntimeError(
+            "copy_: a dense tensor cannot be copied into a quantized weight. Load a dense state dict before the model is "
+            "quantized (lowbit.quantize_), or after lowbit.dequantize_(model)"
+        )
     if to._buffer is not None:
         to.take(source)
         return to
-    ours, theirs = (q.stored._replace(dtype=None) for q in (to, source))
+    ours, theirs = (q.stored._replace(dtype=None, sharded=False) for q in (to, source))
     if ours != theirs:
         raise ValueError(
             f"copy_: expected a weight of shape {to.stored.logical_shape} stored as {to.spec.text!r}, got shape "
-            f"{source.stored.logical_shape} stored as {source.spec.text!r}"
+            f"{source.stored.logical_shape} stored as {source.spec.text!r}; quantize the model with the spec of what it "
+            f"loads: lowbit.quantize_(model, lowbit.WeightSpec.parse({source.spec.text!r}))"
         )
     for part, value in zip(to.parts(), source.parts(), strict=True):
         if part is not None:

@@ -74,12 +74,13 @@ class Sharded:
 
     def zeroed(self, shape: tuple[int, ...]):
         """A buffer for a slice of this weight of up to that shape. What it holds is said by what is copied into it."""
-        if self.stored.transposed or self.stored.first_element or not self.stored.exact:
+        whole = not self.stored.transposed and not self.stored.first_element and self.stored.exact
+        if not whole and not self.stored.sharded:
             raise ValueError(
                 f"cannot shard a slice or a transposed view of a quantized weight ({self!r}): expected a whole weight; "
                 "quantize the part by itself with lowbit.quantize(part.dequantize())"
             )
-        layout = self.stored._replace(shape=tuple(shape))
+        layout = self.stored._replace(shape=tuple(shape), first_element=0, exact=True, sharded=True)
         if layout.keeps_rows and self.packed.dim() == 2:
             sizes = [(shape[0], part.shape[1]) for part in (self.packed, self.absmax)]
         else:
@@ -108,7 +109,7 @@ class Sharded:
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
         """``(tensors to gather, what fsdp_post_all_gather needs besides)``. Called by FSDP2."""
         split = self._split(tuple(outer_size), mesh.size())
-        whole = self.stored._replace(shape=split.shape, first_element=0, exact=True)
+        whole = self.stored._replace(shape=split.shape, first_element=0, exact=True, sharded=False)
         as_they_lie = whole.keeps_rows and split.rows * split.ranks == split.shape[0]
         about = (whole, split, as_they_lie, self.group_scales, self.offset)
         if as_they_lie:
