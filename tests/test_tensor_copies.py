@@ -118,7 +118,7 @@ def test_dense_state_into_a_quantized_model():
     model = Tied()
     before = model(X)
     state = lowbit.dequantize_(copy.deepcopy(model)).state_dict()
-    with pytest.raises(RuntimeError, match=r"first.weight.*load.*before.*lowbit.quantize_"):
+    with pytest.raises(RuntimeError, match=r"(?s)first.weight.*Load a dense state dict before.*lowbit.quantize_"):
         model.load_state_dict(state)
     assert torch.equal(model(X), before)
 
@@ -136,7 +136,7 @@ def test_quantized_state_into_a_dense_model():
 def test_state_of_another_spec():
     """Codes of one format would be decoded by another's codebook."""
     model = Tied(WeightSpec("int8"))
-    with pytest.raises(RuntimeError, match=r"first.weight.*'int8'.*'nf4:64:double_quant'.*WeightSpec.parse"):
+    with pytest.raises(RuntimeError, match=r"(?s)first.weight.*'int8'.*'nf4:64:double_quant'.*WeightSpec.parse"):
         model.load_state_dict(Tied().state_dict())
 
 
@@ -156,8 +156,8 @@ def test_damaged_file():
     rebuild, arguments = q.__reduce_ex__(2)
     with pytest.raises(ValueError, match="packed: expected 256 elements"):
         rebuild(arguments[0][:4], *arguments[1:])
-    with pytest.raises(ValueError, match="absmax"):
-        rebuild(*pickle.loads(pickle.dumps(q[3:5])).__reduce_ex__(2)[1][:1], arguments[1][:0], *arguments[2:])
+    with pytest.raises(ValueError, match="absmax: expected 8 elements"):
+        rebuild(arguments[0], arguments[1][:4], *arguments[2:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
