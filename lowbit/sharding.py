@@ -1,7 +1,7 @@
 """How FSDP2 shards a quantized weight by rows and puts it together again.
 
-``fully_shard`` slices the weight, copies its slice into a zeroed buffer of the padded size, and asks the local shard for
-what to gather. Where rows are whole blocks and divide evenly, that is the codes and the scales as they lie. Else each
+``fully_shard`` slices the weight, copies its slice into a zeroed buffer of the padded size, and asks the local shard
+for what to gather. Where rows are whole blocks and divide evenly, that is the codes and the scales as they lie. Else each
 rank sends the blocks that begin in its rows, as bytes: first the codes, then the scales. group_scales and offset, which
 are small, stay with every shard.
 """
@@ -86,9 +86,7 @@ class Sharded:
         else:
             split = self._split(tuple(shape), 1)
             sizes = [(split.capacity * split.unit_bytes,), (split.capacity,)]
-        packed, absmax = (
-            part.new_zeros(size) for part, size in zip((self.packed, self.absmax), sizes, strict=True)
-        )
+        packed, absmax = (part.new_zeros(size) for part, size in zip((self.packed, self.absmax), sizes, strict=True))
         buffer = self._make((packed, absmax, self.group_scales, self.offset), layout)
         buffer._buffer = buffer
         return buffer

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import backends, ops, reference
+from . import backends, reference
 from . import format as fmt
 from .format import WeightSpec, check_float_dtype
 from .sharding import Sharded
@@ -214,8 +214,11 @@ class QuantizedTensor(Sharded, torch.Tensor):
         return QuantizedTensor._make(tuple(inner.get(name) for name in PARTS), layout)
 
     def _stable_hash_for_caching(self) -> str:
-        """All that compiled code depends on. torch's cache of compiled graphs, which outlives a process, asks for it."""
-        from . import __version__  # what functions.py and aten.py made of a function is in the compiled code
+        """All that compiled code depends on: torch's cache of compiled graphs, which outlives the process, asks for it.
+
+        The version is part of it, since what functions.py and aten.py make of a function is in the compiled code.
+        """
+        from . import __version__
 
         parts = [None if p is None else (p.shape, p.stride(), p.dtype, p.device) for p in self.parts()]
         return repr((__version__, self.stored, self.requires_grad, parts))

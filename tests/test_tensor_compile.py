@@ -34,7 +34,10 @@ class Adapted(nn.Module):
         lowbit.quantize_(self, spec)
 
     def forward(self, x):
-        low = lowbit.lora_linear(x, self.first.weight, self.lora_a, self.lora_b, 0.5, self.first.bias)
+        if not isinstance(self.first.weight, lowbit.QuantizedTensor):
+            low = self.first(x) + 0.5 * F.linear(F.linear(x, self.lora_a), self.lora_b)
+        else:
+            low = lowbit.lora_linear(x, self.first.weight, self.lora_a, self.lora_b, 0.5, self.first.bias)
         return self.second(torch.tanh(low + self.first(x)))
 
 
@@ -130,10 +133,13 @@ def test_compile(backend, spec):
     model = Adapted(spec)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend=backend)
     ours, theirs = step(compiled, inputs()), step(model, inputs())
-    assert len(ours) == len(theirs)
-    for mine, other in zip(ours, theirs, strict=True):
-        # inductor computes tanh by another polynomial: four units in the last place, and what the products make of it
-        torch.testing.assert_close(mine, other, rtol=0, atol=0 if backend == "aot_eager" else 1e-5 * float(other.abs().max()))
+    if backend == "aot_eager":
+        assert_all_equal(ours, theirs)
+        return
+    exact = step(lowbit.dequantize_(copy.deepcopy(model)).double(), inputs().detach().double().requires_grad_())
+    for mine, other, truth in zip(ours, theirs, exact, strict=True):
+        # Two computations of 96 terms: a rounding of each term at most, of which the uncompiled one shows the size.
+        assert (mine - other).norm() <= (96 + 8) * (other - truth).norm()
 
 
 def test_compile_dynamic_shapes():

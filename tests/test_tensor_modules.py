@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from cases import assert_within, product_tolerance
 from torch import nn
 
 import lowbit
@@ -165,8 +166,10 @@ def test_dequantize():
     for name, value in values.items():
         parameter = model.get_parameter(name)
         assert type(parameter) is nn.Parameter and not parameter.requires_grad and torch.equal(parameter, value)
-    # one product in two orders of summation
-    torch.testing.assert_close(model.first(x), expected, rtol=0, atol=2 * (64 + 8) * 2.0**-24 * float(x.abs().sum(1).max()))
+    weight, bias = model.first.weight.double(), model.first.bias.double()
+    exact, magnitude = (f(x.double()) @ f(weight).T + f(bias) for f in (torch.clone, torch.abs))
+    for y in (model.first(x), expected):
+        assert_within(y.detach(), exact.detach(), product_tolerance(magnitude, exact, 64, torch.float32).detach())
 
 
 def test_dequantize_that_fails(monkeypatch):

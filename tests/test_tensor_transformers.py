@@ -1,4 +1,4 @@
-"""transformers' models, torch's attention layers, PEFT and Trainer on quantized weights, against the decoded weights."""
+"""transformers' models, torch's attention layers, PEFT and Trainer on quantized weights, against the decoded ones."""
 
 import copy
 import warnings
@@ -56,9 +56,7 @@ def whisper() -> nn.Module:
     sizes = {f"{side}_{key}": v for side in ("encoder", "decoder") for key, v in (("layers", 1), ("ffn_dim", 96))}
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
     lengths = {"num_mel_bins": 16, "max_source_positions": 20, "max_target_positions": 20}
-    return build(
-        "WhisperForConditionalGeneration", vocab_size=64, d_model=64, **sizes, **heads, **lengths, **ends
-    )
+    return build("WhisperForConditionalGeneration", vocab_size=64, d_model=64, **sizes, **heads, **lengths, **ends)
 
 
 class Attention(nn.Module):
@@ -201,11 +199,11 @@ def test_generate(cache):
     assert torch.equal(quantized.generate(input_ids=IDS, **options), expected)
 
 
-def adapted(**options) -> nn.Module:
+def adapted() -> nn.Module:
     """PEFT's own LoRA on a quantized model."""
     peft = pytest.importorskip("peft")
     model = lowbit.quantize_(MODELS["llama"][0]())
-    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options))
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
 def test_peft(tmp_path):
@@ -233,7 +231,9 @@ def test_peft(tmp_path):
         with pytest.raises(RuntimeError, match=r"written in place.*lowbit.dequantize_"):
             copy.deepcopy(loaded).merge_and_unload()
         merged = lowbit.dequantize_(loaded).merge_and_unload()
-        torch.testing.assert_close(merged(input_ids=IDS).logits, expected, rtol=0, atol=1e-5)
+        exact = copy.deepcopy(merged).double()(input_ids=IDS).logits
+        error = (merged(input_ids=IDS).logits - exact).norm()
+        assert (expected - exact).norm() <= (TERMS + 8) * error  # as in assert_same_model
 
 
 class Sequences(torch.utils.data.Dataset):
