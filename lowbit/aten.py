@@ -87,15 +87,19 @@ def _copy_(op, to, source, non_blocking=False):
     if not isinstance(to, QuantizedTensor):
         return to.copy_(source.dequantize(), non_blocking)
     if not isinstance(source, QuantizedTensor):
-        refuse_writing(op.overloadpacket.__name__)
+        raise RuntimeError(
+            "copy_: a dense tensor cannot be copied into a quantized weight. Load a dense state dict before the model "
+            "is quantized (lowbit.quantize_), or after lowbit.dequantize_(model)"
+        )
     if to._buffer is not None:
         to.take(source)
         return to
-    ours, theirs = (q.stored._replace(dtype=None) for q in (to, source))
+    ours, theirs = (q.stored._replace(dtype=None, sharded=False) for q in (to, source))
     if ours != theirs:
         raise ValueError(
             f"copy_: expected a weight of shape {to.stored.logical_shape} stored as {to.spec.text!r}, got shape "
-            f"{source.stored.logical_shape} stored as {source.spec.text!r}"
+            f"{source.stored.logical_shape} stored as {source.spec.text!r}; quantize the model with the spec of what "
+            f"it loads: lowbit.quantize_(model, lowbit.WeightSpec.parse({source.spec.text!r}))"
         )
     for part, value in zip(to.parts(), source.parts(), strict=True):
         if part is not None:
@@ -164,7 +168,9 @@ def rows(q: QuantizedTensor, begin: int, end: int) -> QuantizedTensor:
         code_bytes = layout.spec.packed_size(size)
         parts = (q.packed.view(-1)[block * code_bytes : last * code_bytes], q.absmax.view(-1)[block:last])
         exact = parts[0].numel() == layout.spec.packed_size(sliced.numel)
-    result = QuantizedTensor._make((*parts, q.group_scales, q.offset), sliced._replace(first_element=first, exact=exact))
+    result = QuantizedTensor._make(
+        (*parts, q.group_scales, q.offset), sliced._replace(first_element=first, exact=exact)
+    )
     result._buffer = q._buffer
     return result
 
@@ -264,11 +270,10 @@ def _t(op, q):
 @decoding
 def _transpose(op, q, first, second):
     dims = q.dim()
-    if first % dims == second % dims:
+    swapped = {first % dims, second % dims}
+    if len(swapped) == 1:
         return q._with()
-    return q._with(transposed=not q.stored.transposed) if {first % dims, second % dims} == {dims - 2, dims - 1} else (
-        NotImplemented
-    )
+    return q._with(transposed=not q.stored.transposed) if swapped == {dims - 2, dims - 1} else NotImplemented
 
 
 @implements(aten.permute.default)
@@ -337,8 +342,8 @@ def _grouped_mm(op, x, q, offs=None, bias=None, out_dtype=None):
 @functools.cache
 def _say_once(name: str) -> None:
     warnings.warn(
-        f"{name} decodes a quantized weight first: the result is right, the call slow. F.linear, F.embedding, w[e], row "
-        "slices, and products with w or w.T run on the packed weight. (Said once for each function.)",
+        f"{name} decodes a quantized weight first: the result is right, the call slow. F.linear, F.embedding, w[e], "
+        "row slices, and products with w or w.T run on the packed weight. (Said once for each function.)",
         stacklevel=2,
     )
 

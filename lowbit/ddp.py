@@ -1,8 +1,8 @@
 """DistributedDataParallel never sends a quantized weight: every process has the same frozen bytes.
 
-DDP broadcasts each parameter at the start unless its name is in ``parameters_to_ignore``. A name depends on which module
-DDP wraps (a user's container, PEFT's model), which is only known at the moment of wrapping. torch calls the hook below
-whenever a module gets a submodule, and so when DDP takes the module that it wraps, before it sends anything.
+DDP broadcasts each parameter at the start unless its name is in ``parameters_to_ignore``. A name depends on which
+module DDP wraps (a user's container, PEFT's model), which is only known at the moment of wrapping. torch calls the hook
+below whenever a module gets a submodule, and so when DDP takes the module that it wraps, before it sends anything.
 """
 
 from torch import nn

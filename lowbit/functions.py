@@ -61,9 +61,7 @@ def _multi_head_attention(query, key, value, *args, **kwargs):
 
 
 @implements(F.embedding)
-def _embedding(
-    input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False
-):
+def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
     if max_norm is not None:
         raise RuntimeError(
             f"max_norm: expected None for a quantized embedding, which cannot be renormalised in place, got {max_norm}"
@@ -91,8 +89,8 @@ def _set_requires_grad(q, value):
 def _set_data(q, value):
     if not isinstance(value, QuantizedTensor):
         raise RuntimeError(
-            f"data: expected a lowbit.QuantizedTensor of float32, float16 or bfloat16, got a dense tensor of {value.dtype}; "
-            "to have dense weights, in float64 for example, decode them first (lowbit.dequantize_(model))"
+            f"data: expected a lowbit.QuantizedTensor of float32, float16 or bfloat16, got a dense tensor of "
+            f"{value.dtype}; to have dense weights, in float64 for example, decode them first (lowbit.dequantize_(model))"
         )
     with torch._C.DisableTorchFunctionSubclass():
         q.data = value

@@ -94,7 +94,8 @@ def _skipped(model: nn.Module, skip: Iterable[str]) -> set[nn.Module]:
         raise TypeError(f"skip: expected a list of names, got the string {skip!r}")
     skipped = set()
     for entry in skip:
-        matches = [m for n, m in model.named_modules() if n == entry or n.endswith(f".{entry}")]
+        modules = model.named_modules(remove_duplicate=False)  # a shared one by each of its names
+        matches = [m for n, m in modules if n == entry or n.endswith(f".{entry}")]
         if not matches:
             raise ValueError(f"skip: expected names of modules, got {entry!r}, which matches none")
         skipped.update(inner for match in matches for inner in match.modules())

@@ -1,7 +1,7 @@
 """How FSDP2 shards a quantized weight by rows and puts it together again.
 
-``fully_shard`` slices the weight, copies its slice into a zeroed buffer of the padded size, and asks the local shard for
-what to gather. Where rows are whole blocks and divide evenly, that is the codes and the scales as they lie. Else each
+``fully_shard`` slices the weight, copies its slice into a zeroed buffer of the padded size, and asks the local shard
+for what to gather. Where rows are whole blocks and divide evenly, that is the codes and the scales as they lie. Else each
 rank sends the blocks that begin in its rows, as bytes: first the codes, then the scales. group_scales and offset, which
 are small, stay with every shard.
 """
@@ -74,20 +74,19 @@ class Sharded:
 
     def zeroed(self, shape: tuple[int, ...]):
         """A buffer for a slice of this weight of up to that shape. What it holds is said by what is copied into it."""
-        if self.stored.transposed or self.stored.first_element or not self.stored.exact:
+        whole = not self.stored.transposed and not self.stored.first_element and self.stored.exact
+        if not whole and not self.stored.sharded:
             raise ValueError(
                 f"cannot shard a slice or a transposed view of a quantized weight ({self!r}): expected a whole weight; "
                 "quantize the part by itself with lowbit.quantize(part.dequantize())"
             )
-        layout = self.stored._replace(shape=tuple(shape))
+        layout = self.stored._replace(shape=tuple(shape), first_element=0, exact=True, sharded=True)
         if layout.keeps_rows and self.packed.dim() == 2:
             sizes = [(shape[0], part.shape[1]) for part in (self.packed, self.absmax)]
         else:
             split = self._split(tuple(shape), 1)
             sizes = [(split.capacity * split.unit_bytes,), (split.capacity,)]
-        packed, absmax = (
-            part.new_zeros(size) for part, size in zip((self.packed, self.absmax), sizes, strict=True)
-        )
+        packed, absmax = (part.new_zeros(size) for part, size in zip((self.packed, self.absmax), sizes, strict=True))
         buffer = self._make((packed, absmax, self.group_scales, self.offset), layout)
         buffer._buffer = buffer
         return buffer
@@ -108,7 +107,7 @@ class Sharded:
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
         """``(tensors to gather, what fsdp_post_all_gather needs besides)``. Called by FSDP2."""
         split = self._split(tuple(outer_size), mesh.size())
-        whole = self.stored._replace(shape=split.shape, first_element=0, exact=True)
+        whole = self.stored._replace(shape=split.shape, first_element=0, exact=True, sharded=False)
         as_they_lie = whole.keeps_rows and split.rows * split.ranks == split.shape[0]
         about = (whole, split, as_they_lie, self.group_scales, self.offset)
         if as_they_lie:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import backends, ops, reference
+from . import backends, reference
 from . import format as fmt
 from .format import WeightSpec, check_float_dtype
 from .sharding import Sharded
@@ -27,7 +27,7 @@ class Layout(NamedTuple):
     ``shape`` is that of the weight as it was quantized; the tensor's own shape has the last two dimensions swapped
     where ``transposed``. ``first_element`` says where, in the row-major elements of a whole weight, the parts begin
     to be this slice of it: its block's bytes are held from the block's start, and group_scales are the whole weight's.
-    ``exact``: whether the parts hold the weight's blocks and no others.
+    ``exact``: whether the parts hold the weight's blocks and no others. ``sharded``: whether FSDP2 made the slice.
     """
 
     spec: WeightSpec
@@ -36,6 +36,7 @@ class Layout(NamedTuple):
     transposed: bool = False
     first_element: int = 0
     exact: bool = True
+    sharded: bool = False
 
     @property
     def numel(self) -> int:
@@ -237,11 +238,11 @@ class QuantizedTensor(Sharded, torch.Tensor):
         return replacement(func, *args, **(kwargs or {}))
 
 
-def _rebuild(packed, absmax, group_scales, offset, spec, shape, dtype, transposed, first, exact, is_parameter):
+def _rebuild(packed, absmax, group_scales, offset, spec, shape, dtype, transposed, first, exact, sharded, is_parameter):
     """What pickle and torch.load call; fails where the parts do not fit, as a damaged file's do not."""
-    layout = Layout(WeightSpec.parse(spec), tuple(shape), dtype, transposed, first, exact)
+    layout = Layout(WeightSpec.parse(spec), tuple(shape), dtype, transposed, first, exact, sharded)
     parts = (packed, absmax, group_scales, offset)
-    if exact and not first:
+    if exact and not first and not sharded:
         parts = _checked(parts, layout)
     tensor = QuantizedTensor._make(parts, layout)
     return torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor

@@ -1,76 +1,281 @@
-"""QuantizedTensor: its state dict against bitsandbytes, and what it refuses."""
+"""A quantized weight in torch's functions: equal to the decoded weight, on our kernels where there are some."""
 
-import json
+import warnings
 
+import hypothesis.strategies as st
 import pytest
 import torch
-from cases import DTYPES, FORMATS, make_weight
+import torch.nn.functional as F
+from cases import DTYPES, CalledOps, assert_within, make_weight, product_tolerance
+from hypothesis import given, settings
 
 import lowbit
-from lowbit import QuantizedTensor
+from lowbit import QuantizedTensor, WeightSpec, aten
+from lowbit.quantizers.quantize import quantize_to
+
+SPECS = (WeightSpec(), WeightSpec("nf4", 32, False), WeightSpec("fp4", 128, True), WeightSpec("int8"))
+specs, dtypes = st.sampled_from(SPECS), st.sampled_from(DTYPES)
+#: Sizes that hurt: 1, odd, whole blocks, one more.
+sizes = st.sampled_from((1, 3, 5, 32, 64, 65, 96, 128))
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_state_dict_round_trip(format, dtype, double_quant):
-    """A saved weight must come back bit for bit."""
-    q = lowbit.quantize(make_weight((33, 65), dtype), format=format, double_quant=double_quant)
-    loaded = QuantizedTensor.from_state_dict(q.state_dict("layer.weight") | {"other": torch.ones(1)}, "layer.weight")
-    assert repr(loaded) == repr(q)
-    assert torch.equal(loaded.dequantize(), q.dequantize())
+@pytest.fixture(autouse=True)
+def said_again():
+    """What is said once is said once in each test."""
+    aten._say_once.cache_clear()
 
 
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_state_dict_is_bitsandbytes(double_quant):
-    """The same keys, dtypes, shapes and description as bitsandbytes writes, so that files travel both ways."""
-    bnb = pytest.importorskip("bitsandbytes")
-    weight = make_weight((96, 384), torch.bfloat16)
-    packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=double_quant)
-    theirs = {"weight": packed} | {f"weight.{k}": v for k, v in state.as_dict(packed=True).items()}
-    ours = lowbit.quantize(weight, double_quant=double_quant).state_dict()
-    assert set(ours) == set(theirs)
-    description = "weight.quant_state.bitsandbytes__nf4"
-    for key in set(ours) - {description}:
-        assert ours[key].shape == theirs[key].shape and ours[key].dtype == theirs[key].dtype, key
-    decoded = [json.loads(bytes(side[description].tolist())) for side in (ours, theirs)]
-    assert set(decoded[0]) == set(decoded[1])
-    for key in set(decoded[0]) - {"nested_offset"}:
-        assert decoded[0][key] == decoded[1][key], key
-
-    read = QuantizedTensor.from_state_dict(theirs)
-    assert torch.equal(read.dequantize(), bnb.functional.dequantize_4bit(packed, state))
-    state_back = bnb.functional.QuantState.from_dict(
-        {k.removeprefix("weight."): v for k, v in ours.items() if k != "weight"}, device=torch.device("cpu")
-    )
-    back = bnb.functional.dequantize_4bit(ours["weight"], state_back)
-    assert torch.equal(back, QuantizedTensor.from_state_dict(ours).dequantize())
+@pytest.fixture
+def no_decoding():
+    """An error where a function decodes the weight."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*decodes a quantized weight")
+        yield
 
 
-def broken_states():
-    state = lowbit.quantize(make_weight((33, 65))).state_dict()
-    description = "weight.quant_state.bitsandbytes__nf4"
-    yield {k: v for k, v in state.items() if k != description}, ValueError, "expected one key"
-    yield state | {description: torch.tensor([123], dtype=torch.uint8)}, ValueError, "JSON"
-    yield {k: v for k, v in state.items() if k != "weight.absmax"}, ValueError, "missing key 'weight.absmax'"
-    yield state | {"weight": state["weight"][:-1]}, ValueError, "packed: expected shape"
-    yield state | {"weight": state["weight"].view(torch.int8)}, TypeError, "packed: expected torch.uint8"
-    yield state | {"weight.absmax": state["weight.absmax"].float()}, TypeError, "absmax: expected torch.uint8"
-    yield state | {"weight.quant_map": torch.zeros(16)}, ValueError, "quant_map: expected the standard table"
-    yield state | {"weight.nested_absmax": torch.ones(7)}, ValueError, "group_scales: expected shape"
+def weight(rows: int, columns: int, spec=WeightSpec(), dtype=torch.float32) -> QuantizedTensor:  # noqa: B008
+    return quantize_to(make_weight((rows, columns), dtype, 1.0, rows + columns), spec)
 
 
-@pytest.mark.parametrize(("state", "error", "message"), list(broken_states()))
-def test_broken_state_is_an_error(state, error, message):
-    """A damaged or foreign file must be refused, not decoded to noise."""
-    with pytest.raises(error, match=message):
-        QuantizedTensor.from_state_dict(state)
+def assert_product(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor, dtype: torch.dtype) -> None:
+    """y is x w within the bound of a product; x [..., k] and a dense w [k, n]."""
+    x, w = x.detach().double(), w.double()
+    exact, magnitude = x @ w, x.abs() @ w.abs()
+    assert y.dtype == dtype and y.shape == exact.shape
+    assert_within(y.detach(), exact, product_tolerance(magnitude, exact, x.shape[-1], dtype))
 
 
-def test_to_device():
-    """.to moves all parts, and refuses a dtype, which would corrupt the scales."""
-    q = lowbit.quantize(make_weight((8, 64)))
-    assert q.to("cpu") is q
-    assert {part.device.type for part in q.to("meta").parts()} == {"meta"}
-    with pytest.raises(TypeError, match="use dequantize"):
-        q.to(torch.float16)
+@settings(deadline=None, max_examples=40)
+@given(rows=sizes, columns=sizes, spec=specs, dtype=dtypes, batch=st.sampled_from(((), (0,), (3,), (2, 1, 3))))
+def test_products(rows, columns, spec, dtype, batch):
+    """A product with the weight, transposed or not, on either side, would be another than the decoded weight's."""
+    q = weight(rows, columns, spec, dtype)
+    dense = q.dequantize(torch.float32)
+    with CalledOps() as called:
+        x = torch.randn(*batch, columns).to(dtype).requires_grad_()
+        for y in (F.linear(x, q), x @ q.T, torch.matmul(x, q.mT), q.t().__rmatmul__(x)):
+            assert_product(y, x, dense.T, dtype)
+        grad = torch.ones_like(y)
+        for y in (F.linear(x, q), x @ q.T):
+            assert_product(torch.autograd.grad(y, x, grad)[0], grad, dense, dtype)
+        x = torch.randn(*batch, rows).to(dtype).requires_grad_()
+        y = x @ q
+        assert_product(y, x, dense, dtype)
+        grad = torch.ones_like(y)
+        assert_product(torch.autograd.grad(y, x, grad)[0], grad, dense.T, dtype)
+        if batch:
+            assert_product((q.T @ x.mT).mT, x, dense, dtype)
+    assert not [name for name in called.names if "dequantize" in name]
+
+
+@settings(deadline=None, max_examples=40)
+@given(rows=sizes, columns=sizes, spec=specs, data=st.data())
+def test_slices(rows, columns, spec, data):
+    """Rows, slices, splits and single rows of a weight would be other rows, also where they begin inside a block."""
+    q = weight(rows, columns, spec)
+    dense = q.dequantize()
+    begin = data.draw(st.integers(0, rows), "begin")
+    end = data.draw(st.integers(begin, rows), "end")
+    part = q[begin:end]
+    assert torch.equal(part.dequantize(), dense[begin:end])
+    x = torch.randn(2, columns)
+    assert_product(F.linear(x, part), x, dense[begin:end].T, torch.float32)
+    row = data.draw(st.integers(-rows, rows - 1), "row")
+    assert torch.equal(q[row].dequantize(), dense[row])
+    again = data.draw(st.integers(0, max(0, end - begin)), "again")
+    assert torch.equal(part[again:].dequantize(), dense[begin:end][again:])
+    for ours, theirs in zip(q.split(2), dense.split(2), strict=True):
+        assert torch.equal(ours.dequantize(), theirs)
+    for ours, theirs in zip(q.chunk(3), dense.chunk(3), strict=True):
+        assert torch.equal(ours.dequantize(), theirs)
+    assert torch.equal(torch.stack([part.dequantize() for part in q]), dense)
+    with pytest.raises(IndexError, match="out of (range|bounds)"):
+        q[rows]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_slices_are_views(spec, no_decoding):
+    """A slice of a large stack would copy its bytes."""
+    q = quantize_to(make_weight((4, 96, 128), seed=1), spec)
+    part = q[2]
+    assert isinstance(part, QuantizedTensor) and part.shape == (96, 128)
+    assert part.packed.untyped_storage().data_ptr() == q.packed.untyped_storage().data_ptr()
+    with CalledOps() as called:
+        F.linear(torch.randn(3, 128), q[2])
+    assert called.names.count("lowbit_reference::linear") + called.names.count("lowbit::linear") == 1
+
+
+@settings(deadline=None, max_examples=30)
+@given(experts=st.sampled_from((1, 3)), rows=sizes, columns=sizes, spec=specs)
+def test_experts(experts, rows, columns, spec):
+    """One expert out of a stack, whose blocks may cross from one to the next, would be another's."""
+    q = quantize_to(make_weight((experts, rows, columns), seed=rows), spec)
+    dense = q.dequantize()
+    for expert in range(experts):
+        x = torch.randn(2, columns, requires_grad=True)
+        y = F.linear(x, q[expert])
+        assert_product(y, x, dense[expert].T, torch.float32)
+        grad = torch.ones_like(y)
+        assert_product(torch.autograd.grad(y, x, grad)[0], grad, dense[expert], torch.float32)
+    assert torch.equal(q.transpose(1, 2).dequantize(), dense.transpose(1, 2))
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_grouped_mm(transposed, no_decoding):
+    """transformers' fused experts would decode all experts for each token, forward and backward."""
+    q = lowbit.quantize(make_weight((4, 96, 64), seed=3))
+    dense, ends = q.dequantize(), torch.tensor([2, 2, 6, 9], dtype=torch.int32)
+    x = torch.randn(9, 64 if transposed else 96, requires_grad=True)
+    stack, dense = (w.transpose(-2, -1) if transposed else w for w in (q, dense))
+    with CalledOps() as called:
+        y = F.grouped_mm(x, stack, offs=ends)
+        grad_y = torch.ones_like(y)
+        grad_x = torch.autograd.grad(y, x, grad_y)[0]
+    for expert, (begin, end) in enumerate(((0, 2), (2, 2), (2, 6), (6, 9))):
+        assert_product(y[begin:end], x[begin:end], dense[expert], torch.float32)
+        assert_product(grad_x[begin:end], grad_y[begin:end], dense[expert].T, torch.float32)
+    assert {name.split("::")[1] for name in called.names if name.startswith("lowbit")} == {
+        "grouped_linear",
+        "grouped_linear_grad_input",
+    }
+
+
+class DecodedBytes(CalledOps):
+    """Notes how many elements are decoded."""
+
+    decoded = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(op, types, args, kwargs)
+        if "dequantize" in op.name():
+            self.decoded += result.numel()
+        return result
+
+
+@settings(deadline=None, max_examples=40)
+@given(rows=sizes, columns=sizes, spec=specs, dtype=dtypes, shape=st.sampled_from(((), (0,), (5,), (2, 3))))
+def test_embedding(rows, columns, spec, dtype, shape):
+    """A look-up would give other rows, or decode the whole table for a few."""
+    q = weight(rows, columns, spec, dtype)
+    ids = torch.randint(0, rows, shape)
+    with DecodedBytes() as mode:
+        got = F.embedding(ids, q)
+        assert torch.equal(got, F.embedding(ids, q.dequantize().detach()))
+        mode.decoded -= rows * columns  # of the line above
+        assert mode.decoded <= ids.numel() * columns
+    assert torch.equal(q[ids], got) and torch.equal(torch.index_select(q, 0, ids.flatten()).view(got.shape), got)
+
+
+def test_embedding_refuses():
+    """A wrong id would read other memory, and max_norm would write into the weight."""
+    q = weight(10, 64)
+    for ids in (torch.tensor([10]), torch.tensor([-1])):
+        with pytest.raises(IndexError, match="expected indices from 0 to 9"):
+            F.embedding(ids, q)
+    with pytest.raises(RuntimeError, match="max_norm: expected None"):
+        F.embedding(torch.tensor([1]), q, max_norm=1.0)
+
+
+OTHER = {
+    "einsum": lambda w, x: torch.einsum("bi,oi->bo", x, w),
+    "multiplied": lambda w, x: (w * 2 + w.abs()) @ x.T,
+    "concatenated": lambda w, x: torch.cat([w, w]) @ x.T,
+    "column": lambda w, x: w[:, 3] * x.sum(),
+    "conv1d": lambda w, x: F.conv1d(x.T[None], w[:, :, None]),
+    "batched": lambda w, x: torch.bmm(x[None], w.T[None]),
+    "scaled addmm": lambda w, x: torch.addmm(x.new_ones(96), x, w.T, alpha=0.5),
+    "solved": lambda w, x: torch.linalg.lstsq(w, w @ x.T).solution,
+    "compared": lambda w, x: torch.where(w > 0, w, x[:1]),
+    "doubled": lambda w, x: w.double() @ x.T.double(),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_other_functions_decode(name):
+    """A function without an entry would fail, or compute with the codes, or lose the gradient of its other operand."""
+    q, function = weight(96, 64), OTHER[name]
+    x = torch.randn(5, 64, requires_grad=True)
+    with pytest.warns(UserWarning, match="decodes a quantized weight"):
+        ours = function(q, x)
+    theirs = function(q.dequantize(), x)
+    torch.testing.assert_close(ours, theirs)
+    grad = torch.ones_like(ours)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (ours, theirs)))
+
+
+def test_decoding_is_said_once():
+    """A slow model would not say why, or would say it at every step."""
+    q = weight(96, 64)
+    with pytest.warns(UserWarning, match="^add decodes") as said:
+        for _ in range(3):
+            q + 1
+    assert len(said) == 1
+
+
+def test_autocast(no_decoding):
+    """Under autocast a product would come in another dtype than the dense model's."""
+    q = weight(96, 64)
+    x, b = torch.randn(5, 64), torch.randn(96)
+    products = (lambda w: F.linear(x, w, b), lambda w: x @ w.T, lambda w: w @ x.T, lambda w: torch.addmm(b, x, w.T))
+    with torch.autocast("cpu", torch.bfloat16):
+        for product in products:
+            assert product(q).dtype == torch.bfloat16
+    y = products[1](q)
+    assert y.dtype == torch.float32
+
+
+WRITING = {
+    "add_": lambda q: q.add_(1),
+    "setitem": lambda q: q.__setitem__(0, 1.0),
+    "iadd": lambda q: q.__iadd__(1),
+    "out": lambda q: torch.add(torch.ones(96, 64), 1, out=q),
+    "data.copy_": lambda q: q.data.copy_(torch.zeros(96, 64)),
+    "slice": lambda q: q[:3].zero_(),
+    "init": torch.nn.init.kaiming_uniform_,
+    "apply_": lambda q: q.apply_(abs),
+    "resize_": lambda q: q.resize_(3),
+    "foreach": lambda q: torch._foreach_add_([q], 1.0),
+}
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_writing_is_an_error(name):
+    """Initialisation, weight decay or merging would be lost, or overwrite codes."""
+    q = weight(96, 64)
+    before = q.dequantize()
+    with pytest.raises(RuntimeError, match=r"cannot be (written in place|copied).*lowbit.dequantize_"):
+        WRITING[name](q)
+    assert torch.equal(q.dequantize(), before)
+
+
+def test_looks_like_a_tensor(no_decoding):
+    """Code that asks a weight what it is would be told of codes."""
+    q = weight(96, 64, dtype=torch.bfloat16)
+    assert isinstance(q, torch.Tensor) and q.shape == (96, 64) and q.dtype == torch.bfloat16
+    assert q.numel() == 96 * 64 and q.dim() == 2 and q.is_floating_point() and q.device.type == "cpu" and len(q) == 96
+    assert q.stride() == (64, 1) and q.is_contiguous() and q.T.shape == (64, 96) and not q.is_quantized
+    assert q.nbytes == sum(part.nbytes for part in q.parts() if part is not None)
+    assert torch.zeros_like(q).shape == (96, 64) and q.new_zeros(3).dtype == torch.bfloat16
+    assert repr(q) == "QuantizedTensor(shape=(96, 64), dtype=torch.bfloat16, spec='nf4:64:double_quant', device=cpu)"
+
+
+def test_values_leave_the_tensor():
+    """numpy and Python would get codes, or a crash."""
+    q = weight(3, 64)
+    dense = q.dequantize()
+    assert (q.numpy() == dense.numpy()).all() and q.tolist() == dense.tolist()
+    assert torch.equal(torch.from_dlpack(q), dense) and float(q[0, 0]) == float(dense[0, 0])
+    for read in (q.data_ptr, q.storage):
+        with pytest.raises(RuntimeError, match="no memory of its own layout"):
+            read()
+
+
+def test_optimizer_leaves_it_alone():
+    """An optimizer that is given all parameters would decay or overwrite the base."""
+    model = lowbit.quantize_(torch.nn.Linear(64, 96))
+    before = model.weight.dequantize()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.5)
+    model(torch.randn(3, 64)).sum().backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    assert model.weight.grad is None and torch.equal(model.weight.dequantize(), before)
