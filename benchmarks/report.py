@@ -127,7 +127,11 @@ def plot_roofline(path: str, machine: Machine, rows: list[dict]) -> None:
 
 
 #: In the picture of times: contender -> its name there and its colour. DENSE stands for the operand's own dtype.
-_SHOWN = {"lowbit": ("lowbit", "#1b6ca8"), "dense": ("dense torch", "#b0b7bf"), "bitsandbytes": ("bitsandbytes", "#e08a3c")}
+_SHOWN = {
+    "lowbit": ("lowbit", "#1b6ca8"),
+    "dense": ("dense torch", "#b0b7bf"),
+    "bitsandbytes": ("bitsandbytes", "#e08a3c"),
+}
 
 
 def plot_times(path: str, machine: Machine, rows: list[dict]) -> None:

@@ -71,7 +71,6 @@ GROUP_SIZE = 256
 TINY_ABSMAX = 1e-38
 
 
-
 @dataclass(frozen=True)
 class ScaleKind:
     """How the scales of a format are stored.

@@ -75,9 +75,7 @@ def from_state(
     if not found and prefix in state and state[prefix].dtype == torch.int8:
         return _from_int8_state(state, prefix, int8_dtype)
     if len(found) != 1:
-        raise ValueError(
-            f"state: expected one key {stem}nf4 or {stem}fp4, or {prefix} in int8, got {found or 'none'}"
-        )
+        raise ValueError(f"state: expected one key {stem}nf4 or {stem}fp4, or {prefix} in int8, got {found or 'none'}")
     try:
         about = json.loads(bytes(state[found[0]].tolist()))
         block_size, shape = int(about["blocksize"]), tuple(int(size) for size in about["shape"])

@@ -5,7 +5,6 @@ expert; ``expert_ends`` int32 [E] says where the rows of each end. It stays on t
 nothing waits for it.
 """
 
-
 import torch
 
 from .. import reference

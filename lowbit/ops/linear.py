@@ -29,6 +29,11 @@ def product_dtype(a: torch.Tensor, b: torch.Tensor) -> torch.dtype:
     return torch.float32 if a.device.type == "cpu" else torch.promote_types(a.dtype, b.dtype)
 
 
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # Below autograd an op that returns its argument, as to() would, is not allowed.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 class Product:
     """How rows multiply one matrix, and a quantized one, on one backend.
 
@@ -56,18 +61,18 @@ class Product:
 
     def grad_input(self, grad, features, grad_t=None, lora_a=None) -> torch.Tensor:
         """grad W + grad_t lora_a."""
-        op = op_of(self.namespace, f"{self.name}_grad_input")
-        return op(grad, *self.weight, *self.groups, features, grad_t, lora_a)
+        op = _cached_op(self.namespace, f"{self.name}_grad_input")
+        return below_autograd(op, None, grad, *self.weight, *self.groups, features, grad_t, lora_a)
 
     def matmul(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """x matrix^T, matrix [p, k], in :func:`product_dtype`."""
         dtype = product_dtype(x, matrix)
-        return torch.nn.functional.linear(x.to(dtype), matrix.to(dtype))
+        return torch.nn.functional.linear(_cast(x, dtype), _cast(matrix, dtype))
 
     def outer(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """a^T b, summed over rows, in :func:`product_dtype`."""
         dtype = product_dtype(a, b)
-        return rows(a).T.to(dtype) @ rows(b).to(dtype)
+        return _cast(rows(a), dtype).T @ _cast(rows(b), dtype)
 
     def sum_rows(self, grad: torch.Tensor) -> torch.Tensor:
         """The sum over rows, in fp32."""
