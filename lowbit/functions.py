@@ -89,8 +89,8 @@ def _set_requires_grad(q, value):
 def _set_data(q, value):
     if not isinstance(value, QuantizedTensor):
         raise RuntimeError(
-            f"data: expected a lowbit.QuantizedTensor of float32, float16 or bfloat16, got a dense tensor of "
-            f"{value.dtype}; to have dense weights, in float64 for example, decode them first (lowbit.dequantize_(model))"
+            "data: expected a lowbit.QuantizedTensor of float32, float16 or bfloat16, got a dense tensor of "
+            f"{value.dtype}; for dense weights, in float64 for example, decode them first: lowbit.dequantize_(model)"
         )
     with torch._C.DisableTorchFunctionSubclass():
         q.data = value

@@ -1,9 +1,9 @@
 """How FSDP2 shards a quantized weight by rows and puts it together again.
 
 ``fully_shard`` slices the weight, copies its slice into a zeroed buffer of the padded size, and asks the local shard
-for what to gather. Where rows are whole blocks and divide evenly, that is the codes and the scales as they lie. Else each
-rank sends the blocks that begin in its rows, as bytes: first the codes, then the scales. group_scales and offset, which
-are small, stay with every shard.
+for what to gather. Where rows are whole blocks and divide evenly, that is the codes and the scales as they lie. Else
+each rank sends the blocks that begin in its rows, as bytes: first the codes, then the scales. group_scales and offset,
+which are small, stay with every shard.
 """
 
 import math

@@ -215,7 +215,7 @@ class QuantizedTensor(Sharded, torch.Tensor):
         return QuantizedTensor._make(tuple(inner.get(name) for name in PARTS), layout)
 
     def _stable_hash_for_caching(self) -> str:
-        """All that compiled code depends on. torch's cache of compiled graphs, which outlives a process, asks for it."""
+        """All that compiled code depends on. torch's cache of compiled code, which outlives a process, asks for it."""
         parts = [None if p is None else (p.shape, p.stride(), p.dtype, p.device) for p in self.parts()]
         # The version stands for what functions.py and aten.py made of a function: that is in the compiled code.
         return repr((__version__, self.stored, self.requires_grad, parts))
