@@ -1,8 +1,8 @@
 """What torch's own code does with a quantized weight, below autograd: a table from aten op to function.
 
-Here are the ops that modules, copies, saving, FSDP2 and checkpoints need of a parameter, and products, so that a
-product that did not come through ``F.linear`` (its backward, a transposed weight, a traced model) runs on our kernels
-too. Each is tested by what needs it in tests/test_tensor_*.py. Any other op decodes the weight, and says so once.
+The table holds the ops that modules, copies, saving, FSDP2 and checkpoints need of a parameter, and products: one that
+did not come through ``F.linear`` (a backward, a transposed weight, a traced model) runs on our kernels too. The tests
+in tests/test_tensor_*.py try each op by what needs it. Any other op decodes the weight, and says so once.
 """
 
 import functools
@@ -10,7 +10,7 @@ import math
 import warnings
 
 import torch
-from torch.utils._pytree import tree_any, tree_map_only
+from torch.utils._pytree import tree_any_only, tree_map_only
 
 from . import backends
 from .format import FLOAT_DTYPES
@@ -120,10 +120,8 @@ def _dense_like(op, q, *args, **kwargs):
     return op(stand_in, *args, **kwargs)
 
 
-for _op in (aten.zeros_like, aten.ones_like, aten.full_like, aten.rand_like, aten.randn_like, aten.new_empty):
-    implements(_op.default)(_dense_like)
-for _op in (aten.new_full, aten.new_ones, aten.new_empty_strided):
-    implements(_op.default)(_dense_like)
+_LIKES = ("zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_empty", "new_full", "new_ones")
+implements(*(getattr(aten, name).default for name in (*_LIKES, "new_empty_strided")))(_dense_like)
 
 
 @implements(aten.view.default, aten._unsafe_view.default, aten.reshape.default)
@@ -357,23 +355,20 @@ def refuse_writing(name: str):
     )
 
 
-def _is_quantized(value) -> bool:
-    return isinstance(value, QuantizedTensor)
-
-
 @implements("otherwise")
 def otherwise(op, *args, **kwargs):
-    """An op that has no entry: taken apart where torch says of what it is made, else on the decoded weight.
+    """The result of an op that has no entry: of the ops that torch makes it of, or else of the decoded weight.
 
     Raises:
         RuntimeError: it would write into the weight.
     """
-    for argument, value in zip(op._schema.arguments, args, strict=False):
-        if argument.is_write and tree_any(_is_quantized, value):
-            refuse_writing(op.overloadpacket.__name__)
-    for argument in op._schema.arguments:
-        if argument.is_write and tree_any(_is_quantized, kwargs.get(argument.name)):
-            refuse_writing(op.overloadpacket.__name__)
+    arguments = op._schema.arguments
+    given = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+    if any(
+        argument.is_write and tree_any_only(QuantizedTensor, lambda q: True, given.get(argument.name))
+        for argument in arguments
+    ):
+        refuse_writing(op.overloadpacket.__name__)
     if op._can_decompose() and op not in QuantizedTensor.ATEN:
         result = op.decompose(*args, **kwargs)
         if result is not NotImplemented:

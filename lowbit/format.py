@@ -1,34 +1,7 @@
-"""The formats in Python: codebooks, thresholds, the 8-bit scale map, and the byte layout.
+"""The formats in Python: a record per format, codebooks, thresholds, and the 8-bit map of double-quantized scales.
 
-The bytes are those of bitsandbytes 0.50 (``docs/format.md`` walks through them). The C++ twin of this file is
-``csrc/format.h``; ``tests/test_format.py`` holds the two together. In short, for a weight of ``n``
-elements in 4 bits (``nf4``, ``fp4``):
-
-========  =======================  =====================================================================
-field     dtype, length            meaning
-========  =======================  =====================================================================
-packed    uint8, ceil(n / 2)       element 2i in the high nibble, 2i + 1 in the low one; odd n pads with
-                                   the code of zero
-absmax    fp32, ceil(n / block)    largest magnitude of each block of the row-major weight, or, with
-          (or uint8 codes)         double quantization, its code in :data:`SCALE_MAP`
-group_    fp32, ceil(blocks/256)   largest ``|absmax - offset|`` of each group of 256 blocks
-scales
-offset    fp32, scalar             mean of absmax
-========  =======================  =====================================================================
-
-``weight = fl32(codebook[code] * scale)`` with ``scale = fl(fl(SCALE_MAP[c] * group_scale) + offset)``, rounded
-once to the output dtype.
-
-The other format, ``int8``, has one byte a weight and one scale a row (a row runs along the last dimension):
-
-========  =======================  =====================================================================
-packed    uint8, n                 the codes -127...127 in two's complement
-absmax    fp32, rows               largest magnitude of each row
-========  =======================  =====================================================================
-
-``code = round_half_even(fl32(w * scale))`` with ``scale = fl32(fl32(1 / absmax) * 127)``, or 0 throughout a row so near
-zero that its scale is infinite; ``weight = fl32(fl32(code * absmax) * fl32(1 / 127))``, rounded once to the output
-dtype.
+``docs/format.md`` states the bytes whole; they are those of bitsandbytes 0.50.2. The C++ twin of this file is
+``csrc/format.h``, and ``tests/test_format.py`` holds the two together.
 """
 
 import functools
@@ -39,24 +12,13 @@ from dataclasses import dataclass
 import torch
 
 #: Source: Dettmers et al., "QLoRA", 2023 (arXiv 2305.14314), appendix E; the sixteen values of NormalFloat4, by code.
+# fmt: off
 NF4_CODEBOOK = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )
+# fmt: on
 
 #: A 4-bit float (1 sign, 2 exponent, 1 mantissa bit) divided by 12; code 8 is minus zero.
 _FP4_POSITIVE = (0.0, 0.0052083333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)

@@ -227,8 +227,8 @@ def _checked_weight(q: QuantizedTensor, x: torch.Tensor, bias: torch.Tensor | No
     weight = QuantizedTensor.operands(q)  # not q.operands(): torch.compile does not look into methods of an argument
     if weight is None:
         raise ValueError(
-            f"q: expected a weight that begins with a block of its own, got a slice that begins inside one ({q!r}); use "
-            "F.linear, which decodes it"
+            f"q: expected a weight that begins with a block of its own, got a slice that begins inside one ({q!r}); "
+            "F.linear decodes such a slice"
         )
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")

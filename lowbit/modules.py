@@ -46,8 +46,8 @@ def quantize_(
 
     Weights of linear layers and of stacks of experts become frozen :class:`~lowbit.QuantizedTensor` parameters;
     modules, biases and everything else stay as they are. Shared weights stay shared. A weight that is also an
-    embedding's (a tied ``lm_head``), and the layer that ``model.get_output_embeddings()`` names, stay dense, and so
-    does what is quantized already.
+    embedding's (a tied ``lm_head``), the layer that ``model.get_output_embeddings()`` names, and the factors of LoRA
+    (modules whose name begins with ``lora_``) stay dense. What is quantized already stays as it is.
 
     Args:
         model: any module.
@@ -78,7 +78,8 @@ def find_weights(model: nn.Module, skipped: set[nn.Module]) -> dict[nn.Parameter
     head = get_output() if callable(get_output) else None
     found, kept = {}, set()
     for prefix, module in model.named_modules():
-        names = [] if module in skipped or module is head else linear_weights(module)
+        is_adapter = any(part.startswith("lora_") for part in prefix.split("."))
+        names = [] if module in skipped or module is head or is_adapter else linear_weights(module)
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue

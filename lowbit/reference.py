@@ -205,11 +205,9 @@ def linear_approximate(
 
     Exact where there is nothing to approximate with: int8 weights, in_features that are not a multiple of 64.
     """
-    weight_parts = (packed, absmax, group_scales, offset)
-    in_features = x.shape[-1]
-    how = WeightSpec.parse(spec)
+    in_features, how = x.shape[-1], WeightSpec.parse(spec)
     if how.format == "int8" or in_features % 64 or in_features == 0:
-        return linear(x, *weight_parts, spec, out_features, bias, t, lora_b, scaling)
+        return linear(x, packed, absmax, group_scales, offset, spec, out_features, bias, t, lora_b, scaling)
     chunks = x.float().unflatten(-1, (-1, 64))
     largest = chunks.abs().amax(-1, keepdim=True)
     inverse = torch.full_like(largest, 127.0) / largest  # 127 / largest would be a reciprocal and a product
@@ -220,12 +218,8 @@ def linear_approximate(
     scaled = decode_codes(packed, spec) * 127
     block = torch.arange(scaled.numel(), device=packed.device) // how.block_size
     weight = (scaled + scaled.sign() * 0.5).trunc() / 127 * decode_scales(absmax, group_scales, offset, spec)[block]
-    y = (rounded * scales).flatten(-2) @ weight.view(out_features, in_features).T
-    if t is not None:
-        y = y + scaling * (t.float() @ lora_b.float().T)
-    if bias is not None:
-        y = y + bias.float()
-    return y.to(x.dtype)
+    rounded_x = (rounded * scales).flatten(-2)
+    return dense_linear(rounded_x, weight.view(out_features, in_features), bias, t, lora_b, scaling).to(x.dtype)
 
 
 def linear_grad_input(

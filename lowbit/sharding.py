@@ -1,4 +1,4 @@
-"""How FSDP2 shards a quantized weight by rows and puts it together again.
+"""How FSDP2 shards a quantized weight by rows, and gathers it.
 
 ``fully_shard`` slices the weight, copies its slice into a zeroed buffer of the padded size, and asks the local shard
 for what to gather. Where rows are whole blocks and divide evenly, that is the codes and the scales as they lie. Else

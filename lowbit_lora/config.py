@@ -111,32 +111,16 @@ class LoraConfig:
         return cls(rank=written["r"], **taken, **ours)
 
 
-_SAME_IN_PEFT = (
-    "target_modules",
-    "lora_alpha",
-    "lora_dropout",
-    "bias",
-    "use_rslora",
-    "modules_to_save",
-    "task_type",
-)
+_SAME_IN_PEFT = ("target_modules", "lora_alpha", "lora_dropout", "bias", "use_rslora", "modules_to_save", "task_type")
 _READ_FROM_PEFT = {"peft_type", "r", *_SAME_IN_PEFT}
-# Settings of PEFT that do not change what a finished adapter computes. Any other that is set (DoRA,
-# rank_pattern, something newer than this file) would load to other outputs than it was trained for.
+# Settings of PEFT that do not change what a finished adapter computes. An adapter with any other that is set (DoRA,
+# rank_pattern, something newer than this file) would compute something else than it was trained for.
+# fmt: off
 _WITHOUT_EFFECT = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "eva_config",
-    "inference_mode",
-    "init_lora_weights",
-    "lora_ga_config",
-    "layers_pattern",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
+    "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "init_lora_weights", "lora_ga_config",
+    "layers_pattern", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
 }
+# fmt: on
 # Ways to initialise that leave the base's weights alone.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 

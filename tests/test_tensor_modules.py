@@ -187,3 +187,12 @@ def test_dequantize_that_fails(monkeypatch):
     with pytest.raises(torch.OutOfMemoryError):
         lowbit.dequantize_(model)
     assert all(p is before[name] for name, p in model.named_parameters())
+
+
+def test_the_factors_of_lora_stay_dense():
+    """4-bit factors would end the training of an adapter that is on the model already."""
+    model = nn.Sequential(nn.Linear(64, 64))
+    model[0].lora_A = nn.ModuleDict({"default": nn.Linear(64, 4, bias=False)})
+    lowbit.quantize_(model)
+    assert isinstance(model[0].weight, lowbit.QuantizedTensor)
+    assert type(model[0].lora_A["default"].weight) is nn.Parameter

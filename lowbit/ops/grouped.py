@@ -1,8 +1,8 @@
 """The ops of a mixture of experts: products of each token with the matrix of the expert it goes to.
 
-What ``linear.py`` is for one matrix, for a stack of them [E, N, K] that was quantized as one tensor. Tokens are sorted by
-expert; ``expert_ends`` int32 [E] says where the rows of each end. It stays on the tokens' device: kernels read it, and
-nothing waits for it.
+``linear.py`` multiplies by one matrix, this file by a stack of matrices [E, N, K] that was quantized as one tensor.
+Tokens are sorted by expert; ``expert_ends`` int32 [E] says where the rows of each end. It stays on the tokens' device:
+kernels read it, and nothing waits for it.
 """
 
 import torch
@@ -127,43 +127,48 @@ def expert_part(packed, absmax, group_scales, offset, spec: str, expert: int, ro
 def by_expert(namespace: str) -> dict:
     """Kernels of the products with the stack, made of the namespace's own for one matrix; they wait for expert_ends."""
 
-    def matrices(weight, expert_ends, rows, columns):
-        """(expert, its rows of x, its W) for each that has rows; W as ``linear`` takes it, or decoded."""
+    def fill(result, weight, expert_ends, shape, product, dense_product):
+        """``result`` with each expert's rows: ``product`` takes (expert, rows, W as an op takes it), the other W."""
         for expert, at in enumerate(reference.expert_rows(expert_ends)):
             if at.start == at.stop:
                 continue
-            part = expert_part(*weight, expert, rows, columns)
-            if part is None:
-                # Its blocks begin or end in a neighbour's: rare enough to decode the whole stack.
-                shape = [expert_ends.numel(), rows, columns]
-                part = op_of(namespace, "dequantize")(*weight, shape, torch.float32)[expert]
-            yield expert, at, part
+            part = expert_part(*weight, expert, *shape)
+            if part is not None:
+                result[at] = product(expert, at, part)
+            else:  # its blocks begin or end in a neighbour's: rare enough to decode the whole stack
+                stack = op_of(namespace, "dequantize")(*weight, [expert_ends.numel(), *shape], torch.float32)
+                result[at] = dense_product(expert, at, stack[expert])
+        return result
 
     def grouped_linear(x, *arguments):
-        *weight, expert_ends, out_features, bias, t, lora_b, scaling = arguments
-        y = x.new_empty([x.shape[0], out_features])
-        for expert, at, part in matrices(weight, expert_ends, out_features, x.shape[-1]):
-            of_expert = (
-                None if bias is None else bias[expert],
-                None if t is None else t[at],
-                None if lora_b is None else lora_b[expert],
-            )
-            if isinstance(part, tuple):
-                y[at] = op_of(namespace, "linear")(x[at], *part, out_features, *of_expert, scaling)
-            else:
-                y[at] = reference.dense_linear(x[at], part, *of_expert, scaling)
-        return y
+        *weight, expert_ends, features, bias, t, lora_b, scaling = arguments
+
+        def rest(e, at):
+            return None if bias is None else bias[e], *((None, None) if t is None else (t[at], lora_b[e])), scaling
+
+        return fill(
+            x.new_empty([x.shape[0], features]),
+            weight,
+            expert_ends,
+            (features, x.shape[-1]),
+            lambda e, at, part: op_of(namespace, "linear")(x[at], *part, features, *rest(e, at)),
+            lambda e, at, w: reference.dense_linear(x[at], w, *rest(e, at)),
+        )
 
     def grouped_linear_grad_input(grad, *arguments):
-        *weight, expert_ends, in_features, grad_t, lora_a = (*arguments, None, None)[:9]
-        grad_x = grad.new_empty([grad.shape[0], in_features])
-        for expert, at, part in matrices(weight, expert_ends, grad.shape[-1], in_features):
-            of_expert = (None, None) if grad_t is None else (grad_t[at], lora_a[expert])
-            if isinstance(part, tuple):
-                grad_x[at] = op_of(namespace, "linear_grad_input")(grad[at], *part, in_features, *of_expert)
-            else:
-                grad_x[at] = reference.dense_grad_input(grad[at], part, *of_expert)
-        return grad_x
+        *weight, expert_ends, features, grad_t, lora_a = (*arguments, None, None)[:9]
+
+        def lora(e, at):
+            return (None, None) if grad_t is None else (grad_t[at], lora_a[e])
+
+        return fill(
+            grad.new_empty([grad.shape[0], features]),
+            weight,
+            expert_ends,
+            (grad.shape[-1], features),
+            lambda e, at, part: op_of(namespace, "linear_grad_input")(grad[at], *part, features, *lora(e, at)),
+            lambda e, at, w: reference.dense_grad_input(grad[at], w, *lora(e, at)),
+        )
 
     return {"grouped_linear": grouped_linear, "grouped_linear_grad_input": grouped_linear_grad_input}
 

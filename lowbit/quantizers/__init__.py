@@ -1,4 +1,4 @@
-"""How good codes and scales are found: the largest magnitude of each block, or a search. The bytes are the same kind."""
+"""How codes and scales are found: from each block's largest magnitude, or by a search. Any reader decodes both."""
 
 from .quantize import quantize
 
