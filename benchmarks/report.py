@@ -151,7 +151,7 @@ def plot_times(path: str, machine: Machine, rows: list[dict]) -> None:
             if (row["dtype"], row["n"], row["k"]) == (dtype, n, k) and row["name"] in names and "median_ms" in row:
                 operation = row["operation"] + (f"\n{row['m']} row{'s' * (row['m'] > 1)}" if row["m"] else "")
                 times.setdefault(operation, {})[names[row["name"]]] = row["median_ms"]
-        for at, (operation, by_name) in enumerate(times.items()):
+        for at, by_name in enumerate(times.values()):
             for place, name in enumerate(_SHOWN):
                 if name in by_name:
                     x, (label, color) = at + (place - 1) * 0.27, _SHOWN[name]

@@ -131,7 +131,7 @@ def _in_float64(model):
     [
         (_with_nan, {}, ValueError, "experts.up: weight: expected finite values"),
         (_in_float64, {}, TypeError, "experts.up: weight: expected float32, float16 or bfloat16, got torch.float64"),
-        (None, {"skip": ["frist"]}, ValueError, "skip: expected names of modules, got 'frist'"),
+        (None, {"skip": ["no_such_layer"]}, ValueError, "skip: expected names of modules, got 'no_such_layer'"),
         (None, {"skip": "first"}, TypeError, "skip: expected a list of names, got the string 'first'"),
         (None, {"spec": "nf4"}, TypeError, "spec: expected a lowbit.WeightSpec, got str"),
         (None, {"scale": "best"}, ValueError, "scale: expected 'absmax' or 'search', got 'best'"),
