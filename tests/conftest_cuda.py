@@ -59,7 +59,8 @@ def launchers():
 def told_by_sources() -> str:
     """A hash of all that decides what the launchers do: the PTX of every kernel, and the sources of the host code."""
     launchers()
-    host = sorted(path for path in (*CSRC.glob("*.h"), *(CSRC / "cuda").iterdir(), *LAUNCHERS.parent.iterdir()))
+    paths = (*CSRC.glob("*.h"), *(CSRC / "cuda").rglob("*"), *LAUNCHERS.parent.iterdir())
+    host = sorted(path for path in paths if path.is_file())
     ptx = [proofs.code_of(each.ptx.read_text()) for each in compiled_all([LAUNCHERS, *SOURCES])]
     return proofs.digest([*ptx, *(part for path in host for part in (path.name, path.read_bytes()))])
 
