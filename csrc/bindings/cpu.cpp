@@ -66,8 +66,8 @@ struct Cpu {
 
   Tensor to_fp32(const Tensor& tensor) const {
     Tensor copy = empty({tensor.numel()}, ScalarType::Float);
-    cpu::for_dtype(dtype_of(tensor.scalar_type(), "operand"), [&](auto* typed) {
-      const auto* from = static_cast<decltype(typed)>(tensor.data_ptr());
+    cpu::for_dtype(dtype_of(tensor.scalar_type(), "operand"), [&]<class T>(T) {
+      const T* from = static_cast<const T*>(tensor.data_ptr());
       float* to = static_cast<float*>(copy.data_ptr());
       for (int64_t i = 0; i < tensor.numel(); ++i) to[i] = to_float(from[i]);
     });

@@ -3,14 +3,9 @@
 // Rounding errs by up to 1 / 254 of the largest activation of each 64, and of each block's scale.
 #pragma once
 
-#include <limits>
-#include <type_traits>
-#include <vector>
-
 #include "dequantize.h"
 #include "gemv.h"
 #include "int8.h"
-#include "kernels.h"
 #include "linear.h"
 #include "support.h"
 
@@ -93,8 +88,7 @@ void linear_approximate(const LinearArgs& args, const ParallelFor& parallel_for)
   if (args.weight.format->bits != 4 || args.k % kApproximateChunk || args.k == 0)
     return linear<Isa>(args, parallel_for);
   with_scaled_t<Isa>(args, [&](const LinearArgs& scaled) {
-    for_dtype(args.dtype, [&](auto* typed) {
-      using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+    for_dtype(args.dtype, [&]<class T>(T) {
       const T* x = static_cast<const T*>(args.x);
       T* y = static_cast<T*>(args.y);
       const auto rows = [&](auto count, int64_t m) {

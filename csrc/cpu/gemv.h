@@ -2,12 +2,7 @@
 // never stored, so that reading their codes is the cost. Lanes run along k, one row of W at a time.
 #pragma once
 
-#include <algorithm>
-#include <array>
-#include <cstring>
-
 #include "dequantize.h"
-#include "kernels.h"
 #include "support.h"
 
 namespace lowbit::cpu {

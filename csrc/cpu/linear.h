@@ -2,15 +2,9 @@
 // Few rows go through gemv.h; the rest through gemm.h, for which this file decodes the tiles of W.
 #pragma once
 
-#include <algorithm>
-#include <optional>
-#include <type_traits>
-#include <vector>
-
 #include "dequantize.h"
 #include "gemm.h"
 #include "gemv.h"
-#include "kernels.h"
 #include "support.h"
 
 namespace lowbit::cpu {
@@ -121,8 +115,7 @@ void linear_gemm(const LinearArgs& args, const ParallelFor& parallel_for) {
       };
       accumulate<Isa>(x, task, decode_weight, tile.data(), sums.data());
       accumulate<Isa>(t, task, copy_lora_b, tile.data(), sums.data());
-      for_dtype(args.dtype, [&](auto* typed) {
-        using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+      for_dtype(args.dtype, [&]<class T>(T) {
         for (int64_t m = m0; m < m1; ++m) {
           float* row = sums.data() + (m - m0) * width;
           for (int64_t j = 0; args.bias && j < n; ++j) row[j] += args.bias[n0 + j];
@@ -168,10 +161,7 @@ void scaled_linear(const LinearArgs& args, const ParallelFor& parallel_for) {
       with_words<Isa>(args.dtype, [&](auto words) { linear_gemm<Isa, decltype(words)>(block, parallel_for); });
     });
   }
-  for_dtype(args.dtype, [&](auto* typed) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-    linear_gemv<Isa, kGemvMaxRows, T>(args, parallel_for);
-  });
+  for_dtype(args.dtype, [&]<class T>(T) { linear_gemv<Isa, kGemvMaxRows, T>(args, parallel_for); });
 }
 
 template <class Isa>
@@ -247,8 +237,7 @@ void grad_input_gemm(const LinearGradInputArgs& args, const ParallelFor& paralle
       };
       accumulate<Isa>(grad, task, decode_weight, tile.data(), sums.data());
       accumulate<Isa>(grad_t, task, copy_lora_a, tile.data(), sums.data());
-      for_dtype(args.dtype, [&](auto* typed) {
-        using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+      for_dtype(args.dtype, [&]<class T>(T) {
         for (int64_t m = m0; m < m1; ++m)
           store_row<Isa>(sums.data() + (m - m0) * width, k, static_cast<T*>(args.grad_x) + m * args.k + k0);
       });
@@ -268,10 +257,7 @@ template <class Isa>
 void linear_grad_input(const LinearGradInputArgs& args, const ParallelFor& parallel_for) {
   if (args.m == 0 || args.k == 0) return;
   if (args.m <= kGemvMaxRows && args.weight.format->bits == 4 && args.k % 64 == 0) {
-    return for_dtype(args.dtype, [&](auto* typed) {
-      using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-      few_rows_grad_input<Isa, kGemvMaxRows, T>(args, parallel_for);
-    });
+    return for_dtype(args.dtype, [&]<class T>(T) { few_rows_grad_input<Isa, kGemvMaxRows, T>(args, parallel_for); });
   }
   for_row_blocks(args.m, [&](int64_t m0, int64_t m) {
     LinearGradInputArgs block = args;

@@ -2,14 +2,8 @@
 // the linker keeps one for all, which could be the one compiled for AVX-512.
 #pragma once
 
-#include <algorithm>
-#include <bit>
-#include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
-
 #include "kernels.h"
+#include "standard.h"
 
 namespace lowbit::cpu {
 
@@ -31,11 +25,12 @@ class Scratch {
   std::unique_ptr<float, Free> data_;
 };
 
+// function(T()), T being the element type that `dtype` names.
 template <class Function>
 void for_dtype(Dtype dtype, const Function& function) {
-  if (dtype == Dtype::f32) function(static_cast<const float*>(nullptr));
-  if (dtype == Dtype::bf16) function(static_cast<const Bf16*>(nullptr));
-  if (dtype == Dtype::f16) function(static_cast<const Fp16*>(nullptr));
+  if (dtype == Dtype::f32) function(float());
+  if (dtype == Dtype::bf16) function(Bf16());
+  if (dtype == Dtype::f16) function(Fp16());
 }
 
 // Element `index` of an array of `dtype`.
