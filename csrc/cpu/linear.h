@@ -126,16 +126,6 @@ void linear_gemm(const LinearArgs& args, const ParallelFor& parallel_for) {
   });
 }
 
-template <class Isa, int M, class T>
-void linear_gemv(const LinearArgs& args, const ParallelFor& parallel_for) {
-  if constexpr (M > 0) {
-    if (args.m != M) return linear_gemv<Isa, M - 1, T>(args, parallel_for);
-    if (args.weight.format->bits == 8) return gemv_int8<Isa, M, T>(args, parallel_for);
-    using Decoder = typename Isa::template GemvDecoder<T, M>;
-    gemv<Isa, Decoder, M, T>(args, parallel_for);
-  }
-}
-
 // Calls body(args) with t multiplied by its scaling.
 template <class Isa, class Body>
 void with_scaled_t(const LinearArgs& args, const Body& body) {
@@ -153,15 +143,16 @@ void scaled_linear(const LinearArgs& args, const ParallelFor& parallel_for) {
   const bool whole_chunks = args.weight.format->bits == 8 || args.k % 64 == 0;
   if (args.m > kGemvMaxRows || args.k == 0 || !whole_chunks) {
     return for_row_blocks(args.m, [&](int64_t m0, int64_t m) {
-      LinearArgs block = args;
-      block.m = m;
-      block.x = element_of(args.x, args.dtype, m0 * args.k);
-      block.y = element_of(args.y, args.dtype, m0 * args.n);
-      if (args.t) block.t = args.t + m0 * args.rank;
+      const LinearArgs block = rows_of(args, m0, m);
       with_words<Isa>(args.dtype, [&](auto words) { linear_gemm<Isa, decltype(words)>(block, parallel_for); });
     });
   }
-  for_dtype(args.dtype, [&]<class T>(T) { linear_gemv<Isa, kGemvMaxRows, T>(args, parallel_for); });
+  for_dtype(args.dtype, [&]<class T>(T) {
+    for_few_rows(args.m, [&]<int M>(std::integral_constant<int, M>) {
+      if (args.weight.format->bits == 8) return gemv_int8<Isa, M, T>(args, parallel_for);
+      gemv<Isa, typename Isa::template GemvDecoder<T, M>, M, T>(args, parallel_for);
+    });
+  });
 }
 
 template <class Isa>
@@ -245,26 +236,16 @@ void grad_input_gemm(const LinearGradInputArgs& args, const ParallelFor& paralle
   });
 }
 
-template <class Isa, int M, class T>
-void few_rows_grad_input(const LinearGradInputArgs& args, const ParallelFor& parallel_for) {
-  if constexpr (M > 0) {
-    if (args.m != M) return few_rows_grad_input<Isa, M - 1, T>(args, parallel_for);
-    gemv_grad_input<Isa, M, T>(args, parallel_for);
-  }
-}
-
 template <class Isa>
 void linear_grad_input(const LinearGradInputArgs& args, const ParallelFor& parallel_for) {
   if (args.m == 0 || args.k == 0) return;
   if (args.m <= kGemvMaxRows && args.weight.format->bits == 4 && args.k % 64 == 0) {
-    return for_dtype(args.dtype, [&]<class T>(T) { few_rows_grad_input<Isa, kGemvMaxRows, T>(args, parallel_for); });
+    return for_dtype(args.dtype, [&]<class T>(T) {
+      for_few_rows(args.m, [&](auto rows) { gemv_grad_input<Isa, rows, T>(args, parallel_for); });
+    });
   }
   for_row_blocks(args.m, [&](int64_t m0, int64_t m) {
-    LinearGradInputArgs block = args;
-    block.m = m;
-    block.grad = element_of(args.grad, args.dtype, m0 * args.n);
-    block.grad_x = element_of(args.grad_x, args.dtype, m0 * args.k);
-    if (args.grad_t) block.grad_t = args.grad_t + m0 * args.rank;
+    const LinearGradInputArgs block = rows_of(args, m0, m);
     with_words<Isa>(args.dtype, [&](auto words) { grad_input_gemm<Isa, decltype(words)>(block, parallel_for); });
   });
 }

@@ -41,6 +41,22 @@ static inline void* element_of(void* data, Dtype dtype, int64_t index) {
   return static_cast<char*>(data) + index * size_of(dtype);
 }
 
+// The same product for `count` rows of x (of grad) from row `first` on.
+static inline LinearArgs rows_of(LinearArgs args, int64_t first, int64_t count) {
+  args.m = count;
+  args.x = element_of(args.x, args.dtype, first * args.k);
+  args.y = element_of(args.y, args.dtype, first * args.n);
+  if (args.t) args.t += first * args.rank;
+  return args;
+}
+static inline LinearGradInputArgs rows_of(LinearGradInputArgs args, int64_t first, int64_t count) {
+  args.m = count;
+  args.grad = element_of(args.grad, args.dtype, first * args.n);
+  args.grad_x = element_of(args.grad_x, args.dtype, first * args.k);
+  if (args.grad_t) args.grad_t += first * args.rank;
+  return args;
+}
+
 // log2 of the block size of a 4-bit weight.
 static inline int block_shift(const QuantizedWeight& weight) {
   return std::countr_zero(static_cast<uint64_t>(weight.block_size));
