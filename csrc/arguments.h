@@ -69,10 +69,10 @@ struct LinearArgs {
   const void* x;
   Dtype dtype;  // of x and y
   QuantizedWeight weight;
-  const float* bias;  // or null
-  const float* t;     // or null, as lora_b
-  const float* lora_b;
-  float scaling;
+  const float* bias = nullptr;  // or null
+  const float* t = nullptr;     // or null, as lora_b
+  const float* lora_b = nullptr;
+  float scaling = 1.0f;
   int64_t m, n, k, rank;
   void* y;
   int64_t first_row = 0;       // CPU: W's first row in the weight, which may be a stack of matrices
@@ -84,8 +84,8 @@ struct LinearGradInputArgs {
   const void* grad;
   Dtype dtype;  // of grad and grad_x
   QuantizedWeight weight;
-  const float* grad_t;  // or null, as lora_a
-  const float* lora_a;
+  const float* grad_t = nullptr;  // or null, as lora_a
+  const float* lora_a = nullptr;
   int64_t m, n, k, rank;
   void* grad_x;
   int64_t first_row = 0;       // as above

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "../dtype.h"
 #include "../weight.h"
@@ -26,26 +27,13 @@ inline void check_call(int32_t code, const char* name) {
 }
 
 inline const char* name_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Byte:
-      return "uint8";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Bool:
-      return "bool";
-    default:
-      return "another one";
-  }
+  constexpr std::pair<ScalarType, const char*> kNames[] = {
+      {ScalarType::Byte, "uint8"},     {ScalarType::Int, "int32"},         {ScalarType::Long, "int64"},
+      {ScalarType::Half, "float16"},   {ScalarType::BFloat16, "bfloat16"}, {ScalarType::Float, "float32"},
+      {ScalarType::Double, "float64"}, {ScalarType::Bool, "bool"}};
+  for (const auto& [named, name] : kNames)
+    if (named == type) return name;
+  return "another one";
 }
 
 inline Dtype dtype_of(ScalarType type, const char* name) {
@@ -123,11 +111,6 @@ inline void check(const Tensor& tensor, const char* name, ScalarType type, int64
 // torch::stable::contiguous looks its op up by name, which costs as much as a small kernel.
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-template <class T>
-const T* pointer(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.data_ptr());
 }
 
 // The length of a row of an activation [..., length of a row], and its number of rows.

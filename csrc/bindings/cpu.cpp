@@ -17,7 +17,6 @@ namespace {
 using namespace lowbit;
 using namespace lowbit::bindings;
 using lowbit::cpu::active_kernels;
-using lowbit::cpu::element_of;
 using lowbit::cpu::Kernels;
 
 // torch's own thread pool.
@@ -66,8 +65,8 @@ struct Cpu {
 
   Tensor to_fp32(const Tensor& tensor) const {
     Tensor copy = empty({tensor.numel()}, ScalarType::Float);
-    cpu::for_dtype(dtype_of(tensor.scalar_type(), "operand"), [&](auto* typed) {
-      const auto* from = static_cast<decltype(typed)>(tensor.data_ptr());
+    cpu::for_dtype(dtype_of(tensor.scalar_type(), "operand"), [&]<class T>(T) {
+      const T* from = static_cast<const T*>(tensor.data_ptr());
       float* to = static_cast<float*>(copy.data_ptr());
       for (int64_t i = 0; i < tensor.numel(); ++i) to[i] = to_float(from[i]);
     });
@@ -130,17 +129,14 @@ Tensor grouped_linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tens
                        experts);
   Operand<Cpu> t_operand(device, x, t, "t", product(call.m, rank, "t"));
   Tensor y = device.empty(with_last(x, out_features), x.scalar_type());
-  const LinearArgs all = call.args(y);
-  const float *bias_values = call.bias.fp32(), *t_values = t_operand.fp32(), *lora_b_values = call.lora_b.fp32();
+  LinearArgs all = call.args(y);
+  all.t = t_operand.fp32();
+  const float *bias_values = call.bias.fp32(), *lora_b_values = call.lora_b.fp32();
   for (int64_t e = 0; e < experts; ++e) {
     const int64_t row = begins[e];
-    LinearArgs args = all;
-    args.x = element_of(all.x, call.dtype, row * call.k);
+    LinearArgs args = cpu::rows_of(all, row, begins[e + 1] - row);
     args.bias = at(bias_values, e * call.n);
-    args.t = at(t_values, row * rank);
     args.lora_b = at(lora_b_values, e * call.n * rank);
-    args.m = begins[e + 1] - row;
-    args.y = element_of(all.y, call.dtype, row * call.n);
     args.first_row = e * call.n;
     active_kernels().linear(args, parallel_for());
   }
@@ -157,16 +153,13 @@ Tensor grouped_linear_grad_input(Tensor grad, Tensor packed, Tensor absmax, std:
   GradInputCall<Cpu> call(device, grad, packed, absmax, group_scales, offset, spec, in_features, grad_t, lora_a,
                           experts);
   Tensor grad_x = device.empty(with_last(grad, in_features), grad.scalar_type());
-  const LinearGradInputArgs all = call.args(grad_x);
-  const float *grad_t_values = call.grad_t.fp32(), *lora_a_values = call.lora_a.fp32();
+  LinearGradInputArgs all = call.args(grad_x);
+  all.grad_t = call.grad_t.fp32();
+  const float* lora_a_values = call.lora_a.fp32();
   for (int64_t e = 0; e < experts; ++e) {
     const int64_t row = begins[e];
-    LinearGradInputArgs args = all;
-    args.grad = element_of(all.grad, call.dtype, row * call.n);
-    args.grad_t = at(grad_t_values, row * call.rank);
+    LinearGradInputArgs args = cpu::rows_of(all, row, begins[e + 1] - row);
     args.lora_a = at(lora_a_values, e * call.rank * call.k);
-    args.m = begins[e + 1] - row;
-    args.grad_x = element_of(all.grad_x, call.dtype, row * call.k);
     args.first_row = e * call.n;
     active_kernels().linear_grad_input(args, parallel_for());
   }

@@ -145,6 +145,11 @@ void dequantize_out(Tensor packed, Tensor absmax, std::optional<Tensor> group_sc
   device.dequantize({weight.view(), float_data(out, dtype, "out"), dtype}, "dequantize_out");
 }
 
+inline int64_t checked_size(int64_t size, const char* name) {
+  STD_TORCH_CHECK(size >= 0, name, ": expected at least 0, got ", size);
+  return size;
+}
+
 // Sizes like those of x, with the last replaced.
 inline std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
@@ -168,7 +173,7 @@ struct LinearCall {
              int64_t out_features, const std::optional<Tensor>& bias, const std::optional<Tensor>& lora_b, int64_t rank,
              double scaling, int64_t experts = 1)
       : k(row_length(x, "x")),
-        n(checked(out_features)),
+        n(checked_size(out_features, "out_features")),
         m(rows_of(x)),
         rank(rank),
         dtype(dtype_of(x.scalar_type(), "x")),
@@ -179,19 +184,11 @@ struct LinearCall {
         lora_b(device, x, lora_b, "lora_b", product(weight_rows, rank, "lora_b")),
         x(as_contiguous(x)) {}
 
-  static int64_t checked(int64_t out_features) {
-    STD_TORCH_CHECK(out_features >= 0, "out_features: expected at least 0, got ", out_features);
-    return out_features;
-  }
-
   // Of all rows; with bias, t and lora_b null.
   LinearArgs args(const Tensor& y) const {
     return {.x = float_data(x, dtype, "x"),
             .dtype = dtype,
             .weight = weight.view(),
-            .bias = nullptr,
-            .t = nullptr,
-            .lora_b = nullptr,
             .scaling = static_cast<float>(scaling),
             .m = m,
             .n = n,
@@ -232,7 +229,7 @@ struct GradInputCall {
                 int64_t in_features, const std::optional<Tensor>& grad_t, const std::optional<Tensor>& lora_a,
                 int64_t experts = 1)
       : n(row_length(grad, "grad")),
-        k(checked(in_features)),
+        k(checked_size(in_features, "in_features")),
         m(rows_of(grad)),
         rank(rank_of(grad_t, lora_a, "grad_t, lora_a", "grad_t")),
         dtype(dtype_of(grad.scalar_type(), "grad")),
@@ -242,17 +239,10 @@ struct GradInputCall {
         lora_a(device, grad, lora_a, "lora_a", product(product(experts, rank, "grad_t"), k, "grad_t")),
         grad(as_contiguous(grad)) {}
 
-  static int64_t checked(int64_t in_features) {
-    STD_TORCH_CHECK(in_features >= 0, "in_features: expected at least 0, got ", in_features);
-    return in_features;
-  }
-
   LinearGradInputArgs args(const Tensor& grad_x) const {
     return {.grad = float_data(grad, dtype, "grad"),
             .dtype = dtype,
             .weight = weight.view(),
-            .grad_t = nullptr,
-            .lora_a = nullptr,
             .m = m,
             .n = n,
             .k = k,

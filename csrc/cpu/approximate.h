@@ -3,14 +3,9 @@
 // Rounding errs by up to 1 / 254 of the largest activation of each 64, and of each block's scale.
 #pragma once
 
-#include <limits>
-#include <type_traits>
-#include <vector>
-
 #include "dequantize.h"
 #include "gemv.h"
 #include "int8.h"
-#include "kernels.h"
 #include "linear.h"
 #include "support.h"
 
@@ -53,13 +48,10 @@ struct Int8Activations {
 };
 
 template <class Isa, int M, class T>
-void approximate_rows(const LinearArgs& args, const T* x, T* y, const float* t, const ParallelFor& parallel_for) {
+void approximate_rows(const LinearArgs& args, const ParallelFor& parallel_for) {
   using Vec = typename Isa::Vec;
-  const Int8Activations<Isa> activations(x, M, args.k);
+  const Int8Activations<Isa> activations(static_cast<const T*>(args.x), M, args.k);
   const int64_t k = args.k, chunks = k / kApproximateChunk;
-  LinearArgs rows = args;
-  rows.t = t;
-  rows.y = y;
   parallel_for(args.n, ceil_div(16384, k), [&](int64_t begin, int64_t end) {
     const typename Isa::Int8Dot dot(*args.weight.format);
     with_chunk_scales<Isa, kApproximateChunk>(args.weight, true, [&](const auto& scale_of_chunk) {
@@ -81,7 +73,7 @@ void approximate_rows(const LinearArgs& args, const T* x, T* y, const float* t, 
         }
         float sums[M];
         for (int m = 0; m < M; ++m) sums[m] = Isa::sum(total[m]) * (1.0f / 127);
-        store_outputs<M, T>(rows, n, sums);
+        store_outputs<M, T>(args, n, sums);
       }
     });
   });
@@ -93,17 +85,10 @@ void linear_approximate(const LinearArgs& args, const ParallelFor& parallel_for)
   if (args.weight.format->bits != 4 || args.k % kApproximateChunk || args.k == 0)
     return linear<Isa>(args, parallel_for);
   with_scaled_t<Isa>(args, [&](const LinearArgs& scaled) {
-    for_dtype(args.dtype, [&](auto* typed) {
-      using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-      const T* x = static_cast<const T*>(args.x);
-      T* y = static_cast<T*>(args.y);
-      const auto rows = [&](auto count, int64_t m) {
-        const float* t = args.t ? scaled.t + m * args.rank : nullptr;
-        approximate_rows<Isa, count, T>(scaled, x + m * args.k, y + m * args.n, t, parallel_for);
-      };
+    for_dtype(args.dtype, [&]<class T>(T) {
       int64_t m = 0;
-      for (; m + 4 <= args.m; m += 4) rows(std::integral_constant<int, 4>(), m);
-      for (; m < args.m; ++m) rows(std::integral_constant<int, 1>(), m);
+      for (; m + 4 <= args.m; m += 4) approximate_rows<Isa, 4, T>(rows_of(scaled, m, 4), parallel_for);
+      for (; m < args.m; ++m) approximate_rows<Isa, 1, T>(rows_of(scaled, m, 1), parallel_for);
     });
   });
 }

@@ -1,12 +1,6 @@
 // dequantize: the decoded weight; decode_elements: the piece of it that the products ask for.
 #pragma once
 
-#include <algorithm>
-#include <cstring>
-#include <optional>
-#include <type_traits>
-
-#include "kernels.h"
 #include "support.h"
 
 namespace lowbit::cpu {
@@ -116,8 +110,7 @@ template <class Isa>
 void dequantize(const DequantizeArgs& args, const ParallelFor& parallel_for) {
   constexpr int64_t kUnit = 4096;
   const int64_t numel = args.weight.numel;
-  for_dtype(args.dtype, [&](auto* typed) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+  for_dtype(args.dtype, [&]<class T>(T) {
     T* out = static_cast<T*>(args.out);
     const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0;
     const bool stream = aligned && numel * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;

@@ -9,11 +9,6 @@
 // nor on the rows that are computed beside.
 #pragma once
 
-#include <algorithm>
-#include <cstring>
-#include <limits>
-
-#include "kernels.h"
 #include "support.h"
 
 namespace lowbit::cpu {
@@ -32,7 +27,7 @@ struct Fp32Words {
   static Vec fma(const Vec& a, const Vec& b, const Vec& sums) { return Isa::fma(a, b, sums); }
   // Elements [begin, begin + count) of data to words.
   static void load_row(const void* data, Dtype dtype, int64_t begin, int64_t count, float* to) {
-    for_dtype(dtype, [&](auto* typed) { cpu::load_row<Isa>(static_cast<decltype(typed)>(data) + begin, count, to); });
+    for_dtype(dtype, [&]<class T>(T) { cpu::load_row<Isa>(static_cast<const T*>(data) + begin, count, to); });
   }
   // The rows of a strip of B from elements in fp32 to words, in place.
   static void join_rows(float*, int64_t) {}

@@ -2,18 +2,20 @@
 // never stored, so that reading their codes is the cost. Lanes run along k, one row of W at a time.
 #pragma once
 
-#include <algorithm>
-#include <array>
-#include <cstring>
-
 #include "dequantize.h"
-#include "kernels.h"
 #include "support.h"
 
 namespace lowbit::cpu {
 
-constexpr int64_t kGemvMaxRows = 4;
+constexpr int kGemvMaxRows = 4;
 constexpr int64_t kGemvDepth = 4096;  // 16 KB of x: half of the L1 cache
+
+// function(rows as a constant), for 1 to kGemvMaxRows rows.
+template <int M = kGemvMaxRows, class Function>
+void for_few_rows(int64_t rows, const Function& function) {
+  if (rows == M) return function(std::integral_constant<int, M>());
+  if constexpr (M > 1) for_few_rows<M - 1>(rows, function);
+}
 
 // Adds LoRA and bias to the sums of output n and stores them; t is [M, rank], y [M, n].
 template <int M, class T>

@@ -1,11 +1,6 @@
 // The part of quantize that makes int8 codes with one scale per row. (dequantize.h and linear.h read them.)
 #pragma once
 
-#include <algorithm>
-#include <limits>
-#include <type_traits>
-
-#include "kernels.h"
 #include "support.h"
 
 namespace lowbit::cpu {

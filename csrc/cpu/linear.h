@@ -2,15 +2,9 @@
 // Few rows go through gemv.h; the rest through gemm.h, for which this file decodes the tiles of W.
 #pragma once
 
-#include <algorithm>
-#include <optional>
-#include <type_traits>
-#include <vector>
-
 #include "dequantize.h"
 #include "gemm.h"
 #include "gemv.h"
-#include "kernels.h"
 #include "support.h"
 
 namespace lowbit::cpu {
@@ -121,8 +115,7 @@ void linear_gemm(const LinearArgs& args, const ParallelFor& parallel_for) {
       };
       accumulate<Isa>(x, task, decode_weight, tile.data(), sums.data());
       accumulate<Isa>(t, task, copy_lora_b, tile.data(), sums.data());
-      for_dtype(args.dtype, [&](auto* typed) {
-        using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+      for_dtype(args.dtype, [&]<class T>(T) {
         for (int64_t m = m0; m < m1; ++m) {
           float* row = sums.data() + (m - m0) * width;
           for (int64_t j = 0; args.bias && j < n; ++j) row[j] += args.bias[n0 + j];
@@ -131,16 +124,6 @@ void linear_gemm(const LinearArgs& args, const ParallelFor& parallel_for) {
       });
     }
   });
-}
-
-template <class Isa, int M, class T>
-void linear_gemv(const LinearArgs& args, const ParallelFor& parallel_for) {
-  if constexpr (M > 0) {
-    if (args.m != M) return linear_gemv<Isa, M - 1, T>(args, parallel_for);
-    if (args.weight.format->bits == 8) return gemv_int8<Isa, M, T>(args, parallel_for);
-    using Decoder = typename Isa::template GemvDecoder<T, M>;
-    gemv<Isa, Decoder, M, T>(args, parallel_for);
-  }
 }
 
 // Calls body(args) with t multiplied by its scaling.
@@ -160,17 +143,15 @@ void scaled_linear(const LinearArgs& args, const ParallelFor& parallel_for) {
   const bool whole_chunks = args.weight.format->bits == 8 || args.k % 64 == 0;
   if (args.m > kGemvMaxRows || args.k == 0 || !whole_chunks) {
     return for_row_blocks(args.m, [&](int64_t m0, int64_t m) {
-      LinearArgs block = args;
-      block.m = m;
-      block.x = element_of(args.x, args.dtype, m0 * args.k);
-      block.y = element_of(args.y, args.dtype, m0 * args.n);
-      if (args.t) block.t = args.t + m0 * args.rank;
+      const LinearArgs block = rows_of(args, m0, m);
       with_words<Isa>(args.dtype, [&](auto words) { linear_gemm<Isa, decltype(words)>(block, parallel_for); });
     });
   }
-  for_dtype(args.dtype, [&](auto* typed) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-    linear_gemv<Isa, kGemvMaxRows, T>(args, parallel_for);
+  for_dtype(args.dtype, [&]<class T>(T) {
+    for_few_rows(args.m, [&]<int M>(std::integral_constant<int, M>) {
+      if (args.weight.format->bits == 8) return gemv_int8<Isa, M, T>(args, parallel_for);
+      gemv<Isa, typename Isa::template GemvDecoder<T, M>, M, T>(args, parallel_for);
+    });
   });
 }
 
@@ -247,8 +228,7 @@ void grad_input_gemm(const LinearGradInputArgs& args, const ParallelFor& paralle
       };
       accumulate<Isa>(grad, task, decode_weight, tile.data(), sums.data());
       accumulate<Isa>(grad_t, task, copy_lora_a, tile.data(), sums.data());
-      for_dtype(args.dtype, [&](auto* typed) {
-        using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+      for_dtype(args.dtype, [&]<class T>(T) {
         for (int64_t m = m0; m < m1; ++m)
           store_row<Isa>(sums.data() + (m - m0) * width, k, static_cast<T*>(args.grad_x) + m * args.k + k0);
       });
@@ -256,29 +236,16 @@ void grad_input_gemm(const LinearGradInputArgs& args, const ParallelFor& paralle
   });
 }
 
-template <class Isa, int M, class T>
-void few_rows_grad_input(const LinearGradInputArgs& args, const ParallelFor& parallel_for) {
-  if constexpr (M > 0) {
-    if (args.m != M) return few_rows_grad_input<Isa, M - 1, T>(args, parallel_for);
-    gemv_grad_input<Isa, M, T>(args, parallel_for);
-  }
-}
-
 template <class Isa>
 void linear_grad_input(const LinearGradInputArgs& args, const ParallelFor& parallel_for) {
   if (args.m == 0 || args.k == 0) return;
   if (args.m <= kGemvMaxRows && args.weight.format->bits == 4 && args.k % 64 == 0) {
-    return for_dtype(args.dtype, [&](auto* typed) {
-      using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-      few_rows_grad_input<Isa, kGemvMaxRows, T>(args, parallel_for);
+    return for_dtype(args.dtype, [&]<class T>(T) {
+      for_few_rows(args.m, [&](auto rows) { gemv_grad_input<Isa, rows, T>(args, parallel_for); });
     });
   }
   for_row_blocks(args.m, [&](int64_t m0, int64_t m) {
-    LinearGradInputArgs block = args;
-    block.m = m;
-    block.grad = element_of(args.grad, args.dtype, m0 * args.n);
-    block.grad_x = element_of(args.grad_x, args.dtype, m0 * args.k);
-    if (args.grad_t) block.grad_t = args.grad_t + m0 * args.rank;
+    const LinearGradInputArgs block = rows_of(args, m0, m);
     with_words<Isa>(args.dtype, [&](auto words) { grad_input_gemm<Isa, decltype(words)>(block, parallel_for); });
   });
 }

@@ -4,7 +4,6 @@
 #include "approximate.h"
 #include "dequantize.h"
 #include "int8.h"
-#include "kernels.h"
 #include "linear.h"
 #include "quantize.h"
 #include "search.h"

@@ -1,14 +1,7 @@
 // quantize: absmax scales and 4-bit codes of a float weight; quantize_scales: the scales in 8 bits.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <type_traits>
-#include <vector>
-
 #include "int8.h"
-#include "kernels.h"
 #include "support.h"
 
 namespace lowbit::cpu {
@@ -67,8 +60,7 @@ template <class Isa>
 void quantize(const QuantizeArgs& args, const ParallelFor& parallel_for) {
   parallel_for(args.blocks, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, args.block_size)),
                [&](int64_t begin, int64_t end) {
-                 for_dtype(args.dtype, [&](auto* typed) {
-                   using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+                 for_dtype(args.dtype, [&]<class T>(T) {
                    if (args.format->has_row_scales) {
                      quantize_int8_rows<Isa, T>(args, begin, end);
                    } else {

@@ -4,12 +4,6 @@
 // set keeps (sixteen partial sums, then a tree; no FMA), so that all choose the same scale, bit for bit.
 #pragma once
 
-#include <algorithm>
-#include <limits>
-#include <type_traits>
-#include <vector>
-
-#include "kernels.h"
 #include "support.h"
 
 namespace lowbit::cpu {
@@ -84,10 +78,7 @@ template <class Isa>
 void search_scales(const SearchScalesArgs& args, const ParallelFor& parallel_for) {
   parallel_for(ceil_div(args.numel, args.block_size), std::max<int64_t>(1, 2048 / args.block_size),
                [&](int64_t begin, int64_t end) {
-                 for_dtype(args.dtype, [&](auto* typed) {
-                   using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-                   search_blocks<Isa, T>(args, begin, end);
-                 });
+                 for_dtype(args.dtype, [&]<class T>(T) { search_blocks<Isa, T>(args, begin, end); });
                });
 }
 
@@ -115,10 +106,7 @@ template <class Isa>
 void encode(const EncodeArgs& args, const ParallelFor& parallel_for) {
   parallel_for(ceil_div(args.numel, args.block_size), std::max<int64_t>(1, 16384 / args.block_size),
                [&](int64_t begin, int64_t end) {
-                 for_dtype(args.dtype, [&](auto* typed) {
-                   using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-                   encode_blocks<Isa, T>(args, begin, end);
-                 });
+                 for_dtype(args.dtype, [&]<class T>(T) { encode_blocks<Isa, T>(args, begin, end); });
                });
 }
 

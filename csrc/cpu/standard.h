@@ -1,5 +1,6 @@
-// Every standard header that the kernels use. A file that switches the compiler to an instruction set includes them
-// first. Otherwise an inline function of theirs could be compiled there and be the copy that the linker keeps for all.
+// Every standard header that the kernels use: those files include this one alone. A file that switches the compiler to
+// an instruction set includes it first. Otherwise an inline function of theirs could be compiled there and be the copy
+// that the linker keeps for all.
 #pragma once
 
 #include <algorithm>

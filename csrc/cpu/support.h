@@ -2,14 +2,8 @@
 // the linker keeps one for all, which could be the one compiled for AVX-512.
 #pragma once
 
-#include <algorithm>
-#include <bit>
-#include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
-
 #include "kernels.h"
+#include "standard.h"
 
 namespace lowbit::cpu {
 
@@ -31,11 +25,12 @@ class Scratch {
   std::unique_ptr<float, Free> data_;
 };
 
+// function(T()), T being the element type that `dtype` names.
 template <class Function>
 void for_dtype(Dtype dtype, const Function& function) {
-  if (dtype == Dtype::f32) function(static_cast<const float*>(nullptr));
-  if (dtype == Dtype::bf16) function(static_cast<const Bf16*>(nullptr));
-  if (dtype == Dtype::f16) function(static_cast<const Fp16*>(nullptr));
+  if (dtype == Dtype::f32) function(float());
+  if (dtype == Dtype::bf16) function(Bf16());
+  if (dtype == Dtype::f16) function(Fp16());
 }
 
 // Element `index` of an array of `dtype`.
@@ -44,6 +39,22 @@ static inline const void* element_of(const void* data, Dtype dtype, int64_t inde
 }
 static inline void* element_of(void* data, Dtype dtype, int64_t index) {
   return static_cast<char*>(data) + index * size_of(dtype);
+}
+
+// The same product for `count` rows of x (of grad) from row `first` on.
+static inline LinearArgs rows_of(LinearArgs args, int64_t first, int64_t count) {
+  args.m = count;
+  args.x = element_of(args.x, args.dtype, first * args.k);
+  args.y = element_of(args.y, args.dtype, first * args.n);
+  if (args.t) args.t += first * args.rank;
+  return args;
+}
+static inline LinearGradInputArgs rows_of(LinearGradInputArgs args, int64_t first, int64_t count) {
+  args.m = count;
+  args.grad = element_of(args.grad, args.dtype, first * args.n);
+  args.grad_x = element_of(args.grad_x, args.dtype, first * args.k);
+  if (args.grad_t) args.grad_t += first * args.rank;
+  return args;
 }
 
 // log2 of the block size of a 4-bit weight.

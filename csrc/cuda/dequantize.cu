@@ -3,12 +3,8 @@
 // A warp takes one tile at a time: each lane loads 16 packed bytes, the warp passes them through shared memory to the
 // lanes that will write what they decode to, and each lane writes 16 bytes at a time; every access of a warp is 512
 // consecutive bytes. The rest and unaligned memory go element by element.
-#include <type_traits>
-
-#include "device/elements.cuh"
 #include "device/launch.h"
 #include "device/weight.cuh"
-#include "kernels.h"
 
 namespace lowbit::cuda {
 namespace {

@@ -21,16 +21,9 @@
 //
 // LoRA: t and lora_b are in fp32. Each is split into two bf16, of which three products make the fp32 one to 3 * 2^-16,
 // in the same sums: 3 mma per 16 of the rank and fragment, in place of 64 FFMA in fp32.
-#include <algorithm>
-#include <type_traits>
-
-#include "device/elements.cuh"
 #include "device/launch.h"
-#include "device/layout.h"
-#include "device/ptx.cuh"
 #include "device/split_sum.cuh"
 #include "device/weight.cuh"
-#include "kernels.h"
 
 namespace lowbit::cuda {
 namespace {

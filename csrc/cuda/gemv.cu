@@ -4,11 +4,9 @@
 // 16 x 128 weights by mma where x has 16 bits, by FMAs in fp32 elsewhere. The scales of a panel of columns are decoded
 // into shared memory at once. At the end the block adds up the sums of its warps and LoRA's product. Where N is too
 // small to fill the GPU, several blocks share the columns, and split_sum adds up their sums.
-#include "device/elements.cuh"
 #include "device/launch.h"
 #include "device/split_sum.cuh"
 #include "device/weight.cuh"
-#include "kernels.h"
 
 namespace lowbit::cuda {
 namespace {

@@ -2,7 +2,6 @@
 // times; each lane multiplies 16 consecutive weights of each.
 #include "device/elements.cuh"
 #include "device/launch.h"
-#include "kernels.h"
 
 namespace lowbit::cuda {
 namespace {

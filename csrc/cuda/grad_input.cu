@@ -10,8 +10,6 @@
 // W is the mma's A (its columns are the 16 rows of A), grad its B, so a lane ends with 8 consecutive columns of a row
 // of grad_x. Blocks of threads write partial sums in fp32, one for each split of the contraction; split_sum adds
 // these up in order, adds LoRA's part and rounds.
-#include <type_traits>
-
 #include "device/launch.h"
 #include "device/split_sum.cuh"
 #include "grad_input.cuh"

@@ -1,9 +1,6 @@
 // The product as the kernels of grad_input.cu take it.
 #pragma once
 
-#include <cstdint>
-
-#include "device/elements.cuh"
 #include "device/weight.cuh"
 
 namespace lowbit::cuda {

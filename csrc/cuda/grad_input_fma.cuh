@@ -1,7 +1,6 @@
 // linear_grad_input without tensor cores: fp32 grad, GPUs before sm_80, and what is not aligned.
 #pragma once
 
-#include "device/layout.h"
 #include "grad_input.cuh"
 
 namespace lowbit::cuda {

@@ -1,9 +1,7 @@
 // linear: calls the kernel that the plan names. This file has the one for what the fast kernels do not take: any shape
 // and alignment, blocks that cross rows, int8. A warp takes a row of W, element by element, and up to 8 rows of x.
-#include "device/elements.cuh"
 #include "device/launch.h"
 #include "device/weight.cuh"
-#include "kernels.h"
 
 namespace lowbit::cuda {
 namespace {

@@ -5,7 +5,6 @@
 // block, element by element.
 #include "device/encode.cuh"
 #include "device/launch.h"
-#include "kernels.h"
 
 namespace lowbit::cuda {
 namespace {

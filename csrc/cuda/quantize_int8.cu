@@ -1,12 +1,8 @@
 // The part of quantize that makes int8 codes with one scale per row. (dequantize.cu reads them.)
 //
 // A block of threads takes a row at a time, twice: for its absmax and for its codes.
-#include <cfloat>
-#include <type_traits>
-
 #include "device/encode.cuh"
 #include "device/launch.h"
-#include "kernels.h"
 
 namespace lowbit::cuda {
 namespace {

@@ -2,12 +2,8 @@
 //
 // A few blocks of threads take one component of the rank, a column of each factor. Each of them finds the divisor of
 // the whole column; then they share the writing.
-#include <cmath>
-#include <type_traits>
-
 #include "device/encode.cuh"
 #include "device/launch.h"
-#include "kernels.h"
 
 namespace lowbit::cuda {
 namespace {

@@ -4,7 +4,6 @@
 // lanes' sums are added in the format's order, so that every backend chooses the same scale, bit for bit.
 #include "device/encode.cuh"
 #include "device/launch.h"
-#include "kernels.h"
 
 namespace lowbit::cuda {
 namespace {

@@ -1,14 +1,5 @@
 #if defined(__x86_64__)
 
-#include "../standard.h"
-
-#include "../kernels.h"
-
-// GCC 12 warns of the undefined operands inside its own intrinsics (GCC bug 105593).
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
 #include "avx512.h"
 
 #include "../operations.h"

@@ -4,11 +4,14 @@
 
 #include <immintrin.h>
 
-#include <algorithm>
-#include <cstdint>
+#include "../kernels.h"
+#include "../standard.h"
 
-#include "../../format.h"
-#include "../half.h"
+// GCC 12 warns of the undefined operands inside its own intrinsics (GCC bug 105593).
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 
 // Everything below, up to the end of the file that includes this one, is compiled for AVX-512; see avx2.cpp.
 #if defined(LOWBIT_PORTABLE_INTRINSICS)  // make avx512-test: in plain C++

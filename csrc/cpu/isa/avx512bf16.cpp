@@ -1,14 +1,6 @@
 // What AVX512-BF16 and VNNI do better than the rest of AVX-512: products of bf16 and of int8.
 #if defined(__x86_64__)
 
-#include "../kernels.h"
-#include "../standard.h"
-
-// GCC 12 warns of the undefined operands inside its own intrinsics (GCC bug 105593).
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
 #include "avx512.h"
 
 // The code below is compiled for these too. What avx512.h defines is not: the kernels of Avx512 may share it.

@@ -4,12 +4,6 @@
 // does. A Vec of eight lanes is two registers of four.
 #include <arm_neon.h>
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-
-#include "../../format.h"
-#include "../half.h"
 #include "../operations.h"
 
 namespace lowbit::cpu {

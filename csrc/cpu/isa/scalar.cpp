@@ -1,11 +1,5 @@
 // The vector primitives of the kernels in portable C++: eight floats in an array, for every compiler and CPU.
 // avx2.cpp has the same names; the operations (quantize.h, dequantize.h, linear.h) are templates over either.
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-
-#include "../../format.h"
-#include "../half.h"
 #include "../operations.h"
 
 namespace lowbit::cpu {

@@ -1,9 +1,6 @@
 // Weights and activations in fp32, f16 or bf16, as fp32: one at a time, and the 16 bytes of one access.
 #pragma once
 
-#include <cstdint>
-
-#include "../../dtype.h"
 #include "layout.h"
 #include "ptx.cuh"
 
@@ -39,13 +36,9 @@ __device__ __forceinline__ void widen(uint4 raw, float (&values)[kPerAccess<T>])
 
 // Two elements of 16 bits, `low` first.
 template <class T>
-__device__ __forceinline__ uint32_t narrow_pair(float low, float high);
-template <>
-__device__ __forceinline__ uint32_t narrow_pair<Bf16>(float low, float high) {
-  return ptx::narrow_bf16x2(low, high);
-}
-template <>
-__device__ __forceinline__ uint32_t narrow_pair<Fp16>(float low, float high) {
+__device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
+  static_assert(sizeof(T) == 2);
+  if constexpr (std::is_same_v<T, Bf16>) return ptx::narrow_bf16x2(low, high);
   return ptx::narrow_f16x2(low, high);
 }
 

@@ -1,13 +1,7 @@
 // What the kernels that choose codes share: the code search, magnitudes, and packing a tile.
 #pragma once
 
-#include <cstdint>
-#include <type_traits>
-
-#include "../../format.h"
 #include "elements.cuh"
-#include "layout.h"
-#include "ptx.cuh"
 
 namespace lowbit::cuda {
 
@@ -74,21 +68,11 @@ struct Magnitude {
     for (int mask = 1; mask < lanes; mask *= 2) bits = max(bits, ptx::shuffle_xor(bits, mask));
   }
 
-  __device__ __forceinline__ float value() const;
+  __device__ __forceinline__ float value() const {
+    if constexpr (std::is_same_v<T, Fp16>) return widen(Fp16{static_cast<uint16_t>(bits >> 16)});
+    return __uint_as_float(bits);
+  }
 };
-
-template <>
-__device__ __forceinline__ float Magnitude<float>::value() const {
-  return __uint_as_float(bits);
-}
-template <>
-__device__ __forceinline__ float Magnitude<Bf16>::value() const {
-  return __uint_as_float(bits);
-}
-template <>
-__device__ __forceinline__ float Magnitude<Fp16>::value() const {
-  return widen(Fp16{static_cast<uint16_t>(bits >> 16)});
-}
 
 // A tile of 4-bit codes in shared memory: each lane puts the packed codes of its accesses, then stores 16 packed bytes.
 template <class T>

@@ -1,9 +1,12 @@
-// What launchers share: sizes of grids, shared memory, kinds of weights and dtypes.
+// What launchers share: sizes of grids, shared memory, kinds of weights and dtypes. Brings their declarations and the
+// standard headers.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cfloat>
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 

@@ -1,8 +1,6 @@
 // The second pass of a product whose contraction several blocks of threads have shared.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include "elements.cuh"
 #include "launch.h"
 

@@ -1,12 +1,8 @@
 // What every kernel that reads a packed weight needs: decoded scales, and tables of decoded pairs.
 #pragma once
 
-#include <cstdint>
-
 #include "../../weight.h"
 #include "elements.cuh"
-#include "layout.h"
-#include "ptx.cuh"
 
 namespace lowbit::cuda {
 
