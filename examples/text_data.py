@@ -50,7 +50,7 @@ class Dataset:
 
 
 def load(source: str, text_column: str = "text", label_column: str = "label") -> Dataset:
-    """Return the data set `source`: `movie-snippets`, a path (file, or folder with train and test files) or a hub name."""
+    """Return a data set: `movie-snippets`, a path (file, or folder with train and test files) or a hub name."""
     if source == BUNDLED:
         return _from_tables(source, _movie_snippets(find_snippet_archive()), None)
     path = Path(source)

@@ -32,7 +32,7 @@ class History:
 
 
 def learning_rate_factor(step: int, total: int) -> float:
-    """Return the factor of a linear warm-up over the first 6% of steps, then of a linear decay to zero (from step 0)."""
+    """Return the factor of a step (from 0): linear warm-up over the first 6%, then linear decay to zero."""
     warmup = max(1, math.ceil(WARMUP_SHARE * total))
     if step < warmup:
         return (step + 1) / warmup
