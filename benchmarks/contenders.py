@@ -1,4 +1,4 @@
-"""Who competes in bench_matmul: per operation the calls to time, and what each reads, writes and computes."""
+"""The contenders of bench_matmul: for each operation, the calls to time and what each reads, writes and computes."""
 
 import functools
 import importlib.util
@@ -42,8 +42,8 @@ class Case:
         self.calls[name], self.bytes[name] = call, bytes
 
 
-#: A contender that uses memory as fast as it goes, in turn with the others: what a machine that is shared with others
-#: leaves of its bandwidth changes while it is measured.
+#: Contenders that use memory as fast as it goes. They take turns with the others, because the bandwidth that a shared
+#: machine leaves changes while it is measured.
 READ, COPY = "memory read", "memory copy"
 _LARGE_NUMEL = 2**26  # 256 MiB
 
@@ -63,7 +63,7 @@ def add_memory(case: Case, o: "Operands", way: str) -> None:
 
 
 class Operands:
-    """The weights of one shape and dtype, in as many copies as it takes to outgrow the cache twice."""
+    """The weights of one shape and dtype, in enough copies to exceed twice the cache."""
 
     def __init__(self, n, k, dtype, device, format, block_size, cache_bytes, memory_bytes):
         self.n, self.k, self.dtype_name, self.dtype, self.device = n, k, dtype, DTYPES[dtype], device
@@ -77,7 +77,7 @@ class Operands:
         self.bounded = False
 
     def copies(self, nbytes: int) -> int:
-        """How many copies of ``nbytes`` exceed twice the last-level cache, memory permitting."""
+        """How many copies of ``nbytes`` exceed twice the last-level cache, as far as memory allows."""
         wanted = 2 * self.cache_bytes // nbytes + 2
         allowed = max(1, self.memory_bytes // nbytes)
         self.bounded |= wanted > allowed
@@ -87,7 +87,7 @@ class Operands:
         return [tensor] + [tensor.clone() for _ in range(self.copies(tensor.nbytes) - 1 if rotate else 0)]
 
     def quantized(self, rotate: bool) -> list[lowbit.QuantizedTensor]:
-        # Quantized again rather than cloned: the system's pages under a copy may be smaller, and slower to look up.
+        # Quantized again, not cloned: the system's pages under a clone may be smaller, and slower to look up.
         copies = self.copies(self.q.nbytes) if rotate else 1
         return [self.q, *(self.quantize() for _ in range(copies - 1))]
 
@@ -102,8 +102,10 @@ class Operands:
         return float((actual.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30))
 
     def product_limit(self, terms: int, weight_error: float = 0.0) -> float:
-        """Of `error` for a dot product of ``terms`` in fp32: roundings grow as their root (Higham), times 16 for the
-        largest of many; then the output's own rounding, and that of a bf16 codebook where bf16 activations may use one.
+        """The limit of `error` for a dot product of ``terms`` in fp32.
+
+        Roundings grow as the root of their number (Higham), times 16 for the largest of many. The output's own rounding
+        is added, and that of a bf16 codebook where bf16 activations may use one.
         """
         return 16 * terms**0.5 * 2.0**-24 + torch.finfo(self.dtype).eps + weight_error
 
@@ -132,7 +134,7 @@ def linear_case(o: Operands, m: int, with_reference: bool) -> Case:
     x, rotate = o.rows(m, o.k), m == 1
     io = x.nbytes + m * o.n * x.element_size()
     case.add("lowbit", Rotating([lambda q=q: lowbit.linear(x, q) for q in o.quantized(rotate)]), o.q.nbytes + io)
-    if rotate:  # how much of the time is not memory's
+    if rotate:  # shows how much of the time is not spent on memory
         case.add("lowbit, weight in cache", lambda: lowbit.linear(x, o.q), o.q.nbytes + io)
     exact = x.double() @ o.decoded.double().T
     case.error["lowbit"] = o.error(lowbit.linear(x, o.q), exact)
@@ -250,7 +252,7 @@ def dequantize_case(o: Operands) -> Case:
 
 
 def overhead_case(recording: bool, dtype: str) -> Case:
-    """One whole call of a 64 x 64 layer; a sample is 200 calls."""
+    """One whole call of a 64 x 64 layer. A sample is 200 calls."""
     from lowbit_lora import QLoRALinear
 
     case = Case("QLoRALinear call, " + ("recording gradients" if recording else "no_grad"), dtype, 64, 64, 1)

@@ -1,4 +1,4 @@
-"""What the machine can do, measured in the same run as the contenders: the shares in the tables are of these."""
+"""What the machine can do, measured in the same run as the contenders. The tables show shares of these values."""
 
 import platform
 import re
@@ -17,7 +17,7 @@ def cpu_name() -> str:
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache of the first core; 32 MiB where the system does not say."""
+    """Bytes of the largest cache of the first core; 32 MiB if the system does not tell."""
     sizes = [0]
     for size in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         number, unit = re.fullmatch(r"(\d+)([KM]?)\s*", size.read_text()).groups()
@@ -26,7 +26,7 @@ def last_level_cache() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that can be used without swapping; 4 GiB where the system does not say."""
+    """Bytes that can be used without swapping; 4 GiB if the system does not tell."""
     info = Path("/proc/meminfo")
     found = re.search(r"MemAvailable:\s*(\d+) kB", info.read_text()) if info.exists() else None
     return int(found[1]) * 1024 if found else 4 * 2**30
@@ -52,7 +52,7 @@ class Machine:
 
 
 def _bandwidths(device: str, numel: int) -> tuple[float, float]:
-    """GB/s of reading ``numel`` floats, in the best of several ways, and of copying them (read + written)."""
+    """GB/s of reading ``numel`` floats, the best of several ways, and of copying them (read + written)."""
     source = torch.ones(numel, device=device)
     target = torch.empty_like(source)
     integers = source.view(torch.int32)
@@ -72,7 +72,7 @@ def _bandwidths(device: str, numel: int) -> tuple[float, float]:
 
 
 def measure(device: str, quick: bool) -> Machine:
-    """Bandwidths on a gigabyte, and the peak of a large fp32 F.linear."""
+    """Measure the bandwidths on a gigabyte, and the peak of a large fp32 F.linear."""
     read_bandwidth, copy_bandwidth = _bandwidths(device, 2**22 if quick else 2**28)
     size = 256 if quick else 2048
     x, weight = torch.randn(size, size, device=device), torch.randn(size, size, device=device)

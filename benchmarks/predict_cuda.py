@@ -1,4 +1,4 @@
-"""Predictions for the CUDA kernels, lowbit's and bitsandbytes': the fastest of the paths that their kernels allow."""
+"""Predictions for the CUDA kernels of lowbit and bitsandbytes: the fastest of the paths that each allows."""
 
 from codegen.cuda_counts import LOOPS
 from codegen.instruction_costs import Counted
@@ -9,7 +9,7 @@ WEIGHT_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 def of_loop(gpu: Gpu, entry: Counted, m: int, n: int, k: int) -> Prediction:
-    """A kernel that reads W once for every ``entry.rows`` rows of x, or (0) writes it in 16 bits."""
+    """The work of a kernel that reads W once per ``entry.rows`` rows of x, or writes it in 16 bits (``rows`` is 0)."""
     weights = n * k
     moved = weights * WEIGHT_BYTES + (2 * m * (n + k) if entry.rows else 2 * weights)
     read = weights * (-(-m // entry.rows) if entry.rows else 1)
@@ -18,9 +18,9 @@ def of_loop(gpu: Gpu, entry: Counted, m: int, n: int, k: int) -> Prediction:
 
 
 def predict(gpu: Gpu, entries: tuple[Counted, ...], operation: str, m: int, n: int, k: int) -> Prediction | None:
-    """The fastest path of one library's ``entries``; None where they lack what :data:`LOOPS` lists for the operation.
+    """The fastest path of one library's ``entries``; None if they lack what :data:`LOOPS` lists for the operation.
 
-    m is not read for dequantize.
+    dequantize does not read m.
     """
     paths = [of_loop(gpu, entry, m, n, k) for entry in entries if entry.operation == operation]
     libraries = {entry.library for entry in entries}

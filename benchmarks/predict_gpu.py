@@ -1,4 +1,4 @@
-"""Predicts how long the kernels take on GPUs that were not there, from counted instructions; measures nothing.
+"""Predicts how long the kernels take on GPUs that are not here, from counted instructions. It measures nothing.
 
 For each GPU and layer of a Llama, and of Mixtral's mixture of experts, the time of a kernel is the largest of four:
 
@@ -8,18 +8,19 @@ For each GPU and layer of a Llama, and of Mixtral's mixture of experts, the time
   bytes per cycle and multiprocessor, bank conflicts not counted;
 - tensor: mma.sync, or the operations of wgmma, tcgen05 and dense products, at the tensor cores' rate.
 
-A kernel's main loop is counted (and LoRA's, of rank 16, where the operation says so); of Triton's that have none all.
-The counts are of lowbit's CUDA and Triton kernels as nvcc and Triton compile them here, and of
-bitsandbytes' as its wheel has them. What wgmma and tcgen05 read of shared memory themselves is not counted, nor is
-tensor memory. Of lowbit's CUDA kernels and of bitsandbytes the fastest path is shown; of Triton what the backend would
-launch: its tiles, its splits of sums and the launch that adds them up. For products of many rows all may decode the
-weight and call cuBLAS, which is taken to reach the whole bandwidth or the whole peak. Left out for all: launches, what
-comes before and after the loop, GPUs that are not filled, latency. So these are lower bounds, and where they are close
-nothing is said about who is faster.
+The main loop of each kernel is counted, and LoRA's loop (of rank 16) if the operation has LoRA. A Triton kernel without
+a loop is counted whole. The counts are of lowbit's CUDA and Triton kernels as nvcc and Triton compile them here, and of
+bitsandbytes' kernels in its wheel. Reads of shared memory by wgmma and tcgen05 are not counted, nor is tensor memory.
 
-A row of a mixture's product is a token, which 2 of 8 experts multiply; tokens are spread evenly. Only the weights of
-experts that have tokens are read, and each expert's last tile counts as a whole. The CUDA kernels are launched for each
-expert in turn there, with scales that torch decodes first: no prediction is made of that.
+lowbit's CUDA kernels and bitsandbytes are shown by their fastest path. Triton is shown by what its backend would
+launch: its tiles, its splits of sums and the launch that adds them up. For products of many rows each may decode the
+weight and call cuBLAS, which is assumed to reach the whole bandwidth or the whole peak. Launches, latency, the code
+before and after the loop, and GPUs that are not filled are left out for all. So these are lower bounds, and close
+values do not tell which library is faster.
+
+A row of a mixture's product is a token, which 2 of 8 experts multiply. Tokens are spread evenly. Only the weights of
+experts that have tokens are read, and each expert's last tile counts as a whole. There is no prediction for the CUDA
+kernels there: they are launched once per expert, with scales that torch decodes first.
 
     python benchmarks/predict_gpu.py --plot prediction.png --json prediction.json
     python benchmarks/predict_gpu.py --gpu "H100 SXM" --layer "8B q, o" --operation linear --rows 1,64
@@ -69,7 +70,7 @@ Case = tuple[str, int, int, int]
 
 
 def cases_of(layers: list[str], operations: list[str], rows: tuple[int, ...]) -> list[tuple[str, Case]]:
-    """(layer, case) for each layer, operation that it has, and number of rows."""
+    """(layer, case) for each layer, each of its operations, and each number of rows."""
     cases = []
     for layer in layers:
         n, k = (LAYERS | MIXTURE_LAYERS)[layer]
@@ -102,7 +103,7 @@ def rows_of(gpu: Gpu, cases: list[tuple[str, Case]]) -> list[dict]:
 
 
 def counts_of(gpus: list[Gpu], cases: list[tuple[str, Case]]) -> dict[str, list[Counted]]:
-    """By architecture what the predictions rest on."""
+    """The counts that the predictions rest on, by architecture."""
     operations = CUDA_OPERATIONS & {operation for _, (operation, *_) in cases}
     found = {}
     for gpu in gpus:

@@ -1,10 +1,10 @@
-"""Predictions for lowbit's Triton kernels: for each launch that the backend makes, what it is bound by.
+"""Predictions for lowbit's Triton kernels: what bounds each launch that the backend makes.
 
-The backend's own functions are called, with tensors that have no memory, at the layer's size and for the GPU's
-capability and number of multiprocessors: tiles, and the parts that sums are split into, are its choice. A tile is paid
-for as a whole, also where x has fewer rows or an expert's last tile is short.
+The backend's own functions are called with tensors that have no memory, at the layer's size, for the GPU's capability
+and number of multiprocessors. So the backend chooses the tiles and the parts of split sums. A tile costs the same if x
+has fewer rows or an expert's last tile is short.
 
-DRAM moves every tensor of a launch once, but not the partial sums that pass from one launch to the next in the L2
+DRAM moves every tensor of a launch once. Partial sums do not count: they pass from one launch to the next in the L2
 cache.
 """
 
@@ -23,11 +23,11 @@ TRITON = "lowbit's Triton"
 
 #: One step of the kernels' loops over LoRA's rank.
 LORA_RANK = 16
-#: Mixtral 8x7B's mixture: each token goes to 2 of 8 experts. Tokens are taken to be spread evenly.
+#: Mixtral 8x7B's mixture: each token goes to 2 of 8 experts. Tokens are assumed to be spread evenly.
 EXPERTS, EXPERTS_OF_TOKEN = 8, 2
-#: The arguments of a kernel that hold a matrix of each expert, of which those without tokens are not read.
+#: The arguments of a kernel that hold one matrix per expert. Matrices of experts without tokens are not read.
 _STACKS = ("packed", "absmax", "group_scales")
-#: Kernels that only prepare operands of torch's product, small beside it.
+#: Kernels that only prepare operands of torch's product, and cost little beside it.
 _PREPARING = ("rounded_factors_kernel",)
 
 
@@ -91,14 +91,14 @@ OPERATIONS = {
 
 @functools.cache
 def launched(gpu: Gpu, operation: str, m: int, n: int, k: int) -> tuple[Launch, ...]:
-    """What the backend launches on a GPU; nothing where it decodes W and leaves the product to torch."""
+    """The launches of the backend on a GPU; none if it decodes W and leaves the product to torch."""
     with launches(gpu.arch, gpu.processors) as made:
         OPERATIONS[operation].call(m, n, k)
     return tuple(launch for launch in made if launch.kernel.__name__ not in _PREPARING)
 
 
 def is_available() -> bool:
-    """Whether Triton is there to compile its kernels."""
+    """Whether Triton can be imported to compile its kernels."""
     return backend.missing_reason() is None
 
 
@@ -109,7 +109,7 @@ def rows_by_expert(tokens: int) -> list[int]:
 
 
 def _bytes(gpu: Gpu, made: tuple[Launch, ...], launch: Launch, of_stacks: float) -> float:
-    """What a launch moves of DRAM; ``of_stacks``: the share of the experts that have rows."""
+    """Bytes that a launch moves to and from DRAM. ``of_stacks`` is the share of the experts that have rows."""
     others = {id(value) for other in made if other is not launch for value in other.values.values()}
     moved = 0.0
     for name, value in launch.values.items():
@@ -122,8 +122,8 @@ def _bytes(gpu: Gpu, made: tuple[Launch, ...], launch: Launch, of_stacks: float)
 
 
 def _splits(launch: Launch, found: Costs, n: int, k: int) -> int:
-    """Programs that share the sums of a tile. An error where the grid is of other tiles than those counted."""
-    # Only the GPU knows how many tiles of rows a mixture has: more programs start, and end at once.
+    """How many programs share the sums of a tile. It is an error if the grid has other tiles than those counted."""
+    # Only the GPU knows how many tiles of rows a mixture has. The surplus programs end at once.
     splits, rest = divmod(math.prod(launch.grid), launch.values["row_tiles"] * found.tile.outputs(n, k))
     if rest:
         raise ValueError(f"{found.kernel}: a grid {launch.grid} that is not of tiles {found.tile}")
@@ -131,7 +131,7 @@ def _splits(launch: Launch, found: Costs, n: int, k: int) -> int:
 
 
 def _bodies(launch: Launch, found: Costs, rows: list[int], n: int, k: int) -> list[tuple[int, Body]]:
-    """How often programs execute what was counted, in all."""
+    """How often all programs together execute what was counted."""
     if found.tile is None:
         return [(math.prod(launch.grid), found.body)]
     row_tiles = sum(-(-each // found.tile.rows) for each in rows)
@@ -158,7 +158,7 @@ def _decoded_first(gpu: Gpu, operation: Operation, m: int, n: int, k: int) -> Pr
 
 
 def predict(gpu: Gpu, operation: str, m: int, n: int, k: int) -> Prediction:
-    """All launches of an operation, one after another; m is 0 where there is no x."""
+    """The time of all launches of an operation, one after another. m is 0 if there is no x."""
     made = launched(gpu, operation, m, n, k)
     if not made:
         return _decoded_first(gpu, OPERATIONS[operation], m, n, k)
@@ -178,7 +178,7 @@ def predict(gpu: Gpu, operation: str, m: int, n: int, k: int) -> Prediction:
 
 
 def counted(gpu: Gpu, operation: str, m: int, n: int, k: int) -> list[Counted]:
-    """What its kernels that read or write W cost per weight."""
+    """Costs per weight of the kernels that read or write W."""
     entries = []
     for launch in launched(gpu, operation, m, n, k):
         found = costs(launch, gpu.arch)

@@ -1,4 +1,4 @@
-"""Tables and the picture of predictions; each says that it predicts."""
+"""Tables and a picture of predictions. Each says that it is a prediction."""
 
 import re
 
@@ -18,7 +18,7 @@ def _table(title: str, columns: tuple[str, ...], markdown: bool) -> Table:
 
 
 def print_counts(console: Console, counts: dict[str, list[Counted]], markdown: bool = False) -> None:
-    """What the predictions rest on, by architecture."""
+    """Print the counts that the predictions rest on, by architecture."""
     columns = ("arch", "operation", "library", "rows", "instructions", "L1/shared cycles x 32", "kernel")
     table = _table("Counted in the machine code, per weight", columns, markdown)
     for arch, entries in counts.items():
@@ -30,7 +30,7 @@ def print_counts(console: Console, counts: dict[str, list[Counted]], markdown: b
 
 
 def print_missing(console: Console, counts: dict[str, list[Counted]], operations: list[str]) -> None:
-    """Kernels whose loops this build, or this version of bitsandbytes, lacks."""
+    """Print the kernels whose loops this build, or this version of bitsandbytes, lacks."""
     for loop in (loop for loop in LOOPS if loop.operation in operations):
         for arch, entries in counts.items():
             if not any(re.search(loop.kernel, entry.kernel) for entry in entries):
@@ -51,7 +51,7 @@ def print_predictions(console: Console, gpu: Gpu, rows: list[dict], markdown: bo
 
 
 def plot(path: str, rows: list[dict]) -> None:
-    """Time over rows of x for the first layer that has a product, a picture per product and GPU."""
+    """Draw time over rows of x for the first layer that has a product, one panel per product and GPU."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -14,7 +14,7 @@ DENSE = {"float32": "dense fp32", "bfloat16": "dense bf16", "float16": "dense fp
 
 
 def rows_of(case: Case, results: dict[str, Sample | Exception], machine: Machine) -> list[dict]:
-    """One dict per contender: what the table shows and the JSON holds."""
+    """One dict per contender, with what the table shows and the JSON holds."""
     dense = [s.median for name, s in results.items() if name == DENSE[case.dtype] and isinstance(s, Sample)]
     all_dense = [s.median for name, s in results.items() if name.startswith("dense") and isinstance(s, Sample)]
     theirs = results.get("bitsandbytes")
@@ -80,14 +80,14 @@ def print_tables(console: Console, rows: list[dict]) -> None:
 
 
 def write_json(path: str, machine: Machine, rows: list[dict]) -> None:
-    """Written beside and renamed: a failed write leaves an old file whole."""
+    """Write a file beside ``path`` and rename it, so that a failed write leaves an old file whole."""
     beside = Path(f"{path}.{os.getpid()}")
     beside.write_text(json.dumps({"machine": machine.as_dict(), "rows": rows}, indent=1))
     beside.rename(path)
 
 
 def plot_roofline(path: str, machine: Machine, rows: list[dict]) -> None:
-    """Arithmetic intensity against speed, with the measured bandwidth and peak as the roof."""
+    """Draw speed over arithmetic intensity, with the measured bandwidth and peak as the roof."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -135,7 +135,7 @@ _SHOWN = {
 
 
 def plot_times(path: str, machine: Machine, rows: list[dict]) -> None:
-    """Milliseconds of lowbit, dense torch and bitsandbytes for each operation of the first shape, a panel per dtype."""
+    """Draw milliseconds of lowbit, dense torch and bitsandbytes by operation for the first shape, a panel per dtype."""
     import matplotlib
 
     matplotlib.use("Agg")

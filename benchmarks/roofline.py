@@ -1,4 +1,4 @@
-"""GPUs from their data sheets, and the least time in which one does a piece of work."""
+"""GPUs by their data sheets, and the least time in which one can do a piece of work."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,8 @@ TITLE = "PREDICTION from counted instructions, not a measurement"
 class Gpu:
     """``mma``: 16-bit FMAs per cycle and multiprocessor that mma.sync reaches with fp32 sums. Sources: NVIDIA's data
     sheets (dense rates, boost clocks). mma.sync: on Hopper 62% of the peak (Luo et al., "Benchmarking and Dissecting
-    the Nvidia Hopper GPU Architecture via Microbenchmarking", 2024); on the B200, whose peak needs tcgen05, taken to be
-    what it is on the A100."""
+    the Nvidia Hopper GPU Architecture via Microbenchmarking", 2024). The B200's peak needs tcgen05; its mma.sync is
+    assumed to be the A100's."""
 
     name: str
     arch: str
@@ -33,7 +33,7 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Work:
-    """What a kernel's programs do, all together."""
+    """What all programs of a kernel do together."""
 
     bytes: float  # of DRAM
     instructions: float = 0.0  # that warps issue
@@ -44,7 +44,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Microseconds, what they are bound by, and the kernel, or the steps, that take them."""
+    """Microseconds, what bounds them, and the kernel or the steps that take them."""
 
     microseconds: float
     bound: str
@@ -65,11 +65,11 @@ def least_time(gpu: Gpu, path: str, work: Work) -> Prediction:
 
 
 def one_after_another(path: str, steps: list[Prediction]) -> Prediction:
-    """The steps' time, and what the longest of them is bound by."""
+    """The sum of the steps' times, with the bound of the longest step."""
     longest = max(steps, key=lambda step: step.microseconds)
     return Prediction(sum(step.microseconds for step in steps), longest.bound, path)
 
 
 def dense_product(gpu: Gpu, m: int, n: int, k: int) -> Prediction:
-    """cuBLAS on a decoded weight."""
+    """The work of cuBLAS on a decoded weight."""
     return least_time(gpu, "cuBLAS", Work(2 * n * k + 2 * m * (n + k), peak_macs=m * n * k))

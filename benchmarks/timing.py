@@ -1,4 +1,4 @@
-"""The one timer of the benchmarks: contenders take turns, so that a machine's drift falls on all of them alike."""
+"""The only timer of the benchmarks. Contenders take turns, so that a machine's drift falls on all of them alike."""
 
 import itertools
 import statistics
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-#: A call slower than this is timed once: some contenders take half a minute where others take milliseconds.
+#: A call slower than this is timed once: some contenders take half a minute, others take milliseconds.
 SLOW_SECONDS = 5.0
-#: A call faster than this is made a few times more, uncounted, before each timed one. Otherwise it would pay for the
-#: contender before it: waking its threads and taking back its memory was measured to add 0.4 ms to whoever came next.
+#: A call faster than this runs a few times uncounted before each timed call. Otherwise it would pay for the contender
+#: before it: waking threads and taking back memory adds 0.4 ms to the next call.
 QUICK_SECONDS = 0.1
-#: So long, but once at least: a virtual CPU that has slept is slow for longer than one quick call.
+#: How long those calls run, once at least: a virtual CPU that has slept is slow for longer than one quick call.
 WARM_UP_SECONDS = 0.005
 
 
@@ -28,7 +28,7 @@ class Sample:
         return statistics.median(self.times)
 
     def percentile(self, share: float) -> float:
-        """The time that ``share`` (0 to 1) of the calls do not exceed."""
+        """The time that a ``share`` (0 to 1) of the calls does not exceed."""
         ordered = sorted(self.times)
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
@@ -40,9 +40,9 @@ def _cpu_call(call: Callable[[], object]) -> float:
 
 
 class _CudaGraph:
-    """A call captured once and replayed, timed by events: neither Python nor launches are in the figure.
+    """A call that is captured once, replayed, and timed by events. The time includes neither Python nor launches.
 
-    Of a :class:`Rotating` call each operand set is captured, and the next one replayed each time.
+    For a :class:`Rotating` call, each set of operands is captured, and each replay takes the next one.
     """
 
     def __init__(self, call: Callable[[], object]):
@@ -75,9 +75,10 @@ def _warm_up(timer: Callable[[], float]) -> None:
 def interleaved(
     contenders: dict[str, Callable[[], object]], rounds: int = 15, device: str = "cpu", once: Container[str] = ()
 ) -> dict[str, Sample | Exception]:
-    """Times of each contender, run in turn ``rounds`` times after uncounted calls; an exception where it failed.
+    """Run the contenders in turn ``rounds`` times after uncounted calls.
 
-    Those named in ``once`` are timed once, as all very slow ones are.
+    Returns each contender's times, or the exception by which it failed. Contenders named in ``once`` are timed once, as
+    all very slow ones are.
     """
     timers: dict[str, Callable[[], float]] = {}
     results: dict[str, Sample | Exception] = {}
@@ -106,7 +107,7 @@ def interleaved(
 
 
 class Rotating:
-    """One call that runs the next of ``calls`` each time: operands that no cache still holds."""
+    """A call that runs the next of ``calls`` each time, so that no cache still holds its operands."""
 
     def __init__(self, calls: list[Callable[[], object]]):
         self.calls = calls

@@ -1,4 +1,4 @@
-"""Labelled texts for the text-classification example: find them, split them, batch them.
+"""Labelled texts for the text-classification example: finding, splitting and batching them.
 
 Three sources give the same `Dataset`: the movie-review snippets that travel inside the vaderSentiment
 source archive, a local csv/tsv/jsonl file with the columns `text` and `label`, and a Hugging Face hub
@@ -45,12 +45,12 @@ class Dataset:
     test: list[Row]
 
     def limited(self, train_size: int | None, test_size: int | None) -> "Dataset":
-        """The same split, cut to its first rows (the split is shuffled, so these are a fair sample)."""
+        """Return the split cut to its first rows. The split is shuffled, so these are a fair sample."""
         return Dataset(self.name, self.labels, self.train[:train_size], self.test[:test_size])
 
 
 def load(source: str, text_column: str = "text", label_column: str = "label") -> Dataset:
-    """Load `source`: `movie-snippets`, a path (file, or folder with train and test files) or a hub name."""
+    """Return a data set: `movie-snippets`, a path (file, or folder with train and test files) or a hub name."""
     if source == BUNDLED:
         return _from_tables(source, _movie_snippets(find_snippet_archive()), None)
     path = Path(source)
@@ -67,7 +67,7 @@ def load(source: str, text_column: str = "text", label_column: str = "label") ->
 
 
 def check_source(source: str) -> None:
-    """Raise `DataError` where `load` is bound to fail, without reading the data."""
+    """Raise `DataError` if `load` is bound to fail, without reading the data."""
     if source == BUNDLED:
         find_snippet_archive()
         return
@@ -85,7 +85,7 @@ def check_source(source: str) -> None:
 
 
 def find_snippet_archive() -> Path:
-    """The vaderSentiment source archive, in $LOWBIT_DATA or in `data/` here or in the repository."""
+    """Return the path of the vaderSentiment source archive, in $LOWBIT_DATA or `data/` here or in the repository."""
     folders = [Path("data"), Path(__file__).resolve().parent.parent / "data"]
     if os.environ.get("LOWBIT_DATA"):
         folders.insert(0, Path(os.environ["LOWBIT_DATA"]))
@@ -102,10 +102,10 @@ def find_snippet_archive() -> Path:
 
 
 def batches(lengths: Sequence[int], batch_size: int, generator: random.Random | None = None) -> Iterator[list[int]]:
-    """Row numbers in batches of similar length, so that little time goes into padding.
+    """Return row numbers in batches of similar length, so that little time goes into padding.
 
     With a generator the order is random: rows are shuffled, sorted by length only within stretches of 50
-    batches, and the batches shuffled again. Without one, all rows are sorted by length.
+    batches, and the batches are shuffled again. Without one, all rows are sorted by length.
     """
     order = list(range(len(lengths)))
     if generator is not None:
@@ -121,7 +121,7 @@ def batches(lengths: Sequence[int], batch_size: int, generator: random.Random | 
 
 
 class TokenizedRows:
-    """Texts tokenized once; `batch` pads the rows it is asked for to their own longest."""
+    """Texts that are tokenized once. `batch` pads the rows that it returns to their own longest."""
 
     def __init__(self, tokenizer, rows: Sequence[Row], max_length: int):
         texts = [text for text, _ in rows]
@@ -134,7 +134,7 @@ class TokenizedRows:
         return len(self.ids)
 
     def batch(self, rows: Sequence[int], device: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Model inputs (int64, rows x longest) and labels (int64, rows) for these row numbers."""
+        """Return model inputs (int64, rows x longest) and labels (int64, rows) for these row numbers."""
         longest = max(self.lengths[i] for i in rows)
         ids = torch.full((len(rows), longest), self.pad)
         mask = torch.zeros((len(rows), longest), dtype=torch.long)
@@ -146,7 +146,7 @@ class TokenizedRows:
 
 
 def _movie_snippets(archive: Path) -> list[tuple[str, str]]:
-    """(text, "negative" or "positive") for every movie-review snippet with a clear rating.
+    """Return (text, "negative" or "positive") for every movie-review snippet with a clear rating.
 
     Source: Hutto & Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
     Text", ICWSM 2014 (MIT licence). Each line holds an id, the mean human rating in -4..4 and the text.
@@ -169,7 +169,7 @@ def _movie_snippets(archive: Path) -> list[tuple[str, str]]:
 
 
 def _read_table(path: Path, text_column: str, label_column: str) -> list[tuple[str, str]]:
-    """(text, label) of every row of a csv, tsv or jsonl file."""
+    """Return (text, label) of every row of a csv, tsv or jsonl file."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".jsonl":
             try:
@@ -207,7 +207,7 @@ def _import_datasets(source: str):
 
 
 def _from_hub(source: str, text_column: str, label_column: str) -> Dataset:
-    """A hub data set: its `train` split, tested on `test` or `validation` where it has labels there."""
+    """Return a hub data set: its `train` split, tested on `test` or `validation`, whichever has labels."""
     datasets = _import_datasets(source)
     try:
         splits = datasets.load_dataset(source)
@@ -233,7 +233,7 @@ def _from_hub(source: str, text_column: str, label_column: str) -> Dataset:
 
 
 def _from_tables(name: str, train: list[tuple[str, str]], test: list[tuple[str, str]] | None) -> Dataset:
-    """Number the labels, drop repeated texts, split where no test rows were given."""
+    """Number the labels, drop repeated texts, and split if no test rows were given; return the data set."""
     labels = tuple(sorted({label for _, label in train + (test or [])}, key=_numbers_first))
     if len(labels) < 2:
         raise DataError(f"{name}: a classifier needs two labels or more, the data has {list(labels)}")
@@ -254,7 +254,7 @@ def _from_tables(name: str, train: list[tuple[str, str]], test: list[tuple[str, 
 
 
 def _distinct(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The first of each text, in order; a text in train and test alike would be a leak."""
+    """Return the first row of each text, in order. A text in both train and test would be a leak."""
     first: dict[str, tuple[str, str]] = {}
     for row in rows:
         first.setdefault(_normal(row[0]), row)
@@ -266,5 +266,5 @@ def _normal(text: str) -> str:
 
 
 def _numbers_first(label: str):
-    """Sort labels that are whole numbers by value, all others by name."""
+    """Return a sort key: labels that are whole numbers by value, all others by name."""
     return (0, int(label), "") if label.lstrip("-").isdigit() else (1, 0, label)

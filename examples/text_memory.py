@@ -1,4 +1,4 @@
-"""Count the bytes a model's base takes, and the memory the process took."""
+"""The bytes that a model's base takes, and the memory that the process took."""
 
 import sys
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ import lowbit
 class BaseBytes:
     """Storage of a model without its adapter.
 
-    `parameters` counts weights (a 4-bit weight is one), `total` the bytes they take as stored, `quantized`
-    the share of `total` in 4-bit weights with their scales, `quantized_dense` what those took in float32.
+    `parameters` counts weights (a 4-bit weight is one). `total` is the bytes they take as stored, `quantized` the part
+    of `total` in 4-bit weights with their scales, and `quantized_dense` what those took in float32.
     """
 
     parameters: int
@@ -23,7 +23,7 @@ class BaseBytes:
 
 
 def base_bytes(model: torch.nn.Module) -> BaseBytes:
-    """Count every stored tensor once, but LoRA matrices and trained copies of the head (the adapter)."""
+    """Count every stored tensor once, except the adapter: LoRA matrices and trained copies of the head."""
     stored = [p for name, p in model.named_parameters() if "lora_" not in name and "modules_to_save" not in name]
     quantized = [p for p in stored if isinstance(p, lowbit.QuantizedTensor)]
     return BaseBytes(
@@ -35,7 +35,7 @@ def base_bytes(model: torch.nn.Module) -> BaseBytes:
 
 
 def peak_memory_bytes() -> int | None:
-    """Most resident memory this process ever held, Python and libraries included; None on Windows."""
+    """Return the most resident memory that this process ever held, libraries included; None on Windows."""
     try:
         import resource
     except ImportError:

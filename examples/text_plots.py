@@ -26,7 +26,7 @@ def plot_history(path, losses: list[float], accuracy: list[tuple[int, float]], t
 
 
 def _running_mean(values: list[float], window: int) -> list[float]:
-    """Mean of the last `window` values up to each place (fewer at the start)."""
+    """Return the mean of the last `window` values up to each place (fewer at the start)."""
     means = []
     for end in range(1, len(values) + 1):
         part = values[max(0, end - window) : end]

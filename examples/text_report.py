@@ -14,7 +14,7 @@ def print_results(results: dict, output: Path) -> None:
     for name, value in _rows(results):
         table.add_row(name, value)
     console = Console()
-    # In a pipe or a log rich assumes 80 columns and would cut long lines.
+    # rich assumes 80 columns in a pipe or a log, and would cut long lines.
     console.width = max(console.width, 100)
     console.print(table)
     console.print(f"Written: {', '.join(sorted(p.name for p in output.iterdir()))} in {output}", highlight=False)
@@ -39,7 +39,7 @@ def _rows(results: dict):
         _megabytes(results["saved_bytes"]),
     )
     if results["peak_memory_bytes"] is not None:
-        # The whole process: Python, torch, the loading of the float32 checkpoint, activations.
+        # This is the whole process: Python, torch, the loading of the float32 checkpoint, activations.
         yield "peak memory of the process (RSS)", _megabytes(results["peak_memory_bytes"])
     yield "time per training step (median)", f"{1000 * results['median_step_seconds']:.0f} ms"
     yield "training time", f"{results['train_seconds']:.0f} s"

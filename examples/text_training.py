@@ -1,7 +1,7 @@
 """Train a sequence classifier and measure it: the loop, the schedule, the evaluation.
 
-Works on anything that maps `input_ids, attention_mask` to an output with `.logits`: a plain Hugging Face
-model, a LoRA model or a QLoRA model. Which parameters train is read from `requires_grad`.
+It works on anything that maps `input_ids, attention_mask` to an output with `.logits`: a plain Hugging Face
+model, a LoRA model or a QLoRA model. Parameters with `requires_grad` train.
 """
 
 import math
@@ -19,7 +19,7 @@ WARMUP_SHARE = 0.06
 
 @dataclass
 class History:
-    """What happened in training: one loss per step, held-out accuracy as (step, accuracy) pairs."""
+    """What happened in training: one loss per step, and held-out accuracy as (step, accuracy) pairs."""
 
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
@@ -32,7 +32,7 @@ class History:
 
 
 def learning_rate_factor(step: int, total: int) -> float:
-    """Linear warm-up over the first 6% of the steps, then linear decay to zero (step counts from 0)."""
+    """Return the factor of a step (from 0): linear warm-up over the first 6%, then linear decay to zero."""
     warmup = max(1, math.ceil(WARMUP_SHARE * total))
     if step < warmup:
         return (step + 1) / warmup
@@ -41,7 +41,7 @@ def learning_rate_factor(step: int, total: int) -> float:
 
 @torch.no_grad()
 def predict(model, rows: TokenizedRows, batch_size: int, device: str) -> torch.Tensor:
-    """Logits (float32, rows x labels) in the order of `rows`, with dropout off."""
+    """Return logits (float32, rows x labels) in the order of `rows`, with dropout off."""
     was_training = model.training
     model.eval()
     logits = None
@@ -56,7 +56,7 @@ def predict(model, rows: TokenizedRows, batch_size: int, device: str) -> torch.T
 
 
 def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of rows whose largest logit is the label's."""
+    """Return the share of rows whose largest logit is the label's."""
     return (logits.argmax(1) == labels).float().mean().item()
 
 

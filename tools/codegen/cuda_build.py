@@ -1,4 +1,4 @@
-"""lowbit's CUDA sources, each compiled once: host code, PTX for the emulator and the machine code of three GPUs."""
+"""Compiles each of lowbit's CUDA sources once: host code, PTX for the emulator, machine code for three GPUs."""
 
 import functools
 import os
@@ -28,7 +28,7 @@ class Compiled:
 
 
 def _flags(archs: tuple[str, ...]) -> list[str]:
-    """setup.py's, and -lineinfo, by which the emulator names source lines; it changes no instruction."""
+    """setup.py's flags and -lineinfo, by which the emulator names source lines. It changes no instruction."""
     numbers = [arch.removeprefix("sm_") for arch in archs]
     targets = [f"-gencode=arch=compute_{number},code=[sm_{number},compute_{number}]" for number in numbers]
     return ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC", f"-I{CSRC}", *targets]
@@ -36,7 +36,7 @@ def _flags(archs: tuple[str, ...]) -> list[str]:
 
 @functools.cache
 def nvcc_version() -> str:
-    """What ``nvcc --version`` prints; FileNotFoundError where there is no nvcc."""
+    """What ``nvcc --version`` prints. Raises FileNotFoundError if there is no nvcc."""
     return subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
 
 
@@ -49,7 +49,7 @@ def _inputs(source: Path, archs: tuple[str, ...]) -> list[str | Path]:
 
 @functools.cache
 def compiled(source: Path, archs: tuple[str, ...] = ARCHS) -> Compiled:
-    """The source, compiled for some GPUs, and its PTX for the first. RuntimeError with what nvcc said otherwise."""
+    """The source compiled for some GPUs, and its PTX for the first. Raises RuntimeError with nvcc's message."""
 
     def make(folder: Path) -> None:
         intermediate = folder / "intermediate"
@@ -68,12 +68,12 @@ def compiled(source: Path, archs: tuple[str, ...] = ARCHS) -> Compiled:
 
 
 def compiled_all(sources: Iterable[Path]) -> list[Compiled]:
-    """The compiled sources, in their order, as many at a time as there are processors."""
+    """The compiled sources, in the given order. As many are compiled at a time as there are processors."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(compiled, sources))
 
 
 @functools.cache
 def kernels(source: Path, arch: str) -> tuple[Kernel, ...]:
-    """The machine code of every kernel of a source for a GPU, from what the tests share if it is one of theirs."""
+    """The machine code of every kernel of a source for a GPU. The tests share that of their own GPUs."""
     return tuple(disassemble_once(compiled(source, ARCHS if arch in ARCHS else (arch,)).object, arch))

@@ -1,4 +1,4 @@
-"""What CUDA kernels cost per weight: lowbit's as nvcc compiles them here, bitsandbytes' as its wheel has them."""
+"""What CUDA kernels cost per weight: lowbit's as nvcc compiles them here, bitsandbytes' from its wheel."""
 
 import functools
 import importlib.util
@@ -15,11 +15,12 @@ CUDA, BITSANDBYTES = "lowbit", "bitsandbytes"
 
 @dataclass(frozen=True)
 class Loop:
-    """A kernel's main loop: where it is found, and how many weights a lane takes in it.
+    """A kernel's main loop: where to find it, and how many weights a lane handles in it.
 
-    ``kernel`` is a pattern of the mangled name; its group ``rows``, if it has one, is the number of rows of x that one
-    reading of W serves, otherwise ``rows`` is (0: W is only decoded). ``weights`` is per instruction of an opcode of
-    the loop, divided by rows / 8 where ``per_row_tile`` (mma of several row tiles meet one weight).
+    ``kernel`` is a pattern of the mangled name. Its group ``rows``, if it has one, is the number of rows of x that one
+    reading of W serves; otherwise the field ``rows`` is (0: W is only decoded). ``weights`` counts weights per
+    instruction of an opcode of the loop. With ``per_row_tile`` it is divided by rows / 8, because the mma of several
+    row tiles meet one weight.
     """
 
     operation: str
@@ -32,7 +33,7 @@ class Loop:
     per_row_tile: bool = False
 
 
-#: Kernels that this build lacks are left out, and said to be.
+#: Kernels that this build lacks are left out, and reported.
 LOOPS = (
     Loop("dequantize", CUDA, "dequantize.cu", r"17dequantize_kernelI\w*4Bf16ELb1E", ("LDG.128", "STG.128"),
          {"LDG.128": 32}),
@@ -52,7 +53,7 @@ LOOPS = (
 
 
 def counted(loop: Loop, kernel: Kernel) -> Counted | None:
-    """The loop's costs per weight; None where this compilation of the kernel has no such loop."""
+    """The loop's costs per weight; None if this compilation of the kernel has no such loop."""
     named = re.search(loop.kernel, kernel.name)
     fitting = [body for body in kernel.loops() if all(count(body, opcode) for opcode in loop.holds)]
     if not named or not fitting:
@@ -74,7 +75,7 @@ def counted(loop: Loop, kernel: Kernel) -> Counted | None:
 
 
 def library_of_bitsandbytes() -> Path | None:
-    """The newest CUDA library in its wheel."""
+    """The path of the newest CUDA library in bitsandbytes' wheel."""
     spec = importlib.util.find_spec(BITSANDBYTES)
     found = sorted(Path(spec.origin).parent.glob("libbitsandbytes_cuda*.so")) if spec else []
     return found[-1] if found else None
@@ -82,7 +83,7 @@ def library_of_bitsandbytes() -> Path | None:
 
 @functools.cache
 def kernels_of(source: str, arch: str) -> tuple[Kernel, ...]:
-    """The kernels of a source of lowbit, or of bitsandbytes' wheel; none where it is not there."""
+    """The kernels of a source of lowbit or of bitsandbytes' wheel; none if that is missing."""
     if source == BITSANDBYTES:
         library = library_of_bitsandbytes()
         return tuple(disassemble_once(library, arch)) if library else ()
@@ -92,6 +93,6 @@ def kernels_of(source: str, arch: str) -> tuple[Kernel, ...]:
 
 @functools.cache
 def counts(arch: str) -> tuple[Counted, ...]:
-    """Every loop of :data:`LOOPS` that there is."""
+    """The costs of every loop of :data:`LOOPS` that exists here."""
     found = (counted(loop, kernel) for loop in LOOPS for kernel in kernels_of(loop.source, arch))
     return tuple(entry for entry in found if entry)

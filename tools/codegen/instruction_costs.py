@@ -1,4 +1,4 @@
-"""What instructions cost: cycles of the data path that L1 and shared memory share, and products on tensor cores."""
+"""What instructions cost: cycles of the data path of L1 and shared memory, and products on tensor cores."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ class Counted:
 
 
 def data_path_cycles(body: list[str]) -> float:
-    """Cycles in which L1 and shared memory serve one execution of a warp, without bank conflicts."""
+    """Cycles of L1 and shared memory for one execution by a warp, without bank conflicts."""
     cycles = 0.0
     for text in body:
         opcode, *suffixes = text.split()[0].split(".")
@@ -37,5 +37,5 @@ def data_path_cycles(body: list[str]) -> float:
 
 
 def mma_macs(body: list[str]) -> int:
-    """Multiply-adds of one execution of a warp by mma.sync."""
+    """Multiply-adds by mma.sync in one execution by a warp."""
     return sum(count(body, opcode) * each for opcode, each in _MMA_MACS.items())

@@ -1,6 +1,6 @@
 """The machine code of CUDA kernels: instructions and loops, as cuobjdump prints them.
 
-The disassembler is the one in Triton's package (the CUDA toolkit of a slim image has none).
+The disassembler is the one in Triton's package, because the CUDA toolkit of a slim image has none.
 """
 
 import importlib.util
@@ -37,7 +37,7 @@ class Kernel:
         return bodies
 
     def smallest_loop(self, *opcodes: str) -> list[str]:
-        """The shortest loop that has each of these opcodes (with any suffix between their dots)."""
+        """The shortest loop that holds all of these opcodes (with any suffix between their dots)."""
         fitting = [body for body in self.loops() if all(count(body, opcode) for opcode in opcodes)]
         assert fitting, f"{self.name} for {self.arch}: no loop with {', '.join(opcodes)}"
         return min(fitting, key=len)
@@ -51,7 +51,7 @@ def count(body: list[str], opcode: str) -> int:
 
 
 def cuobjdump() -> str:
-    """The disassembler's path; FileNotFoundError says how to get one."""
+    """The disassembler's path. Raises FileNotFoundError, which says how to get one."""
     spec = importlib.util.find_spec("triton")
     carried = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if spec else None
     found = str(carried) if carried and carried.exists() else shutil.which("cuobjdump")
@@ -71,7 +71,7 @@ def _resources_in(usage: str) -> dict[str, tuple[int, int, int]]:
 
 
 def resources(binary: Path, arch: str) -> dict[str, tuple[int, int, int]]:
-    """Per kernel of a cubin or a library: registers, bytes of stack, bytes of local memory."""
+    """Registers, bytes of stack and bytes of local memory of each kernel of a cubin or a library."""
     return _resources_in(_dump("-res-usage", binary, arch))
 
 
@@ -91,7 +91,7 @@ def disassemble(binary: Path, arch: str) -> list[Kernel]:
 
 
 def disassemble_once(binary: Path, arch: str) -> list[Kernel]:
-    """The same of a large file. The disassembler runs once for all test processes."""
+    """The kernels of a large file, as of `disassemble`. The disassembler runs once for all test processes."""
 
     def make(folder: Path) -> None:
         (folder / "sass").write_text(_dump("-sass", binary, arch))

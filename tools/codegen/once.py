@@ -1,4 +1,4 @@
-"""Things that take long to make: one of several test processes makes them, and only where their inputs changed."""
+"""Makes things that take long only once: in one of several test processes, and only if their inputs changed."""
 
 import hashlib
 import shutil
@@ -24,10 +24,10 @@ def digest(inputs: Iterable[bytes | str | Path]) -> str:
 
 
 def made_once(name: str, inputs: Iterable[bytes | str | Path], make: Callable[[Path], object]) -> Path:
-    """The folder that ``make(folder)`` fills, in this process or in another one that had the same inputs.
+    """The folder that ``make(folder)`` filled, in this process or in another one with the same inputs.
 
-    Processes that ask for it meanwhile wait. Where ``make`` raises nothing is kept. A folder made of other inputs is
-    deleted: only the newest is kept.
+    Processes that ask for it meanwhile wait. If ``make`` raises, nothing is kept. A folder made of other inputs is
+    deleted, so that only the newest is kept.
     """
     versions = KEPT / name
     versions.mkdir(parents=True, exist_ok=True)

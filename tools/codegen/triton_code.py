@@ -1,7 +1,7 @@
 """What lowbit's Triton backend would launch on GPUs that are not here, and the machine code of it.
 
-Nothing runs: ``launches`` collects what calls of the backend's functions pass to ``launch``, ``compiled`` makes machine
-code of such a launch for any GPU, with what Triton would specialize it on. The tests count with the same code.
+Nothing runs. ``launches`` collects what calls of the backend's functions pass to ``launch``. ``compiled`` makes machine
+code of such a launch for any GPU, specialized as Triton would. Benchmarks and tests count with the same code.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ from .machine_code import Kernel, disassemble
 
 @dataclasses.dataclass
 class Launch:
-    """What a function of lowbit.backends.triton passed to ``launch``; ``values`` by the kernel's parameter.
+    """What a function of lowbit.backends.triton passed to ``launch``; ``values`` has one per parameter of the kernel.
 
-    ``together``: the launches that were collected with this one, which is among them.
+    ``together`` holds all launches that were collected with this one, itself included.
     """
 
     kernel: object
@@ -50,7 +50,7 @@ def _modules() -> list[ModuleType]:
 
 
 def _of_gpu(target: str, processors: int) -> dict[str, object]:
-    """What the backend asks about the GPU, by its name there: whether it has NVIDIA's inline assembly, and its size."""
+    """What the backend asks about the GPU, by the backend's names: whether it runs NVIDIA's assembly, and its size."""
     from lowbit.backends.triton.shapes import Gpu
 
     is_nvidia = target.startswith("sm_")
@@ -64,7 +64,7 @@ def function(op: str):
 
 
 def tensor(*shape: int, dtype=torch.float32) -> torch.Tensor:
-    """Without memory: shapes may be those of real models."""
+    """A tensor without memory, so that shapes may be those of real models."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
@@ -81,10 +81,10 @@ def weight(shape: tuple[int, ...], format: str, block_size: int = 64, double_qua
 
 @contextlib.contextmanager
 def launches(target: str | None = None, processors: int = 108):
-    """A list of the launches made meanwhile; none is run.
+    """A context that gives the list of the launches made in it; none runs.
 
-    With a ``target``, "sm_90" or "gfx942", those that its GPU with so many multiprocessors (an A100's) would get.
-    Memory that nobody initializes has the same contents each time, so that launches can be told by their arguments.
+    With a ``target``, such as "sm_90" or "gfx942", they are those for its GPU with so many multiprocessors (by default
+    an A100's). Uninitialized memory has the same contents each time, so that equal launches have equal arguments.
     """
     collected = []
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -124,7 +124,7 @@ _POINTERS = {
 
 
 def specialized(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict]:
-    """(signature, constants, attributes) that Triton would compile a launch's kernel with at run time."""
+    """(signature, constants, attributes) with which Triton would compile a launch's kernel at run time."""
     signature, constants, attributes = {}, {}, {}
     for position, parameter in enumerate(launch.kernel.params):
         value = launch.values.get(parameter.name, parameter.default)
@@ -146,7 +146,7 @@ def specialized(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict
 
 
 def _source(launch: Launch):
-    """(what Triton compiles, for which options, and the signature)."""
+    """(Triton's source of a launch, its options, the signature)."""
     from triton.compiler import ASTSource
 
     signature, constants, attributes = specialized(launch)
@@ -155,7 +155,7 @@ def _source(launch: Launch):
 
 
 def key_of(launch: Launch, target: str) -> str:
-    """Triton's own key for a compiled kernel. Equal keys are equal PTX and equal machine code.
+    """Triton's own key for a compiled kernel. Equal keys mean equal PTX and equal machine code.
 
     It covers the sources of the kernel and of all that it calls, what it is specialized on, the target, the options,
     and the contents of Triton and of ptxas.
@@ -179,7 +179,7 @@ def compiled(launch: Launch, target: str):
 
 
 def machine_code(kernel, target: str, folder: Path) -> Kernel:
-    """The one kernel of what was compiled for an NVIDIA target; its cubin is written to ``folder``."""
+    """The only kernel of what was compiled for an NVIDIA target. Its cubin is written to ``folder``."""
     cubin = folder / f"{kernel.metadata.name}.{target}.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
     (found,) = disassemble(cubin, target)

@@ -1,7 +1,7 @@
 """What lowbit's Triton kernels cost, counted in the machine code of what the backend launches.
 
-A product's kernel is counted by its main loop, and by LoRA's beside it; a kernel without a loop as a whole, with what
-it does once and the rare branches of divisions.
+A product's kernel is counted by its main loop and LoRA's loop. A kernel without a loop is counted whole, with what it
+does once and the rare branches of divisions.
 """
 
 import tempfile
@@ -16,7 +16,7 @@ from .triton_code import Launch, compiled, machine_code, specialized
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program multiplies in one round of its main loop: rows of x by so many rows and columns of W."""
+    """What a program multiplies in one round of its main loop: rows of x, and rows and columns of W."""
 
     rows: int
     out_features: int
@@ -24,11 +24,11 @@ class Tile:
     backward: bool = False  # sums over rows of W, not over columns
 
     def rounds(self, n: int, k: int) -> int:
-        """Of all programs, for one tile of rows of x and a W of n rows and k columns, however its sums are split."""
+        """Rounds of all programs together for one tile of rows of x and a W [n, k], however its sums are split."""
         return -(-n // self.out_features) * -(-k // self.in_features)
 
     def outputs(self, n: int, k: int) -> int:
-        """Tiles of the result, for one tile of rows of x."""
+        """How many tiles the result has for one tile of rows of x."""
         return -(-k // self.in_features) if self.backward else -(-n // self.out_features)
 
 
@@ -40,7 +40,7 @@ def _backward(constants: dict) -> Tile:
     return Tile(constants["TILE_M"], constants["TILE_N"], constants["TILE_K"], True)
 
 
-#: By kernel its tile, as a function of the launch's arguments. Kernels that are not here have no loop.
+#: The tile of each kernel, as a function of the launch's arguments. Kernels that are not listed have no loop.
 _TILES: dict[str, Callable[[dict], Tile]] = {
     "linear_kernel": _forward,
     "grad_input_kernel": _backward,
@@ -49,7 +49,7 @@ _TILES: dict[str, Callable[[dict], Tile]] = {
 
 @dataclass(frozen=True)
 class Body:
-    """What one execution of some instructions costs, by all warps of a program."""
+    """What one execution of some instructions by all warps of a program costs."""
 
     instructions: int
     cycles: float  # of the L1/shared data path
@@ -59,7 +59,7 @@ class Body:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of a launch's kernel: one round of its main loop, or (``tile`` is None) a whole program."""
+    """Costs of a launch's kernel: of one round of its main loop, or of a whole program if ``tile`` is None."""
 
     kernel: str
     warps: int
@@ -74,17 +74,17 @@ def _body(instructions: list[str], warps: int, peak_macs: float = 0.0) -> Body:
 
 
 def _wide_products(body: list[str]) -> int:
-    """Instructions of wgmma (Hopper) and tcgen05 (Blackwell)."""
+    """The instructions of wgmma (Hopper) and tcgen05 (Blackwell)."""
     return count(body, "HGMMA") + count(body, "UTCHMMA")
 
 
 def _loops(kernel: Kernel) -> list[list[str]]:
-    """Without what only looks like one: code behind the kernel's end, where it waits, that jumps back."""
+    """The loops of a kernel. Code behind its end, where it waits and jumps back, is none."""
     return [body for body in kernel.loops() if not count(body, "EXIT")]
 
 
 def costs_of(kernel: Kernel, warps: int, tile: Tile | None) -> Costs:
-    """The costs in a kernel's machine code; an error where its loops are not those that its tile is of."""
+    """The costs in a kernel's machine code. It is an error if its loops are not those that its tile describes."""
     loops = _loops(kernel)
     if tile is None:
         if loops:
@@ -98,7 +98,7 @@ def costs_of(kernel: Kernel, warps: int, tile: Tile | None) -> Costs:
     if len(main) != 1 or len(lora) > 1:
         found = f"{len(main)} main loops and {len(lora)} of LoRA"
         raise ValueError(f"{kernel.name} for {kernel.arch}: {found}, expected 1 and at most 1")
-    # An instruction of tcgen05 does not say how large its product is; those of one kernel are all alike.
+    # An instruction of tcgen05 does not state the size of its product, but all of one kernel have the same size.
     macs = tile.rows * tile.out_features * tile.in_features
     wide = _wide_products(main[0])
     of_lora = _body(lora[0], warps, wide and macs * _wide_products(lora[0]) / wide) if lora else None
@@ -106,7 +106,7 @@ def costs_of(kernel: Kernel, warps: int, tile: Tile | None) -> Costs:
 
 
 def _key(launch: Launch, arch: str) -> str:
-    """What a launch is compiled for: the same machine code for the same key."""
+    """What a launch is compiled for. Equal keys mean equal machine code."""
     return repr((launch.kernel.__name__, arch, specialized(launch), sorted(launch.compiler_options.items())))
 
 
@@ -122,10 +122,10 @@ def _compile_and_count(launch: Launch, arch: str) -> Costs:
 
 
 def count_all(launches: Iterable[Launch], arch: str) -> None:
-    """Compile what :func:`costs` will be asked for.
+    """Compile what :func:`costs` will be asked for, one kernel at a time.
 
-    One kernel at a time: Triton parses each with Python's ``ast``, which in Python 3.11 may fail where several threads
-    do ("AST constructor recursion depth mismatch").
+    Triton parses kernels with Python's ``ast``, which in Python 3.11 may fail in several threads ("AST constructor
+    recursion depth mismatch").
     """
     for launch in launches:
         if (key := _key(launch, arch)) not in _COSTS:
@@ -133,6 +133,6 @@ def count_all(launches: Iterable[Launch], arch: str) -> None:
 
 
 def costs(launch: Launch, arch: str) -> Costs:
-    """Of a launch's kernel on ``arch``, "sm_90" say; compiled once."""
+    """The costs of a launch's kernel on ``arch``, such as "sm_90". The kernel is compiled once."""
     count_all([launch], arch)
     return _COSTS[_key(launch, arch)]

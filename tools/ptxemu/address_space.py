@@ -62,7 +62,7 @@ def is_array(value):
 
 
 def as_bytes(array):
-    """numpy array or torch CPU tensor -> flat uint8 array that shares its memory."""
+    """Return a flat uint8 array that shares the memory of a numpy array or torch CPU tensor."""
     if is_tensor(array):
         import torch
 
@@ -77,10 +77,10 @@ def as_bytes(array):
 class Buffer:
     """One allocation: a padded copy of an array, at an address.
 
-    An array of more than 1 GiB is used where it is, if it needs no padding: of one that numpy.zeros made, only the
-    pages that a kernel touches take memory.
+    An array of more than 1 GiB that needs no padding is used in place. If numpy.zeros made it, only the pages that a
+    kernel touches take memory.
 
-    It starts ``lead`` bytes into ``data``, which keeps the array's own alignment up to 16 bytes: a slice that starts
+    It starts ``lead`` bytes into ``data``, which keeps the array's own alignment up to 16 bytes. So a slice that starts
     at an odd byte is misaligned here too. Offsets of accesses count from ``aligned_base``.
     """
 
@@ -109,7 +109,7 @@ class Buffer:
 
 
 class GlobalMemory:
-    """All buffers of one launch: module variables (which outlive it), kernel parameters and the arrays passed."""
+    """All buffers of one launch: module variables (which outlive it), kernel parameters and passed arrays."""
 
     def __init__(self, module_buffers, kernel_name):
         self.kernel_name = kernel_name
@@ -120,7 +120,7 @@ class GlobalMemory:
         self._next_window = FIRST_GLOBAL_WINDOW + len(self.buffers)
 
     def address_of(self, argument, name):
-        """Address of an array, Pointer or Uninitialized, which becomes a buffer when first seen."""
+        """Return the address of an array, Pointer or Uninitialized, which becomes a buffer when first seen."""
         offset, written = 0, None  # a Pointer may lead into an Uninitialized
         if isinstance(argument, Pointer):
             argument, offset = argument.array, argument.byte_offset

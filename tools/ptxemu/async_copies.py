@@ -34,7 +34,7 @@ class AsyncCopies:
         self._group = np.zeros(batch.lanes, np.int64)  # commit groups closed so far, per lane
 
     def issue(self, ins, destinations, sources, size, source_sizes):
-        """Copy ``size`` bytes per active lane, of which ``source_sizes`` (None: all) are read and the rest zero."""
+        """Copy ``size`` bytes per active lane: ``source_sizes`` (None: all) of them are read, the rest are zero."""
         batch = self.batch
         lanes = np.flatnonzero(batch.active)
         if source_sizes is not None and (source_sizes[lanes] > size).any():

@@ -171,7 +171,7 @@ class Builder:
     # ---- reading
 
     def source(self, text, t):
-        """-> function of the batch giving the operand as an array (or scalar) to compute on."""
+        """Return a function of the batch that gives the operand as an array (or scalar) to compute on."""
         text = text.strip()
         register = self.register(text)
         if register is not None:
@@ -242,7 +242,7 @@ class Builder:
     # ---- writing
 
     def destination(self, text, t):
-        """-> put(batch, mask, values), which rounds to t and writes the lanes of mask."""
+        """Return put(batch, mask, values), which rounds to t and writes the lanes of mask."""
         text = text.strip()
         if text == "_":
             return lambda batch, mask, values: None
@@ -265,7 +265,7 @@ class Builder:
     # ---- memory operands
 
     def address(self, text):
-        """'[base+offset]' -> (function of the batch giving the addresses, symbol name or None, offset)."""
+        """Of '[base+offset]' return (function of the batch giving the addresses, symbol name or None, offset)."""
         text = text.strip()
         match = re.fullmatch(r"\[\s*([\w$.%]+)\s*(?:([+-])\s*(-?\w+))?\s*\]", text)
         if not match:
@@ -336,7 +336,7 @@ class Builder:
         return self.source(self.ins.operands[operand_index], U32)
 
     def register_file(self, names, t=B32):
-        """Sources for a list of registers -> function of the batch giving a [lanes, len(names)] array."""
+        """Return a function of the batch that gives a list of registers as a [lanes, len(names)] array."""
         sources = [self.source(name, t) for name in names]
         dtype = t.dtype
 

@@ -171,7 +171,7 @@ class Result:
 
 
 def collect(launch, blocks, seconds):
-    """Counters and hazards of a finished launch -> Result."""
+    """Return the Result of a finished launch from its counters and hazards."""
     counters, opcodes, by_source = launch.counters, {}, {}
     warp_total = thread_total = 0
     for function, (warp_counts, thread_counts) in counters.instructions.items():

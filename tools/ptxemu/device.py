@@ -1,4 +1,4 @@
-"""The GPU that is pretended to be there: what launchers may ask the runtime for, and what launches must respect."""
+"""The pretended GPU: what launchers may ask the runtime for, and the limits that launches must respect."""
 
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ class Device:
         return _TYPICAL[name.rstrip("af")]
 
     def attribute(self, number):
-        """cudaDeviceGetAttribute by the value of cudaDeviceAttr; 0 for one that is not modelled."""
+        """Return what cudaDeviceGetAttribute gives for a cudaDeviceAttr; 0 for one that is not modelled."""
         return {
             1: self.THREADS_PER_BLOCK,
             2: self.MAX_BLOCK[0],

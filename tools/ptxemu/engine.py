@@ -235,7 +235,7 @@ class Frame:
         return blocked if blocked.any() else None
 
     def _release_waiting(self):
-        """Nobody can run: let go whoever waits for something that has happened."""
+        """If nobody can run, release the lanes whose wait is over."""
         released = self._release_warp_syncs()
         released = self._release_barriers() or released
         if not released:

@@ -104,7 +104,7 @@ def build(sources, *, arch="sm_80", include=(), flags=(), out=None, device=None)
 
 
 def link(objects, out):
-    """Link the host code of nvcc's object files to the stub runtime -> the library's path, in the folder ``out``."""
+    """Link the host code of nvcc's object files to the stub runtime; return the library's path in ``out``."""
     stub, library = Path(out) / "cudart_stub.o", Path(out) / "launchers.so"
     run("gcc", "-c", "-O1", "-fPIC", "-Wall", STUB, "-o", stub)
     # -Bsymbolic: a CUDA build of torch may have brought the true runtime's symbols into this process.
@@ -239,7 +239,7 @@ class HostLibrary:
     # ---- what the stub runtime calls
 
     def _guarded(self, callback):
-        """C cannot see an exception: keep the first for `call`, and answer with an error code, as a GPU would."""
+        """Keep the first exception for `call`, and answer C with an error code, as a GPU would."""
 
         def guarded(*arguments):
             if self._error is not None and not isinstance(self._error, LaunchError):
@@ -340,7 +340,7 @@ class _KnownMemory:
         self._starts, self._arrays = [], []
 
     def add(self, array):
-        """-> whether it was not known before."""
+        """Return whether the array was not known before."""
         if any(other is array for other in self._arrays):
             return False
         start = _address(array)
@@ -354,7 +354,7 @@ class _KnownMemory:
         del self._starts[position], self._arrays[position]
 
     def pointer(self, address):
-        """-> Pointer into the array that holds the address (or ends at it), or None."""
+        """Return a Pointer into the array that holds the address (or ends at it), or None."""
         found = None
         for start, array in zip(self._starts, self._arrays, strict=True):
             end = start + as_bytes(_array(array)).size

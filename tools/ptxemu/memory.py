@@ -166,7 +166,7 @@ class BatchMemory:
     # ---- the accesses
 
     def load(self, ins, space, addresses, element_size, count):
-        """-> ``count`` arrays of unsigned elements, one element per lane; inactive lanes get zero."""
+        """Return ``count`` arrays of unsigned elements, one element per lane; inactive lanes get zero."""
         size, dtype = element_size * count, UNSIGNED[element_size * 8]
         loaded = None
         for data, offsets, lanes in self.locate(ins, space, addresses, size, "read"):
@@ -195,7 +195,7 @@ class BatchMemory:
             data.view(dtype).reshape(-1, count)[offsets // size] = elements
 
     def atomic(self, ins, space, addresses, size, operand, second, update):
-        """-> the old values. Lanes that meet at one address take turns in lane order."""
+        """Return the old values. Lanes that meet at one address take turns in lane order."""
         dtype = UNSIGNED[size * 8]
         old_values = np.zeros(self.batch.lanes, dtype)
         for data, offsets, lanes in self.locate(ins, space, addresses, size, "atomic"):
@@ -213,7 +213,7 @@ class BatchMemory:
     # ---- 8 x 8 matrices of 16-bit elements
 
     def _matrix_rows(self, ins, space, addresses, count, access):
-        """-> (offset of each 16-byte row, the lane that names it): lanes 0 to 8 * count - 1 of each active warp."""
+        """Return (offset of each 16-byte row, the lane that names it): lanes 0 to 8 * count - 1 of active warps."""
         warps = self.batch.active.reshape(-1, 32).any(1)[:, None]
         with self.batch.restricted_to((warps & (np.arange(32) < 8 * count)).ravel()):
             if space == "generic":
@@ -225,7 +225,7 @@ class BatchMemory:
         return offsets, self._all_lanes if lanes is None else lanes
 
     def load_matrices(self, ins, space, addresses, count):
-        """-> uint16[warps, count, 8, 8]."""
+        """Return the matrices, uint16[warps, count, 8, 8]."""
         offsets, lanes = self._matrix_rows(ins, space, addresses, count, "read")
         rows = np.zeros((self.batch.lanes // 32, 8 * count, 8), np.uint16)
         rows[lanes // 32, lanes % 32] = self.shared.view(np.uint16).reshape(-1, 8)[offsets // 16]
@@ -241,7 +241,7 @@ class BatchMemory:
 
 
 def _turns(index):
-    """-> (order that sorts ``index``, position of each sorted element among its equals)."""
+    """Return (order that sorts ``index``, position of each sorted element among its equals)."""
     order = np.argsort(index, kind="stable")
     ordered = index[order]
     position = np.arange(len(ordered))

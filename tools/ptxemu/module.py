@@ -11,7 +11,7 @@ from .parser import parse
 
 
 def load(ptx):
-    """PTX text (nvcc -ptx, or Triton's ``kernel.asm["ptx"]``) -> Module."""
+    """Return the Module of a PTX text (nvcc -ptx, or Triton's ``kernel.asm["ptx"]``)."""
     return Module(ptx)
 
 

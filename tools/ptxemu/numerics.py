@@ -192,7 +192,7 @@ def multiply_high_64(a, b, signed):
 
 
 def divide_truncating(a, b, signed):
-    """-> (quotient, remainder) rounded towards zero. Division by zero gives all ones and a, as the hardware does."""
+    """Return (quotient, remainder) rounded towards zero. Division by zero gives all ones and a, as on hardware."""
     by_zero = b == 0
     divisor = np.where(by_zero, b.dtype.type(1), b)
     quotient = a // divisor

@@ -10,7 +10,7 @@ from .ptx_types import UNSIGNED
 
 
 def encode_arguments(kernel, arguments, global_memory, fill_missing=False):
-    """-> (bytes of each parameter by name, address of each by name, the whole parameter block).
+    """Return (bytes of each parameter by name, address of each by name, the whole parameter block).
 
     Arrays become pointers, numbers are checked to fit, bytes pass through; a callable gets a function from array to
     address and returns bytes (a struct holding pointers). ``fill_missing`` sets missing trailing parameters to zero:

@@ -221,7 +221,7 @@ class Constant:
 
 
 def parse_constant(text):
-    """Immediate operand -> Constant, or None where the text is not one (PTX ISA 4.5, "Constants")."""
+    """Return the Constant of an immediate operand, or None if the text is none (PTX ISA 4.5, "Constants")."""
     body = text.strip()
     negative = body.startswith("-")
     if negative:

@@ -1,13 +1,13 @@
-"""A pytest plugin that spares proofs which were executed before, with the same code, inputs, emulator and test.
+"""A pytest plugin that skips proofs which passed before with the same code, inputs, emulator and test.
 
-A test that runs kernels on the emulator calls ``step`` before each run, with all that decides what comes out of it: the
-PTX (or all that its compiler makes it of), the launch and its input. The plugin adds the sources of the emulator, of
-the test and of what is expected. The hash of all steps of a test is its proof. The file of proofs is under version
-control. Where the hash of a test is in it, the last step is not executed, and the test is skipped. Whatever changes the
-hash has the test executed again.
+A test that runs kernels on the emulator calls ``step`` before each run, with all that decides the run's result: the PTX
+(or all that its compiler makes it of), the launch and its input. The plugin adds the sources of the emulator, of the
+test and of what is expected. The hash of all steps of a test is its proof. The file of proofs is under version control.
+If it has the hash of a test, the last step is not executed and the test is skipped. Any change of the hash makes the
+test run again.
 
-Of the proofs in the file a random tenth is executed in each run. ``--prove`` executes all and writes the file anew, if
-every test passed. Tests of hypothesis have other inputs each time, and are always executed.
+Each run executes a random tenth of the proofs in the file. ``--prove`` executes all, and writes the file anew if every
+test passed. Tests of hypothesis have other inputs each time and always run.
 """
 
 import ast
@@ -48,7 +48,7 @@ def digest(parts: Iterable) -> str:
 
 
 def _tensor_bytes(tensor) -> bytes:
-    """In the order of its elements; torch is not imported here, as the emulator needs none."""
+    """Return the bytes in the order of the elements, without importing torch, which the emulator does not need."""
     if tensor.is_meta:
         return b""
     alignment = tensor.data_ptr() % 16
@@ -56,14 +56,14 @@ def _tensor_bytes(tensor) -> bytes:
 
 
 def code_of(ptx: str) -> str:
-    """PTX without what debuggers want. It holds paths of this machine and line numbers, and decides nothing."""
+    """Return PTX without debug information, which holds paths and line numbers of this machine and decides nothing."""
     lines = _DEBUG_SECTION.sub("", ptx).splitlines()
     return "\n".join(line for line in lines if line.strip() and not _DEBUG_LINE.match(line))
 
 
 @functools.cache
 def sources_of(test: Path) -> tuple[Path, ...]:
-    """A test's file, and those of its folder that it imports, directly or through each other."""
+    """Return a test's file and the files of its folder that it imports, directly or through each other."""
     found, waiting = set(), [test]
     while waiting:
         path = waiting.pop()
@@ -78,7 +78,7 @@ def sources_of(test: Path) -> tuple[Path, ...]:
 
 @functools.cache
 def emulator_sources(folder: Path = EMULATOR) -> tuple[Path, ...]:
-    """The files that the emulator consists of, its tests and this plugin left out."""
+    """Return the files of the emulator, without its tests and this plugin."""
     own = (*folder.glob("*.py"), *folder.glob("*.c"), *(folder / "instructions").glob("*.py"))
     return tuple(sorted(path for path in own if path.name != Path(__file__).name))
 
@@ -92,7 +92,7 @@ class Proof:
         self.taken: list = []  # what steps were of
 
     def step(self, parts: Iterable, of: object = None) -> None:
-        """Another run is next. It is skipped where it ends a proof that is known and not due."""
+        """Add a run to the proof; skip the test if this ends a known proof that is not due."""
         self.taken.append(of)
         before = [self.digest] if self.digest else [path.read_bytes() for path in self.sources]
         self.digest = digest([self.name, *before, *parts])[:24]
@@ -104,9 +104,9 @@ _running: Proof | None = None
 
 
 def step(*parts, of: object = None) -> None:
-    """Call this before a kernel runs, with all that decides what it makes; it skips the test where that is known.
+    """Call this before a kernel runs, with all that decides its result. It skips the test if the result is known.
 
-    ``of``: what ``has_taken`` is asked for.
+    ``of`` is the object that ``has_taken`` looks for.
     """
     if _running is not None:
         _running.step(parts, of)
@@ -118,13 +118,13 @@ def has_taken(of: object) -> bool:
 
 
 def read(path: Path) -> dict[str, str]:
-    """The file of proofs: the hash of each test."""
+    """Return the hash of each test in the file of proofs."""
     lines = path.read_text().splitlines() if path.exists() else []
     return {name: proof for proof, name in (line.split(" ", 1) for line in lines)}
 
 
 def write(path: Path, proofs: dict[str, str]) -> None:
-    """One line a test, in the order of their names."""
+    """Write one line per test, in the order of their names."""
     path.write_text("".join(f"{proofs[name]} {name}\n" for name in sorted(proofs)))
 
 

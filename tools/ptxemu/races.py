@@ -99,7 +99,7 @@ class RaceDetector:
         self._read_line[index] = ins.line
 
     def write(self, ins, offsets, lanes, size, *, values=None, atomic=False):
-        """``values`` (uint8[accesses, size]) lets equal values race without harm; call before memory changes."""
+        """Record writes, before memory changes. With ``values`` (uint8[accesses, size]) equal values race harmlessly."""
         index, lanes = each_byte(offsets, size), np.repeat(lanes, size)
         self._check_write(ins, index, lanes, values, atomic)
         self._record_write(ins, index, lanes, atomic)
@@ -143,7 +143,7 @@ class RaceDetector:
         self._in_flight[index] = True
 
     def copy_landed(self, ins, offsets, lanes, size):
-        """The issuing thread waited: to all others the copy is a write by that thread, now."""
+        """Record a copy when its thread has waited for it: to all others it is a write by that thread, now."""
         index = each_byte(offsets, size)
         self._in_flight[index] = False
         self._record_write(ins, index, np.repeat(lanes, size), False)

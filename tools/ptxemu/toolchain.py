@@ -18,7 +18,7 @@ def have_nvcc():
 
 
 def run(*command):
-    """Run a command and return what it printed; where it fails, that is the error message."""
+    """Run a command and return what it printed. If it fails, that is the error message."""
     command = [str(word) for word in command]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

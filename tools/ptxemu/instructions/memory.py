@@ -93,7 +93,7 @@ _ATOMIC_OPERATIONS = ("add", "min", "max", "and", "or", "xor", "exch", "cas", "i
 
 
 def _atomic_function(operation, t):
-    """-> update(old bits, operand bits, second operand bits) giving the new bits."""
+    """Return update(old bits, operand bits, second operand bits), which gives the new bits."""
     if operation == "cas":
         return lambda old, compared, new: np.where(old == compared, new, old)
     compute = {

@@ -5,7 +5,7 @@ import numpy as np
 from ..compiler import instruction, warp_synchronous
 from ..ptx_types import B32, PRED, U32
 
-# What a lane gets that reads from a lane not executing the shuffle: undefined on hardware, recognizable here.
+# What a lane reads from a lane that does not execute the shuffle: undefined on hardware, recognizable here.
 UNDEFINED = np.uint32(0xDEADBEEF)
 
 _BIT = np.arange(32, dtype=np.uint64)

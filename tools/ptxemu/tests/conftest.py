@@ -1,3 +1,3 @@
-"""The proofs' options are in pyproject.toml, so their plugin has to be there where these tests run alone."""
+"""The options of proofs are in pyproject.toml, so their plugin has to be loaded when these tests run alone."""
 
 pytest_plugins = ["ptxemu.proofs"]

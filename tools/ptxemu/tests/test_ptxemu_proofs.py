@@ -1,4 +1,4 @@
-"""The proofs that are spared: none that something changed, none that failed, and a tenth of the rest is executed."""
+"""Which proofs are skipped: none that changed, none that failed, and of the rest all but a tenth."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def project(pytester, monkeypatch):
 
 
 def executed(project, *arguments):
-    """The cases that a run executes. No known one is due: see the seed."""
+    """The cases that a run executes. With this seed no known one is due."""
     log = project.path / "executed.txt"
     log.write_text("")
     project.runpytest_inprocess("-p", "ptxemu.proofs", "-p", "no:cacheprovider", "--proof-seed=0", *arguments)
@@ -64,7 +64,7 @@ def edit(path, old, new):
 
 
 def test_what_was_proved_is_not_executed_again(project):
-    """Nor is it taken for proved before `--prove` has recorded it."""
+    """A proof would be executed in every run, or count as proved before `--prove` has recorded it."""
     assert executed(project) == executed(project) == ["1", "2"]
     assert executed(project, "--prove") == ["1", "2"]
     assert executed(project) == []
@@ -82,7 +82,7 @@ def test_what_was_proved_is_not_executed_again(project):
     ],
 )
 def test_every_change_is_executed(tmp_path, file, old, new):
-    """The kernel, its input, the test, what that imports, and the emulator (or what says what is expected)."""
+    """A change of the kernel, input, test, its imports, emulator or expectation would go untested."""
     files = {"ptx": "add", "input": "1", "test_kernels.py": TEST, "helper.py": "EXPECTED = 3", "engine.py": "lanes"}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
@@ -116,7 +116,7 @@ def test_the_emulator_is_all_its_files():
 
 
 def test_a_failing_proof_is_not_recorded(project):
-    """Not even where it passed before."""
+    """A proof that fails now would stay known because it passed before."""
     executed(project, "--prove")
     before = (project.path / "proofs.txt").read_text()
     edit(project.path / "helper.py", "3", "2")
@@ -171,7 +171,7 @@ def test_steps_are_taken_once(project):
 
 
 def test_hypothesis_is_always_executed(project):
-    """Its inputs are others each time."""
+    """hypothesis draws other inputs each time, so an old proof says nothing of them."""
     given = "from hypothesis import given, strategies\n@given(strategies.just(1))"
     (project.path / "test_kernels.py").write_text(TEST.replace('@pytest.mark.parametrize("case", [1, 2])', given))
     assert executed(project, "--prove") and executed(project)
@@ -179,7 +179,7 @@ def test_hypothesis_is_always_executed(project):
 
 
 def test_workers_share_the_seed_and_the_file(project, monkeypatch):
-    """With pytest-xdist the proofs come back from its workers."""
+    """With pytest-xdist, workers would choose different tenths, or their proofs would be lost."""
     pytest.importorskip("xdist")
     monkeypatch.setenv("PYTHONPATH", str(proofs.EMULATOR.parent))
     project.runpytest_subprocess("-p", "ptxemu.proofs", "-p", "xdist", "-n2", "--prove").assert_outcomes(passed=2)
@@ -189,7 +189,7 @@ def test_workers_share_the_seed_and_the_file(project, monkeypatch):
 
 
 def test_debug_information_is_no_code():
-    """It holds the folder of the sources and their line numbers."""
+    """Debug information holds the folder and line numbers of the sources, which would change each hash."""
     code = proofs.code_of(PTX)
     assert "add.s32" in code and "$L__BB0_1" in code
     assert all(word not in code for word in ("somewhere", ".loc", "comment", "tmp0", "debug", ".b8"))
@@ -198,7 +198,7 @@ def test_debug_information_is_no_code():
 
 
 def test_a_digest_tells_values_apart():
-    """Also those whose bytes are the same."""
+    """Values with equal bytes but other types or shapes would share a proof."""
     zeros = torch.zeros(4, 4)
     values = [
         *("1", 1, 1.0, (1,), None, b"1", zeros, zeros.int(), zeros.view(16), zeros.t()[::2], zeros + 1),
