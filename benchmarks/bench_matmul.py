@@ -49,8 +49,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--ops", type=_operations, default=["linear", "dequantize", "quantize"], help=",".join(OPERATIONS)
     )
-    parser.add_argument("--backward", action="store_true", help="adds the operation backward (dX)")
-    parser.add_argument("--no-reference", action="store_true", help="leaves out the slow reference backend")
+    parser.add_argument("--backward", action="store_true", help="add the operation backward (dX)")
+    parser.add_argument("--no-reference", action="store_true", help="leave out the slow reference backend")
     parser.add_argument("--format", choices=["nf4", "fp4"], default="nf4")
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--threads", type=int, help="default: torch's")
@@ -58,9 +58,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE", help="a roofline, as PNG")
     parser.add_argument("--plot-times", metavar="FILE", help="times side by side for the first shape, as PNG")
-    parser.add_argument(
-        "--isa", choices=["avx2"], help="what a CPU with no more than this would do, for all contenders"
-    )
+    parser.add_argument("--isa", choices=["avx2"], help="limit all contenders to this instruction set")
     parser.add_argument("--quick", action="store_true", help="a smoke test: 128x256, few rounds")
     options = parser.parse_args(argv)
     if options.rounds < 1:

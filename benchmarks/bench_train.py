@@ -272,9 +272,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after one that warms up")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--timeout", type=float, default=600, help="seconds a contender may take for one step")
-    parser.add_argument(
-        "--isa", choices=["avx2"], help="what a CPU with no more than this would do, for all contenders"
-    )
+    parser.add_argument("--isa", choices=["avx2"], help="limit all contenders to this instruction set")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE", help="a PNG")
     parser.add_argument("--quick", action="store_true", help="a smoke test: the tiny model, two steps")

@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not cases:
         parser.error("none of these layers has one of these operations")
     if options.plot and not any(OPERATIONS[operation].has_x for _, (operation, *_) in cases):
-        parser.error("--plot draws products, and these operations are none")
+        parser.error("--plot: expected a product among the operations")
 
     console = Console(width=None if sys.stdout.isatty() else 240)
     try:

@@ -126,7 +126,7 @@ def _splits(launch: Launch, found: Costs, n: int, k: int) -> int:
     # Only the GPU knows how many tiles of rows a mixture has. The surplus programs end at once.
     splits, rest = divmod(math.prod(launch.grid), launch.values["row_tiles"] * found.tile.outputs(n, k))
     if rest:
-        raise ValueError(f"{found.kernel}: a grid {launch.grid} that is not of tiles {found.tile}")
+        raise ValueError(f"{found.kernel}: expected a grid of tiles {found.tile}, got {launch.grid}")
     return splits
 
 

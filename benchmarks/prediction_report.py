@@ -34,7 +34,7 @@ def print_missing(console: Console, counts: dict[str, list[Counted]], operations
     for loop in (loop for loop in LOOPS if loop.operation in operations):
         for arch, entries in counts.items():
             if not any(re.search(loop.kernel, entry.kernel) for entry in entries):
-                console.print(f"not there for {arch}: {loop.library} {loop.source} {loop.kernel}", markup=False)
+                console.print(f"not found for {arch}: {loop.library} {loop.source} {loop.kernel}", markup=False)
 
 
 def print_predictions(console: Console, gpu: Gpu, rows: list[dict], markdown: bool = False) -> None:

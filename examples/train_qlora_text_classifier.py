@@ -53,7 +53,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     add("--lora-dropout", type=float, default=0.1, help="dropout before the LoRA matrices")
     add("--epochs", type=int, default=1, help="passes over the training rows")
     add("--batch-size", type=int, default=32, help="texts per step")
-    add("--lr", type=float, default=None, help="peak learning rate; None: 1e-3 for adapters, 1e-4 for full")
+    add("--lr", type=float, default=None, help="peak learning rate (default: 1e-3 for adapters, 1e-4 for full)")
     add("--weight-decay", type=float, default=0.0, help="AdamW's weight decay")
     add("--max-length", type=int, default=64, help="longest text, in tokens; the rest is cut off")
     add("--seed", type=int, default=0, help="seed of initialisation, order and dropout (not of the split)")
@@ -283,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print_results(results, options.output)
     if results["reload"]["different_predictions"]:
-        print("error: the reloaded model predicts otherwise than the trained one", file=sys.stderr)
+        print("error: the reloaded model and the trained one predict differently", file=sys.stderr)
         return 1
     if "merge" in results and results["merge"]["max_logit_difference"] > MERGE_TOLERANCE:
         print("error: the merged model's logits differ by more than rounding", file=sys.stderr)

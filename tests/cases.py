@@ -26,7 +26,7 @@ KERNELS = tuple(f"native-{isa}" for isa in selftest.isa_names()) + ("reference",
 dtypes = st.sampled_from(DTYPES)
 formats = st.sampled_from(FORMATS)
 block_sizes = st.sampled_from(BLOCK_SIZES)
-#: From where fp32 is subnormal to where the squares overflow; float16 weights are clamped to its range.
+#: From where fp32 is subnormal to where squares overflow. float16 weights are clamped to its range.
 magnitudes = st.sampled_from((1e-42, 1e-30, 1e-6, 0.02, 1.0, 1e4, 1e30))
 
 #: Half a unit in the last place of 1.0: the relative error of one rounding to nearest.
@@ -61,7 +61,7 @@ def weight_error(kernels: str, format: str, dtype: torch.dtype, rows: int, k: in
 
 
 def weight_error_backward(kernels: str, format: str, dtype: torch.dtype, rows: int, k: int) -> float:
-    """The same for the product that makes the gradient of the input: few rows times int8 go to ``gemm.h`` too."""
+    """`weight_error` of ``linear_grad_input``, where few rows times int8 go to ``gemm.h`` too."""
     return _bf16_weights(kernels, dtype) if rows > 4 or format == "int8" or k % 64 else 0.0
 
 
@@ -70,7 +70,7 @@ def _bf16_weights(kernels: str, dtype: torch.dtype) -> float:
 
 
 def weight_error_cuda(format: str, dtype: torch.dtype) -> float:
-    """The same for the CUDA kernels: tensor cores multiply the codebook in x's 16 bits, and scale the sum in fp32.
+    """`weight_error` of the CUDA kernels, where tensor cores multiply the codebook in 16 bits and scale sums in fp32.
 
     Products of two such numbers are exact in fp32.
     """
@@ -87,9 +87,9 @@ def gemm_tolerance(
 ) -> torch.Tensor:
     """Bound on |computed - exact| where CUDA kernels multiply on tensor cores; ``magnitude`` includes LoRA's.
 
-    The codebook is rounded to ``dtype``; its products with x are exact in fp32, and so scales are applied to sums that
-    err by their additions alone. Tensor cores cut sums off instead of rounding them, which is 2 u for each; source:
-    Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021.
+    The codebook is rounded to ``dtype``. Its products with x are exact in fp32, so the sums that scales multiply err by
+    their additions alone. Tensor cores truncate sums instead of rounding them, which costs 2 u for each. Source: Fasi,
+    Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021.
     LoRA's factors are sums of two bf16 (v = high + low + error, |low| <= 2^-8 |v|, |error| <= 2^-16 |v|), and low times
     low is left out: 3 * 2^-16 of its magnitude, to first order; 4 * 2^-16 covers the second.
     Each of its terms is three.
@@ -155,7 +155,7 @@ def scaled_codebook_tolerance(
 
 
 def assert_within(actual: torch.Tensor, exact: torch.Tensor, tolerance: torch.Tensor) -> None:
-    """Every |actual - exact| <= tolerance; the message names the worst element."""
+    """Assert that every |actual - exact| <= tolerance. The message names the worst element."""
     error = (actual.double() - exact).abs()
     excess = torch.where(error <= tolerance, 0.0, error - tolerance)
     if excess.numel() and bool((excess != 0).any()):  # NaN counts as wrong
@@ -175,8 +175,9 @@ def make_weight(shape, dtype=torch.float32, magnitude=0.02, seed=0) -> torch.Ten
 
 
 def rounded_factors(low, up, dtype, scaling=1.0):
-    """What the backends have to make of LoRA's factors [m, rank] and [n, rank] for a product in ``dtype``, bit for bit:
-    in fp16 up takes over what of a component of low is beyond 2^15, and a large scaling.
+    """LoRA's factors [m, rank] and [n, rank] as every backend must round them for a product in ``dtype``, bit for bit.
+
+    In fp16, up takes over a large scaling, and the part of a component of low that is beyond 2^15.
     """
     if scaling != 1:
         low = low.float() * scaling
@@ -188,7 +189,7 @@ def rounded_factors(low, up, dtype, scaling=1.0):
 
 
 def factors(m, n, rank, low_dtype, up_dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors of LoRA of which some are beyond fp16, infinite, NaN, negative zeros or tiny."""
+    """Factors of LoRA, some of them beyond fp16, infinite, NaN, negative zeros or tiny."""
     generator = torch.Generator().manual_seed(m + 7 * n + rank)
     low, up = (torch.randn(rows, rank, generator=generator) for rows in (m, n))
     low *= 10.0 ** (torch.arange(rank) % 6 * 2 - 3)
@@ -199,7 +200,7 @@ def factors(m, n, rank, low_dtype, up_dtype) -> tuple[torch.Tensor, torch.Tensor
 
 
 def assert_same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """The same dtype, shape and elements; signs of zeros too, but not what a NaN carries."""
+    """Assert equal dtype, shape and elements, signs of zeros included, but not the payload of a NaN."""
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
     ours, theirs = ours.contiguous(), theirs.contiguous()
     assert torch.equal(ours.isnan(), theirs.isnan())
@@ -209,7 +210,7 @@ def assert_same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 class CalledOps(TorchDispatchMode):
-    """Context: notes torch's ops that are called. ``into``: a namespace whose ops' CPU kernels are looked into."""
+    """Context that notes which of torch's ops are called, also inside the CPU kernels of the namespace ``into``."""
 
     def __init__(self, into: str | None = None):
         super().__init__()
@@ -230,7 +231,7 @@ class CalledOps(TorchDispatchMode):
 
 
 class kernels:
-    """Context: run on one of :data:`KERNELS`."""
+    """Context in which ops run on one of :data:`KERNELS`."""
 
     def __init__(self, name: str):
         backend, _, self.isa = name.partition("-")

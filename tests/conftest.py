@@ -1,4 +1,4 @@
-"""What holds for every test: where compilers keep their results, and which tests want Triton's interpreter."""
+"""Settings of all tests: where compilers keep their results, and which tests need Triton's interpreter."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 pytest_plugins = ["ptxemu.proofs"]
 
-# Triton compiles for the GPUs of several tests; each kernel once for all of them, and for the next run.
+# Triton compiles each kernel once for all tests, and for the next run.
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "triton"))
 
 #: Tests that execute CUDA kernels on inputs that their own files make.
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def proved_by_sources(request):
-    """Spares a test of CUDA kernels that passed with the same kernels, launchers and sources of tests."""
+    """Skip a test of CUDA kernels that passed with the same kernels, launchers and sources of tests."""
     if request.path.name in CUDA_PROOFS and not hasattr(request.node.obj, "hypothesis"):
         from conftest_cuda import told_by_sources
         from ptxemu import proofs

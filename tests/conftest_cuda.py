@@ -57,7 +57,7 @@ def launchers():
 
 @functools.cache
 def told_by_sources() -> str:
-    """A hash of all that decides what the launchers do: the PTX of every kernel, and the sources of the host code."""
+    """A hash of all that decides what launchers do: the PTX of every kernel and the sources of the host code."""
     launchers()
     paths = (*CSRC.glob("*.h"), *(CSRC / "cuda").rglob("*"), *LAUNCHERS.parent.iterdir())
     host = sorted(path for path in paths if path.is_file())
@@ -67,7 +67,7 @@ def told_by_sources() -> str:
 
 @functools.cache
 def stub_bindings():
-    """The path of tests/cuda/stub_bindings.cpp as a library, compiled and linked to the launchers."""
+    """The path of the library made of tests/cuda/stub_bindings.cpp and the launchers."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ found")
     run, runtime = emulator("toolchain").run, launchers().path
@@ -102,7 +102,7 @@ def call(function: str, *args) -> None:
 
 @contextlib.contextmanager
 def multiprocessors(count: int):
-    """A GPU so small that its warps go round their loops more than once."""
+    """Context with a GPU so small that its warps go round their loops more than once."""
     device = launchers().device
     launchers().device = dataclasses.replace(device, sm_count=count)
     try:
@@ -117,11 +117,11 @@ def unaligned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def written(size: int, dtype: torch.dtype, aligned: bool = True) -> torch.Tensor:
-    """Memory for a kernel to write, full of a value that it has to replace."""
+    """Memory for a kernel to write, filled with a value that it has to replace."""
     tensor = torch.full((size,), 7, dtype=dtype)
     return tensor if aligned else unaligned(tensor)
 
 
 def spec_of(format: str, block_size: int, double_quant: bool = False) -> str:
-    """How such a weight is stored, as the ops take it."""
+    """The spec of such a weight, as the ops take it."""
     return WeightSpec(format, block_size, double_quant).text

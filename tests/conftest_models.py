@@ -1,4 +1,4 @@
-"""Tiny models for the tests of lowbit_lora: random weights from a seed, no file, no network."""
+"""Tiny models for the tests of lowbit_lora, with random weights from a seed. They need no file and no network."""
 
 import copy
 
@@ -65,7 +65,7 @@ def llama(seed: int = 0, tied: bool = False):
 
 
 def decoded(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or what a quantized one stands for."""
+    """The tensor itself, or the decoded weight of a quantized one."""
     return tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
 
 
@@ -80,7 +80,7 @@ def snapshot(model: nn.Module) -> dict:
 
 
 def assert_untouched(model: nn.Module, before: dict) -> None:
-    """The model is what ``snapshot`` saw."""
+    """Assert that the model is what ``snapshot`` saw."""
     after = snapshot(model)
     for key, value in before.pop("state").items():
         assert torch.equal(value.nan_to_num(7.5), after["state"][key].nan_to_num(7.5)), key
@@ -89,7 +89,7 @@ def assert_untouched(model: nn.Module, before: dict) -> None:
 
 
 def train(wrapper: nn.Module, steps: int = 2, seed: int = 0) -> list[float]:
-    """A few steps of AdamW on the model's own task; the loss before each and at the end."""
+    """Do a few steps of AdamW on the model's own task; return the loss before each and at the end."""
     torch.manual_seed(seed)
     labels = LABELS if hasattr(wrapper.get_base_model(), "classifier") else IDS
     optimizer = torch.optim.AdamW(wrapper.trainable_parameters(), lr=5e-3)
@@ -112,7 +112,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def randomize(wrapper: nn.Module, seed: int = 0) -> nn.Module:
-    """Fill B, which begins as zero and hides a LoRA that computes nothing."""
+    """Fill B with random values: a B of zero hides a LoRA that computes nothing."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in wrapper.named_parameters():

@@ -1,9 +1,9 @@
 """What the tests of the Triton kernels share.
 
-Two ways to run one without a GPU. Under ``TRITON_INTERPRET=1``, a process of its own, Triton's interpreter runs the
-kernels on CPU tensors (``interpreted``). Otherwise ``launches`` collects what a call would launch; ``compiled`` makes
-machine code of such a launch for any GPU, with what the launch would specialize on, and ``emulate`` runs its PTX (for
-sm_80 or sm_90) on the emulator, on the call's own tensors.
+There are two ways to run a kernel without a GPU. In a process with ``TRITON_INTERPRET=1``, Triton's interpreter runs
+it on CPU tensors (``interpreted``). Elsewhere, ``launches`` collects what a call would launch, ``compiled`` makes
+machine code of such a launch for any GPU, with the launch's own specialization, and ``emulate`` runs its PTX for sm_80
+or sm_90 on the emulator, on the call's own tensors.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ A100 = Gpu(80, 108)
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """Code that an A100 may run: a configuration, and a weight that it is chosen for.
+    """Code that an A100 may run: a configuration, and a weight for which it is chosen.
 
     ``more_columns``: those of a row of W beyond whole tiles.
     """
@@ -97,7 +97,7 @@ class Kind:
         return f"{name}{blocks}{ragged}{'-in_parts' if self.config.splits > 1 else ''}"
 
     def columns(self, least: int, multiple: int) -> int:
-        """Columns of a small W of this kind: at least so many in whole tiles and blocks, and those beyond."""
+        """The columns of a small W of this kind: at least so many in whole tiles and blocks, and those beyond."""
         whole = math.lcm(multiple, max(self.block_size, 1))
         return math.ceil(least / whole) * whole + self.more_columns
 
@@ -105,9 +105,10 @@ class Kind:
 def every_kind(op: str, masked_beyond: int, experts: int = 0) -> list[Kind]:
     """Each kind of code that an A100 runs for "linear" or "linear_grad_input", first or for autotune.
 
-    They are asked for so many sizes that no tile is left out. Each comes once: of one matrix with the sum in one part,
-    of a stack, and for ragged rows of int8, in two where it may be (more are the same code). bf16 and fp16 are other
-    instructions, formats other numbers in a table, which have their own tests: fp16 and fp4 are for what is in parts.
+    The choosers are asked for so many sizes that no tile is left out. Each kind comes once: for one matrix with the sum
+    in one part; for a stack, and for ragged rows of int8, in two parts where possible (more are the same code). bf16
+    and fp16 differ in instructions, formats in the numbers of a table. Both have their own tests, so fp16 and fp4 are
+    used for sums in parts.
 
     ``masked_beyond``: rows of int8 need a mask for the columns beyond multiples of it.
     """
@@ -160,7 +161,7 @@ def tile_of_a_layer(k=4096, **wanted):
 
 
 def _memory(value):
-    """What the emulator takes for an argument: of a tensor with strides the memory that they span."""
+    """The emulator's form of an argument. Of a tensor with strides it is the memory that they span."""
     if isinstance(value, torch.Tensor) and not value.is_contiguous():
         last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
         return value.as_strided([last + 1], [1])
@@ -168,7 +169,7 @@ def _memory(value):
 
 
 def _told_by(launch: Launch, target: str):
-    """All that decides what a launch does: its code, its grid and its arguments."""
+    """All that decides what a launch does: code, grid and arguments."""
     signature, *_ = specialized(launch)
     yield from (key_of(launch, target), launch.grid)
     for name, kind in signature.items():
@@ -176,7 +177,7 @@ def _told_by(launch: Launch, target: str):
 
 
 def _prove(launch: Launch, target: str, *inputs) -> None:
-    """A step of the running test's proof: all that was launched together, before the first of it is compiled."""
+    """Take a step of the running test's proof: all that was launched together, before any of it is compiled."""
     if not proofs.has_taken(launch.together):
         told = (part for each in launch.together for part in _told_by(each, target))
         proofs.step(target, *inputs, *told, of=launch.together)
@@ -191,7 +192,7 @@ def compiled(launch: Launch, target: str):
 def emulate(launch: Launch, ends: dict[str, torch.Tensor] | None = None, target: str = "sm_80", **options):
     """Run a launch's PTX for ``target`` on the emulator, on the launch's own (CPU) tensors; returns what it counted.
 
-    ``ends``: by argument the last elements of a tensor, all of it that there is memory for (it may be a meta tensor).
+    ``ends`` has, by argument, the last elements of a tensor. Only these have memory (the tensor may be on meta).
     """
     emulator = pytest.importorskip("ptxemu")
     _prove(launch, target, *sum((ends or {}).items(), ()), *(f"{name}={value}" for name, value in options.items()))
@@ -220,7 +221,7 @@ def emulate(launch: Launch, ends: dict[str, torch.Tensor] | None = None, target:
 
 
 def spilled(kernel, target: str, folder: Path) -> int:
-    """Bytes of memory per thread that a compiled kernel uses for want of registers."""
+    """Bytes of memory per thread that a compiled kernel uses because registers ran out."""
     if target.startswith("gfx"):
         # Scalar registers that spill do so to lanes of vector registers.
         (scratch,) = re.findall(r"\.private_segment_fixed_size:\s*(\d+)", kernel.asm["amdgcn"])

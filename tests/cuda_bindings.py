@@ -1,4 +1,4 @@
-"""csrc/bindings/cuda.cpp on CPU tensors over the stub runtime, and what its tests share.
+"""Runs csrc/bindings/cuda.cpp on CPU tensors over the stub runtime, for its tests.
 
 tests/cuda/stub_bindings.cpp registers the ops of the CUDA bindings as ``torch.ops.lowbit_stub``.
 """
@@ -30,7 +30,7 @@ allocated = {}  # what torch has not filled, by address
 
 
 def know_allocation(address: int, size: int, filled: bool) -> None:
-    """What an op allocates: the emulator lets kernels write it, and nobody read it before, unless torch filled it."""
+    """Make an op's allocation known: kernels may write it, but not read it before, unless torch filled it."""
     if filled and address in allocated:
         allocated.pop(address).written[:] = True
     elif size:
@@ -62,9 +62,9 @@ def stub():
 
 
 def run(op: str, *args, device: int = 0):
-    """An op of the CUDA bindings, its tensors on ``device``.
+    """Run an op of the CUDA bindings with its tensors on ``device``; return its result.
 
-    All that it asks of the CUDA runtime is to launch kernels there, on torch's current stream: no allocation, no wait.
+    Asserts that the op only launches kernels there, on torch's current stream: no allocation, no wait.
     """
     op, library = getattr(stub(), op), launchers()
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
@@ -82,7 +82,7 @@ def run(op: str, *args, device: int = 0):
 
 @contextlib.contextmanager
 def two_gpus(arch: str):
-    """Tensors are on the second of two GPUs, which is of another architecture; the first is the current one."""
+    """Context with two GPUs of different architectures: tensors are on the second, the first is current."""
     library = launchers()
     library.set_device_count(2)
     library.other_devices = {1: emulator("device").Device.for_arch(arch)}
@@ -101,7 +101,7 @@ def assert_same(ours, theirs):
 
 
 def quantized(shape, format="nf4", block_size=64, double_quant=False):
-    """A random weight's arguments from packed to spec; double-quantized where its format can be."""
+    """The arguments from packed to spec of a random weight, double-quantized if its format can be."""
     plain = spec_of(format, block_size)
     packed, absmax = REFERENCE.quantize(make_weight(shape), plain)
     spec = spec_of(format, block_size, double_quant)
@@ -130,7 +130,7 @@ def check_linear(
     scaling=0.7,
     sizes=None,
 ):
-    """``linear`` against fp64 arithmetic; returns the kernel that ran last. sizes: of t's and lora_b's elements."""
+    """Check ``linear`` against fp64 arithmetic; return the last kernel. ``sizes`` scale t's and lora_b's elements."""
     weight = quantized((n, k), format, double_quant=double_quant)
     x, bias_values, t, lora_b = operands(rows, n, k, rank, dtype, lora_dtype)
     if sizes:
@@ -153,7 +153,7 @@ def check_linear(
 
 
 def assert_grad_input_is_right(out, grad, parts, k, grad_t=None, lora_a=None):
-    """linear_grad_input's output by whatever way it took."""
+    """Check an output of linear_grad_input, however it was computed."""
     assert out.dtype == grad.dtype and out.shape == (*grad.shape[:-1], k)
     weight = REFERENCE.dequantize(*parts, [grad.shape[-1], k], torch.float32).double()
     exact, magnitude = grad.double() @ weight, grad.double().abs() @ weight.abs()

@@ -1,4 +1,4 @@
-"""What the processes of tests/test_tensor_distributed.py run, and the one process that they are compared with."""
+"""What the processes of tests/test_tensor_distributed.py run, and the single process to compare them with."""
 
 import os
 from pathlib import Path
@@ -35,7 +35,7 @@ class Adapted(nn.Module):
 
 
 class Experts(nn.Module):
-    """The mean of three experts, out of one stack."""
+    """The mean of three experts that share one stack."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ class Experts(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """Ten quantized rows."""
+    """An embedding of ten quantized rows."""
 
     def __init__(self):
         super().__init__(10, 64)
@@ -54,7 +54,7 @@ class Embedding(nn.Embedding):
 
 
 def model(seed: int = 0) -> nn.Sequential:
-    """One layer of each kind of sharding: see the comments."""
+    """A model with one layer of each kind of sharding; the comments name them."""
     torch.manual_seed(seed)
     return nn.Sequential(
         Embedding(),
@@ -69,17 +69,17 @@ def model(seed: int = 0) -> nn.Sequential:
 
 
 def trained(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The whole tensors of what trains, by name."""
+    """The whole tensors of the trainable parameters, by name."""
     return {name: whole(p.detach()) for name, p in module.named_parameters() if p.requires_grad}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor of a sharded one."""
+    """The whole tensor, gathered if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def train(module: nn.Module, batches: list[torch.Tensor], steps: int = 2) -> dict[str, torch.Tensor]:
-    """Steps of SGD on the mean loss of the batches; what was trained."""
+    """Do steps of SGD on the mean loss of the batches; return what was trained."""
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.5)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -90,14 +90,14 @@ def train(module: nn.Module, batches: list[torch.Tensor], steps: int = 2) -> dic
 
 
 def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The output and the gradients of one step."""
+    """Return the output and the gradients of one step."""
     y = module(IDS)
     y.float().square().mean().backward()
     return {"y": y.detach()} | {n: whole(p.grad).float() for n, p in module.named_parameters() if p.requires_grad}
 
 
 def shard(module: nn.Module, **options) -> nn.Module:
-    """``module`` with each of its layers under FSDP2."""
+    """Put each layer of ``module`` under FSDP2; return it."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in module:
         fully_shard(layer, mesh=mesh, **options)
@@ -105,7 +105,7 @@ def shard(module: nn.Module, **options) -> nn.Module:
 
 
 class Sent(TorchDispatchMode):
-    """Counts the bytes of weights and gradients that collectives are given. (DDP's own notes are integers.)"""
+    """Counts the bytes of weights and gradients that collectives send. (DDP's own messages are integers.)"""
 
     def __init__(self):
         super().__init__()
@@ -121,7 +121,7 @@ class Sent(TorchDispatchMode):
 
 
 def ddp_case(rank: int, folder: Path) -> dict:
-    """Two processes with a batch each; the module goes into DDP bare and inside of a container."""
+    """Two processes train on a batch each. The module goes into DDP bare and inside of a container."""
     torch.manual_seed(rank)  # adapters differ until DDP sends those of rank 0
     results = {}
     for name, wrap in (("bare", lambda m: m), ("container", nn.Sequential)):
@@ -141,7 +141,7 @@ def ddp_case(rank: int, folder: Path) -> dict:
 
 
 def fsdp_case(rank: int, folder: Path) -> dict:
-    """Every process has the same batch: sums of equal gradients are exact in any order."""
+    """Every process trains on the same batch: sums of equal gradients are exact in any order."""
     results = {}
     for reshard in (True, False):
         module = shard(model(), reshard_after_forward=reshard)
@@ -164,12 +164,12 @@ def fsdp_case(rank: int, folder: Path) -> dict:
 
 
 def two_batches_case(rank: int, folder: Path) -> dict:
-    """Two processes with a batch each under FSDP2."""
+    """Two processes train on a batch each under FSDP2."""
     return {"fsdp": train(shard(model()), [BATCHES[rank]])}
 
 
 def run(rank: int, ranks: int, folder: Path, cases: tuple) -> None:
-    """The body of one process; what it returns is in the folder, one file a case."""
+    """Run cases in one process; write each result to a file in the folder."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{ranks}", rank=rank, world_size=ranks)
@@ -179,5 +179,5 @@ def run(rank: int, ranks: int, folder: Path, cases: tuple) -> None:
 
 
 def spawn(ranks: int, folder: Path, *cases) -> None:
-    """Run the cases in so many processes."""
+    """Run the cases in ``ranks`` processes."""
     torch.multiprocessing.start_processes(run, (ranks, folder, cases), nprocs=ranks, start_method="spawn")

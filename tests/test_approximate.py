@@ -1,4 +1,4 @@
-"""linear with precision="int8": the same rounding on every kernel set, a stated error, and no gradients."""
+"""``linear`` with precision="int8" rounds alike on every kernel set, errs as stated, and has no gradients."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def approximate(x, q, bias=None):
 
 
 def rounded_operands(x, q):
-    """What the mode multiplies, in fp64: x and W after their rounding to int8, both [.., in_features]."""
+    """The operands of the mode in fp64: x and W after their rounding to int8, both [.., in_features]."""
     weight = q.dequantize(torch.float32).double()
     if x.shape[-1] % 64:
         return x.double(), weight
@@ -136,7 +136,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 
 def test_errors():
-    """A typo or a training loop must hear about it: the mode has no backward."""
+    """A typo, or a training loop that needs the missing backward, must get an error."""
     q = lowbit.quantize(make_weight((8, 64)))
     x = torch.ones(1, 64, requires_grad=True)
     with pytest.raises(ValueError, match="precision: expected 'exact' or 'int8', got 'int4'"):

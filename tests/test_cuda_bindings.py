@@ -1,7 +1,6 @@
 """csrc/bindings/cuda.cpp, run on CPU tensors over the stub runtime: the right arguments reach the right kernel.
 
-What a GPU would have to show is not proved here: torch's own device guard, the look-up of its stream, and that the GPU
-runs the code.
+Only a GPU can prove torch's own device guard, the look-up of its stream, and that the GPU runs the code.
 """
 
 import dataclasses
@@ -38,7 +37,7 @@ def test_every_op_in_four_bits(format, dtype):
 
 
 def test_search_and_encode():
-    """importance belongs to columns, not to rows."""
+    """importance would be taken by rows instead of columns."""
     weight = make_weight((3, 50))
     importance = torch.rand(50, generator=torch.Generator().manual_seed(0))
     for given in (importance, None):
@@ -49,7 +48,7 @@ def test_search_and_encode():
 
 @pytest.mark.parametrize("shape", [(5, 48), (7,), (2, 3, 31)])
 def test_int8(shape):
-    """Rows run along the last dimension."""
+    """Rows would run along another dimension than the last."""
     weight = make_weight(shape)
     codes, absmax = run("quantize", weight, "int8")
     assert_same((codes, absmax), REFERENCE.quantize(weight, "int8"))
@@ -82,7 +81,7 @@ def every_binding(dtype, device=0):
 def test_nothing_that_a_cuda_graph_cannot_hold():
     """An allocation, a wait or a kernel on another stream would end a capture with an error. (``run`` looks.)
 
-    So would one in a kernel's launcher that no call here reaches: they all are, says the list of kernels.
+    The list of kernels shows that the calls reach every launcher.
     """
     launchers().launches.clear()
     for dtype in (torch.bfloat16, torch.float32):
@@ -130,7 +129,7 @@ def test_a_refused_launch_is_an_error_once(op):
 
 
 def test_empty_weights():
-    """Nothing to do is not a launch of an empty grid, which CUDA refuses."""
+    """An op with nothing to do would launch an empty grid, which CUDA refuses."""
     for spec in ("nf4:64", "int8"):
         packed, absmax = stub().quantize(torch.empty(4, 0), spec)
         assert packed.numel() == 0

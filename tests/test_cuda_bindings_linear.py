@@ -24,8 +24,10 @@ def test_linear(dtype, lora_dtype, bias):
 @pytest.mark.parametrize("lora_dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("scaling", [64.0, -64.0, 2.0**-10])
 def test_lora_in_the_range_of_fp16(scaling, lora_dtype):
-    """scaling t may pass 65504 where its product with a small lora_b does not: the output would be inf. And scaling
-    lora_b may be so small that fp16 has few bits for it."""
+    """scaling * t may pass 65504 where its product with a small lora_b does not: the output would be inf.
+
+    scaling * lora_b may be so small that fp16 has few bits for it.
+    """
     for rows, kernel in ((3, "gemv"), (20, "gemm"), (260, "dequantize")):
         lora = {"lora_dtype": lora_dtype, "scaling": scaling, "sizes": (4000, 1e-3)}
         assert kernel in check_linear(rows, 24, 128, torch.float16, **lora)
@@ -42,7 +44,7 @@ def test_t_beyond_the_range_of_fp16(scaling, size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_linear_without_lora(double_quant, dtype):
-    """Every optional argument left out, on both sides of each threshold."""
+    """A missing optional argument would be read, on one side or the other of each threshold."""
     ways = ("gemv", 16, "dequantize", 17) if dtype == torch.float32 else ("gemv", 8, "gemm", 256, "dequantize", 257)
     for name, most in zip(ways[::2], ways[1::2], strict=True):
         assert name in check_linear(most, 16, 64, dtype, bias=False, rank=0, double_quant=double_quant)
@@ -58,12 +60,12 @@ def test_linear_whose_shape_gemm_does_not_take():
 
 @pytest.mark.parametrize("rows", [1, 7, 20])
 def test_linear_int8(rows):
-    """Codes of one byte, a scale per row."""
+    """Codes of one byte, or scales of rows, would be read as those of 4 bits."""
     assert ("gemv_int8" if rows < 17 else "dequantize_int8") in check_linear(rows, 20, 96, torch.float16, "int8")
 
 
 def test_linear_workspace():
-    """Sums that several blocks share need memory, and it comes from torch."""
+    """The memory for sums that several blocks share would not come from torch."""
     assert "split_sum" in check_linear(2, 16, 3 * 4096, torch.bfloat16)
 
 

@@ -1,4 +1,4 @@
-"""The CUDA half of the extension on a machine without a GPU: it loads, it is found, and what is missing is said."""
+"""The CUDA half of the extension on a machine without a GPU loads, is found, and reports what is missing."""
 
 import os
 import subprocess
@@ -87,9 +87,7 @@ def test_a_wrong_build_option_is_named(name, value, message):
     ],
 )
 def test_cuda_or_triton(monkeypatch, rows, dtype, format, capability, expected):
-    """Training batches on Hopper lose 40% without wgmma, and int8 without any tensor cores; everything else would lose
-    by Triton.
-    """
+    """Training batches on Hopper lose 40% without wgmma, and int8 without tensor cores. All else loses with Triton."""
     monkeypatch.setattr(native, "DEVICE_TYPES", ("cpu", "meta", "cuda"))
     monkeypatch.setattr(backends.triton, "_MISSING_REASON", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

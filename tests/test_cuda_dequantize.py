@@ -68,7 +68,7 @@ def test_more_tiles_than_warps(format, dtype):
 
 
 def test_every_code_of_the_scale_map():
-    """The 256 entries of the map, from the table that the kernel carries."""
+    """One of the 256 entries of the kernel's own map would be wrong."""
     codes = torch.arange(256, dtype=torch.uint8)
     packed = torch.full((256 * 16,), 0xFF, dtype=torch.uint8)  # NF4 code 15 is 1.0
     decoded = decode(packed, codes, torch.ones(1), torch.zeros(1), "nf4", 32, 256 * 32, torch.float32)
@@ -84,7 +84,7 @@ def test_every_code_of_the_scale_map():
     aligned=st.booleans(),
 )
 def test_int8_equals_the_reference(rows, columns, dtype, magnitude, aligned):
-    """Rows that 16-byte accesses can serve and rows that they cannot."""
+    """Rows that 16-byte accesses cannot serve would be decoded wrongly."""
     weight = make_weight((rows, columns), torch.float32, magnitude)
     codes, absmax = reference.quantize(weight, "int8")
     decoded = decode(codes, absmax, None, None, "int8", columns, rows * columns, dtype, aligned)
@@ -93,7 +93,7 @@ def test_int8_equals_the_reference(rows, columns, dtype, magnitude, aligned):
 
 
 def test_int8_long_row():
-    """One row of many tiles is shared out over the grid's second dimension."""
+    """A row of many tiles, which the grid's second dimension shares out, would be decoded in part."""
     codes = torch.randint(-127, 128, (20_000,), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     parts = (codes.view(torch.uint8), torch.tensor([0.3]), None, None, "int8")
     expected = reference.dequantize(*parts, [20_000], torch.float16)

@@ -9,7 +9,7 @@ from conftest_cuda import DTYPE_CODES, call, launchers, written
 
 
 def rounded(low, up, dtype, scaling, is_transposed):
-    """The kernel's output. is_transposed: up and its result are so in memory."""
+    """The kernel's output. ``is_transposed``: up and its result are transposed in memory."""
     (m, rank), n = low.shape, up.shape[0]
     up = up.T.contiguous() if is_transposed else up
     strides = (1, n) if is_transposed else (rank, 1)
@@ -44,7 +44,7 @@ def test_every_dtype(dtype):
 
 @pytest.mark.parametrize("scaling", [0.0, -64.0, 2.0**-10, 1e6])
 def test_every_scaling(scaling):
-    """One that fp16 does not hold, or that takes low beyond it, goes to up."""
+    """A scaling that fp16 does not hold, or that takes low beyond fp16, would not go to up."""
     assert_equals_torch(*factors(40, 50, 8, torch.float32, torch.float32), torch.float16, scaling, True)
 
 
@@ -55,7 +55,7 @@ def test_ranks_that_share_nothing():
 
 
 def test_nothing_to_do():
-    """No rows, no outputs or a LoRA that is switched off are no launch of an empty grid, which CUDA refuses."""
+    """No rows, no outputs or a LoRA that is off would launch an empty grid, which CUDA refuses."""
     call("lowbit_dequantize", *[None] * 5, 0, 64, 0, None, 0)
     before = len(launchers().launches)
     for m, n, rank in ((0, 4, 2), (3, 0, 2), (3, 4, 0)):

@@ -82,7 +82,7 @@ def workspace_size(x, weight: Weight, packed=None) -> int:
 
 
 def gemm(x, weight: Weight, bias=None, t=None, lora_b=None, scaling=1.0, y=None):
-    """The kernel's output, and the workspace that it left: of memory that has to be written before it is read."""
+    """The kernel's output and its workspace, whose memory has to be written before it is read."""
     m, n = len(x), weight.n
     y = written(m * n, x.dtype) if y is None else y
     workspace = torch.zeros(workspace_size(x, weight))
@@ -124,7 +124,7 @@ def assert_is_the_product(m, weight: Weight, dtype, rank, has_bias, scaling=0.7)
     processors=st.sampled_from((1, 3, 16, 132)),
 )
 def test_is_the_product(m, n, k, dtype, format, block_size, double_quant, magnitude, rank, has_bias, processors):
-    """Ragged tiles, blocks that cross rows, every kind of scale, LoRA and any number of splits."""
+    """A ragged tile, a block that crosses rows, a kind of scale, LoRA or a split would make other numbers."""
     weight = Weight(n, k, format, block_size, double_quant, magnitude)
     with multiprocessors(processors):
         assert_is_the_product(m, weight, dtype, rank, has_bias)
@@ -134,7 +134,7 @@ def test_is_the_product(m, n, k, dtype, format, block_size, double_quant, magnit
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("m", [16, 32, 64])
 def test_every_weight_meets_its_column(m, format, dtype):
-    """Rows of the unit matrix pick single weights, exactly: an error in the order of columns shows as another."""
+    """Columns in another order would multiply other weights; rows of the unit matrix pick single ones, exactly."""
     weight = Weight(70, 192, format)
     codes = torch.stack([weight.packed >> 4, weight.packed & 15], dim=1).reshape(-1)
     block = torch.arange(codes.numel()) // weight.block_size
@@ -276,7 +276,7 @@ def test_what_it_does_not_serve():
 
 @pytest.mark.parametrize(("m", "n"), [(0, 8), (9, 0)])
 def test_nothing_to_do(m, n):
-    """Empty products are no launches of empty grids, which CUDA refuses."""
+    """An empty product would launch an empty grid, which CUDA refuses."""
     x, packed, empty = (
         normal(m, 64, dtype=torch.bfloat16),
         torch.zeros(max(n * 32, 1), dtype=torch.uint8),

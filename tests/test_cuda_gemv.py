@@ -165,7 +165,7 @@ def test_fast_shapes(m, n, blocks, block_size, dtype, format, double_quant, rank
     aligned=st.booleans(),
 )
 def test_any_shape(m, n, k, dtype, format, block_size, double_quant, rank, bias, aligned):
-    """Blocks that cross rows, rows that start inside a byte, memory that starts at any element."""
+    """Blocks that cross rows, rows that start inside a byte, or unaligned memory would be misread."""
     Case(m, n, k, dtype, format, block_size, double_quant, rank, bias, aligned=aligned).check()
 
 
@@ -179,7 +179,7 @@ def test_every_block_size(block_size, dtype):
 @pytest.mark.parametrize("m", [1, 2, 4, 5, 8, 9, 19])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_x(m, dtype):
-    """As many rows as a block takes, one more, and several groups of them."""
+    """Rows beyond what a block takes, or beyond a group, would be left out or repeated."""
     Case(m, 33, 192, dtype, rank=17, bias=True).check()
 
 
@@ -268,7 +268,7 @@ def test_scale_that_is_not_finite(dtype):
 @pytest.mark.parametrize("k", [16, 512, 528, 1040])
 @pytest.mark.parametrize("m", [1, 2, 6])
 def test_int8(m, k, dtype):
-    """Rows that 16-byte accesses serve, some of them shorter than a warp's."""
+    """int8 rows, also those shorter than what a warp reads, would be summed wrongly."""
     Case(m, 19, k, dtype, "int8", rank=17, bias=True).check()
     assert "gemv_int8" in kernels_run()
 
@@ -276,7 +276,7 @@ def test_int8(m, k, dtype):
 @pytest.mark.parametrize("shape", [(0, 16, 64), (3, 0, 64), (3, 16, 0)])
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_nothing_to_multiply(shape, format):
-    """No rows, no outputs, or sums of nothing: then LoRA and bias are all there is."""
+    """Without rows or outputs an empty grid would be launched; sums of nothing would lose LoRA and bias."""
     m, n, k = shape
     packed = torch.zeros(n * k // (2 if format == "nf4" else 1), dtype=torch.uint8)
     t, lora_b, bias = torch.ones(m, 2), torch.ones(n, 2), torch.ones(n)

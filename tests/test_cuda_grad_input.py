@@ -42,7 +42,7 @@ def quantized(shape, format, block_size, double_quant, magnitude=0.02):
 
 
 def with_spec(parts):
-    """As the reference takes them."""
+    """The parts of a weight as the reference takes them."""
     packed, absmax, group_scales, offset, format, block_size = parts
     return packed, absmax, group_scales, offset, spec_of(format, block_size, group_scales is not None)
 
@@ -55,7 +55,7 @@ def operands(m, n, k, rank, dtype):
 
 
 def grad_input(grad, parts, k, grad_t=None, lora_a=None, aligned=True):
-    """What the kernels make, and the launches that made it."""
+    """The kernels' output, and the launches that made it."""
     packed, absmax, group_scales, offset, format, block_size = parts
     (m, n), rank = grad.shape, 0 if lora_a is None else lora_a.shape[0]
     out = written(m * k, grad.dtype, aligned)
@@ -78,14 +78,14 @@ def grad_input(grad, parts, k, grad_t=None, lora_a=None, aligned=True):
 
 
 def names(launches):
-    """The kernels that ran, without their template arguments."""
+    """The names of the kernels that ran, without template arguments."""
     found = [name for launch in launches for name in (MMA, FMA, ELEMENT, FINISH) if name in launch.kernel]
     assert len(found) == len(launches)
     return found
 
 
 def assert_right(out, kernels, grad, parts, grad_t=None, lora_a=None):
-    """Within the bound that cases.py derives for the kernels that ran."""
+    """Assert that an output is within the bound that cases.py derives for the kernels that ran."""
     shape = [grad.shape[1], out.shape[1]]
     weight = reference.dequantize(*with_spec(parts), shape, torch.float32).double()
     exact, magnitude, terms = grad.double() @ weight, grad.double().abs() @ weight.abs(), grad.shape[1]
@@ -101,7 +101,7 @@ def assert_right(out, kernels, grad, parts, grad_t=None, lora_a=None):
 
 
 def check(m, n, k, rank, dtype, format, block_size, double_quant, magnitude=0.02, aligned=True):
-    """One product; returns its launches."""
+    """Check one product; return its launches."""
     parts = quantized((n, k), format, block_size, double_quant, magnitude)
     grad, grad_t, lora_a = operands(m, n, k, rank, dtype)
     out, launches = grad_input(grad, parts, k, grad_t, lora_a, aligned)
@@ -152,7 +152,7 @@ def test_more_tiles_than_stages(m, block_size, double_quant):
     aligned=st.booleans(),
 )
 def test_any_product(m, n, k, rank, dtype, format, block_size, double_quant, processors, aligned):
-    """Sizes and addresses that 16-byte accesses cannot serve, rows that start inside a byte, blocks that cross rows."""
+    """Unaligned sizes or addresses, rows that start inside a byte, or blocks that cross rows would be misread."""
     with multiprocessors(processors):
         ran = names(check(m, n, k, rank, dtype, format, block_size, double_quant, aligned=aligned))
     if m and k:
@@ -163,7 +163,7 @@ def test_any_product(m, n, k, rank, dtype, format, block_size, double_quant, pro
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gpus_before_sm_80(dtype):
-    """They have no such instructions: the launcher must choose another kernel."""
+    """GPUs before sm_80 lack the instructions: the launcher must choose another kernel."""
     device = launchers().device
     launchers().device = dataclasses.replace(device, compute_capability=(7, 5))
     try:

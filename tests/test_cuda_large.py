@@ -44,8 +44,10 @@ def as_torch(array, dtype=None):
 
 @contextlib.contextmanager
 def running(blocks, processors=108):
-    """Run only ``blocks`` of each grid, on a GPU of so many multiprocessors. Double writes are not looked for: that
-    takes 8 bytes for each."""
+    """Context that runs only ``blocks`` of each grid, on a GPU of so many multiprocessors.
+
+    It does not look for double writes, which would take 8 bytes per byte.
+    """
     library = launchers()
     device, options = library.device, library.options
     library.device = dataclasses.replace(device, sm_count=processors)
@@ -139,7 +141,7 @@ def test_dequantize(double_quant):
 
 
 def test_dequantize_int8():
-    """Many rows, of which the last lie past 2^32; and one row that is as long."""
+    """The last of many rows, or the end of one long row, would be decoded from the weight's beginning."""
     dtype = torch.bfloat16
     weight = Packed((BEYOND_ROW + 8) * K, "int8")
     weight.fill(BEYOND, weight.numel)
@@ -172,7 +174,7 @@ def filled_floats(rounds, dtype=torch.bfloat16):
 
 
 def test_quantize():
-    """The far end of a weight, quantized with its own scales and stored where it belongs."""
+    """The far end of a weight would be quantized with other scales, or stored elsewhere."""
     dtype = torch.bfloat16
     weight, packed, absmax = filled_floats(ROUNDS), huge(NUMEL // 2, np.uint8), huge(NUMEL // 64, np.float32)
     with running(first_block, processors=2**31 // (8 * 1024) // 8) as library:
@@ -216,7 +218,7 @@ def test_search_scales():
 
 
 def test_quantize_int8():
-    """A row past 2^32 elements."""
+    """A row past 2^32 elements would be quantized from other weights."""
     dtype, numel = torch.bfloat16, (BEYOND_ROW + 1) * K
     weight = filled_floats(((BEYOND, numel),))
     codes, absmax = huge(numel, np.uint8), huge(BEYOND_ROW + 1, np.float32)
@@ -278,7 +280,7 @@ class Product:
     ],
 )
 def test_gemv(dtype, format, k, kernel):
-    """The last outputs of a layer as large as a vocabulary times its width."""
+    """The last outputs of a layer as large as a vocabulary times its width would be other rows'."""
     rows = 4 if kernel == "linear_any" else 16
     product, size = Product(2, rows, dtype, format, k), np.zeros(1, np.int64)
     with running(last_block) as library:
@@ -290,7 +292,7 @@ def test_gemv(dtype, format, k, kernel):
 
 
 def test_gemv_of_long_rows():
-    """Rows of 2^26 columns, the most that its 32-bit offsets take, shared out over blocks."""
+    """Rows of 2^26 columns, the most for 32-bit offsets, would be summed wrongly over blocks."""
     k, n, share = 2**26, 80, 4096
     weight = Packed(n * k, double_quant=False)
     for row in range(n - 16, n):
@@ -312,7 +314,7 @@ def test_gemv_of_long_rows():
 
 @pytest.mark.parametrize("m", [16, 33])
 def test_gemm(m):
-    """The same for more rows; the scales' numbers have 32 bits, in units of 32 or 64 columns."""
+    """More rows of x would meet other weights or scales, whose numbers have 32 bits in units of 32 or 64 columns."""
     rows = 256 if m > 32 else 64
     product = Product(m, rows, torch.bfloat16)
     with running(last_block) as library:

@@ -1,4 +1,4 @@
-"""csrc/cuda/device/ptx.cuh and layout.h: each instruction does what its name says, on the lanes that the maps say."""
+"""csrc/cuda/device/ptx.cuh and layout.h: each instruction does what its name says, on the lanes of the maps."""
 
 import functools
 import shutil
@@ -58,7 +58,7 @@ def test_ldmatrix_fills_an_a_fragment(valid):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_16_byte_accesses(arch):
-    """The widest load and store move every byte."""
+    """The widest load or store would lose a byte."""
     x = torch.arange(128, dtype=torch.int32)
     out = torch.zeros_like(x)
     run(arch, "probe_global", x, out)
@@ -67,7 +67,7 @@ def test_16_byte_accesses(arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_cached_loads_and_sums(arch):
-    """Loads of what other warps read too, also by some lanes only, and sums over groups of lanes."""
+    """Cached loads, also by some lanes only, and sums over groups of lanes would give other values."""
     x = torch.arange(128, dtype=torch.int32)
     every, alternate, index = torch.zeros_like(x), torch.zeros_like(x), torch.zeros(32, dtype=torch.int32)
     sums4, sums16 = torch.zeros(32), torch.zeros(32)
@@ -82,7 +82,7 @@ def test_cached_loads_and_sums(arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_conversions_round_to_nearest_even(arch):
-    """Both ways of narrowing, with and without the instruction for pairs, have to round as torch does."""
+    """Narrowing, with and without the instruction for pairs, has to round as torch does."""
     special = [0.0, -0.0, 1.0, 65504.0, 65520.0, 65519.99, 1e-8, 6e-8, 3.3e38, 3.4e38, float("inf"), -float("inf")]
     special += [1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 1e-40, 1.5e-40]
     values = torch.cat([torch.tensor(special), torch.randn(46, generator=torch.Generator().manual_seed(0))])
@@ -108,7 +108,7 @@ def test_nan_stays_nan(arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_bytes_shuffles_and_shared_memory(arch):
-    """What each lane gets of a word, of its neighbours, and of shared memory by address."""
+    """A lane would get other bytes of a word, of its neighbours or of shared memory."""
     x = np.random.default_rng(0).integers(0, 2**32, 32, dtype=np.uint32)
     products, signed = np.zeros(128, np.uint32), np.zeros(128, np.int32)
     neighbours, following, shared4 = (np.zeros(32, np.uint32) for _ in range(3))
@@ -130,7 +130,7 @@ def test_bytes_shuffles_and_shared_memory(arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_indices(arch):
-    """The special registers, read by name."""
+    """A special register would be read by another's name."""
     threads, blocks = np.full((3, 32), -1, np.int32), np.full((3, 32), 7, np.uint32)
     probe(arch).launch("probe_indices", grid=3, block=32, args=(threads, blocks))
     assert (threads == np.arange(32)).all() and (blocks == np.arange(3)[:, None]).all()

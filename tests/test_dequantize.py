@@ -101,7 +101,7 @@ def test_bad_dtype(dtype):
 @pytest.mark.parametrize("format", fmt.FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_into_a_given_output(name, format, dtype):
-    """The same bits, in the caller's memory, and nothing beside it; also where that memory is not aligned."""
+    """Decoding into the caller's memory would write other bits, or beside it, also if it is not aligned."""
     q = lowbit.quantize(make_weight((33, 65)), format=format)
     memory = torch.full((33 * 65 + 2,), 7.0, dtype=dtype)
     out = memory[1:-1].view(33, 65)

@@ -1,4 +1,4 @@
-"""bitsandbytes' key names: what is written, read back, and refused."""
+"""bitsandbytes' key names: what to_state writes, from_state reads back, and what it refuses."""
 
 import json
 
@@ -23,7 +23,7 @@ def test_round_trip(format, dtype, double_quant):
 
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_keys_are_bitsandbytes(double_quant):
-    """The same keys, dtypes, shapes and description as bitsandbytes writes, so that files travel both ways."""
+    """Keys, dtypes, shapes or the description would differ from bitsandbytes', which could not read the file."""
     bnb = pytest.importorskip("bitsandbytes")
     weight = make_weight((96, 384), torch.bfloat16)
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=double_quant)
@@ -68,7 +68,7 @@ def test_broken_state_is_an_error(state, error, message):
 
 
 def test_tables_are_the_file_s_own():
-    """Who changes a loaded state dict would change the library's table of scales."""
+    """A change to a state dict would change the library's own table of scales."""
     q = lowbit.quantize(make_weight((33, 65)))
     before = q.dequantize()
     files.to_state(q)["weight.nested_quant_map"].zero_()

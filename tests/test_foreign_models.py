@@ -1,4 +1,4 @@
-"""Models whose code does more with a layer than call it: kinds of faults that users of such libraries reported."""
+"""Models whose code does more with a layer than call it, with the faults that users of such libraries reported."""
 
 import copy
 import itertools
@@ -42,7 +42,7 @@ def test_a_layer_whose_weight_is_read_past_its_forward(model_type, config_type, 
     model = tiny(family, **extra)
     targets = "all-linear"
     if model_type is QLoRAModel and family != "T5":
-        # Their fused kernels, which run where mamba_ssm is installed, read these weights from memory.
+        # Mamba's fused kernels, which run if mamba_ssm is installed, read these weights from memory.
         before = copy.deepcopy(model.state_dict())
         with pytest.raises(ValueError, match=r"mixer\.(dt|x|out)_proj.*target_modules=\['in_proj'\]"):
             model_type(model, config_type(target_modules=targets))
@@ -134,7 +134,7 @@ def run_both(wrapped, run):
 
 
 def test_multihead_attention_reads_its_projections():
-    """The base is 4-bit throughout and right; LoRA on out_proj, which the forward is never called of, is refused."""
+    """The 4-bit base would be wrong, or LoRA on out_proj, whose forward never runs, would be accepted."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True), nn.Linear(32, 2)).eval()
     wrapped = randomize(QLoRAModel(model, QLoRAConfig()))
@@ -183,7 +183,7 @@ def test_layers_are_called_by_keyword(model_type, config_type, targets, dtype, m
 
 
 def test_no_warning_of_decoding():
-    """A wrapped model that trains and predicts through slow decoding would say so; none of its own code may."""
+    """A wrapped model would train or predict through slow decoding, which warns."""
     from lowbit import aten
 
     aten._say_once.cache_clear()

@@ -1,4 +1,4 @@
-"""The format's tables, and that Python and C++ hold the same ones."""
+"""The formats' tables are right, and equal in Python and C++."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_zero_codes():
 
 
 def test_scale_map_is_sorted_and_signed():
-    """The nearest-entry table assumes it."""
+    """The table of nearest entries assumes a sorted map."""
     assert fmt.SCALE_MAP.numel() == 256
     assert bool((fmt.SCALE_MAP.diff() > 0).all())
     assert fmt.SCALE_MAP[127] == 0 and fmt.SCALE_MAP[255] == 1

@@ -1,4 +1,4 @@
-"""Adding a format: a made-up one, with MXFP4's codes and scales, works on the reference by its record alone."""
+"""A made-up format with MXFP4's codes and scales works on the reference by its record alone."""
 
 import io
 
@@ -25,7 +25,7 @@ def _power(exponent: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def mx4():
-    """The format, for the time of a test; all in it runs on the reference, the only backend that serves it."""
+    """Register the format for one test, which runs on the reference, the only backend that serves it."""
     scales = fmt.ScaleKind(dtype=torch.uint8, encode=_exponent, decode=_power)
     fmt.register(fmt.Format("mx4", 4, E2M1 + tuple(-value for value in E2M1), scales, (32,)))
     with lowbit.use_backend("reference"):
@@ -35,7 +35,7 @@ def mx4():
 
 
 def _expected(weight: torch.Tensor) -> torch.Tensor:
-    """What the format stores, computed by the nearest value and not by midpoints."""
+    """The weight that the format stores, computed by nearest values and not by midpoints."""
     blocks = weight.reshape(-1, 32)
     scale = 2.0 ** torch.ceil(torch.log2(blocks.abs().amax(1, keepdim=True) / 6))
     values = torch.tensor(E2M1 + tuple(-value for value in E2M1))
@@ -80,7 +80,7 @@ def test_training():
     dense = first.weight.dequantize()
     theirs = losses(dense, lambda x, w, a, b: F.linear(x, w, first.bias) + 2 * F.linear(F.linear(x, a), b))
     assert ours[-1] < ours[0]
-    # Sums of 64 terms in another order, which five steps of Adam keep below a thousandth of a loss.
+    # The sums of 64 terms differ in order. Five steps of Adam keep that below a thousandth of a loss.
     assert ours == pytest.approx(theirs, abs=64 * 2.0**-24 * 5 * max(theirs))
 
     file = io.BytesIO()

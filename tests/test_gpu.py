@@ -35,7 +35,7 @@ def assert_same(on_gpu, on_cpu):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_four_bits(dtype, format, block_size):
-    """What the emulator was shown, on the machine that counts."""
+    """A GPU would compute other bytes than the emulator did."""
     for numel in SIZES:
         weight = make_weight((numel,), dtype)
         # Without double quantization: the mean that is its offset depends on the device's order of summation.
@@ -60,7 +60,7 @@ def test_four_bits(dtype, format, block_size):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_searched_scales(dtype):
-    """The same scale on every machine."""
+    """A GPU would find other scales."""
     weight, importance = make_weight((37, 200), dtype), torch.rand(200, generator=torch.Generator().manual_seed(0))
     for given in (None, importance):
         on_gpu = (weight.cuda(), None if given is None else given.cuda(), "nf4:64")
@@ -72,7 +72,7 @@ def test_searched_scales(dtype):
 
 @pytest.mark.parametrize("shape", [(5, 48), (7,), (33, 1040), (3, 20_000)])
 def test_int8(shape):
-    """Rows that 16-byte accesses can serve and rows that they cannot."""
+    """Rows that 16-byte accesses cannot serve would be other bytes."""
     weight = make_weight(shape)
     q, expected = lowbit.quantize(weight.cuda(), format="int8"), lowbit.quantize(weight, format="int8")
     assert_same(q.packed, expected.packed)
@@ -229,6 +229,6 @@ def test_linear_in_a_graph(rows):
 
 
 def test_self_test():
-    """What `python -m lowbit` checks on a GPU."""
+    """`python -m lowbit --self-test` would fail on a GPU."""
     results = [problem for name, problem in selftest.run() if name.startswith("CUDA")]
     assert results and all(problem is None for problem in results)

@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU (NVIDIA's, AMD's or Intel's): what the interpreter and the emulator were shown.
+"""The Triton kernels on a GPU of NVIDIA, AMD or Intel compute what the interpreter and the emulator did.
 
 `pytest -m gpu` runs them.
 """
@@ -57,7 +57,7 @@ def test_four_bits(dtype, format, block_size):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_products(options, dtype, rows, shape):
-    """Every configuration that a user's shapes can choose, forward and backward, twice the same bits."""
+    """A configuration for a user's shapes would be wrong, forward or backward, or give other bits the second time."""
     n, k = shape
     q = lowbit.quantize(make_weight(shape), **options)
     weight = q.dequantize(torch.float32).double().to(DEVICE)
@@ -77,7 +77,7 @@ def test_products(options, dtype, rows, shape):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_grouped(dtype):
-    """Experts with no rows, few and many, in one launch."""
+    """Experts with no rows, few or many would be wrong in one launch."""
     q = lowbit.quantize(make_weight((6, 192, 512)))
     ends = torch.tensor([0, 3, 3, 200, 216, 217], dtype=torch.int32)
     x, grad = torch.randn(217, 512).to(dtype), torch.randn(217, 192).to(dtype)
@@ -173,6 +173,6 @@ def test_compiled(layer, experts, dtype):
 
 
 def test_self_test():
-    """What `python -m lowbit` checks on a GPU."""
+    """`python -m lowbit --self-test` would fail on a GPU."""
     results = [problem for name, problem in selftest.run() if name.startswith("Triton")]
     assert results and all(problem is None for problem in results)

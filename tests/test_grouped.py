@@ -69,7 +69,7 @@ def test_grouped_linear(name, counts, stack, dtype, format, block_size, double_q
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("stack", STACKS)
 def test_int8(name, stack):
-    """Its scales belong to rows, which are counted through all experts."""
+    """An int8 expert would take another's scales: rows are counted through all experts."""
     q = lowbit.quantize(make_weight(stack), format="int8")
     check_product(name, q, ends_of((3, 0, 9), stack[0]), torch.float32, True)
 
@@ -92,7 +92,7 @@ def check_product(name, q, ends, dtype, has_bias):
         of_row = torch.repeat_interleave(torch.arange(experts), torch.diff(ends, prepend=torch.zeros(1).int()))
         exact, magnitudes = exact + bias.double()[of_row], magnitudes + bias.double().abs()[of_row]
     most = max(at.stop - at.start for at in reference.expert_rows(ends))
-    # The bound of a kernel that is used for any of the experts: which one it is depends on their rows.
+    # This is the bound of any kernel that an expert may use: which one depends on its rows.
     rounding = max(weight_error(name, q.spec.format, dtype, m, k) for m in (1, most))
     assert_within(y.detach(), exact, product_tolerance(magnitudes, exact, k, dtype, rounding))
     exact = exact_product(grad.double(), weight, ends, transposed=True)
@@ -145,7 +145,7 @@ def test_every_gradient(name, counts, stack, rank, lora_dtype):
 
 
 def test_by_expert():
-    """What a backend without a grouped kernel does must be the same product."""
+    """A backend without a grouped kernel would compute another product."""
     kernels_by_expert = grouped.by_expert("lowbit_reference")
     for options in ({}, {"double_quant": False}, {"block_size": 256}, {"format": "int8"}):
         for stack in STACKS:

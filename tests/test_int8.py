@@ -66,7 +66,7 @@ def test_bytes_and_decoded_weights_equal_the_reference(name, shape, dtype, magni
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_equals_golden_vectors(name, index):
-    """The bytes are a promise, also where bitsandbytes is not installed."""
+    """The bytes are a promise, also without bitsandbytes installed."""
     with safe_open(GOLDEN, "pt") as golden, kernels(name):
         weight, codes, absmax, decoded = (
             golden.get_tensor(f"int8.{index}.{part}") for part in ("weight", "codes", "absmax", "decoded")
@@ -127,7 +127,7 @@ def test_error_is_within_half_a_step():
 
 
 def test_block_size_and_double_quant_are_ignored():
-    """One row, one scale: a config made for NF4 may name others."""
+    """A config made for NF4 would be refused, or change how rows and scales are stored."""
     weight = make_weight((8, 100))
     options = {"block_size": 128, "double_quant": True}
     assert_same_bytes(
@@ -299,7 +299,7 @@ def test_wrong_direct_calls_raise(change, message):
 
 @needs_native
 def test_wrong_direct_quantize_raises():
-    """As above, where the codes are written."""
+    """A wrong call would write codes out of bounds."""
     with pytest.raises(RuntimeError, match="spec: expected .*int8.*, got .*int8:21"):
         torch.ops.lowbit.quantize(torch.ones(3, 7), "int8:21")
 

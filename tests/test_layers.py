@@ -1,4 +1,4 @@
-"""lowbit_lora/layers.py: what a single layer computes, how it moves, is copied, saved and merged."""
+"""lowbit_lora/layers.py: what a single layer computes, and how it is moved, copied, saved and merged."""
 
 import copy
 import math
@@ -38,8 +38,8 @@ def definition(x, weight, bias, lora_a, lora_b, scaling):
 
 
 def in_double(layer, x, grad):
-    """``(exact, magnitudes)``: the output and the gradients of x, A and B in fp64, and with every factor's absolute
-    value, which bounds the roundings of fp32.
+    """``(exact, magnitudes)``: the output and the gradients of x, A and B in fp64, as they are and with every factor's
+    absolute value, which bounds the roundings of fp32.
     """
     weight, bias = layer.base_weight(torch.float32).double(), layer.bias
     bias = torch.zeros(layer.out_features) if bias is None else bias.detach()
@@ -294,7 +294,7 @@ def test_autocast(spec):
 
 @bases
 def test_on_the_meta_device(spec):
-    """Shapes without memory: how large models are planned, and loaded piece by piece."""
+    """A layer on meta would fail or take memory: large models are planned there, and loaded piece by piece."""
     layer = make(spec=spec).to("meta")
     x = torch.empty(2, 5, 72, device="meta", requires_grad=True)
     y = layer(x)

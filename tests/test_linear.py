@@ -24,7 +24,7 @@ import lowbit
 
 
 def operands(rows, shape, rank, dtype, lora_dtype, seed=0):
-    """x, bias, lora_a, lora_b as leaves that require gradients."""
+    """Return x, bias, lora_a and lora_b as leaves that require gradients."""
     n, k = shape
     generator = torch.Generator().manual_seed(seed)
     sizes = ((rows, k), (n,), (rank, k), (n, rank))

@@ -1,4 +1,4 @@
-"""lowbit_lora/conversion.py: what merging gives back, and weights that several layers share on the way there."""
+"""lowbit_lora/conversion.py: what merging gives back, and what becomes of weights that layers share."""
 
 import copy
 import pickle

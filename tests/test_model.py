@@ -1,4 +1,4 @@
-"""lowbit_lora/model.py, conversion.py, targets.py: wrapping, what trains, failures."""
+"""lowbit_lora/model.py, conversion.py and targets.py: wrapping, what trains, and failures."""
 
 import copy
 import math
@@ -46,7 +46,7 @@ def test_starts_exactly_as_the_quantized_base(make):
 
 
 def test_lora_starts_exactly_as_the_dense_base():
-    """As above, without quantization."""
+    """Without quantization, too, B = 0: the first step starts from the base, bit for bit."""
     assert torch.equal(logits(LoraModel(bert(), LoraConfig())), logits(bert()))
 
 
@@ -189,7 +189,7 @@ def test_what_trains(bias):
 @pytest.mark.parametrize("make", [bert, llama])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_two_steps_lower_the_loss(model_type, config_type, make, checkpointing):
-    """The reason to have any of this."""
+    """Training would not lower the loss."""
     config = config_type(rank=4, gradient_checkpointing=checkpointing)
     losses = train(model_type(make(), config).train())
     assert losses[2] < losses[1] < losses[0]
@@ -273,7 +273,7 @@ def test_training_mode_is_kept():
 
 @pytest.mark.parametrize("scale", ["absmax", "search"])
 def test_storage_settings_reach_the_layers(scale):
-    """A config that is read but not obeyed."""
+    """A config would be read but not obeyed."""
     config = QLoRAConfig(quantization="fp4", double_quant=False, block_size=128, scale=scale)
     weight = QLoRAModel(mlp(), config).get_base_model().first.base_layer.weight
     assert weight.spec == WeightSpec("fp4", 128, False)

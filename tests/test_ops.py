@@ -95,7 +95,7 @@ def gradients_in_fp64(name: str, given: dict, leaves: list[str], grad: torch.Ten
 
 
 def dense(name: str, given: dict, change) -> torch.Tensor:
-    """What the op computes, in fp64 on the decoded weight, row by row."""
+    """The op's result in fp64 on the decoded weight, row by row."""
     if name == "grouped_matmul":
         experts = torch.bucketize(torch.arange(given["x"].shape[0]), given["expert_ends"], right=True)
         return torch.einsum("mk,mpk->mp", given["x"], given["matrices"][experts])
@@ -181,7 +181,7 @@ def test_autocast():
 
 
 def test_no_grad_and_inference_mode():
-    """Inference keeps no graph."""
+    """Inference would keep a graph."""
     leaves = lora_leaves()
     with torch.no_grad():
         assert not lora_call(*leaves).requires_grad
@@ -233,7 +233,7 @@ def test_use_backend_is_a_guard_and_local_to_the_task():
 
 
 def test_unknown_and_missing_backends(monkeypatch):
-    """An explicit choice never falls back silently."""
+    """An explicit choice would fall back silently."""
     with pytest.raises(ValueError, match="name: expected one of native, triton, reference, got 'cuda'"):
         lowbit.use_backend("cuda").__enter__()
     monkeypatch.setattr(triton_backend, "_MISSING_REASON", "Triton is not installed")
@@ -269,8 +269,9 @@ def test_missing_or_old_triton_is_one_message(monkeypatch, found, version, messa
 
 @pytest.mark.parametrize(("version", "message"), [("3.5.0", "Triton 3.5.0 is too old"), ("3.7.1+rocm", None)])
 def test_triton_of_another_name(monkeypatch, version, message):
-    """ROCm's, Intel's and Windows' Triton is imported as triton and installed as something else: lowbit, CPU and all,
-    must not fail to import there.
+    """Triton for ROCm, Intel and Windows is imported as triton and installed under another name.
+
+    lowbit must not fail to import there, also for the CPU.
     """
 
     def unknown(name):
@@ -354,7 +355,7 @@ def test_wrong_direct_calls_raise(ops, change, message):
     ],
 )
 def test_wrong_out_of_a_direct_call_raises(ops, out, message):
-    """As above, for what is written."""
+    """A wrong call would write out of bounds."""
     with pytest.raises(RuntimeError, match=message):
         ops.dequantize_out(*PARTS, out)
 
@@ -405,13 +406,13 @@ ENDS = torch.tensor([1, 2, 4], dtype=torch.int32)
     ],
 )
 def test_wrong_direct_calls_of_the_other_ops_raise(ops, name, arguments, message):
-    """As above; nothing of another tensor may end up in a weight, a gradient or a mixture's output."""
+    """A wrong call would put another tensor's memory into a weight, a gradient or a mixture's output."""
     with pytest.raises(RuntimeError, match=message):
         getattr(ops, name)(*arguments)
 
 
 def strided(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The same values at every second place of memory."""
+    """The same values in every second place of memory."""
     return None if tensor is None else torch.stack([tensor, tensor], -1)[..., 0]
 
 

@@ -24,7 +24,7 @@ OLD_COMPILER = "g++: error: unrecognized command-line option '-std=c++20'"
 
 
 def load(path: Path):
-    """The module in a file."""
+    """Import the module in a file; return it."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -32,7 +32,7 @@ def load(path: Path):
 
 
 def run(*command, cwd, **variables) -> subprocess.CompletedProcess:
-    """Runs a command; none of setup.py's options is set but those in ``variables``."""
+    """Run a command with only those of setup.py's options that are in ``variables``; return its result."""
     environment = {name: value for name, value in os.environ.items() if name not in (*BUILD_OPTIONS, "PYTHONPATH")}
     environment.update({name: str(value) for name, value in variables.items()})
     return subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True)
@@ -212,7 +212,7 @@ def test_the_wheel_serves_every_later_python():
 
 @pytest.mark.parametrize("file", ["_C.abi3.so", "native_missing.txt"])
 def test_python_m_lowbit_in_a_clone_tells_of_the_installed_package(clone, tmp_path, file):
-    """README's line after an installation: in the clone Python finds the sources first, which are not built."""
+    """README's line after an installation would not work in the clone, where Python finds unbuilt sources first."""
     installed = tmp_path / "lowbit"
     installed.mkdir()
     (installed / "__init__.py").touch()
@@ -228,7 +228,7 @@ def test_python_m_lowbit_in_a_clone_tells_of_the_installed_package(clone, tmp_pa
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_sources_that_are_not_built_say_what_to_do(monkeypatch, tmp_path, installed):
-    """Which is to start Python elsewhere if a package is installed, and to build if none is."""
+    """Users would not be told to start Python elsewhere if a package is installed, and to build if none is."""
     sources, site = tmp_path / "clone" / "lowbit", tmp_path / "site" / "lowbit"
     sources.mkdir(parents=True)
     (sources.parent / "setup.py").touch()
@@ -244,7 +244,7 @@ def test_sources_that_are_not_built_say_what_to_do(monkeypatch, tmp_path, instal
 
 
 def test_an_extension_that_does_not_load_is_named(monkeypatch, tmp_path):
-    """As one that was built for another torch; another copy is not looked for."""
+    """An extension built for another torch would not be named, or hidden by another copy."""
     (tmp_path / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").touch()
     monkeypatch.setattr(native, "PACKAGE", tmp_path)
     monkeypatch.setattr(native, "_IMPORT_ERROR", ImportError("undefined symbol: aoti"))

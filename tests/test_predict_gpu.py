@@ -1,4 +1,4 @@
-"""benchmarks/predict_gpu.py: what it counts, what it makes of the counts, and that it says that it predicts."""
+"""benchmarks/predict_gpu.py: what it counts, what it predicts from it, and that it says that it predicts."""
 
 import dataclasses
 import functools
@@ -51,7 +51,7 @@ def h100_counts():
 
 
 def test_a_loop_is_counted_per_weight():
-    """16 rows are two row tiles: two mma meet the same 8 weights of a lane."""
+    """16 rows are two row tiles, so two mma meet the same 8 weights of a lane."""
     counted = cuda_counts.counted(LOOP, kernel("LDS.64 R0, [R1]", "LDSM.16.M88.4 R0, [R1]", *["HMMA.16816.F32 R0"] * 4))
     assert counted.rows == 16
     assert counted.instructions == 7 / 16
@@ -71,7 +71,7 @@ def test_a_loop_is_counted_per_weight():
     ],
 )
 def test_the_largest_of_four_bounds(costs, bound):
-    """Whatever is the bottleneck decides."""
+    """Another bound than the bottleneck would decide the time."""
     entry = Counted("linear", "lowbit", "gemm", 16, *costs)
     prediction = predict_cuda.of_loop(H100, entry, 16, 4096, 4096)
     assert prediction.bound == bound
@@ -150,12 +150,12 @@ TRITON_CASES = {
 
 
 def triton_case(operation, m):
-    """The operation at a layer's size."""
+    """The case of an operation at a layer's size."""
     return operation, m, 14336 if operation.startswith("grouped") else 4096, 4096
 
 
 def least_seconds(gpu, entry, weights, weight_bytes, tiles_of_rows):
-    """What the kernel that multiplies takes at least: the largest of the four bounds, from its costs per weight."""
+    """The least time of the kernel that multiplies: the largest of the four bounds, from its costs per weight."""
     cycles_per_second = gpu.processors * gpu.clock * 1e9
     executed = weights * tiles_of_rows
     return max(
@@ -174,7 +174,7 @@ def test_every_triton_operation_has_a_case():
 @pytest.mark.parametrize("gpu", [A100, H100], ids=lambda gpu: gpu.arch)
 @pytest.mark.parametrize("operation", TRITON_CASES)
 def test_triton_is_counted(operation, gpu):
-    """Beside the CUDA kernels; a loop that Triton lays out in another way must not leave the table."""
+    """A loop that Triton lays out in another way would leave the table."""
     require_triton()
     m, weight_bytes, *instructions = TRITON_CASES[operation]
     case = triton_case(operation, m)
@@ -197,7 +197,7 @@ def test_triton_is_counted(operation, gpu):
 
 
 def test_a_lost_loop_is_an_error():
-    """Not a kernel that passes for a quick one."""
+    """A kernel whose loop is not found would pass for a quick one."""
     tile = triton_counts.Tile(16, 8, 16)
     step = ("LDGSTS.E.128 [R1], [R2]", "HMMA.16816.F32 R0", "HMMA.16816.F32 R4")
     found = triton_counts.costs_of(kernel(*step), 4, tile)
@@ -212,7 +212,7 @@ def test_a_lost_loop_is_an_error():
 
 @pytest.mark.parametrize("operation", ["linear", "linear_grad_input"])
 def test_triton_splits_for_the_gpu(operation):
-    """The configuration is the backend's, for this many multiprocessors; partial sums stay in L2 if they fit."""
+    """The configuration would not be the backend's for the GPU, or partial sums that fit L2 would go to DRAM."""
     require_triton()
     case = triton_case(operation, 128)
     small = dataclasses.replace(H100, processors=8)
@@ -231,7 +231,7 @@ def test_triton_splits_for_the_gpu(operation):
 
 
 def test_triton_decodes_first():
-    """The backend's choice for many rows."""
+    """Many rows would not be predicted as the backend computes them: decoded first."""
     require_triton()
     assert predict_triton.launched(H100, *triton_case("linear", 2048)) == ()
     prediction = predict_triton.predict(H100, *triton_case("linear", 2048))
@@ -241,7 +241,7 @@ def test_triton_decodes_first():
 
 
 def test_a_mixture_reads_the_experts_that_have_tokens():
-    """Two of eight for one token; an expert's last tile counts as a whole."""
+    """One token would read more than two of eight experts, or an expert's last tile would count in part."""
     require_triton()
     assert predict_triton.rows_by_expert(1) == [1, 1, 0, 0, 0, 0, 0, 0]
     slow = dataclasses.replace(H100, bandwidth=1)
@@ -255,7 +255,7 @@ def test_a_mixture_reads_the_experts_that_have_tokens():
 
 
 def test_counts_of_bitsandbytes():
-    """From its wheel: 8.6 instructions per weight for one row, 24 to decode."""
+    """Its wheel takes 8.6 instructions per weight for one row and 24 to decode; other counts would be wrong."""
     pytest.importorskip("bitsandbytes")
     theirs = {(e.operation, e.rows): e for e in h100_counts() if e.library == "bitsandbytes"}
     if importlib.metadata.version("bitsandbytes") != "0.50.2":

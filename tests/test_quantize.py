@@ -67,7 +67,7 @@ def test_bytes_equal_golden_vectors(name):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", FORMATS)
 def test_bytes_equal_live_bitsandbytes(format, dtype):
-    """The same, for every block size, on the bitsandbytes installed here."""
+    """For any block size, bytes would differ from those of the bitsandbytes installed here."""
     bnb = pytest.importorskip("bitsandbytes").functional
     for block_size in BLOCK_SIZES:
         for shape in ((130, 97), (300, 64), (3, 40, 50), (33,)):
@@ -101,7 +101,7 @@ def test_non_finite_weight_is_an_error(name, bad, index, dtype):
 
 
 def test_sizes_on_disk():
-    """The promised 0.516 bytes a weight (0.563 with fp32 scales)."""
+    """A weight would take more than the promised 0.516 bytes (0.563 with fp32 scales)."""
     weight = make_weight((1024, 1024))
     assert lowbit.quantize(weight).nbytes / weight.numel() == pytest.approx(0.516, abs=5e-4)
     assert lowbit.quantize(weight, double_quant=False).nbytes / weight.numel() == 0.5625

@@ -1,4 +1,4 @@
-"""lowbit_lora/saving.py: the adapter's files, their way to PEFT and back, and files that are broken."""
+"""lowbit_lora/saving.py: the adapter's files, their exchange with PEFT, and broken files."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def files(folder):
 @pytest.mark.parametrize("make", [bert, llama])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_a_loaded_adapter_predicts_the_same(tmp_path, model_type, config_type, make, settings):
-    """Bit for bit: a run whose adapter does not come back is lost."""
+    """A run is lost if its adapter does not come back bit for bit."""
     wrapped = model_type(make(), config_type(**settings))
     train(wrapped)
     wrapped.save_pretrained(tmp_path)

@@ -147,7 +147,7 @@ def test_bad_importance(importance, error, message):
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_weights_are_refused(name, bad):
-    """As with absmax: no NaN may hide in a quantized model."""
+    """A NaN would hide in a quantized model."""
     weight = make_weight((8, 64))
     weight[3, 5] = bad
     with kernels(name), pytest.raises(ValueError, match="weight: expected finite values, got 1 NaN or inf"):

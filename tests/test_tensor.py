@@ -1,4 +1,4 @@
-"""A quantized weight in torch's functions: equal to the decoded weight, on our kernels where there are some."""
+"""torch's functions on a quantized weight equal those on the decoded weight, and use our kernels if there are any."""
 
 import warnings
 
@@ -29,7 +29,7 @@ def on_the_reference():
 
 @pytest.fixture
 def no_decoding():
-    """An error where a function decodes the weight."""
+    """Make it an error to decode the weight."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*decodes a quantized weight")
         yield
@@ -40,7 +40,7 @@ def weight(rows: int, columns: int, spec=WeightSpec(), dtype=torch.float32) -> Q
 
 
 def assert_product(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor, dtype: torch.dtype) -> None:
-    """y is x w within the bound of a product; x [..., k] and a dense w [k, n]."""
+    """Assert that y is x w within the bound of a product, for x [..., k] and a dense w [k, n]."""
     x, w = x.detach().double(), w.double()
     exact, magnitude = x @ w, x.abs() @ w.abs()
     assert y.dtype == dtype and y.shape == exact.shape
@@ -143,7 +143,7 @@ def test_grouped_mm(transposed, no_decoding):
 
 
 class DecodedBytes(CalledOps):
-    """Notes how many elements are decoded."""
+    """A mode that notes how many elements are decoded."""
 
     decoded = 0
 

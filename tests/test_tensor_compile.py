@@ -15,7 +15,7 @@ from lowbit import WeightSpec
 
 @pytest.fixture(autouse=True)
 def no_code_of_other_sources():
-    """torch keeps compiled graphs between processes by the version of lowbit, not by its sources."""
+    """Use no kept graphs: torch keeps them between processes by lowbit's version, not by its sources."""
     torch._dynamo.reset()
     with torch.compiler.config.patch(force_disable_caches=True):
         yield
@@ -46,7 +46,7 @@ def inputs(rows: int = 3) -> torch.Tensor:
 
 
 def step(model, x, call=None) -> list[torch.Tensor]:
-    """The output and every gradient; ``call``: what is called instead of the model."""
+    """Return the output and every gradient of the model, or of ``call`` if it is given."""
     y = (call or model)(x)
     y.square().sum().backward()
     module = getattr(model, "_orig_mod", model)

@@ -36,7 +36,7 @@ X = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
 
 
 def assert_same_model(ours: nn.Module, theirs: nn.Module) -> None:
-    """The same outputs, and a weight that is still quantized and still shared, by memory of its own."""
+    """Assert equal outputs, and a weight that is still quantized and shared, in memory of its own."""
     assert torch.equal(ours(X), theirs(X))
     assert isinstance(ours.first.weight, QuantizedTensor) and isinstance(ours.first.weight, nn.Parameter)
     assert ours.again.weight is ours.first.weight
@@ -124,7 +124,7 @@ def test_dense_state_into_a_quantized_model():
 
 
 def test_quantized_state_into_a_dense_model():
-    """A dense model loads the decoded weights."""
+    """A dense model would not load the decoded weights."""
     model = Tied()
     dense = lowbit.dequantize_(Tied())
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_to_float64():
 
 
 def test_meta_and_back():
-    """Models are built on meta and materialised by to_empty, and by FSDP."""
+    """A model that is built on meta and materialised by to_empty, or by FSDP, would have other weights."""
     model = Tied()
     empty = copy.deepcopy(model).to("meta")
     assert {part.device.type for part in empty.first.weight.parts()} == {"meta"}
@@ -201,7 +201,7 @@ def test_to_same_device_is_the_same_tensor():
 
 
 def test_parameters():
-    """Optimizers, DDP and parameter counts find the weight by named_parameters, and do not train it."""
+    """Optimizers, DDP and parameter counts would not find the weight in named_parameters, or would train it."""
     model = Tied()
     names = dict(model.named_parameters())
     assert list(names) == ["lora_a", "first.weight", "first.bias", "second.weight", "second.bias", "again.bias"]

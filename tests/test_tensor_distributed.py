@@ -1,4 +1,4 @@
-"""Quantized weights under DDP, FSDP2 and distributed checkpoints: gloo, processes that are really spawned."""
+"""Quantized weights under DDP, FSDP2 and distributed checkpoints, in spawned processes that use gloo."""
 
 import distributed_cases as cases
 import pytest
@@ -24,7 +24,7 @@ def results(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """The processes have one thread each: sums are in the same order here."""
+    """Use one thread, as the processes do, so that sums have the same order here."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

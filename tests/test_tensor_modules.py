@@ -1,4 +1,4 @@
-"""``quantize_`` and ``dequantize_``: what of a model is stored, what stays, and what an error leaves."""
+"""``quantize_`` and ``dequantize_``: what they store, what they leave alone, and what an error leaves behind."""
 
 import copy
 
@@ -46,7 +46,7 @@ def stored(model: nn.Module) -> list[str]:
 
 
 def state(model: nn.Module) -> dict:
-    """All that a failed call has to leave alone."""
+    """The state that a failed call has to leave alone."""
     return {n: (id(p), p.requires_grad, p.detach().clone()) for n, p in model.named_parameters()}
 
 

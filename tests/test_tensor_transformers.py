@@ -27,7 +27,7 @@ TERMS = 96
 
 
 def build(name: str, /, **config) -> nn.Module:
-    """The class of that name with random weights."""
+    """The model class of that name, with random weights."""
     torch.manual_seed(0)
     cls = getattr(transformers, name)
     return cls(cls.config_class(**config)).eval()
@@ -131,14 +131,14 @@ def outputs(model: nn.Module, inputs: dict) -> torch.Tensor:
     with torch.no_grad():
         out = model(**inputs)
     if "src_key_padding_mask" in inputs:
-        # The dense model's fast path writes zeros at the padding, its other path anything: nobody reads that.
+        # The dense model's fast path writes zeros at the padding, its other path anything. Nobody reads the padding.
         out = out[~inputs["src_key_padding_mask"]]
     tensors = out.to_tuple() if hasattr(out, "to_tuple") else (out,)
     return torch.cat([t.flatten().double() for t in tensors if isinstance(t, torch.Tensor)])
 
 
 def as_float64(model: nn.Module, inputs: dict) -> torch.Tensor:
-    """What the decoded model computes with roundings that do not count."""
+    """The decoded model in float64, whose roundings do not count."""
     floating = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     model = copy.deepcopy(model).double()
     if hasattr(model, "set_experts_implementation"):
@@ -147,11 +147,11 @@ def as_float64(model: nn.Module, inputs: dict) -> torch.Tensor:
 
 
 def assert_same_model(quantized: nn.Module, dense: nn.Module, inputs: dict) -> None:
-    """The two differ by no more than roundings.
+    """Assert that two models differ by no more than roundings.
 
-    What roundings do to a model's output is measured: the dense model errs by so much against float64. A product errs
-    by (terms + 8) roundings of fp32 and one of its dtype at most (``cases.product_tolerance``), the dense model's by
-    one of each at least; and the difference of the two is up to the sum of their errors.
+    The effect of roundings is measured: it is the dense model's error against float64. A product errs by at most
+    (terms + 8) roundings of fp32 and one of its dtype (``cases.product_tolerance``); the dense model's errs by at least
+    one of each. The difference of the two models is at most the sum of their errors.
     """
     ours, theirs, exact = outputs(quantized, inputs), outputs(dense, inputs), as_float64(dense, inputs)
     dtype = next(p.dtype for p in quantized.parameters())
@@ -174,7 +174,7 @@ def test_models(name):
 
 
 def test_wo_of_t5_stays_in_fp32():
-    """T5 in fp16 overflows unless this layer's product is in fp32: activations follow the weight's dtype."""
+    """T5 in fp16 would overflow: this layer's product has to be in fp32, by the weight's dtype."""
     model = t5()
     wo = model.encoder.block[0].layer[-1].DenseReluDense.wo
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_peft(tmp_path):
 
 
 class Sequences(torch.utils.data.Dataset):
-    """Eight sequences that count."""
+    """A data set of eight sequences that count."""
 
     def __len__(self):
         return 8

@@ -1,4 +1,4 @@
-"""LOWBIT_TRITON_AUTOTUNE=1: which configurations are measured, when, and what is kept of it. No GPU is needed."""
+"""LOWBIT_TRITON_AUTOTUNE=1: which configurations are measured, when, and what is kept. No GPU is needed."""
 
 import contextlib
 import dataclasses
@@ -39,19 +39,19 @@ def autotune(monkeypatch, tmp_path):
 
 @contextlib.contextmanager
 def process(autotune, known: dict | None = None):
-    """As in another process, which knows only ``known`` (nothing, if it is new) and what it reads."""
+    """Act as another process, which knows only ``known`` (nothing, if it is new) and what it reads."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(autotune, "_KNOWN", {} if known is None else known)
         yield
 
 
 def search(autotune, problem=PROBLEM, best=3):
-    """The chosen configuration, where that with ``best`` stages is the fastest."""
+    """The chosen configuration if that with ``best`` stages is the fastest."""
     return autotune.chosen(problem, A100, CONFIGS, lambda config: abs(config.stages - best))
 
 
 def kept(autotune, problem=PROBLEM):
-    """What a new process chooses, which must not measure."""
+    """What a new process chooses without measuring."""
     with process(autotune):
         return autotune.chosen(problem, A100, CONFIGS, lambda config: pytest.fail("measured"))
 
@@ -220,7 +220,7 @@ def test_measures_nothing_while_a_graph_is_made(autotune, monkeypatch):
 
 
 def operands(name: str) -> tuple:
-    """A call of 8 rows, or 8 tokens of 4 experts, of a matrix or matrices [1024, 4096]."""
+    """The operands of 8 rows for a matrix [1024, 4096], or of 8 tokens for 4 experts of that size."""
     half = {"dtype": torch.bfloat16}
     experts = 4 if name.startswith("grouped") else 1
     x = tensor(8, 1024 if name.endswith("grad_input") else 4096, **half)

@@ -18,7 +18,7 @@ BYTES_PER_ACCESS = 16
 
 @pytest.fixture(params=ARCHS)
 def machine_code_of(request, tmp_path):
-    """A function of an op's name and its arguments: the one kernel that the call launches; without spills."""
+    """A function from an op's name and arguments to the only kernel that the call launches, which must not spill."""
 
     def kernel_of(op, *arguments):
         with launches(request.param) as made:
@@ -36,11 +36,11 @@ def count(kernel, opcode: str) -> int:
 
 
 def instructions(kernel) -> int:
-    """All but what pads the end."""
+    """All instructions without the padding at the end."""
     return len(kernel.instructions) - count(kernel, "NOP")
 
 
-#: Instructions per weight. fp32 writes twice as many bytes, of which DRAM leaves it 38.
+#: Instructions per weight. fp32 writes twice as many bytes, so DRAM leaves it 38.
 DEQUANTIZE_LIMITS = {torch.float32: 8.1, torch.bfloat16: 6}
 
 
@@ -79,7 +79,7 @@ def test_dequantize_int8(machine_code_of, dtype):
     ],
 )
 def test_quantize(machine_code_of, op, dtype, format, limit):
-    """Done once per weight. A branch in the code search would cost more than the search."""
+    """A branch in the code search, which runs once per weight, would cost more than the search."""
     scales = () if op == "quantize" else (tensor(4096 * 64),)
     kernel = machine_code_of(op, tensor(*SHAPE, dtype=dtype), *scales, f"{format}:64")
     weights = count(kernel, "LDG.128") * BYTES_PER_ACCESS // dtype.itemsize

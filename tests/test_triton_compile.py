@@ -14,7 +14,7 @@ from conftest_triton import SHARED_MEMORY, TARGETS, compiled, compiled_only, lau
 EVERYTHING = os.environ.get("LOWBIT_TRITON_COMPILE") == "all"
 CALLS = [call for call in triton_calls.CALLS if call.every_run or EVERYTHING]
 
-#: What was launched before, in another call.
+#: The launches of earlier calls.
 _SEEN = set()
 
 

@@ -44,7 +44,7 @@ def test_every_block_size(block_size):
 
 @interpreted
 def test_every_code_of_the_scale_map():
-    """The 256 entries of the map, from the table that travels to the device."""
+    """One of the 256 entries of the map on the device would be wrong."""
     codes = torch.arange(256, dtype=torch.uint8)
     packed = torch.full((256 * 16,), 0xFF, dtype=torch.uint8)  # NF4 code 15 is 1.0
     parts = (packed, codes, torch.ones(1), torch.zeros(()), "nf4:32:double_quant")
@@ -70,7 +70,7 @@ def test_int8_equals_the_reference(rows, columns, dtype, magnitude):
 @interpreted
 @pytest.mark.parametrize("format", fmt.FORMATS)
 def test_into_a_tensor(format):
-    """A weight decoded into a buffer that is there already; what lies around the buffer stays."""
+    """Decoding into a given buffer would write other bits, or around the buffer."""
     parts = parts_of(make_weight((33, 131)), format, 64)
     buffer = torch.full((35, 131), 7.0)
     torch.ops.lowbit_triton.dequantize_out(*parts, buffer[1:34])
@@ -114,7 +114,7 @@ def test_machine_instructions(dtype, format, block_size, double_quant, numel):
 @compiled_only
 @pytest.mark.parametrize("format", FORMATS)
 def test_machine_instructions_every_code(format):
-    """All 256 bytes at every place in a word."""
+    """One of the 256 bytes, at some place in a word, would be decoded wrongly."""
     packed = torch.arange(4 * 256).mul(0x9D).to(torch.uint8)
     parts = (packed, torch.ones(32), None, None, f"{format}:64")
     decoded = emulated(parts, [2048], torch.float32)
@@ -125,7 +125,7 @@ def test_machine_instructions_every_code(format):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 1024), (5, 77), (1, 5000)])
 def test_int8_machine_instructions(shape, dtype):
-    """The same for int8."""
+    """int8 on NVIDIA's GPUs, whose code the interpreter never sees, would decode other bits."""
     parts = parts_of(make_weight(shape), "int8")
     decoded = emulated(parts, list(shape), dtype)
     assert torch.equal(decoded, reference.dequantize(*parts, list(shape), dtype))

@@ -29,7 +29,7 @@ CASES = {
 
 
 def assert_equals_torch(run, m, n, rank, dtype, low_dtype, up_dtype, scaling, is_transposed):
-    """``run``: of module.rounded_factors; its results, up's laid out as up itself."""
+    """Assert that ``run`` of module.rounded_factors returns torch's bits, and up's laid out as up itself."""
     low, up = factors(m, n, rank, low_dtype, up_dtype)
     if is_transposed:
         up = up.T.contiguous().T
@@ -73,7 +73,7 @@ def test_ptx_of_every_dtype(dtype):
 
 
 def test_factors_that_are_right_stay():
-    """A copy would be a launch for nothing."""
+    """Factors that need no rounding would be copied, by a launch for nothing."""
     low, up = torch.ones(3, 2).bfloat16(), torch.ones(5, 2).bfloat16()
     with launches() as made:
         assert module.rounded_factors(low, up, torch.bfloat16)[0] is low

@@ -36,7 +36,7 @@ def flat(tensor):
 
 
 def assert_right(out, grad, parts, grad_t=None, lora_a=None):
-    """Within the bound for what the format and the shape make the kernels do."""
+    """Assert that an output is within the bound of the arithmetic that format and shape imply."""
     rows, n, k, spec = flat(grad), grad.shape[-1], out.shape[-1], WeightSpec.parse(parts[4])
     weight = reference.dequantize(*parts, [n, k], torch.float32).double()
     problem = Problem("linear_grad_input", rows_of(len(rows), grad.dtype), n, k, grad.dtype, spec)
@@ -113,7 +113,7 @@ def test_tiles_of_each_gpu(monkeypatch, m, capability):
 @pytest.mark.parametrize(("m", "n", "k"), [(600, 8, 64), (3, 7, 65), (70, 33, 513)])
 @pytest.mark.parametrize("rank", [0, 8])
 def test_decodes_what_the_kernel_does_not_take(m, n, k, rank, dtype):
-    """More rows than decoding on the way is worth, and blocks that cross rows."""
+    """Many rows, or blocks that cross rows, would not be decoded first, or be wrong then."""
     parts = varied_parts((n, k), "nf4", 64, True)
     grad, grad_t, lora_a = grad_operands(m, n, k, rank, dtype)
     assert_right(interpret(grad, parts, k, grad_t, lora_a), grad, parts, grad_t, lora_a)
@@ -234,12 +234,12 @@ def emulated(target, grad, parts, k, grad_t, lora_a):
 
 
 def run_ptx(grad, parts, k, grad_t=None, lora_a=None):
-    """What the sm_80 PTX makes."""
+    """The result of the sm_80 PTX."""
     return emulated("sm_80", grad, parts, k, grad_t, lora_a)[0]
 
 
 def run_wgmma(grad, parts, k, grad_t=None, lora_a=None):
-    """What the sm_90 PTX makes, and its launch."""
+    """The result of the sm_90 PTX, and its launch."""
     out, made, (result, *_) = emulated("sm_90", grad, parts, k, grad_t, lora_a)
     assert result.count("wgmma.mma_async") and not result.count("mma.sync")
     return out, made[0]
@@ -258,7 +258,7 @@ def run_wgmma(grad, parts, k, grad_t=None, lora_a=None):
     ],
 )
 def test_ptx(m, n, k, rank, dtype, format, block_size, double_quant, magnitude):
-    """The assembly and the layouts of the compiled kernel: the interpreter runs neither."""
+    """The assembly or layouts of the compiled kernel, which the interpreter does not run, would be wrong."""
     parts = varied_parts((n, k), format, block_size, double_quant, magnitude)
     grad, grad_t, lora_a = grad_operands(m, n, k, rank, dtype)
     assert_right(run_ptx(grad, parts, k, grad_t, lora_a), grad, parts, grad_t, lora_a)

@@ -34,7 +34,7 @@ def machine_code_of(folder, target, config, experts=0, dtype=torch.bfloat16, for
 
 
 def problem_of(config, dtype, format, experts=0):
-    """That for which there is such a tile: of as many rows."""
+    """The problem that gets such a tile: one of as many rows."""
     rows = config.tile_m * max(experts, 1)
     return Problem("linear_grad_input", rows, N, K, dtype, WeightSpec(format), experts)
 

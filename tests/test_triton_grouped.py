@@ -35,7 +35,7 @@ def emulated(target, name, *arguments):
 
 
 def run_ptx(name, *arguments):
-    """What the sm_80 PTX makes."""
+    """The result of the sm_80 PTX."""
     return emulated("sm_80", name, *arguments)[0]
 
 
@@ -231,7 +231,7 @@ def test_ptx(counts, stack, rank, dtype, format, block_size, double_quant):
 
 
 def case_of(kind, tile_rows, out_features, in_features):
-    """Of a tile and one row more for one expert, none for another."""
+    """The case of one row more than a tile for one expert, and none for another."""
     sizes = (tile_rows + 1, 0, 5), (3, out_features, in_features), 17
     return Case(*sizes, kind.dtype, kind.format, kind.block_size, kind.dtype != torch.float16)
 
@@ -257,7 +257,7 @@ def test_every_tile_of_a_stack_in_ptx(monkeypatch, kind):
     ids=str,
 )
 def test_every_tile_of_a_stack_backward_in_ptx(monkeypatch, kind):
-    """The same of the gradient."""
+    """A tile that is wrong for a stack is a wrong gradient for just those numbers of tokens that get it."""
     config = kind.config
     monkeypatch.setattr(shapes, "configs", lambda problem, gpu: [config])
     case_of(kind, config.tile_m, 2 * config.tile_n + 5, kind.columns(72, 8)).check_grad_input(run_ptx)

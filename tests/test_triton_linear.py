@@ -97,7 +97,7 @@ class Case:
         assert_within(y, exact, tolerance)
 
     def check_decoded(self, y):
-        """Where W is rounded to 16 bits, and so are scaling * t, lora_b, the bias, and the sum of LoRA and bias."""
+        """Check y if W is rounded to 16 bits, and so are scaling * t, lora_b, bias, and the sum of LoRA and bias."""
         exact, magnitude, lora, bias = self.products()
         terms = self.k + self.rank
         if self.dtype == torch.float32:
@@ -125,7 +125,7 @@ def triton_linear(case: Case) -> torch.Tensor:
     has_bias=st.booleans(),
 )
 def test_is_the_product(m, n, blocks, dtype, format, block_size, double_quant, rank, lora_dtype, has_bias):
-    """Every layer's output; all ragged tiles, with k in one part and (from 8 steps on) in several."""
+    """A layer's output would be wrong for a ragged tile, or for k in several parts (from 8 steps on)."""
     if dtype == torch.float32:
         m = min(m, shapes.MOST_FMA_ROWS["linear"])
     case = Case(m, n, blocks * block_size, dtype, format, block_size, double_quant, rank, lora_dtype, has_bias)
@@ -142,7 +142,7 @@ def test_every_block_size(block_size):
 
 @interpreted
 def test_many_rows():
-    """Tiles of training, both ragged."""
+    """The ragged tiles of training batches would be wrong."""
     case = Case(130, 131, 64, rank=17)
     case.check(triton_linear(case))
 
@@ -151,7 +151,7 @@ def test_many_rows():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [(5, 33, 77), (17, 65, 192), (2, 3, 1), (1, 64, 512)])
 def test_int8(shape, dtype):
-    """Codes of any row length, also where rows begin at odd addresses."""
+    """int8 rows of some length, or at odd addresses, would be misread."""
     case = Case(*shape, dtype, "int8", rank=8)
     (case.check_decoded if dtype == torch.float32 and shape[0] > shapes.MOST_FMA_ROWS["linear"] else case.check)(
         triton_linear(case)
@@ -216,7 +216,7 @@ def test_decoded_fp16_rows_are_apart(shape, bad, of_t, of_b):
 @interpreted
 @pytest.mark.parametrize("shape", [(0, 8, 64), (3, 0, 64), (3, 4, 0)])
 def test_empty(shape):
-    """A batch without tokens is normal; k = 0 leaves LoRA and bias."""
+    """A batch without tokens would fail, or k = 0 would lose LoRA and bias."""
     m, n, k = shape
     empty = torch.empty(0)
     weight = (torch.empty(n * k // 2, dtype=torch.uint8), torch.zeros(n * k // 64), None, None, "nf4:64")
@@ -242,7 +242,7 @@ def test_any_layout_of_x():
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_lora_linear(dtype):
-    """y and t as the two calls make them that it stands for."""
+    """lora_linear would return another y or t than the two calls that it stands for."""
     case, lora_a = Case(3, 33, 128, dtype, rank=8), normal(8, 128, seed=5)
     y, t = torch.ops.lowbit_triton.lora_linear.default(*case.arguments()[:8], lora_a, case.lora_b, case.scaling)
     torch.testing.assert_close(t, case.x.float() @ lora_a.T)  # on a CPU
@@ -252,7 +252,7 @@ def test_lora_linear(dtype):
 
 @interpreted
 def test_lora_of_rank_zero():
-    """What LoRA's layers pass when they are switched off."""
+    """A rank of zero, which LoRA's layers pass when they are off, would fail."""
     case = Case(3, 8, 64, rank=0)
     plain = triton_linear(case)
     case.t, case.lora_b = normal(3, 0), normal(8, 0)

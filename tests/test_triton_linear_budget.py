@@ -16,7 +16,7 @@ EXPERTS = 8
 
 
 def launches_of(target, config, experts=0, dtype=torch.bfloat16, format="nf4", block_size=64, k=K):
-    """Of a call with as many rows as the tile, LoRA, bias and double-quantized scales."""
+    """The launches of a call with as many rows as the tile, LoRA, bias and double-quantized scales."""
     from lowbit.backends.triton import linear
     from lowbit.backends.triton.operands import weight_of
 
@@ -39,7 +39,7 @@ def main_loop(folder, target, config, *options, **size):
 
 
 def per_weight(loop, config):
-    """Instructions, if the weights of a step are shared out to all lanes."""
+    """Instructions per weight, if the weights of a step are shared out to all lanes."""
     return len(loop) * 32 * config.warps / (config.products * config.tile_n * config.tile_k)
 
 
@@ -48,7 +48,7 @@ def gpu_named(target):
 
 
 def problem_of(config, experts=0, dtype=torch.bfloat16, format="nf4", block_size=64, k=K):
-    """That for which there is such a tile: of as many rows."""
+    """The problem that gets such a tile: one of as many rows."""
     return Problem("linear", config.tile_m * max(experts, 1), N, k, dtype, WeightSpec(format, block_size), experts)
 
 
@@ -207,7 +207,7 @@ def test_int8_rows_of_any_length(tmp_path):
 
 
 def test_split_k_sum(tmp_path):
-    """The parts of k are added by 16-byte loads: this kernel is all memory."""
+    """The parts of k have to be read by 16-byte loads: memory alone bounds this kernel."""
     made = launches_of("sm_80", C(8, 64, 64, 2, 4, True, splits=8))
     kernel, _ = compiled(made[1], "sm_80")
     code = [text for _, text in machine_code(kernel, "sm_80", tmp_path).instructions]

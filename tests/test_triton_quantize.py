@@ -97,7 +97,7 @@ def test_non_finite_values_reach_absmax(dtype, bad, index):
 @given(blocks=st.one_of(st.integers(1, 40), st.sampled_from((255, 256, 257, 700, 3000))), magnitude=magnitudes)
 @example(blocks=300, magnitude=0.0)
 def test_double_quantized_scales_equal_the_reference(blocks, magnitude):
-    """The scales' own bytes, of full and of short groups."""
+    """Scales of full or short groups would be stored as other bytes."""
     absmax = torch.randn(blocks, generator=torch.Generator().manual_seed(blocks)).abs() * magnitude
     offset = absmax.mean()
     assert_same(ops.quantize_scales(absmax, offset), reference.quantize_scales(absmax, offset))
@@ -105,7 +105,7 @@ def test_double_quantized_scales_equal_the_reference(blocks, magnitude):
 
 @interpreted
 def test_every_position_of_a_scale():
-    """Each of the 65536 rounding positions, so each boundary between two codes of the map."""
+    """A scale at one of the 65536 rounding positions would get another code of the map."""
     positions = torch.arange(258 * 255, dtype=torch.float64).clamp(max=65535) / 32767.5 - 1.0
     # Each group begins with the 1 that is its scale.
     absmax = torch.cat([torch.ones(258, 1), positions.float().view(258, 255)], 1).reshape(-1)
@@ -130,7 +130,7 @@ def test_non_finite_scales_stay_in_bounds(offset):
     magnitude=magnitudes,
 )
 def test_int8_equals_the_reference(rows, columns, dtype, magnitude):
-    """Rows that share a program, rows that it takes in several pieces, and a row of zeros."""
+    """Rows that share a program, rows in several pieces, or a row of zeros would get other codes."""
     weight = make_weight((rows, columns), dtype, magnitude)
     weight[-1] = 0
     assert_same(ops.quantize(weight, "int8"), reference.quantize(weight, "int8"))

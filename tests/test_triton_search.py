@@ -22,7 +22,7 @@ def importance_of(columns: int) -> torch.Tensor:
 
 
 def scales_of(numel: int, block_size: int, magnitude: float) -> torch.Tensor:
-    """Of either sign, tiny ones among them."""
+    """Scales of either sign, tiny ones among them."""
     scales = torch.randn(fmt.block_count(numel, block_size), generator=torch.Generator().manual_seed(3)) * magnitude
     scales[::5] = 0
     return scales
@@ -64,7 +64,7 @@ def test_non_finite_values_reach_the_scale():
     magnitude=magnitudes,
 )
 def test_encoded_bytes_equal_the_reference(numel, dtype, format, block_size, magnitude):
-    """Codes for scales of either sign, tiny ones among them."""
+    """Negative or tiny scales would get other codes."""
     weight, scales = make_weight((numel,), dtype, magnitude), scales_of(numel, block_size, magnitude)
     packed = ops.encode(weight, scales, f"{format}:{block_size}")
     assert torch.equal(packed, reference.encode(weight, scales, f"{format}:{block_size}"))
@@ -114,7 +114,7 @@ def test_machine_instructions(shape, dtype, format, block_size, weighted):
 @compiled_only
 @pytest.mark.parametrize("numel", [4096, 333])
 def test_encode_machine_instructions(numel):
-    """The same for encode."""
+    """encode, as NVIDIA's GPUs execute it, would choose other codes."""
     weight, scales = make_weight((numel,), torch.bfloat16, 1.0), scales_of(numel, 64, 1.0)
     with launches("sm_80") as made:
         packed = module.encode(weight, scales, "fp4:64")

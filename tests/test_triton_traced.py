@@ -26,7 +26,7 @@ class _Traced(Exception):
 
 @pytest.fixture
 def gpu_driver(monkeypatch):
-    """A GPU to plan for: torch asks Triton which, to find out what a kernel writes, and the backend how large."""
+    """A GPU to plan for. torch asks Triton for its kind, to learn what a kernel writes; the backend asks its size."""
     from triton.runtime import driver
 
     class Driver:

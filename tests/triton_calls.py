@@ -1,8 +1,8 @@
-"""What tests of Triton's kernels call them with.
+"""Calls and operands for the tests of Triton's kernels.
 
-:data:`CALLS` together launch every kernel in each way it is compiled: what test_triton_compile.py compiles. Their
-tensors are on the meta device, so shapes may be those of real models; launches are specialized as for memory aligned to
-16 bytes. The functions before it make small operands, for tests that look at numbers.
+:data:`CALLS` together launch every kernel in each way that it is compiled; test_triton_compile.py compiles these
+launches. Their tensors are on the meta device, so shapes may be those of real models. Launches are specialized as for
+memory aligned to 16 bytes. The other functions make small operands for tests that look at numbers.
 """
 
 import dataclasses
@@ -32,14 +32,14 @@ def parts_of(weight: torch.Tensor, format="nf4", block_size=64, double_quant=Tru
 
 
 def varied_parts(shape, format="nf4", block_size=64, double_quant=True, magnitude=0.02) -> tuple:
-    """The same of blocks of different magnitudes: one's scale for another's is far outside of every tolerance."""
+    """`parts_of` blocks of different magnitudes, so that a wrong block's scale is far outside of every tolerance."""
     weight = make_weight(shape, torch.float32, magnitude)
     weight *= 2.0 ** (torch.arange(weight.numel()) // 32 * 5 % 7).view(shape)
     return parts_of(weight, format, block_size, double_quant)
 
 
 def grad_operands(m: int, n: int, k: int, rank: int, dtype: torch.dtype) -> tuple:
-    """grad [m, n], grad_t [m, rank], lora_a [rank, k]; of rank 0 None for the last two."""
+    """grad [m, n], grad_t [m, rank], lora_a [rank, k]. With rank 0 the last two are None."""
     generator = torch.Generator().manual_seed(m + n + k)
     grad, grad_t, lora_a = (torch.randn(size, generator=generator) for size in ((m, n), (m, rank), (rank, k)))
     return (grad.to(dtype), grad_t, lora_a) if rank else (grad.to(dtype), None, None)
@@ -57,7 +57,7 @@ def expert_product(x, weight, ends, transposed=False) -> torch.Tensor:
 
 
 def unaligned(like: torch.Tensor) -> torch.Tensor:
-    """CPU memory for a tensor such as ``like`` that begins one element after a multiple of 16 bytes."""
+    """A CPU tensor such as ``like`` that begins one element after a multiple of 16 bytes."""
     storage = torch.empty(like.numel() + 16, dtype=like.dtype)
     first = next(i for i in range(1, 17) if storage[i:].data_ptr() % 16 == like.element_size() % 16)
     return storage[first : first + like.numel()].view(like.shape)

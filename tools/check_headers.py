@@ -109,7 +109,9 @@ def check(source: Path, headers: Path) -> str | None:
 def main() -> int:
     """Checks every version that the command line names; returns the exit status, 1 if a file does not compile."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("versions", nargs="*", default=VERSIONS, help=f"of torch (default: {', '.join(VERSIONS)})")
+    parser.add_argument(
+        "versions", nargs="*", default=VERSIONS, help=f"versions of torch (default: {', '.join(VERSIONS)})"
+    )
     names = parser.parse_args().versions
     if setup.find_compiler() is None:
         raise SystemExit("no C++ compiler was found: install g++ or clang++, or name one in CXX")

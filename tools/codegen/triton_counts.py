@@ -88,7 +88,7 @@ def costs_of(kernel: Kernel, warps: int, tile: Tile | None) -> Costs:
     loops = _loops(kernel)
     if tile is None:
         if loops:
-            raise ValueError(f"{kernel.name} for {kernel.arch}: a loop, and no tile in _TILES that says of what")
+            raise ValueError(f"{kernel.name} for {kernel.arch}: found a loop, but no tile for it in _TILES")
         whole = [text for _, text in kernel.instructions]
         return Costs(kernel.name, warps, None, _body([text for text in whole if not text.startswith("NOP")], warps))
     multiplying = [body for body in loops if mma_macs(body) or _wide_products(body)]

@@ -99,7 +99,7 @@ class RaceDetector:
         self._read_line[index] = ins.line
 
     def write(self, ins, offsets, lanes, size, *, values=None, atomic=False):
-        """Record writes, before memory changes. With ``values`` (uint8[accesses, size]) equal values race harmlessly."""
+        """Record writes before memory changes. Equal ``values`` (uint8[accesses, size]) race harmlessly."""
         index, lanes = each_byte(offsets, size), np.repeat(lanes, size)
         self._check_write(ins, index, lanes, values, atomic)
         self._record_write(ins, index, lanes, atomic)
