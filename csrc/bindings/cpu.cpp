@@ -203,6 +203,10 @@ PyMODINIT_FUNC PyInit__C() {
 #else
   const char* architectures = "";
 #endif
+#if defined(Py_GIL_DISABLED)
+  // A free-threaded Python turns its lock on again for a module that does not say that it needs none.
+  if (module) PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
+#endif
   if (module && PyModule_AddStringConstant(module, "cuda_architectures", architectures) != 0) Py_CLEAR(module);
   return module;
 }
