@@ -185,13 +185,13 @@ LAYERS = {
     "lora_linear in fp32": (
         lora_linear,
         lambda rows: lora_operands(rows, dtype=FP32),
-        names_of("lora_linear"),
+        names_of("linear"),
         names_of("linear_grad_input"),
     ),
     "grouped_lora_linear": (
         expert_linear,
         expert_operands,
-        names_of("grouped_lora_linear"),
+        names_of("grouped_matmul", "grouped_linear"),
         names_of("grouped_linear_grad_input", "grouped_matmul", "grouped_outer", "grouped_outer"),
     ),
     "dequantize": (decoded_product, lambda rows: lora_operands(rows)[:2], names_of("dequantize"), []),
