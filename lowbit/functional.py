@@ -35,11 +35,11 @@ def linear(
 ) -> torch.Tensor:
     """``x W^T + bias`` with W stored in 4 bits; differentiable in x and bias.
 
-    ``precision="int8"`` computes approximately, for inference: activations rounded to int8 with one scale per 64 of a
-    row, the codebook to multiples of 1 / 127, integer products. The error of y is about 1% of its norm where
-    activations are normally distributed, more where a few of each 64 are far larger than the rest. It is faster for a
-    few rows of x; for many the exact product is. int8 weights and in_features that are not a multiple of 64 stay exact,
-    and so does everything on a GPU, where nothing is faster than the exact kernels.
+    ``precision="int8"`` computes approximately, for inference: it rounds activations to int8 with one scale per 64 of a
+    row, and the codebook to multiples of 1 / 127, and multiplies integers. The error of y is about 1% of its norm for
+    normally distributed activations, and more where a few of each 64 are far larger than the rest. This is faster for
+    a few rows of x, and slower than the exact product for many. Products stay exact with int8 weights, where
+    in_features is not a multiple of 64, and on a GPU, where the exact kernels are the fastest.
 
     Args:
         x: [..., in_features], float32, float16 or bfloat16; any leading dimensions, also zero rows.

@@ -1,9 +1,9 @@
 """Which code runs an operation: ``native`` (C++, CUDA), ``triton`` or ``reference`` (plain torch).
 
-``ops.py`` instantiates every op once per backend, as a torch.library namespace; this module says which namespace a
-call goes to. A call inside :func:`use_backend` gets the chosen backend or an error, never a silent fallback; outside
-of it, the fastest backend that serves the tensor's device. On a CPU that is native; on NVIDIA's GPUs native, and for
-some shapes Triton (``choice.py``); Triton alone where no CUDA kernels were built, and on AMD's and Intel's.
+``lowbit/ops/`` registers every op once per backend, in a torch.library namespace; this module says which namespace a
+call goes to. A call inside :func:`use_backend` gets the chosen backend or an error, never a silent fallback. Any other
+call gets the fastest backend that serves the tensor's device: native on a CPU; native, or Triton for some shapes
+(``choice.py``), on NVIDIA's GPUs; Triton where no CUDA kernels were built, and on AMD's and Intel's GPUs.
 """
 
 import contextlib
