@@ -133,7 +133,8 @@ def _view(op, q, size):
     shape = tuple(size)
     if -1 in shape:
         shape = (layout.numel // max(1, math.prod(shape[1:])), *shape[1:])
-    if shape == layout.shape:
+    # FSDP2 keeps its shard flattened, and does not read it there: decoded it would be memory for nothing.
+    if shape == layout.shape or layout.sharded and len(shape) == 1:
         return q._with()
     if layout.spec.block_size is None and shape[-1:] != layout.shape[-1:] or not layout.exact or layout.first_element:
         return NotImplemented

@@ -49,6 +49,11 @@ class Layout(NamedTuple):
         return math.prod(self.shape[1:])
 
     @property
+    def groups(self) -> int:
+        """Groups of 256 blocks, if the weight begins with one."""
+        return fmt.block_count(self.spec.scale_count(self.shape), fmt.GROUP_SIZE)
+
+    @property
     def logical_shape(self) -> tuple[int, ...]:
         """The tensor's own shape."""
         return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
@@ -132,8 +137,9 @@ class QuantizedTensor(Sharded, torch.Tensor):
         begins inside a block, which has to be decoded.
         """
         layout = self.stored
-        spec = layout.spec
-        if layout.exact and not layout.first_element:
+        spec, groups = layout.spec, self.group_scales
+        # The first rows of a weight have all of its group_scales too.
+        if layout.exact and not layout.first_element and (groups is None or groups.numel() == layout.groups):
             return self.packed, self.absmax, self.group_scales, self.offset, spec.text
         if layout.first_element % spec.block_size:
             return None
@@ -146,7 +152,7 @@ class QuantizedTensor(Sharded, torch.Tensor):
             # The kernels count groups from the first block on.
             return packed, self.scales()[:count], None, None, spec.without_double_quant().text
         first_group = first_block // fmt.GROUP_SIZE
-        groups = self.group_scales[first_group : first_group + fmt.block_count(count, fmt.GROUP_SIZE)]
+        groups = groups[first_group : first_group + fmt.block_count(count, fmt.GROUP_SIZE)]
         return packed, self.absmax.reshape(-1)[:count], groups, self.offset, spec.text
 
     def scales(self) -> torch.Tensor:

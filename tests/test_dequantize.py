@@ -163,3 +163,17 @@ def test_large_results(name):
         padded = torch.empty(expected.numel() + 1)  # one element past an aligned address
         out = padded[1:].view(expected.shape)
         assert torch.equal(lowbit.dequantize(q, out=out), expected)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("rows", [(0, 0), (0, 3), (0, 130), (3, 130), (128, 300), (256, 300), (7, 8)])
+@pytest.mark.parametrize("columns", [192, 100])
+def test_rows_of_a_weight_of_several_groups(name, rows, columns):
+    """A slice, or the shard of a process, would be refused by the kernels or get the scales of other rows."""
+    q = lowbit.quantize(make_weight((300, columns)))
+    part, dense = q[slice(*rows)], q.dequantize()[slice(*rows)]
+    x = torch.randn(2, columns, generator=torch.Generator().manual_seed(0))
+    with kernels(name):
+        assert torch.equal(part.dequantize(), dense)
+        expected = torch.nn.functional.linear(x, lowbit.quantize(make_weight((300, columns))))[:, slice(*rows)]
+        torch.testing.assert_close(torch.nn.functional.linear(x, part), expected)
