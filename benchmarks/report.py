@@ -134,6 +134,11 @@ _SHOWN = {
 }
 
 
+def _short(milliseconds: float) -> str:
+    """Two digits, and no exponent."""
+    return f"{milliseconds:.0f}" if milliseconds >= 10 else f"{milliseconds:.2g}"
+
+
 def plot_times(path: str, machine: Machine, rows: list[dict]) -> None:
     """Draw milliseconds of lowbit, dense torch and bitsandbytes by operation for the first shape, a panel per dtype."""
     import matplotlib
@@ -149,14 +154,14 @@ def plot_times(path: str, machine: Machine, rows: list[dict]) -> None:
         times: dict[str, dict[str, float]] = {}
         for row in rows:
             if (row["dtype"], row["n"], row["k"]) == (dtype, n, k) and row["name"] in names and "median_ms" in row:
-                operation = row["operation"] + (f"\n{row['m']} row{'s' * (row['m'] > 1)}" if row["m"] else "")
+                operation = row["operation"].replace(" into", "\ninto") + (f"\n{row['m']} row{'s' * (row['m'] > 1)}" if row["m"] else "")
                 times.setdefault(operation, {})[names[row["name"]]] = row["median_ms"]
         for at, by_name in enumerate(times.values()):
             for place, name in enumerate(_SHOWN):
                 if name in by_name:
                     x, (label, color) = at + (place - 1) * 0.27, _SHOWN[name]
                     axes.bar(x, by_name[name], 0.25, color=color, label=label if at == 0 else None)
-                    axes.annotate(f"{by_name[name]:.2g}", (x, by_name[name]), ha="center", va="bottom", fontsize=7)
+                    axes.annotate(_short(by_name[name]), (x, by_name[name]), ha="center", va="bottom", fontsize=7)
         axes.set(yscale="log", title=dtype, xticks=range(len(times)))
         axes.set_xticklabels(times, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
