@@ -154,7 +154,9 @@ def plot_times(path: str, machine: Machine, rows: list[dict]) -> None:
         times: dict[str, dict[str, float]] = {}
         for row in rows:
             if (row["dtype"], row["n"], row["k"]) == (dtype, n, k) and row["name"] in names and "median_ms" in row:
-                operation = row["operation"].replace(" into", "\ninto") + (f"\n{row['m']} row{'s' * (row['m'] > 1)}" if row["m"] else "")
+                operation = row["operation"].replace(" into", "\ninto") + (
+                    f"\n{row['m']} row{'s' * (row['m'] > 1)}" if row["m"] else ""
+                )
                 times.setdefault(operation, {})[names[row["name"]]] = row["median_ms"]
         for at, by_name in enumerate(times.values()):
             for place, name in enumerate(_SHOWN):
