@@ -254,11 +254,6 @@ def _scale_code_table() -> torch.Tensor:
 SCALE_CODE_TABLE = _scale_code_table()
 
 
-def is_block_size(number: int) -> bool:
-    """Whether 4-bit weights come in blocks of so many: a power of two from MIN_BLOCK_SIZE to MAX_BLOCK_SIZE."""
-    return MIN_BLOCK_SIZE <= number <= MAX_BLOCK_SIZE and number & (number - 1) == 0
-
-
 def block_count(numel: int, block_size: int) -> int:
     """Number of blocks in a weight of ``numel`` elements; the last one may be short."""
     return -(-numel // block_size)

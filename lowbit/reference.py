@@ -1,8 +1,8 @@
 """The fp32 oracle: every operation in plain torch, slow and obvious.
 
-Each function has the name and the arguments of the op it defines the meaning of (``lowbit/ops.py``). All other
-backends are tested against this file: bytes and decoded weights bit for bit, products within the bound derived in
-``tests/cases.py``. It runs on any device torch runs on. Arguments are taken as checked.
+Each function has the name and the arguments of the op whose meaning it defines; their types are in the schemas of
+``lowbit/ops/``. All other backends are tested against this file: bytes and decoded weights bit for bit, products within
+the bound derived in ``tests/cases.py``. It runs on any device that torch runs on, and does not check its arguments.
 """
 
 import math
