@@ -41,7 +41,7 @@ def grouped_lora_linear(namespace, x, weight, expert_ends, features, bias, lora_
         op = getattr(torch.ops, namespace).grouped_lora_linear.default
         return op(x, *weight, expert_ends, features, bias, lora_a, lora_b, scaling)[0]
     product = GroupedProduct(namespace, weight, expert_ends)
-    return single.lora_linear_of(product, None, x, features, bias, lora_a, lora_b, scaling)[0]
+    return single.lora_linear_of(product, x, features, bias, lora_a, lora_b, scaling)[0]
 
 
 def _autograd_linear(namespace: str):
@@ -59,7 +59,7 @@ def _autograd_lora_linear(namespace: str):
     def kernel(keyset, x, *args):
         *weight, expert_ends, features, bias, lora_a, lora_b, scaling = args
         product = GroupedProduct(namespace, tuple(weight), expert_ends)
-        return single.lora_linear_of(product, keyset, x, features, bias, lora_a, lora_b, scaling)
+        return single.lora_linear_of(product, x, features, bias, lora_a, lora_b, scaling)
 
     return kernel
 

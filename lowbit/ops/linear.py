@@ -107,7 +107,7 @@ class LoraLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, bias, lora_a, lora_b, product, keyset, features, scaling):
+    def forward(ctx, x, bias, lora_a, lora_b, product, features, scaling):
         y, t = product.lora_forward(x, features, bias, lora_a, lora_b, scaling)
         ctx.save_for_backward(x, t, lora_a, lora_b)
         ctx.product, ctx.scaling = product, scaling
@@ -124,7 +124,7 @@ class LoraLinear(torch.autograd.Function):
         grad_bias, grad_t, grad_b = _gradients(ctx, grad, t, lora_b, needs_bias, needs_x or needs_a, needs_b)
         grad_x = product.grad_input(grad, x.shape[-1], grad_t, lora_a) if needs_x else None
         grad_a = product.outer(grad_t, x).to(lora_a.dtype) if needs_a else None
-        return grad_x, grad_bias, grad_a, grad_b, *[None] * 4
+        return grad_x, grad_bias, grad_a, grad_b, *[None] * 3
 
 
 def _gradients(ctx, grad, t, lora_b, needs_bias, needs_t, needs_b):
@@ -178,13 +178,13 @@ def lora_linear(namespace: str, x, weight: tuple, features: int, bias, lora_a, l
     if is_traced():
         op = getattr(torch.ops, namespace).lora_linear.default
         return op(x, *weight, features, bias, lora_a, lora_b, scaling)[0]
-    return lora_linear_of(Product(namespace, weight), None, x, features, bias, lora_a, lora_b, scaling)[0]
+    return lora_linear_of(Product(namespace, weight), x, features, bias, lora_a, lora_b, scaling)[0]
 
 
-def lora_linear_of(product: Product, keyset, x, features, bias, lora_a, lora_b, scaling):
+def lora_linear_of(product: Product, x, features, bias, lora_a, lora_b, scaling):
     """(y, t) of a product and its LoRA, recorded where a gradient is wanted."""
     if wants_gradient(x, bias, lora_a, lora_b):
-        return LoraLinear.apply(x, bias, lora_a, lora_b, product, keyset, features, scaling)
+        return LoraLinear.apply(x, bias, lora_a, lora_b, product, features, scaling)
     return product.lora_forward(x, features, bias, lora_a, lora_b, scaling)
 
 
@@ -197,7 +197,7 @@ def _autograd_linear(namespace: str):
 
 def _autograd_lora_linear(namespace: str):
     def kernel(keyset, x, *args):
-        return lora_linear_of(Product(namespace, args[:5]), keyset, x, *args[5:])
+        return lora_linear_of(Product(namespace, args[:5]), x, *args[5:])
 
     return kernel
 
