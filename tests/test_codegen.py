@@ -75,11 +75,35 @@ print((once.made_once("thing", ["input"], make) / "result").read_text())
     assert (tmp_path / "log").read_text() == "made "
 
 
-def test_a_header_is_an_input_of_every_kernel(monkeypatch):
-    """An edit there would otherwise be tested with the code from before it."""
-    monkeypatch.setattr(cuda_build, "nvcc_version", lambda: "nvcc 13")
-    (source, *_) = cuda_build.SOURCES
-    inputs = cuda_build._inputs(source, cuda_build.ARCHS)
-    headers = {path for path in cuda_build.CSRC.rglob("*") if path.suffix in (".h", ".cuh")}
-    assert headers and headers <= set(inputs) and source in inputs and "nvcc 13" in inputs
-    assert inputs != cuda_build._inputs(source, ("sm_75",))
+@pytest.mark.parametrize("edited", ["kernel.cu", "csrc/header.h", "csrc/device/header.cuh", "nvcc"])
+def test_an_edit_compiles_cuda_again(tmp_path, monkeypatch, edited):
+    """The edit would otherwise be tested, and installed, with the code from before it."""
+    (tmp_path / "csrc" / "device").mkdir(parents=True)
+    for name in ("kernel.cu", "csrc/header.h", "csrc/device/header.cuh"):
+        (tmp_path / name).write_text("old")
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("""#!/bin/sh
+[ "$1" = --version ] && exit
+while [ $# -gt 0 ]; do
+  case $1 in
+    --keep-dir) echo PTX > $2/kernel.compute_80.ptx;;
+    -o) echo made >> $2;;
+  esac
+  shift
+done
+""")
+    nvcc.chmod(0o755)
+    build = cuda_build.setup
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build, "CUDA_OBJECTS", tmp_path / "cuda")
+    monkeypatch.setattr(build, "find_nvcc", lambda: nvcc)
+
+    def compilations():
+        made = build.compile_cuda(tmp_path / "kernel.cu", ("80", "90"))
+        assert made.with_suffix(".ptx").read_text() == "PTX\n"
+        return made.read_text().count("made")
+
+    assert compilations() == compilations() == 1
+    text = (tmp_path / edited).read_text()
+    (tmp_path / edited).write_text(text.replace("] && exit", "] && echo newer && exit") if edited == "nvcc" else "new")
+    assert compilations() == compilations() == 2

@@ -64,7 +64,7 @@ def test_a_build_without_cuda_says_what_to_install(monkeypatch, selected):
 )
 def test_a_wrong_build_option_is_named(name, value, message):
     """A typing error in an environment variable must not build something else."""
-    code = "import runpy; build = runpy.run_path('setup.py'); build['wants_cuda'](); build['cuda_targets']()"
+    code = "import runpy; build = runpy.run_path('setup.py'); build['wants_cuda'](); build['cuda_archs']()"
     environment = {**os.environ, name: value}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode != 0 and message in done.stderr

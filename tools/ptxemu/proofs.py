@@ -7,10 +7,12 @@ If it has the hash of a test, the last step is not executed and the test is skip
 test run again.
 
 Each run executes a random tenth of the proofs in the file. ``--prove`` executes all, and writes the file anew if every
-test passed. Tests of hypothesis have other inputs each time and always run.
+test passed. Tests of hypothesis draw other inputs each time and always run: their proofs are the steps that fixtures
+take, and a known one that is not due runs a tenth of its examples.
 """
 
 import ast
+import contextlib
 import functools
 import hashlib
 import random
@@ -28,6 +30,8 @@ EMULATOR = Path(__file__).parent
 SHARE = 0.1
 _DEBUG_SECTION = re.compile(r"^\s*\.section\s+\.debug_.*?^\s*\}", re.MULTILINE | re.DOTALL)
 _DEBUG_LINE = re.compile(r"^\s*(\.loc|\.file|//|\$L__(tmp|func_begin|func_end)\d+:)")
+# nvcc's names of what has internal linkage in a file: "_5c99390c_7_gemm_cu_5fb329c2" has hashes of the file's path.
+_HASHES_OF_PATH = re.compile(r"_[0-9a-f]{8}_(\d+_\w+?_cu)_[0-9a-f]{8}")
 
 
 def digest(parts: Iterable) -> str:
@@ -56,8 +60,8 @@ def _tensor_bytes(tensor) -> bytes:
 
 
 def code_of(ptx: str) -> str:
-    """Return PTX without debug information, which holds paths and line numbers of this machine and decides nothing."""
-    lines = _DEBUG_SECTION.sub("", ptx).splitlines()
+    """Return PTX without what decides nothing: debug information, and the paths of this machine in it and in names."""
+    lines = _HASHES_OF_PATH.sub(r"_\1", _DEBUG_SECTION.sub("", ptx)).splitlines()
     return "\n".join(line for line in lines if line.strip() and not _DEBUG_LINE.match(line))
 
 
@@ -86,18 +90,40 @@ def emulator_sources(folder: Path = EMULATOR) -> tuple[Path, ...]:
 class Proof:
     """What is known of the running test: ``digest`` of its steps so far, None before the first."""
 
-    def __init__(self, name: str, sources: Iterable[Path], known: str | None, is_due: bool):
-        self.name, self.known, self.is_due = name, known, is_due
+    def __init__(self, name: str, sources: Iterable[Path], known: str | None, is_due: bool, draws: bool = False):
+        self.name, self.known, self.is_due, self.draws = name, known, is_due, draws
         self.sources, self.digest = tuple(sources), None
         self.taken: list = []  # what steps were of
+        self.is_drawing = False  # hypothesis draws the inputs of all steps from now on
+
+    @property
+    def is_spared(self) -> bool:
+        """Whether this is a known proof that is not due."""
+        return self.digest is not None and self.digest == self.known and not self.is_due
 
     def step(self, parts: Iterable, of: object = None) -> None:
         """Add a run to the proof; skip the test if this ends a known proof that is not due."""
         self.taken.append(of)
+        if self.is_drawing:
+            return
         before = [self.digest] if self.digest else [path.read_bytes() for path in self.sources]
         self.digest = digest([self.name, *before, *parts])[:24]
-        if self.digest == self.known and not self.is_due:
+        if self.is_spared and not self.draws:
             pytest.skip("proved before, with the same code, inputs, emulator and test")
+
+
+@contextlib.contextmanager
+def few_examples(test):
+    """Context in which a test of hypothesis runs a tenth of its examples."""
+    import hypothesis
+
+    name = "_hypothesis_internal_use_settings"  # hypothesis has no public way; test_ptxemu_proofs.py checks this one
+    every = getattr(test, name)
+    setattr(test, name, hypothesis.settings(every, max_examples=max(1, round(every.max_examples * SHARE))))
+    try:
+        yield
+    finally:
+        setattr(test, name, every)
 
 
 _running: Proof | None = None
@@ -165,16 +191,18 @@ class _Session:
     def pytest_runtest_protocol(self, item):
         """Fixtures may take steps too. A test of this plugin runs pytest, and has its own proof afterwards."""
         global _running
-        outer, _running = _running, None
-        if not hasattr(getattr(item, "obj", None), "hypothesis"):
-            sources = [*self.common, *sources_of(item.path)]
-            _running = Proof(item.nodeid, sources, self.known.get(item.nodeid), self.is_due(item.nodeid))
+        outer, known = _running, self.known.get(item.nodeid)
+        sources = [*self.common, *sources_of(item.path)]
+        draws = hasattr(getattr(item, "obj", None), "hypothesis")
+        _running = Proof(item.nodeid, sources, known, self.is_due(item.nodeid), draws)
         yield
         _running = outer
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_call(self, item):
-        yield
+        _running.is_drawing = _running.draws
+        with few_examples(item.obj) if _running.draws and _running.is_spared else contextlib.nullcontext():
+            yield
         if _running is not None and _running.digest is not None:
             item.user_properties.append(("proof", _running.digest))
 

@@ -170,8 +170,30 @@ def test_steps_are_taken_once(project):
     assert executed(project) == []
 
 
-def test_hypothesis_is_always_executed(project):
-    """hypothesis draws other inputs each time, so an old proof says nothing of them."""
+def test_hypothesis_runs_a_tenth_of_its_examples(project):
+    """hypothesis draws other inputs each time: some must be tried in every run, and all after a change of the code."""
+    (project.path / "conftest.py").write_text(
+        "import pytest\nfrom helper import EXPECTED\nfrom ptxemu import proofs\n"
+        "@pytest.fixture(autouse=True)\ndef code(): proofs.step('PTX', EXPECTED)\n"
+    )
+    given = "from hypothesis import given, settings, strategies\n@settings(max_examples=30, database=None)\n"
+    given += "@given(strategies.integers(-(2**40), 2))"
+    (project.path / "test_kernels.py").write_text(TEST.replace('@pytest.mark.parametrize("case", [1, 2])', given))
+
+    def examples(*arguments):
+        executed(project, *arguments)
+        return (project.path / "executed.txt").read_text().count("|")
+
+    edit(project.path / "test_kernels.py", "{case}", "{case}|")
+    assert examples() == examples("--prove") == 30
+    assert examples() == 3
+    assert examples("--prove") == 30
+    edit(project.path / "helper.py", "EXPECTED = 3", "EXPECTED = 4")
+    assert examples() == 30
+
+
+def test_steps_of_drawn_inputs_are_no_proof(project):
+    """Their hash would be another one in each run."""
     given = "from hypothesis import given, strategies\n@given(strategies.just(1))"
     (project.path / "test_kernels.py").write_text(TEST.replace('@pytest.mark.parametrize("case", [1, 2])', given))
     assert executed(project, "--prove") and executed(project)
@@ -186,6 +208,16 @@ def test_workers_share_the_seed_and_the_file(project, monkeypatch):
     assert len(proofs.read(project.path / "proofs.txt")) == 2
     result = project.runpytest_subprocess("-p", "ptxemu.proofs", "-p", "xdist", "-n2", "--proof-seed=0")
     result.assert_outcomes(skipped=2)
+
+
+def test_the_folder_of_the_sources_is_no_code():
+    """nvcc makes names of the sources' path: every proof would be unknown in another clone."""
+    ours, theirs = (
+        f".entry _ZN6lowbit39_GLOBAL__N__{path}_7_gemm_cu_5fb329c26kernelE() {{ mov.u64 %rd1, "
+        f"_ZN37_INTERNAL_{path}_7_gemm_cu_5fb329c26lowbit3mapE; }}"
+        for path in ("5c99390c", "faaa4246")
+    )
+    assert proofs.code_of(ours) == proofs.code_of(theirs) != proofs.code_of(theirs.replace("_gemm_", "_gemv_"))
 
 
 def test_debug_information_is_no_code():
