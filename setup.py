@@ -150,7 +150,7 @@ def compile_cuda(source: Path, archs: tuple[str, ...]) -> Path:
     A file of the same name with the suffix .ptx holds the PTX of the first. Nothing is compiled if the compiler, its
     options, the source and all headers of csrc are those of the last time.
     """
-    folder = CUDA_OBJECTS / ",".join(archs)
+    folder = CUDA_OBJECTS / "_".join(archs)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{source.stem}.o"
     nvcc, stamp = str(find_nvcc()), target.with_suffix(".made_of")

@@ -19,6 +19,14 @@ SLOW = ("test_cuda_", "test_triton_", "test_ptxemu_", "test_predict_gpu", "test_
 FAST = ("test_triton_autotune", "test_triton_traced")
 
 
+def pytest_ignore_collect(collection_path):
+    """Import only the files that have tests for Triton's interpreter, where it is on."""
+    is_test = collection_path.name.startswith("test_")
+    if os.environ.get("TRITON_INTERPRET") == "1" and is_test and "interpreted" not in collection_path.read_text():
+        return True
+    return None
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.name.startswith(SLOW) and not item.path.name.startswith(FAST):
