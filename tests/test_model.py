@@ -1,6 +1,7 @@
 """lowbit_lora/model.py, conversion.py and targets.py: wrapping, what trains, and failures."""
 
 import copy
+import gc
 import math
 import pickle
 
@@ -331,6 +332,8 @@ def test_ddp_never_sends_the_base(tmp_path, monkeypatch, inside):
     try:  # the wrapper, or the model inside of it
         parallel = nn.parallel.DistributedDataParallel(wrapped.get_base_model() if inside else wrapped)
         parallel(input_ids=IDS, labels=LABELS).loss.backward()
+        del parallel
+        gc.collect()  # before the group goes: freed after it, DDP waits for a thread that waits for Python's lock
     finally:
         distributed.destroy_process_group()
     assert quantized_weights(wrapped)
