@@ -12,7 +12,8 @@ TEST_ARGS ?= -q
 # All that is compiled or installed. A change in one of these makes the next call install the package again.
 SOURCES := setup.py pyproject.toml $(shell find lowbit lowbit_lora csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-fast prove native-test neon-test avx512-test headers-test wheel-cuda lint format clean
+.PHONY: help demo test test-fast prove prove-native native-test neon-test run-neon avx512-test run-avx512 headers-test
+.PHONY: wheel-cuda lint format clean
 .DELETE_ON_ERROR:
 .SECONDARY:  # keep the stamps that pattern rules make
 
@@ -20,7 +21,7 @@ help:
 	@echo "make demo   fine-tune the bundled encoder with QLoRA on the bundled reviews (DEMO_ARGS=...)"
 	@echo "make test   run every test (TEST_ARGS=..., JOBS=2)"
 	@echo "make test-fast  run the quick tests, in 2 minutes"
-	@echo "make prove  execute every emulated proof, and record them in tests/proofs.txt"
+	@echo "make prove  execute every emulated proof, and record them"
 	@echo "make native-test  check the kernels without torch, plain and under sanitizers"
 	@echo "make neon-test    check the same, cross-compiled for 64-bit ARM, under an emulator"
 	@echo "make avx512-test  check both sets of AVX-512 kernels on any x86-64 CPU, with SIMDe's portable intrinsics"
@@ -50,8 +51,9 @@ test: .venv-test/package.stamp .venv-test/data.stamp
 test-fast: .venv-test/package.stamp .venv-test/data.stamp
 	@$(PYTEST) -m "not interpreted and not slow" $(TEST_ARGS)
 
-# Executes all proofs, also those that `make test` skips because tests/proofs.txt has them, and writes that file.
-prove: .venv-test/package.stamp .venv-test/data.stamp
+# Executes all proofs, also those that the tests skip because tests/proofs.txt or tests/native/proofs.txt has them, and
+# writes these files.
+prove: .venv-test/package.stamp .venv-test/data.stamp prove-native
 	@$(PYTEST) -q -m "not interpreted" --prove $(wildcard tests/test_cuda_*.py tests/test_triton_*.py)
 
 # The kernels without torch: those that can run here, plain and then under sanitizers.
@@ -66,11 +68,24 @@ native-test: build/native/driver build/native/driver-sanitized
 
 build/native/driver build/native/driver-sanitized build/native/driver-neon build/native/driver-avx512: $(wildcard tests/native/*.h)
 
-neon-test: build/native/driver-neon
+# What runs under an emulator is executed if it is new, and one time in ten. `make prove` executes and records it.
+NEON_PROOF := neon "$(DRIVER_FLAGS)" $(ARM_CXX) qemu-aarch64
+AVX512_PROOF := avx512 "$(DRIVER_FLAGS)" $(CXX) /usr/include/simde/simde-common.h
+neon-test:
+	@$(PYTHON) tools/native_proofs.py $(NEON_PROOF) || $(MAKE) run-neon
+
+avx512-test:
+	@$(PYTHON) tools/native_proofs.py $(AVX512_PROOF) || $(MAKE) run-avx512
+
+run-neon: build/native/driver-neon
 	qemu-aarch64 build/native/driver-neon --quick
 
-avx512-test: build/native/driver-avx512
+run-avx512: build/native/driver-avx512
 	build/native/driver-avx512 --quick
+
+prove-native: run-neon run-avx512
+	$(PYTHON) tools/native_proofs.py --record $(NEON_PROOF)
+	$(PYTHON) tools/native_proofs.py --record $(AVX512_PROOF)
 
 build/native/driver: $(DRIVER_SOURCES) $(SOURCES)
 	mkdir -p $(@D)

@@ -27,6 +27,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 CPU_BINDINGS = ROOT / "csrc" / "bindings" / "cpu.cpp"
 CUDA_BINDINGS = ROOT / "csrc" / "bindings" / "cuda.cpp"
+NO_CUDA_BINDINGS = ROOT / "csrc" / "bindings" / "no_cuda.cpp"
 #: On Windows setuptools compiles with MSVC, which cannot build the kernels: they are C++ for g++ and clang++.
 COMPILERS = ("cl",) if os.name == "nt" else ("c++", "g++", "clang++")
 #: Compiles only if the compiler has what the extension needs and finds Python's headers.
@@ -78,10 +79,9 @@ def has_limited_api() -> bool:
     return not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
-def cxx_flags(*, cuda: bool = False) -> list[str]:
-    """The compiler's options for every C++ file of the extension, with the CUDA half if ``cuda``."""
-    limited_api = ["-DPy_LIMITED_API=0x030A0000"] if has_limited_api() else []
-    return [*CXX_FLAGS, *limited_api, *(["-DLOWBIT_CUDA"] if cuda else [])]
+def cxx_flags() -> list[str]:
+    """The compiler's options for every C++ file of the extension."""
+    return [*CXX_FLAGS, *(["-DPy_LIMITED_API=0x030A0000"] if has_limited_api() else [])]
 
 
 def python_include_flags() -> list[str]:
@@ -206,15 +206,14 @@ def native_build() -> dict:
     if find_compiler():
         os.environ.setdefault("CXX", find_compiler())  # torch and setuptools would look for c++ only
     cuda_sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if wants_cuda() else []
-    sources = [CPU_BINDINGS, *sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))]
-    if cuda_sources:
-        sources.append(CUDA_BINDINGS)
+    cuda_bindings = CUDA_BINDINGS if cuda_sources else NO_CUDA_BINDINGS
+    sources = [CPU_BINDINGS, cuda_bindings, *sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))]
     extension = CppExtension(
         "lowbit._C",
         [str(source.relative_to(ROOT)) for source in sources],
         depends=[str(header.relative_to(ROOT)) for header in sorted((ROOT / "csrc").rglob("*.h"))],
         py_limited_api=has_limited_api(),
-        extra_compile_args=cxx_flags(cuda=bool(cuda_sources)),
+        extra_compile_args=cxx_flags(),
     )
     # CppExtension also links torch and torch_python, which are not part of the stable ABI.
     extension.libraries = ["torch_cpu", "c10"]

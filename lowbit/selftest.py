@@ -26,9 +26,10 @@ def run() -> list[tuple[str, str | None]]:
     results = []
     for isa in isa_names():
         torch.ops.lowbit.set_cpu_isa(isa)
-        results += [(f"native {isa}: {name}", problem) for name, problem in _compare("lowbit")]
-    if isa_names():
-        torch.ops.lowbit.set_cpu_isa("auto")
+        try:
+            results += [(f"native {isa}: {name}", problem) for name, problem in _compare("lowbit")]
+        finally:
+            torch.ops.lowbit.set_cpu_isa("auto")
     if backends.native.missing_cuda_reason() is None and torch.cuda.is_available():
         results += [(f"CUDA: {name}", problem) for name, problem in _compare("lowbit", "cuda")]
     for device in triton_devices():

@@ -97,7 +97,8 @@ def stub_bindings():
     libraries = [runtime, f"-L{folder}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{folder}"]
 
     def make(made: Path) -> None:
-        run("g++", *flags, *(f"-I{path}" for path in includes), STUB_BINDINGS, "-o", made / "stub_bindings.so", *libraries)
+        target = made / "stub_bindings.so"
+        run("g++", *flags, *(f"-I{path}" for path in includes), STUB_BINDINGS, "-o", target, *libraries)
 
     headers = sorted(CSRC.rglob("*.h"))
     inputs = [torch.__version__, str(runtime), *flags, *_bindings_sources(), *headers]

@@ -1,5 +1,6 @@
 """tools/codegen: what is made once for all test processes is made again when it should be."""
 
+import os
 import subprocess
 import sys
 
@@ -107,3 +108,11 @@ done
     text = (tmp_path / edited).read_text()
     (tmp_path / edited).write_text(text.replace("] && exit", "] && echo newer && exit") if edited == "nvcc" else "new")
     assert compilations() == compilations() == 2
+
+
+def test_the_sources_stay_off_the_path():
+    """Processes that tests start would import lowbit from the sources, without kernels, instead of what is installed."""
+    code = "import sys; before = list(sys.path); from codegen import cuda_build; assert sys.path == before, sys.path"
+    environment = {**os.environ, "PYTHONPATH": str(once.ROOT / "tools")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -93,7 +93,7 @@ def key_of(command: list[str]) -> str:
 
 def check(source: Path, headers: Path) -> str | None:
     """None if ``source`` compiles against ``headers``, else what the compiler said."""
-    command = [*shlex.split(setup.find_compiler()), *setup.cxx_flags(cuda=True), *setup.python_include_flags()]
+    command = [*shlex.split(setup.find_compiler()), *setup.cxx_flags(), *setup.python_include_flags()]
     command += ["-fsyntax-only", "-isystem", str(headers), str(source)]
     passed = headers / f"{source.stem}.passed"
     key = key_of(command)

@@ -8,9 +8,7 @@
 #include "../cpu/kernels.h"
 #include "../cpu/support.h"
 #include "ops.h"
-#if defined(LOWBIT_CUDA)
 #include "../cuda/kernels.h"
-#endif
 
 namespace {
 
@@ -198,15 +196,10 @@ static PyModuleDef module_definition = {
     PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
 PyMODINIT_FUNC PyInit__C() {
   PyObject* module = PyModule_Create(&module_definition);
-#if defined(LOWBIT_CUDA)
-  const char* architectures = lowbit::cuda::architectures();
-#else
-  const char* architectures = "";
-#endif
 #if defined(Py_GIL_DISABLED)
   // A free-threaded Python turns its lock on again for a module that does not say that it needs none.
   if (module) PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
 #endif
-  if (module && PyModule_AddStringConstant(module, "cuda_architectures", architectures) != 0) Py_CLEAR(module);
+  if (module && PyModule_AddStringConstant(module, "cuda_architectures", cuda::architectures()) != 0) Py_CLEAR(module);
   return module;
 }

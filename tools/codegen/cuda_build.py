@@ -1,8 +1,8 @@
 """What nvcc made of each of lowbit's CUDA sources: host code, PTX for the emulator, machine code for three GPUs."""
 
 import functools
+import importlib.util
 import os
-import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,9 +13,10 @@ from filelock import FileLock
 from .machine_code import Kernel, disassemble_once
 from .once import ROOT
 
-sys.path.insert(0, str(ROOT))
-
-import setup  # noqa: E402  (the build, whose objects these are)
+# The build, whose objects these are. (On the path its folder would put lowbit's sources before the installed package.)
+_spec = importlib.util.spec_from_file_location("lowbit_setup", ROOT / "setup.py")
+setup = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(setup)
 
 CSRC = ROOT / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
