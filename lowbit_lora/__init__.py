@@ -1,15 +1,33 @@
 """LoRA and QLoRA on top of lowbit: layers, model wrappers, and adapters in PEFT's files."""
 
 from .config import LoraConfig, QLoRAConfig, QuantizationType
-from .layers import LoRABaseLayer, LoRALinear, QLoRALinear
+from .layers import (
+    LoRABaseLayer,
+    LoRAConv1d,
+    LoRAConv2d,
+    LoRAConv3d,
+    LoRAEmbedding,
+    LoRALinear,
+    QLoRAEmbedding,
+    QLoRALinear,
+)
 from .model import LoraModel, QLoRAModel
+
+#: Another name of LoraModel, in the spelling of the layers.
+LoRAModel = LoraModel
 
 __all__ = [
     "LoRABaseLayer",
+    "LoRAConv1d",
+    "LoRAConv2d",
+    "LoRAConv3d",
+    "LoRAEmbedding",
     "LoRALinear",
+    "LoRAModel",
     "LoraConfig",
     "LoraModel",
     "QLoRAConfig",
+    "QLoRAEmbedding",
     "QLoRALinear",
     "QLoRAModel",
     "QuantizationType",

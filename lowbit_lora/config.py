@@ -1,5 +1,6 @@
 """What to adapt and how: LoraConfig, QLoRAConfig, and their form in PEFT's ``adapter_config.json``."""
 
+import contextlib
 import enum
 import math
 from collections.abc import Iterable
@@ -29,6 +30,14 @@ class LoraConfig:
         target_modules: which linear layers get LoRA: a list of names or dotted suffixes ("query",
             "attention.self.query"), one string as a regular expression that the whole name has to match, or
             "all-linear" (every linear layer but the output head).
+        exclude_modules: of the layers that target_modules names, those that get no LoRA: names or suffixes in a list,
+            or a regular expression.
+        layers_to_transform: numbers of the blocks that get LoRA; the number is the first one in a layer's name
+            ("model.layers.3.self_attn.q_proj" is in block 3).
+        layers_pattern: names of the list of blocks ("layers"), where other numbers come first.
+        rank_pattern: the rank of layers whose name, a suffix of it, or a regular expression for it is a key; the first
+            key that matches counts.
+        alpha_pattern: the same for lora_alpha.
         lora_alpha: scaling is lora_alpha / rank.
         lora_dropout: probability of zeroing an input element of A while training, in [0, 1).
         bias: which biases train: "none", "all", or "lora_only" (those of layers with LoRA).
@@ -46,6 +55,11 @@ class LoraConfig:
 
     rank: int = 8
     target_modules: str | list[str] = "all-linear"
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
     lora_alpha: float = 16
     lora_dropout: float = 0.0
     bias: str = "none"
@@ -64,6 +78,23 @@ class LoraConfig:
             raise ValueError("target_modules: expected names, a regular expression or 'all-linear', got nothing")
         if self.modules_to_save is not None:
             self.modules_to_save = _names("modules_to_save", self.modules_to_save)
+        if self.exclude_modules is not None and not isinstance(self.exclude_modules, str):
+            self.exclude_modules = _names("exclude_modules", self.exclude_modules)
+        if isinstance(self.layers_pattern, str):
+            self.layers_pattern = [self.layers_pattern]
+        self.layers_pattern = self.layers_pattern or None
+        if self.layers_to_transform is not None:
+            self.layers_to_transform = _numbers("layers_to_transform", self.layers_to_transform)
+        elif self.layers_pattern:
+            raise ValueError("layers_pattern: expected only together with layers_to_transform")
+        for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            if not isinstance(pattern or {}, dict):
+                raise TypeError(f"{name}: expected a dictionary from names of layers to numbers, got {pattern!r}")
+            for key, value in (pattern or {}).items():
+                rank, alpha = (value, self.lora_alpha) if name == "rank_pattern" else (self.rank, value)
+                with _named(f"{name}[{key!r}]"):
+                    check_lora_options(rank, alpha, self.lora_dropout)
+            setattr(self, name, dict(pattern) if pattern else None)
 
     @property
     def scaling(self) -> float:
@@ -78,6 +109,11 @@ class LoraConfig:
             "lora_alpha": self.lora_alpha,
             "lora_dropout": self.lora_dropout,
             "target_modules": self.target_modules,
+            "exclude_modules": self.exclude_modules,
+            "layers_to_transform": self.layers_to_transform,
+            "layers_pattern": self.layers_pattern,
+            "rank_pattern": self.rank_pattern or {},
+            "alpha_pattern": self.alpha_pattern or {},
             "bias": self.bias,
             "use_rslora": self.use_rslora,
             "modules_to_save": self.modules_to_save,
@@ -108,13 +144,16 @@ class LoraConfig:
         if "r" not in written or not written.get("target_modules"):
             raise ValueError(f"adapter config: expected r and target_modules, got keys {sorted(written)}")
         taken = {name: written[name] for name in _SAME_IN_PEFT if written.get(name) is not None}
+        if written.get("layers_to_transform") is not None:
+            taken["layers_pattern"] = written.get("layers_pattern") or None
         return cls(rank=written["r"], **taken, **ours)
 
 
-_SAME_IN_PEFT = ("target_modules", "lora_alpha", "lora_dropout", "bias", "use_rslora", "modules_to_save", "task_type")
+_SAME_IN_PEFT = ("target_modules", "exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern")
+_SAME_IN_PEFT += ("lora_alpha", "lora_dropout", "bias", "use_rslora", "modules_to_save", "task_type")
 _READ_FROM_PEFT = {"peft_type", "r", *_SAME_IN_PEFT}
 # Settings of PEFT that do not change what a finished adapter computes. An adapter with any other that is set (DoRA,
-# rank_pattern, something newer than this file) would compute something else than it was trained for.
+# lora_bias, something newer than this file) would compute something else than it was trained for.
 # fmt: off
 _WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "init_lora_weights", "lora_ga_config",
@@ -162,6 +201,16 @@ class QLoRAConfig(LoraConfig):
         """How a weight is stored."""
         return WeightSpec(self.quantization.value, self.block_size, self.double_quant)
 
+    def quantize_options(self) -> dict[str, Any]:
+        """The keywords of :func:`lowbit.quantize` that store a weight so."""
+        spec = self.spec
+        return {
+            "format": spec.format,
+            "block_size": spec.block_size,
+            "double_quant": spec.double_quant,
+            "scale": self.scale,
+        }
+
     def quantization_settings(self) -> dict[str, Any]:
         """The fields that PEFT's file has no place for, ready for JSON."""
         return {
@@ -200,6 +249,22 @@ def check_quantization(quantization: "QuantizationType | str") -> QuantizationTy
 def lora_scaling(rank: int, lora_alpha: float, use_rslora: bool) -> float:
     """lora_alpha / rank, or lora_alpha / sqrt(rank) for rank-stabilised LoRA."""
     return lora_alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+@contextlib.contextmanager
+def _named(where: str):
+    """Context that puts the name of a setting before what is wrong with it."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where}: {error}") from None
+
+
+def _numbers(argument: str, numbers: Any) -> list[int]:
+    numbers = [numbers] if isinstance(numbers, int) else list(numbers)
+    if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
+        raise ValueError(f"{argument}: expected numbers of blocks from 0 on, got {numbers!r}")
+    return numbers
 
 
 def _names(argument: str, names: Any) -> list[str]:

@@ -18,8 +18,8 @@ from lowbit.modules import decoded_weights, find_weights, quantized_weights, rep
 
 from . import dense, hf
 from .config import LoraConfig, QLoRAConfig
-from .layers import LoRABaseLayer, LoRALinear
-from .targets import find_saved, find_targets
+from .layers import DEFAULT, Adapter, LoRABaseLayer, layer_class
+from .targets import check_patterns, find_saved, find_targets, pattern_value
 
 #: Where nn.Module keeps the hooks of a module; a layer with LoRA calls those of its base.
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks")
@@ -64,14 +64,11 @@ class Conversion:
                 f"modules_to_save: expected dense weights in {', '.join(self.saved)}, got a quantized one, which "
                 "cannot train; leave the module dense (skip=[...] of lowbit.quantize_)"
             )
-        targets = find_targets(model, config.target_modules, inside_saved, heads)
-        resolved = config.target_modules
-        if isinstance(resolved, str) and resolved.lower() == "all-linear":
-            # PEFT's own idea of "all-linear" may differ, and so may a later one of ours.
-            resolved = sorted(targets.values())
+        targets = find_targets(model, config, inside_saved, heads)
+        check_patterns(config, list(targets.values()))
         self.config = dataclasses.replace(
             config,
-            target_modules=resolved,
+            target_modules=spelled_out(config, targets),
             modules_to_save=list(self.saved) or None,
             task_type=task_type,
         )
@@ -82,23 +79,13 @@ class Conversion:
             _check_not_fused(targets, fused)
             weights = find_weights(model, inside_saved | heads | fused.keys())
             self._weights = quantized_weights(weights, config.spec, config.scale)
-        self._replacements = {module: self._new_layer(module) for module in targets}
+        self._replacements = {module: new_layer(module) for module in targets}
+        for module, name in targets.items():
+            layer = self._replacements[module]
+            layer.add_adapter(DEFAULT, adapter_of(config, name))
+            layer.set_active([DEFAULT])
         self.layers = {name: self._replacements[module] for module, name in targets.items()}
         self._copies, self._cast_modules = _full_precision_copies(model, saved, inside_saved)
-
-    def _new_layer(self, module: nn.Linear) -> LoRALinear:
-        config = self.config
-        layer = LoRALinear(
-            module,
-            rank=config.rank,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            use_rslora=config.use_rslora,
-            freeze=False,
-        )
-        for name in _HOOKS:  # the very dictionaries, so that the hooks' handles go on working
-            setattr(layer, name, getattr(module, name))
-        return layer.train(module.training)
 
     def apply(self, trainable: bool = True) -> "Restore":
         """Change the model; returns what undoes the parts that merging does not."""
@@ -130,6 +117,27 @@ class Conversion:
                 parameter.requires_grad_(True)
         dense.adopt(model)
         return restore
+
+
+def new_layer(module: nn.Module) -> LoRABaseLayer:
+    """A layer without adapters around a module, whose hooks it calls."""
+    layer = layer_class(module)(module, rank=None, freeze=False)
+    for name in _HOOKS:  # the very dictionaries, so that the hooks' handles go on working
+        setattr(layer, name, getattr(module, name))
+    return layer.train(module.training)
+
+
+def adapter_of(config: LoraConfig, name: str) -> Adapter:
+    """The settings of a config's adapter in the layer of a name."""
+    rank = pattern_value(config.rank_pattern or {}, name, config.rank)
+    alpha = pattern_value(config.alpha_pattern or {}, name, config.lora_alpha)
+    return Adapter(rank, alpha, config.lora_dropout, config.use_rslora)
+
+
+def spelled_out(config: LoraConfig, targets: dict[nn.Module, str]) -> str | list[str]:
+    """target_modules, as names where it is "all-linear", of which PEFT's idea may differ, and a later one of ours."""
+    wanted = config.target_modules
+    return sorted(targets.values()) if isinstance(wanted, str) and wanted.lower() == "all-linear" else wanted
 
 
 @dataclasses.dataclass
@@ -213,7 +221,7 @@ def trainable_parameters(
     model: nn.Module, layers: dict[str, nn.Module], saved: dict[str, nn.Module], bias: str
 ) -> list[nn.Parameter]:
     """What trains: LoRA, the modules to save, and biases."""
-    found = [p for layer in layers.values() for p in layer.factors()]
+    found = [p for layer in layers.values() for name in layer.active for p in layer.factors(name)]
     found += [p for module in saved.values() for p in module.parameters() if p.is_floating_point()]
     return found + list(trainable_biases(model, layers, saved, bias).values())
 

@@ -1,14 +1,18 @@
 """LoraModel and QLoRAModel: a model with adapters on it."""
 
+import contextlib
+import dataclasses
 import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import saving
+from . import adapters, saving
 from .config import LoraConfig, QLoRAConfig
 from .conversion import Conversion, merge_all
+from .layers import DEFAULT, LoRABaseLayer
 
 
 class LoraModel(nn.Module):
@@ -37,9 +41,11 @@ class LoraModel(nn.Module):
 
     def _adopt(self, conversion: Conversion, trainable: bool = True) -> None:
         self._restore = conversion.apply(trainable)
-        self.lora_config = conversion.config
+        #: The config of each adapter.
+        self.configs: dict[str, LoraConfig] = {DEFAULT: conversion.config}
         self.model = conversion.model
         self._adapted = list(conversion.layers)
+        self._active = (DEFAULT,)
         self._saved = list(conversion.saved)
         self.training = self.model.training
 
@@ -54,6 +60,138 @@ class LoraModel(nn.Module):
             if name == "model":  # not there yet (unpickling), or no longer: do not look for it inside itself
                 raise
             return getattr(self.model, name)
+
+    # ---- adapters
+
+    @property
+    def lora_config(self) -> LoraConfig:
+        """The config of the first active adapter; of the first one if none is active."""
+        return self.configs[self._active[0] if self._active else next(iter(self.configs))]
+
+    @property
+    def active_adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that the model computes with."""
+        return self._active
+
+    def add_adapter(self, name: str, config: LoraConfig) -> None:
+        """Add an adapter that changes nothing yet. It is not active: ``set_adapter(name)`` makes it so.
+
+        Args:
+            name: a new one.
+            config: what to adapt, also layers that have no adapter yet. ``modules_to_save`` and ``bias`` belong to the
+                first adapter; here they have to be unset.
+
+        Raises:
+            ValueError, TypeError: as for the constructor; the name is taken; the config says how to store the base, and
+                differently from how it is stored. Nothing has changed then.
+        """
+        self._parts()
+        config = adapters.add(self.model, name, config, self.configs)
+        self.configs[name] = config
+        self._adapted += [new for new in adapters.layer_names(self.model) if new not in self._adapted]
+
+    def set_adapter(self, names: str | Iterable[str]) -> None:
+        """Compute and train with these adapters, and no others; their parts are added.
+
+        Raises:
+            ValueError: there is no adapter of a name, or adapters are merged.
+        """
+        names = self._known([names] if isinstance(names, str) else list(names))
+        for layer in self._layers():
+            adapters.check_not_merged(layer)
+        trains = any(p.requires_grad for layer in self._layers() for p in adapters.parameters(layer))
+        for layer in self._layers():
+            layer.set_active(names)
+            for name in layer.adapters:
+                for parameter in layer.factors(name):
+                    parameter.requires_grad_(trains and name in names)
+        self._active = names
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an adapter that is not active.
+
+        Raises:
+            ValueError: there is none of that name, it is active, or it is the first one while that holds modules to
+                save or biases.
+        """
+        self._known([name])
+        if name in self._active:
+            others = ", ".join(other for other in self.configs if other != name) or "none"
+            raise ValueError(f"adapter: expected one that is not active, got {name!r}; set_adapter one of: {others}")
+        if self.configs[name].modules_to_save or self.configs[name].bias != "none":
+            raise ValueError(f"adapter: {name!r} trained whole modules or biases, which stay in the model; keep it")
+        for layer in self._layers():
+            if name in layer.adapters:
+                layer.delete_adapter(name)
+        del self.configs[name]
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give an adapter another name. Its parameters stay the same objects.
+
+        Raises:
+            ValueError: there is no ``old``, or there is a ``new``.
+        """
+        self._known([old])
+        adapters.check_new_name(new, self.configs)
+        for layer in self._layers():
+            if old in layer.adapters:
+                layer.rename_adapter(old, new)
+        self.configs = {new if name == old else name: config for name, config in self.configs.items()}
+        self._active = tuple(new if name == old else name for name in self._active)
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Context in which the model computes what its base does. Modules to save and trained biases stay in it.
+
+        Raises:
+            ValueError: adapters are merged.
+        """
+        active = [(layer, layer.active) for layer in self._layers()]
+        for layer, _ in active:
+            adapters.check_not_merged(layer)
+        try:
+            for layer, _ in active:
+                layer.set_active(())
+            yield
+        finally:
+            for layer, names in active:
+                layer.set_active(names)
+
+    def merge_adapter(self, names: Iterable[str] | None = None, *, safe: bool = False) -> None:
+        """Put the merged, dense weights into the base layers, until :meth:`unmerge_adapter`.
+
+        Args:
+            names: the adapters; by default the active ones.
+            safe: refuse weights with NaN or inf.
+
+        Raises:
+            ValueError: adapters are merged already; no adapter of a name; a weight that is not finite. Nothing has
+                changed then.
+        """
+        names = self._active if names is None else self._known(list(names))
+        done = []
+        try:
+            for layer in self._layers():
+                layer.merge([name for name in names if name in layer.adapters], safe=safe)
+                done.append(layer)
+        except BaseException:
+            for layer in done:
+                layer.unmerge()
+            raise
+
+    def unmerge_adapter(self) -> None:
+        """Put the base's own weights back: the very tensors, so that stored bytes are what they were."""
+        for layer in self._layers():
+            layer.unmerge()
+
+    def _layers(self) -> list[LoRABaseLayer]:
+        return list(self._parts()[0].values())
+
+    def _known(self, names: list[str]) -> tuple[str, ...]:
+        for name in names:
+            if name not in self.configs:
+                raise ValueError(f"adapter: expected one of {', '.join(self.configs)}, got {name!r}")
+        return tuple(dict.fromkeys(names))
 
     def get_base_model(self) -> nn.Module:
         """The model inside, adapters included."""
@@ -87,17 +225,55 @@ class LoraModel(nn.Module):
         return sum(tensors.values())
 
     def save_pretrained(self, folder: str | os.PathLike, **_: Any) -> None:
-        """Write the adapter (LoRA, modules to save, trained biases), not the base, in PEFT's two files.
+        """Write the adapters (LoRA, modules to save, trained biases), not the base, in PEFT's two files each.
 
-        A save that fails leaves what was in ``folder`` before. Keywords (Hugging Face's Trainer passes some)
-        are ignored.
+        The adapter "default" goes into ``folder``, any other into a folder of its name in it, as PEFT's do; each has the
+        modules to save with it. A save that fails leaves what was in ``folder`` before. Keywords (Hugging Face's Trainer passes some) are ignored.
 
         Raises:
             OSError: the files cannot be written.
             ValueError: the adapters have been merged.
         """
         layers, saved = self._parts()
-        saving.save_adapter(self.model, self.lora_config, layers, saved, folder)
+        first = next(iter(self.configs.values()))
+        for name, config in self.configs.items():
+            config = dataclasses.replace(config, modules_to_save=first.modules_to_save, task_type=first.task_type)
+            own_folder = folder if name == DEFAULT else os.path.join(folder, name)
+            saving.save_adapter(self.model, config, layers, saved, own_folder, name)
+
+    def load_adapter(self, folder: str | os.PathLike, name: str) -> None:
+        """Add a saved adapter, by lowbit or PEFT. It is not active: ``set_adapter(name)`` makes it so.
+
+        Args:
+            folder: what save_pretrained wrote, or a hub name.
+            name: a new one.
+
+        Raises:
+            OSError: files that are missing (FileNotFoundError) or broken.
+            ValueError, TypeError: the adapter does not fit the model, or its modules to save hold other values than the
+                model's, which has one set of them. Nothing has changed then.
+        """
+        adapters.check_new_name(name, self.configs)
+        config, tensors, file = saving.read_adapter(folder, LoraConfig, {})
+        before = len(self._adapted)
+        self.add_adapter(name, dataclasses.replace(config, modules_to_save=None))
+        try:
+            layers, saved = self._parts()
+            own_saved = saved if config.modules_to_save else {}
+            values = saving.fit(tensors, self.model, layers, own_saved, "none", file, name)
+            targets = saving.adapter_tensors(self.model, layers, own_saved, "none", name)
+            factors = {key: target for key, target in targets.items() if ".lora_" in key}
+            for key in targets.keys() - factors.keys():
+                if not torch.equal(values[key].to(targets[key]), targets[key]):
+                    raise ValueError(f"{file}: {key}: expected the model's own values: it has one head for all adapters")
+        except BaseException:
+            self.delete_adapter(name)
+            adapters.unwrap(self.model, self._adapted[before:])
+            del self._adapted[before:]
+            raise
+        with torch.no_grad():
+            for key, target in factors.items():
+                target.copy_(values[key])
 
     @classmethod
     def from_pretrained(

@@ -19,6 +19,7 @@ from torch import nn
 from . import hf
 from .config import LoraConfig, QLoRAConfig
 from .conversion import trainable_biases
+from .layers import DEFAULT
 from .targets import module_names
 
 CONFIG_FILE = "adapter_config.json"
@@ -28,14 +29,12 @@ _PREFIX = "base_model.model."
 
 
 def adapter_tensors(
-    model: nn.Module, layers: dict[str, nn.Module], saved: dict[str, nn.Module], bias: str
+    model: nn.Module, layers: dict[str, nn.Module], saved: dict[str, nn.Module], bias: str, adapter: str = DEFAULT
 ) -> dict[str, torch.Tensor]:
-    """All that is saved, by PEFT's key; the tensors are the model's own."""
+    """All that is saved of an adapter, by PEFT's key; the tensors are the model's own."""
     tensors = {}
     for name, layer in layers.items():
-        lora_a, lora_b = layer.factors()
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = lora_a
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = lora_b
+        tensors |= {f"{_PREFIX}{name}.{key}": factor for key, factor in layer.adapter_parameters(adapter).items()}
     for name, parameter in trainable_biases(model, layers, saved, bias).items():
         tensors[_PREFIX + name] = parameter
     for name, module in saved.items():
@@ -50,9 +49,10 @@ def save_adapter(
     layers: dict[str, nn.Module],
     saved: dict[str, nn.Module],
     folder: str | os.PathLike,
+    adapter: str = DEFAULT,
 ) -> None:
     """Write both files into ``folder``, or on any failure leave both as they were."""
-    tensors = adapter_tensors(model, layers, saved, config.bias)
+    tensors = adapter_tensors(model, layers, saved, config.bias, adapter)
     # clone: safetensors refuses tensors that share memory (tied modules to save).
     tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     metadata = {"format": "pt"}
@@ -161,13 +161,14 @@ def fit(
     saved: dict[str, nn.Module],
     bias: str,
     file: str,
+    adapter: str = DEFAULT,
 ) -> dict[str, torch.Tensor]:
     """The file's tensors under the keys of :func:`adapter_tensors`.
 
     Raises:
         ValueError: a key is missing or unexpected, or a shape or dtype does not fit; the key is named.
     """
-    expected = adapter_tensors(model, layers, saved, bias)
+    expected = adapter_tensors(model, layers, saved, bias, adapter)
     canonical = {alias: names[0] for names in module_names(model).values() for alias in names[1:]}
     values, unexpected = {}, []
     for key, tensor in tensors.items():

@@ -84,9 +84,6 @@ def test_peft_dictionary_round_trip(**settings):
     "setting",
     [
         {"use_dora": True},
-        {"rank_pattern": {"query": 4}},
-        {"alpha_pattern": {"query": 4}},
-        {"layers_to_transform": [0]},
         {"lora_bias": True},
         {"a_feature_of_next_year": "on"},
         {"init_lora_weights": "pissa"},

@@ -46,7 +46,7 @@ def in_double(layer, x, grad):
     results = []
     for change in (lambda tensor: tensor, torch.abs):
         leaves = [change(leaf.detach().double()).requires_grad_() for leaf in (x, *layer.factors())]
-        y = definition(leaves[0], change(weight), change(bias.double()), *leaves[1:], layer.scaling)
+        y = definition(leaves[0], change(weight), change(bias.double()), *leaves[1:], layer.adapter.scaling)
         results.append((y.detach(), *torch.autograd.grad(y, leaves, change(grad.double()))))
     return results
 
@@ -64,7 +64,7 @@ def in_double(layer, x, grad):
 def test_output_and_gradients_are_the_definition(spec, in_features, out_features, rank, rows, bias, use_rslora):
     """x W^T + scaling x A^T B^T + b at any shape; a wrong gradient would train, only worse."""
     layer = make(in_features, out_features, spec=spec, bias=bias, rank=rank, use_rslora=use_rslora)
-    assert layer.scaling == (16 / math.sqrt(rank) if use_rslora else 16 / rank)
+    assert layer.adapter.scaling == (16 / math.sqrt(rank) if use_rslora else 16 / rank)
     x = torch.randn(*rows, in_features, requires_grad=True)
     y = layer(x)
     grad = torch.randn(y.shape)
@@ -110,10 +110,10 @@ def test_sixteen_bit_layer_keeps_lora_in_fp32(spec, rows, dtype):
     assert y.dtype == dtype
     if spec is not None:
         q = layer.base_layer.weight
-        assert torch.equal(y, lowbit.lora_linear(x, q, *layer.factors(), layer.scaling, layer.bias))
+        assert torch.equal(y, lowbit.lora_linear(x, q, *layer.factors(), layer.adapter.scaling, layer.bias))
     else:
         (exact, *_), (magnitude, *_) = in_double(layer, x, torch.ones(rows, 40))
-        tolerance = product_tolerance(magnitude, exact, 72 + layer.rank, dtype)
+        tolerance = product_tolerance(magnitude, exact, 72 + layer.adapter.rank, dtype)
         # torch's product may round before it adds the bias; it and LoRA's part are rounded before they are added.
         assert_within(y.detach(), exact, tolerance + 3 * UNIT_ROUNDOFF[dtype] * magnitude)
     y.sum().backward()
@@ -126,7 +126,7 @@ def test_merge_is_the_same_layer(spec, dtype):
     """The merged layer is what gets deployed: it has to predict what was trained, with one rounding."""
     layer = make(spec=spec, dtype=dtype)
     lora_a, lora_b = layer.factors()
-    expected = (layer.base_weight(torch.float32) + layer.scaling * lora_b @ lora_a).detach().to(dtype)
+    expected = (layer.base_weight(torch.float32) + layer.adapter.scaling * lora_b @ lora_a).detach().to(dtype)
     bias, base = layer.bias, layer.base_layer
     merged = layer.merge()
     assert merged is base and type(merged) is nn.Linear and type(merged.weight) is nn.Parameter
@@ -144,10 +144,10 @@ def test_dropout_is_for_training_only(spec):
     y = layer(x)
     torch.manual_seed(1)
     dropped = F.dropout(x, 0.5)
-    delta = layer.scaling * F.linear(F.linear(dropped, layer.factors()[0]), layer.factors()[1])
+    delta = layer.adapter.scaling * F.linear(F.linear(dropped, layer.factors()[0]), layer.factors()[1])
     exact = (layer.base_layer(x).double() + delta.double()).detach()
     weight, (lora_a, lora_b) = layer.base_weight().abs(), (factor.abs() for factor in layer.factors())
-    magnitude = definition(x.abs(), weight, layer.bias.abs(), 2 * lora_a, lora_b, layer.scaling).detach()
+    magnitude = definition(x.abs(), weight, layer.bias.abs(), 2 * lora_a, lora_b, layer.adapter.scaling).detach()
     # Both sides round.
     assert_within(y.detach(), exact, 2 * product_tolerance(magnitude.double(), exact, 72 + 8, torch.float32))
     assert torch.equal(layer.eval()(x), plain(x))
@@ -205,7 +205,7 @@ def test_who_reads_the_weight_gets_lora_and_trains_it(spec):
     layer, x = make(spec=spec), torch.randn(72, 3)
     lora_a, lora_b = layer.factors()
     for product in (lambda w: w @ x, lambda w: torch.addmm(layer.bias[:, None], w, x), lambda w: F.linear(x.T, w)):
-        merged = layer.base_weight() + layer.scaling * lora_b @ lora_a
+        merged = layer.base_weight() + layer.adapter.scaling * lora_b @ lora_a
         assert torch.equal(product(layer.weight), product(merged.detach()))
         ours = torch.autograd.grad(product(layer.weight).square().sum(), (lora_a, lora_b))
         theirs = torch.autograd.grad(product(merged).square().sum(), (lora_a, lora_b))
@@ -281,9 +281,9 @@ def test_autocast(spec):
     (lora_a, lora_b), low = layer.factors(), x.bfloat16()
     if spec is None:
         base = F.linear(low, layer.base_weight(torch.bfloat16), layer.bias.bfloat16())
-        expected = base + (layer.scaling * F.linear(F.linear(x, lora_a), lora_b)).bfloat16()
+        expected = base + (layer.adapter.scaling * F.linear(F.linear(x, lora_a), lora_b)).bfloat16()
     else:
-        expected = lowbit.lora_linear(low, layer.base_layer.weight, lora_a, lora_b, layer.scaling, layer.bias)
+        expected = lowbit.lora_linear(low, layer.base_layer.weight, lora_a, lora_b, layer.adapter.scaling, layer.bias)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
         assert layer.merged_weight().dtype == torch.float32
@@ -328,7 +328,7 @@ def test_qlora_linear_stores_its_weight_as_told(stored, spec):
     assert isinstance(layer, LoRALinear) and type(layer.base_layer) is nn.Linear
     assert layer.base_layer.weight.spec == spec
     assert torch.equal(layer.base_weight(), expected.dequantize()) and torch.equal(layer.bias, dense.bias)
-    assert (layer.rank, layer.scaling) == (4, 2)
+    assert (layer.adapter.rank, layer.adapter.scaling) == (4, 2)
 
 
 def test_from_linear_leaves_its_argument_alone():
@@ -337,7 +337,7 @@ def test_from_linear_leaves_its_argument_alone():
     weight, layer = linear.weight, QLoRALinear.from_linear(linear, rank=4)
     assert linear.weight is weight and all(p.requires_grad for p in linear.parameters())
     assert torch.equal(layer.base_weight(), lowbit.quantize(weight).dequantize())
-    assert torch.equal(layer.bias, linear.bias) and layer.bias is not linear.bias and layer.rank == 4
+    assert torch.equal(layer.bias, linear.bias) and layer.bias is not linear.bias and layer.adapter.rank == 4
 
 
 def nan_linear():
@@ -376,4 +376,4 @@ def test_bad_input_is_named(call, error, names):
 
 def test_the_name_of_the_adapter_is_pefts():
     """Keys in checkpoints and files are PEFT's, which calls an adapter "default"."""
-    assert layers.ADAPTER == "default"
+    assert layers.DEFAULT == "default"

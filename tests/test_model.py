@@ -106,9 +106,9 @@ def test_all_linear_leaves_out_the_heads():
         ({"target_modules": r"query"}, ValueError, ("query",)),
         ({"target_modules": r"(.*"}, ValueError, ("regular expression", "(.*")),
         (
-            {"target_modules": ["word_embeddings"]},
+            {"target_modules": ["LayerNorm"]},
             TypeError,
-            ("word_embeddings", "Embedding", "torch.nn.Linear"),
+            ("LayerNorm", "torch.nn.Linear"),
         ),
         ({"target_modules": ["classifier"]}, ValueError, ("classifier",)),
         ({"modules_to_save": ["poler"]}, ValueError, ("modules_to_save", "poler", "classifier")),

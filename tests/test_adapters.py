@@ -1,0 +1,275 @@
+"""Several adapters on one model: which one computes, trains, is saved, and merges."""
+
+import copy
+
+import pytest
+import torch
+from conftest_models import IDS, assert_untouched, bert, llama, logits, mlp, randomize, snapshot
+from torch import nn
+
+import lowbit
+from lowbit import QuantizedTensor
+from lowbit_lora import LoraConfig, LoRALinear, LoraModel, QLoRAConfig, QLoRAModel
+
+kinds = pytest.mark.parametrize(("model_type", "config_type"), [(LoraModel, LoraConfig), (QLoRAModel, QLoRAConfig)])
+
+
+def two(model_type=LoraModel, config_type=LoraConfig, model=None):
+    """A model with adapters "default" on the queries and "other" on the values and queries, both random."""
+    wrapped = model_type(bert() if model is None else model, config_type(target_modules=["query"], modules_to_save=None))
+    wrapped.add_adapter("other", LoraConfig(rank=4, target_modules=["query", "value"], lora_alpha=2))
+    return randomize(wrapped)
+
+
+@kinds
+def test_a_new_adapter_changes_nothing_until_it_is_set(model_type, config_type):
+    """A served model would change its answers while an adapter is loaded."""
+    wrapped = two(model_type, config_type)
+    before = logits(wrapped)
+    wrapped.add_adapter("third", LoraConfig(target_modules=["key"]))
+    assert torch.equal(logits(wrapped), before)
+    wrapped.set_adapter("other")
+    other = logits(wrapped)
+    assert not torch.equal(other, before)
+    wrapped.set_adapter("default")
+    assert torch.equal(logits(wrapped), before)
+
+
+@kinds
+def test_each_adapter_is_what_it_is_alone(model_type, config_type):
+    """An adapter would compute something else because others are there."""
+    wrapped = two(model_type, config_type)
+    wrapped.set_adapter("other")
+    alone = model_type(bert(), config_type(rank=4, target_modules=["query", "value"], lora_alpha=2))
+    with torch.no_grad():
+        for name, layer in alone.get_base_model().named_modules():
+            if isinstance(layer, LoRALinear):
+                for ours, theirs in zip(layer.factors(), wrapped.model.get_submodule(name).factors("other"), strict=True):
+                    ours.copy_(theirs)
+    assert torch.equal(logits(wrapped), logits(alone))
+
+
+@kinds
+def test_active_adapters_add_up(model_type, config_type):
+    """Two active adapters would count twice, or only the last."""
+    wrapped = two(model_type, config_type)
+    wrapped.set_adapter(["default", "other"])
+    expected = copy.deepcopy(wrapped)
+    for layer in expected._layers():
+        merged = layer.base_weight(torch.float32)
+        for name in layer.adapters:
+            merged = merged + layer.delta(name)
+        layer.set_active(())
+        layer.base_layer.weight = nn.Parameter(merged)
+    torch.testing.assert_close(logits(wrapped), logits(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_active_adapters_train_together_with_dropout_of_their_own():
+    """With one mask for both, the one without dropout would be trained with the other's."""
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(64, 8), lora_dropout=0.5)
+    layer.add_adapter("other", type(layer.adapter)(rank=4))
+    for name in layer.adapters:
+        nn.init.normal_(layer.factors(name)[1])
+    layer.set_active(["default", "other"])
+    x = torch.randn(1000, 64)
+    without_default = layer(x) - layer.base_layer(x)
+    lora_a, lora_b = layer.factors("other")
+    rest = without_default - layer.adapters["other"].scaling * x @ lora_a.T @ lora_b.T
+    lora_a, lora_b = layer.factors("default")
+    # What is left is the dropped default: for each row, x's elements are 0 or twice themselves.
+    dropped = torch.linalg.lstsq((lora_a.T @ lora_b.T * layer.adapters["default"].scaling).T, rest.T).solution.T
+    assert (dropped @ lora_a.T - x @ lora_a.T).abs().max() > 0.1
+    mean = torch.linalg.norm(rest.mean(0) - (layer.adapters["default"].scaling * x @ lora_a.T @ lora_b.T).mean(0))
+    assert mean < 0.2 * torch.linalg.norm(rest.std(0))
+
+
+def test_only_active_adapters_train():
+    """A frozen adapter would be changed by the optimizer, or the new one not trained."""
+    wrapped = two()
+    names = [name for name, p in wrapped.named_parameters() if p.requires_grad and ".lora_" in name]
+    assert names and all(".default." in name for name in names)
+    wrapped.set_adapter("other")
+    names = [name for name, p in wrapped.named_parameters() if p.requires_grad and ".lora_" in name]
+    assert len(names) == 8 and all(".other." in name for name in names)
+
+
+@kinds
+def test_disabled_adapters_leave_the_base(model_type, config_type):
+    """A preference method compares with the base's own outputs; afterwards the adapter has to be back."""
+    base = bert()
+    expected = logits(lowbit.quantize_(copy.deepcopy(base), skip=["classifier"]) if model_type is QLoRAModel else base)
+    wrapped = two(model_type, config_type, base)
+    adapted = logits(wrapped)
+    with wrapped.disable_adapter():
+        disabled = logits(wrapped)
+    torch.testing.assert_close(disabled, expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(logits(wrapped), adapted) and not torch.equal(adapted, disabled)
+
+
+@kinds
+def test_merge_and_unmerge(model_type, config_type):
+    """Merged weights compute the same; afterwards each stored byte is what it was."""
+    wrapped = two(model_type, config_type)
+    before = logits(wrapped)
+    weights = {name: p for name, p in wrapped.named_parameters() if name.endswith("base_layer.weight")}
+    wrapped.merge_adapter(safe=True)
+    assert not any(isinstance(layer.base_layer.weight, QuantizedTensor) for layer in wrapped._layers())
+    torch.testing.assert_close(logits(wrapped), before, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="merged, got default"):
+        wrapped.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge"):
+        wrapped.set_adapter("other")
+    wrapped.unmerge_adapter()
+    assert all(dict(wrapped.named_parameters())[name] is weight for name, weight in weights.items())
+    assert torch.equal(logits(wrapped), before)
+
+
+def test_a_merge_that_is_not_finite_changes_nothing():
+    """One layer with NaN would leave a half merged model."""
+    wrapped = two()
+    before = logits(wrapped)
+    last = [layer for layer in wrapped._layers() if "default" in layer.adapters][-1]
+    with torch.no_grad():
+        last.factors("default")[1][0, 0] = torch.nan
+    with pytest.raises(ValueError, match="finite"):
+        wrapped.merge_adapter(safe=True)
+    assert not any(layer.merged for layer in wrapped._layers())
+    with torch.no_grad():
+        last.factors("default")[1][0, 0] = 0
+    assert before.isfinite().all() and logits(wrapped).isfinite().all()
+
+
+def test_rename_and_delete():
+    """A renamed adapter is the same parameters, so that an optimizer goes on; a deleted one frees its memory."""
+    wrapped = two()
+    factors = wrapped._layers()[0].factors("default")
+    before = logits(wrapped)
+    wrapped.rename_adapter("default", "first")
+    assert wrapped.active_adapters == ("first",) and list(wrapped.configs) == ["first", "other"]
+    assert all(a is b for a, b in zip(wrapped._layers()[0].factors("first"), factors, strict=True))
+    assert torch.equal(logits(wrapped), before)
+    wrapped.delete_adapter("other")
+    assert not any(".other" in name for name, _ in wrapped.named_parameters())
+    assert torch.equal(logits(wrapped), before)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: m.add_adapter("other", LoraConfig()), ValueError, "new name, got 'other'"),
+        (lambda m: m.add_adapter("a.b", LoraConfig()), ValueError, "without dots and slashes"),
+        (lambda m: m.add_adapter("x", LoraConfig(target_modules=["quarry"])), ValueError, "quarry"),
+        (lambda m: m.add_adapter("x", LoraConfig(bias="all")), ValueError, "bias='none'"),
+        (lambda m: m.add_adapter("x", {"rank": 8}), TypeError, "LoraConfig, got dict"),
+        (lambda m: m.add_adapter("x", LoraConfig(rank_pattern={"quarry": 2})), ValueError, "rank_pattern: 'quarry'"),
+        (lambda m: m.add_adapter("x", QLoRAConfig()), ValueError, "dense base"),
+        (lambda m: m.set_adapter("third"), ValueError, "one of default, other, got 'third'"),
+        (lambda m: m.delete_adapter("default"), ValueError, "not active, got 'default'"),
+        (lambda m: m.delete_adapter("third"), ValueError, "'third'"),
+        (lambda m: m.rename_adapter("default", "other"), ValueError, "new name"),
+        (lambda m: m.merge_adapter(["third"]), ValueError, "'third'"),
+    ],
+)
+def test_wrong_calls_change_nothing(call, error, message):
+    """Each names what was expected and what came; a half-done change would answer wrongly later."""
+    wrapped = two()
+    before, expected = snapshot(wrapped), logits(wrapped)
+    with pytest.raises(error, match=message):
+        call(wrapped)
+    assert_untouched(wrapped, before)
+    assert torch.equal(logits(wrapped), expected)
+
+
+@kinds
+def test_saved_adapters_come_back(tmp_path, model_type, config_type):
+    """The second adapter of a folder is loaded under a name, beside the first."""
+    wrapped = two(model_type, config_type)
+    wrapped.save_pretrained(tmp_path)
+    loaded = model_type.from_pretrained(bert(), tmp_path)
+    assert torch.equal(logits(loaded), logits(wrapped))
+    loaded.load_adapter(tmp_path / "other", "again")
+    assert torch.equal(logits(loaded), logits(wrapped)) and set(loaded.configs) == {"default", "again"}
+    loaded.set_adapter("again")
+    wrapped.set_adapter("other")
+    assert torch.equal(logits(loaded), logits(wrapped))
+
+
+def test_peft_loads_each_adapter(tmp_path):
+    """PEFT finds further adapters in folders of their names."""
+    peft = pytest.importorskip("peft")
+    wrapped = two()
+    wrapped.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(bert(), tmp_path)
+    theirs.load_adapter(str(tmp_path / "other"), "other")
+    for name in ("default", "other"):
+        wrapped.set_adapter(name)
+        theirs.set_adapter(name)
+        torch.testing.assert_close(logits(wrapped), logits(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_that_does_not_fit_leaves_the_model(tmp_path):
+    """A failed load would leave an adapter of random numbers."""
+    two().save_pretrained(tmp_path)
+    wrapped = LoraModel(llama(), LoraConfig(target_modules=["q_proj"]))
+    before = snapshot(wrapped)
+    with pytest.raises(ValueError, match="query"):
+        wrapped.load_adapter(tmp_path / "other", "other")
+    assert_untouched(wrapped, before)
+
+
+def test_an_adapter_with_another_head_is_refused(tmp_path):
+    """A model has one head: the adapter would answer with that of another."""
+    wrapped = two()
+    wrapped.save_pretrained(tmp_path)
+    with torch.no_grad():
+        wrapped.model.classifier.bias += 1
+    with pytest.raises(ValueError, match="classifier.bias"):
+        wrapped.load_adapter(tmp_path / "other", "again")
+    assert set(wrapped.configs) == {"default", "other"} and not any(".again." in n for n, _ in wrapped.named_modules())
+
+
+def test_patterns_and_blocks():
+    """Ranks and blocks of a config are those of the layers that its keys name."""
+    config = LoraConfig(
+        target_modules=["query", "value", "dense"],
+        exclude_modules=["attention.output.dense", "pooler.dense"],
+        layers_to_transform=[1],
+        rank_pattern={"query": 2, r"output\.dense": 3},
+        alpha_pattern={"layer.1.attention.self.value": 5},
+    )
+    wrapped = LoraModel(bert(), config)
+    layers = {name: layer.adapter for name, layer in wrapped._parts()[0].items()}
+    start = "bert.encoder.layer.1."
+    ranks = {name.removeprefix(start): (a.rank, a.lora_alpha) for name, a in layers.items()}
+    assert ranks == {
+        "attention.self.query": (2, 16),
+        "attention.self.value": (8, 5),
+        "intermediate.dense": (8, 16),
+        "output.dense": (3, 16),
+    }
+
+
+def test_peft_agrees_on_patterns_and_blocks(tmp_path):
+    """PEFT would put the adapter on other layers, or read other ranks, from the same file."""
+    peft = pytest.importorskip("peft")
+    config = LoraConfig(
+        target_modules=["query", "value"],
+        exclude_modules=["layer.0.attention.self.value"],
+        layers_to_transform=[0, 1],
+        rank_pattern={"query": 2},
+        alpha_pattern={"value": 5},
+    )
+    wrapped = randomize(LoraModel(bert(), config))
+    wrapped.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(bert(), tmp_path)
+    torch.testing.assert_close(logits(wrapped), logits(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_survive_a_plain_model():
+    """Models that are not Hugging Face's have adapters too, and shared layers one of each."""
+    wrapped = LoraModel(mlp(), LoraConfig(target_modules=["first"]))
+    wrapped.add_adapter("other", LoraConfig(target_modules=["first", "second"]))
+    wrapped.set_adapter("other")
+    assert wrapped.model.shared is wrapped.model.first
+    assert wrapped(torch.randn(2, 40)).shape == (2, 3) and IDS.dim() == 2
