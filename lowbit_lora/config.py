@@ -156,8 +156,9 @@ _READ_FROM_PEFT = {"peft_type", "r", *_SAME_IN_PEFT}
 # lora_bias, something newer than this file) would compute something else than it was trained for.
 # fmt: off
 _WITHOUT_EFFECT = {
-    "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "init_lora_weights", "lora_ga_config",
-    "layers_pattern", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
+    "auto_mapping", "base_model_name_or_path", "eva_config", "fan_in_fan_out", "inference_mode", "init_lora_weights",
+    "layers_pattern", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
+    "runtime_config",
 }
 # fmt: on
 # Ways to initialise that leave the base's weights alone.
