@@ -6,7 +6,7 @@ from . import aten, backends, ddp, files, functions
 from .backends import use_backend
 from .format import WeightSpec
 from .functional import dequantize, linear, lora_linear
-from .grouped import grouped_linear, grouped_lora_linear
+from .grouped import grouped_linear, grouped_lora_linear, grouped_matmul
 from .modules import dequantize_, quantize_
 from .quantizers import quantize
 from .tensor import QuantizedTensor
@@ -20,6 +20,7 @@ __all__ = [
     "files",
     "grouped_linear",
     "grouped_lora_linear",
+    "grouped_matmul",
     "linear",
     "lora_linear",
     "quantize",

@@ -81,6 +81,34 @@ def grouped_lora_linear(
     return outside_autocast(_lora_linear, x, q, weight, expert_ends, lora_a, lora_b, float(scaling), bias, dropout_p)
 
 
+def grouped_matmul(x: torch.Tensor, matrices: torch.Tensor, expert_ends: torch.Tensor) -> torch.Tensor:
+    """``x M_e^T`` for each row of x and the dense matrix e it belongs to; differentiable in x and matrices.
+
+    Args:
+        x: [rows, in_features], float32, float16 or bfloat16, sorted by matrix.
+        matrices: [experts, out_features, in_features].
+        expert_ends: as in :func:`grouped_linear`.
+
+    Returns:
+        [rows, out_features] in fp32.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit; ``expert_ends`` out of order or not ending at the rows.
+    """
+    if not isinstance(matrices, torch.Tensor) or matrices.dim() != 3:
+        got = tuple(matrices.shape) if isinstance(matrices, torch.Tensor) else type(matrices).__name__
+        raise ValueError(f"matrices: expected a tensor of shape (experts, out, in), got {got}")
+    if not isinstance(x, torch.Tensor) or x.dim() != 2:
+        got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f"x: expected a tensor of shape (rows, {matrices.shape[2]}), got {got}")
+    check_operand("x", x, (x.shape[0], matrices.shape[2]), matrices.device)
+    _check_expert_ends(expert_ends, matrices.shape[0], x)
+    return op_of(backends.namespace_for_experts(x.device.type, backends.selected), "grouped_matmul")(
+        x, matrices, expert_ends
+    )
+
+
 def _linear(x, q, weight, expert_ends, bias, t=None, lora_b=None, scaling=1.0) -> torch.Tensor:
     op = op_of(backends.namespace_for_experts(x.device.type, backends.selected), "grouped_linear")
     return op(x, *weight, expert_ends, q.stored.shape[1], bias, t, lora_b, scaling)
@@ -115,17 +143,21 @@ def _checked_stack(x, q, expert_ends, bias) -> tuple:
     check_operand("x", x, (x.shape[0], in_features), q.packed.device)
     if bias is not None:
         check_operand("bias", bias, (experts, out_features), q.packed.device)
+    _check_expert_ends(expert_ends, experts, x)
+    return weight
+
+
+def _check_expert_ends(expert_ends: torch.Tensor, experts: int, x: torch.Tensor) -> None:
     if not isinstance(expert_ends, torch.Tensor):
         raise TypeError(f"expert_ends: expected a torch.Tensor, got {type(expert_ends).__name__}")
     if expert_ends.dtype != torch.int32:
         raise TypeError(f"expert_ends: expected torch.int32, got {expert_ends.dtype}")
     if expert_ends.shape != (experts,):
         raise ValueError(f"expert_ends: expected shape ({experts},), got {tuple(expert_ends.shape)}")
-    if expert_ends.device != q.packed.device:
-        raise ValueError(f"expert_ends: expected device {q.packed.device} (that of q), got {expert_ends.device}")
+    if expert_ends.device != x.device:
+        raise ValueError(f"expert_ends: expected device {x.device} (that of x), got {expert_ends.device}")
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_ends(expert_ends, x.shape[0])
-    return weight
 
 
 def _check_ends(expert_ends: torch.Tensor, rows: int) -> None:

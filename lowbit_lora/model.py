@@ -12,7 +12,10 @@ from torch import nn
 from . import adapters, saving
 from .config import LoraConfig, QLoRAConfig
 from .conversion import Conversion, merge_all
-from .layers import DEFAULT, LoRABaseLayer
+from .layers import DEFAULT, LoRABaseLayer, RowAdapters
+
+#: What ``adapter_names`` calls a row without an adapter, as in PEFT.
+BASE = "__base__"
 
 
 class LoraModel(nn.Module):
@@ -49,9 +52,37 @@ class LoraModel(nn.Module):
         self._saved = list(conversion.saved)
         self.training = self.model.training
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the base's forward takes and returns."""
-        return self.model(*args, **kwargs)
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """What the base's forward takes and returns.
+
+        Args:
+            adapter_names: for each row of the batch the adapter it is for, or "__base__" (PEFT's name) for none. All
+                rows share one product with each weight of the base. Gradients reach each adapter from its rows.
+
+        Raises:
+            ValueError: no adapter of a name, or adapters are merged.
+        """
+        if adapter_names is None:
+            return self.model(*args, **kwargs)
+        with self.adapters_by_row(adapter_names):
+            return self.model(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def adapters_by_row(self, adapter_names: list[str]) -> Iterator[None]:
+        """Context in which each row of a batch has an adapter of its own, also in ``generate``; see :meth:`forward`."""
+        names = self._known(sorted({name for name in adapter_names if name != BASE}))
+        layers = self._layers()
+        for layer in layers:
+            adapters.check_not_merged(layer)
+        names = (*names, BASE)
+        index = torch.tensor([names.index(name) for name in adapter_names], device=next(self.parameters()).device)
+        for layer in layers:
+            layer.rows = RowAdapters(names, index)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.rows = None
 
     def __getattr__(self, name: str) -> Any:
         try:

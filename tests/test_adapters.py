@@ -273,3 +273,58 @@ def test_adapters_survive_a_plain_model():
     wrapped.set_adapter("other")
     assert wrapped.model.shared is wrapped.model.first
     assert wrapped(torch.randn(2, 40)).shape == (2, 3) and IDS.dim() == 2
+
+
+def three(model_type, config_type):
+    """A model with three adapters of two ranks, on two kinds of layers."""
+    wrapped = model_type(bert(), config_type(rank=3, target_modules=["query"]))
+    wrapped.add_adapter("b", LoraConfig(rank=5, target_modules=["query", "value"], lora_alpha=2))
+    wrapped.add_adapter("c", LoraConfig(rank=3, target_modules=["dense"], exclude_modules=["pooler.dense"]))
+    return randomize(wrapped)
+
+
+@kinds
+def test_each_row_has_its_adapter(model_type, config_type):
+    """Requests for several tasks share a batch: each must be answered as it would be alone."""
+    wrapped = three(model_type, config_type)
+    rows = ["c", "default", "__base__", "b", "default", "c"]
+    ids = torch.randint(50, (6, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        together = wrapped(input_ids=ids, adapter_names=rows).logits
+        for row, name in enumerate(rows):
+            if name == "__base__":
+                with wrapped.disable_adapter():
+                    alone = wrapped(input_ids=ids[row : row + 1]).logits
+            else:
+                wrapped.set_adapter(name)
+                alone = wrapped(input_ids=ids[row : row + 1]).logits
+            torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-5, atol=1e-5)
+
+
+@kinds
+def test_adapters_train_in_one_pass(model_type, config_type):
+    """Several adapters are trained over one pass of the base: each gets the gradients of its own rows."""
+    wrapped = three(model_type, config_type)
+    rows, ids = ["c", "default", "b", "default"], torch.arange(28).reshape(4, 7) % 50
+    for name, p in wrapped.named_parameters():
+        p.requires_grad_(".lora_" in name)
+    wrapped(input_ids=ids, adapter_names=rows).logits.square().sum().backward()
+    together = {name: p.grad.clone() for name, p in wrapped.named_parameters() if p.grad is not None}
+    wrapped.zero_grad()
+    for name in wrapped.configs:
+        wrapped.set_adapter(name)
+        own = [row for row, of in enumerate(rows) if of == name]
+        wrapped(input_ids=ids[own]).logits.square().sum().backward()
+        for key, parameter in wrapped.named_parameters():
+            if f".{name}." in key:
+                torch.testing.assert_close(together[key], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_wrong_names_of_rows_are_told():
+    """A typo would be answered by the base."""
+    wrapped = three(LoraModel, LoraConfig)
+    with pytest.raises(ValueError, match="one of default, b, c, got 'd'"):
+        wrapped(input_ids=IDS, adapter_names=["default", "d", "b"])
+    wrapped.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge"):
+        wrapped(input_ids=IDS, adapter_names=["b"] * 3)

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .base import DEFAULT, Adapter, LoRABaseLayer
+from .base import DEFAULT, Adapter, LoRABaseLayer, RowAdapters
 from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .embedding import LoRAEmbedding, QLoRAEmbedding
 from .linear import LoRALinear, QLoRALinear
@@ -11,7 +11,7 @@ from .linear import LoRALinear, QLoRALinear
 LAYERS: tuple[type[LoRABaseLayer], ...] = (LoRALinear, LoRAEmbedding, LoRAConv1d, LoRAConv2d, LoRAConv3d)
 
 __all__ = ["DEFAULT", "LAYERS", "Adapter", "LoRABaseLayer", "LoRAConv1d", "LoRAConv2d", "LoRAConv3d", "LoRAEmbedding"]
-__all__ += ["LoRALinear", "QLoRAEmbedding", "QLoRALinear", "layer_class"]
+__all__ += ["LoRALinear", "QLoRAEmbedding", "QLoRALinear", "RowAdapters", "layer_class"]
 
 
 def layer_class(module: nn.Module) -> type[LoRABaseLayer] | None:

@@ -34,6 +34,14 @@ class Adapter:
         return lora_scaling(self.rank, self.lora_alpha, self.use_rslora)
 
 
+@dataclass(frozen=True)
+class RowAdapters:
+    """Which adapter each row of a batch has: ``names`` and, for each row, an index into them, int64 [batch]."""
+
+    names: tuple[str, ...]
+    index: torch.Tensor
+
+
 class LoRABaseLayer(nn.Module):
     """A layer with adapters: ``base_layer`` and, by PEFT's names, the factors of each adapter.
 
@@ -46,6 +54,7 @@ class LoRABaseLayer(nn.Module):
         adapters: name -> settings.
         active: names of the adapters that ``forward`` adds; empty: it computes what the base does.
         merged: names of the adapters that are in the base's weight now.
+        rows: where it is set, the adapter of each row of the input instead of the active ones.
     """
 
     def __init__(self, base_layer: nn.Module):
@@ -54,6 +63,7 @@ class LoRABaseLayer(nn.Module):
         self.adapters: dict[str, Adapter] = {}
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
+        self.rows: RowAdapters | None = None
         self._unmerged: nn.Parameter | None = None  # the base's own weight, while adapters are merged
 
     # ---- what a class for a kind of layer defines
@@ -127,6 +137,17 @@ class LoRABaseLayer(nn.Module):
         if self.merged and names != self.active:
             raise ValueError(f"adapters: expected none that is merged, got {', '.join(self.merged)}; call unmerge()")
         self.active = names
+
+    def computing(self) -> tuple[str, ...]:
+        """The adapters that ``forward`` adds to the base's output.
+
+        Raises:
+            ValueError: each row has an adapter of its own, which only linear layers compute.
+        """
+        if self.rows is not None and any(name in self.adapters for name in self.rows.names):
+            kind = type(self.base_layer).__name__
+            raise ValueError(f"adapter_names: expected adapters of linear layers, got some with a layer of type {kind}")
+        return () if self.merged or self.rows is not None else self.active
 
     def reset_lora_parameters(self, name: str | None = None) -> None:
         """Fill A as nn.Linear's weight and B with zeros, so that the layer computes what its base does."""

@@ -82,7 +82,7 @@ class LoRAConvNd(LoRABaseLayer):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[batch, in_channels, ...] -> [batch, out_channels, ...] in the dtype of the base's output."""
         y = self.base_layer(input)
-        for name in () if self.merged else self.active:
+        for name in self.computing():
             adapter, down, up = self.adapters[name], self.lora_A[name], self.lora_B[name]
             dropped = F.dropout(input, adapter.lora_dropout, self.training)
             with without_autocast(y.device):

@@ -88,7 +88,7 @@ class LoRAEmbedding(LoRABaseLayer):
         base = self.base_layer
         y = base(input)
         scale = getattr(base, "embed_scale", 1.0)
-        for name in () if self.merged else self.active:
+        for name in self.computing():
             lora_a, lora_b = self.factors(name)
             rows = F.embedding(input, lora_a.T, base.padding_idx, sparse=base.sparse)
             with without_autocast(y.device):

@@ -13,7 +13,7 @@ from lowbit import QuantizedTensor
 from ..config import QLoRAConfig, QuantizationType
 from ..dense import FrozenLinear, frozen_linear
 from .adapted_weight import AdaptedWeight
-from .base import DEFAULT, Adapter, LoRABaseLayer, without_autocast
+from .base import DEFAULT, Adapter, LoRABaseLayer, RowAdapters, without_autocast
 
 
 class LoRALinear(LoRABaseLayer):
@@ -91,6 +91,8 @@ class LoRALinear(LoRABaseLayer):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features] in the dtype of input (under autocast, in the autocast dtype)."""
         base = self._modules["base_layer"]
+        if self.rows is not None:
+            return self._each_row_with_its_adapter(input, self.rows)
         if not self.active or self.merged:
             return base(input)
         if input.shape[-1] != self.in_features:
@@ -119,6 +121,47 @@ class LoRALinear(LoRABaseLayer):
         factors = {name: self.factors(name) for name in self.active}
         lora_b = torch.cat([self.adapters[name].scaling * b for name, (_, b) in factors.items()], 1)
         return torch.cat([a for a, _ in factors.values()]), lora_b, 1.0, 0.0
+
+    def _each_row_with_its_adapter(self, input: torch.Tensor, rows: RowAdapters) -> torch.Tensor:
+        """One product with the base for all rows, and one grouped product with each factor of the adapters."""
+        y = self.base_layer(input)
+        tokens = input.reshape(-1, self.in_features)
+        index = rows.index.repeat_interleave(len(tokens) // max(1, len(rows.index)))
+        order = index.argsort(stable=True)
+        ends = torch.bincount(index, minlength=len(rows.names)).cumsum(0).to(torch.int32)
+        dropped = self._dropped_by_row(tokens, index, rows.names) if self.training else tokens
+        with without_autocast(input.device):
+            lora_a, lora_b = self._stacked(rows.names)
+            delta = lowbit.grouped_matmul(lowbit.grouped_matmul(dropped[order], lora_a, ends), lora_b, ends)
+            return y + torch.empty_like(delta).index_copy(0, order, delta).view(y.shape).to(y.dtype)
+
+    def _stacked(self, names: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(A [adapters, rank, in], scaling * B [adapters, out, rank])``, with zeros up to the largest rank.
+
+        A name that this layer has no adapter of, such as that of the base, stands for zeros.
+        """
+        known = [self.adapters.get(name) for name in names]
+        rank = max((adapter.rank for adapter in known if adapter), default=1)
+        nothing = torch.zeros(rank, self.in_features, device=self.base_layer.weight.device)
+        stack_a, stack_b = [], []
+        for name, adapter in zip(names, known, strict=True):
+            if adapter is None:
+                stack_a.append(nothing)
+                stack_b.append(nothing.new_zeros(self.out_features, rank))
+                continue
+            lora_a, lora_b = self.factors(name)
+            missing = rank - adapter.rank
+            stack_a.append(F.pad(lora_a.float(), (0, 0, 0, missing)))
+            stack_b.append(F.pad(adapter.scaling * lora_b.float(), (0, missing)))
+        return torch.stack(stack_a), torch.stack(stack_b)
+
+    def _dropped_by_row(self, tokens: torch.Tensor, index: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
+        chances = [self.adapters[name].lora_dropout if name in self.adapters else 0.0 for name in names]
+        if not any(chances):
+            return tokens
+        chance = torch.tensor(chances, device=tokens.device)[index, None]
+        kept = torch.rand(tokens.shape, device=tokens.device) >= chance
+        return tokens * (kept / (1 - chance)).to(tokens.dtype)
 
     def _each_with_its_dropout(self, input: torch.Tensor) -> torch.Tensor:
         y = self.base_layer(input)
