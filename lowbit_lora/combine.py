@@ -29,7 +29,7 @@ def combine(
     majority_sign: str = "total",
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(A, B)`` of one adapter that does what several did, each times its weight: its scaling is 1.
+    """``(A, B)`` of one adapter with scaling 1 that stands for several, each times its weight.
 
     A is [rank, in] and B is [out, rank]; both are fp32, contiguous, new, and on the device of the first A.
 
@@ -55,8 +55,9 @@ def combine(
         factors: ``(A [rank, in], B [out, rank], scaling)`` of each adapter, in any floating-point dtype.
         weights: a finite number for each adapter; may be negative.
         method: a name of the table.
-        rank: for svd and the methods that end in _svd: of the result (default: the largest rank given). The factors
-            are filled up with zeros where it is above min(out, in). Other methods do not read it.
+        rank: for svd and the methods that end in _svd: of the result (default: the largest rank given). A's rows are
+            orthonormal, and zero after the first min(out, in), where the adapter needs no more. Other methods do not
+            read it.
         density: for ties, dare and magnitude_prune, which need it: the fraction that is kept, in (0, 1]; 1 keeps all.
             Of n elements int(density * n) of largest magnitude are kept. Other methods do not read it.
         majority_sign: for ties: "total" (the sign of the sum) or "frequency" (the sign that more adapters have).
@@ -73,7 +74,7 @@ def combine(
     _check_weights(weights, len(factors))
     device = factors[0][0].device
     given = [(a.to(device, torch.float32), b.to(device, torch.float32), float(scaling)) for a, b, scaling in factors]
-    options = (method.removesuffix("_svd"), density, majority_sign, generator)
+    options = ("linear" if method == "svd" else method.removesuffix("_svd"), density, majority_sign, generator)
     with torch.autocast(device.type, enabled=False):  # else products are rounded to 16 bits
         if method in _FACTOR_METHODS:
             scaled = [weight * scaling for weight, (_, _, scaling) in zip(weights, given, strict=True)]
@@ -82,7 +83,8 @@ def combine(
             # All of A before all of B, as in PEFT: a seed gives the same random numbers.
             return _merge([a for a, _, _ in given], signed, *options), _merge([b for _, b, _ in given], roots, *options)
         rank = rank or max(len(a) for a, _, _ in given)
-        if method in ("cat", "svd"):
+        # A rank above the sum needs more rows for A than the factors have. They are orthonormal too, as in PEFT.
+        if method == "cat" or (method == "svd" and rank <= sum(len(a) for a, _, _ in given)):
             lora_a = torch.cat([a * (w * scaling) for (a, _, scaling), w in zip(given, weights, strict=True)])
             lora_b = torch.cat([b for _, b, _ in given], 1)
             return (lora_a, lora_b) if method == "cat" else _truncate(lora_a, lora_b, rank)

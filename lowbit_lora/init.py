@@ -1,5 +1,6 @@
 """How LoRA's factors begin, and what then remains of the weight for the base to keep."""
 
+import contextlib
 import math
 import re
 from collections.abc import Callable
@@ -86,9 +87,11 @@ def initial_factors(
     """
     check_init(method)
     _check_arguments(weight, rank, scaling, method)
-    if method in RANDOM_METHODS:
-        return *_random_factors(weight, rank, method), None
-    with torch.autocast(weight.device.type, enabled=False):  # else products are rounded to 16 bits
+    device = weight.device.type
+    # Without autocast, which would round products to 16 bits; it knows no meta device.
+    with contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+        if method in RANDOM_METHODS:
+            return *_random_factors(weight, rank, method), None
         if not weight.isfinite().all():
             raise ValueError(f"weight: expected finite numbers for method {method!r}, got NaN or inf")
         if method == "loftq":
