@@ -3,12 +3,14 @@
 import dataclasses
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import nn
 
 from . import dense, hf
+from .combine import combine
 from .config import LoraConfig, QLoRAConfig
 from .conversion import adapter_of, new_layer, spelled_out, swap
-from .layers import LoRABaseLayer
+from .layers import Adapter, LoRABaseLayer
 from .targets import base_of, check_patterns, find_targets
 
 
@@ -66,7 +68,7 @@ def add(model: nn.Module, name: str, config: LoraConfig, configs: dict[str, Lora
     try:
         for module, layer_name in targets.items():
             layer = fresh.get(module, module)
-            layer.add_adapter(name, adapter_of(config, layer_name))
+            layer.add_adapter(name, adapter_of(config, layer_name), init=config.init_lora_weights)
             added.append(layer)
             for parameter in layer.factors(name):
                 parameter.requires_grad_(False)
@@ -77,6 +79,49 @@ def add(model: nn.Module, name: str, config: LoraConfig, configs: dict[str, Lora
         raise
     dense.adopt(model)
     return dataclasses.replace(config, target_modules=spelled_out(config, targets))
+
+
+@torch.no_grad()
+def add_weighted(
+    layers: dict[str, LoRABaseLayer], names: list[str], weights: list[float], new: str, config: LoraConfig, **options
+) -> LoraConfig:
+    """Add an adapter that stands for several to each layer that has one of them; returns its config.
+
+    A layer without an adapter leaves that out of its sum. ``options`` are those of :func:`lowbit_lora.combine.combine`.
+
+    Raises:
+        ValueError, TypeError: see there; the layer is named. Nothing has changed then.
+    """
+    made = {}
+    for layer_name, layer in layers.items():
+        own = [(name, weight) for name, weight in zip(names, weights, strict=True) if name in layer.adapters]
+        if own:
+            factors = [(*(f.flatten(1) for f in layer.factors(name)), layer.adapters[name].scaling) for name, _ in own]
+            try:
+                made[layer_name] = combine(factors, [weight for _, weight in own], **options)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{layer_name}: {error}") from error
+    for layer_name, values in made.items():
+        layer, rank = layers[layer_name], len(values[0])
+        layer.add_adapter(new, Adapter(rank, rank))  # a scaling of 1
+        for factor, value in zip(layer.factors(new), values, strict=True):
+            factor.copy_(value.view(factor.shape))
+            factor.requires_grad_(False)
+    ranks = {name: len(lora_a) for name, (lora_a, _) in made.items()}
+    rank = max(ranks.values())
+    others = {name: value for name, value in ranks.items() if value != rank} or None
+    plain = {field.name: field.default for field in dataclasses.fields(LoraConfig)}
+    return LoraConfig(
+        **plain
+        | {
+            "rank": rank,
+            "lora_alpha": rank,
+            "target_modules": sorted(made),
+            "rank_pattern": others,
+            "alpha_pattern": others,
+            "task_type": config.task_type,
+        }
+    )
 
 
 def unwrap(model: nn.Module, names: Iterable[str]) -> None:

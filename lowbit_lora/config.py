@@ -10,6 +10,8 @@ from typing import Any
 from lowbit import WeightSpec
 from lowbit.quantizers.quantize import check_scale
 
+from .init import RANDOM_METHODS
+
 BIAS_MODES = ("none", "all", "lora_only")
 
 
@@ -44,6 +46,8 @@ class LoraConfig:
         use_rslora: scaling is lora_alpha / sqrt(rank) (Kalajdzievski, 2023, arXiv 2312.03732).
         modules_to_save: modules that train in full precision and are saved with the adapter. The
             classification head of a sequence or token classification model is added by itself.
+        init_lora_weights: how the factors begin: "default" (B is zero), "gaussian", "orthogonal" (B A is zero), or
+            "random" (B A is not); see :func:`lowbit_lora.init.initial_factors`.
         gradient_checkpointing: recompute activations in the backward (Hugging Face models).
         task_type: PEFT's name of the task ("SEQ_CLS", "CAUSAL_LM"...), only written to the file.
 
@@ -65,11 +69,18 @@ class LoraConfig:
     bias: str = "none"
     use_rslora: bool = False
     modules_to_save: list[str] | None = None
+    init_lora_weights: str = "default"
     gradient_checkpointing: bool = False
     task_type: str | None = None
 
     def __post_init__(self):
         check_lora_options(self.rank, self.lora_alpha, self.lora_dropout)
+        if self.init_lora_weights not in RANDOM_METHODS:
+            expected = ", ".join(RANDOM_METHODS)
+            raise ValueError(f"init_lora_weights: expected one of {expected}, got {self.init_lora_weights!r}")
+        ranks = [self.rank, *(self.rank_pattern or {}).values()]
+        if self.init_lora_weights == "orthogonal" and any(rank % 2 for rank in ranks):
+            raise ValueError(f"rank: expected even ranks for init_lora_weights='orthogonal', got {ranks}")
         if self.bias not in BIAS_MODES:
             raise ValueError(f"bias: expected one of {', '.join(BIAS_MODES)}, got {self.bias!r}")
         if not isinstance(self.target_modules, str):
@@ -121,7 +132,7 @@ class LoraConfig:
             "base_model_name_or_path": None,
             "fan_in_fan_out": False,
             "inference_mode": True,
-            "init_lora_weights": True,
+            "init_lora_weights": {"default": True, "random": False}.get(self.init_lora_weights, self.init_lora_weights),
         }
 
     @classmethod
@@ -146,6 +157,9 @@ class LoraConfig:
         taken = {name: written[name] for name in _SAME_IN_PEFT if written.get(name) is not None}
         if written.get("layers_to_transform") is not None:
             taken["layers_pattern"] = written.get("layers_pattern") or None
+        init = {True: "default", False: "random"}.get(written.get("init_lora_weights", True))
+        init = init or written["init_lora_weights"]
+        taken["init_lora_weights"] = init if init in RANDOM_METHODS else "default"
         return cls(rank=written["r"], **taken, **ours)
 
 

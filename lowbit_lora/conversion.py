@@ -82,7 +82,7 @@ class Conversion:
         self._replacements = {module: new_layer(module) for module in targets}
         for module, name in targets.items():
             layer = self._replacements[module]
-            layer.add_adapter(DEFAULT, adapter_of(config, name))
+            layer.add_adapter(DEFAULT, adapter_of(config, name), init=config.init_lora_weights)
             layer.set_active([DEFAULT])
         self.layers = {name: self._replacements[module] for module, name in targets.items()}
         self._copies, self._cast_modules = _full_precision_copies(model, saved, inside_saved)

@@ -94,9 +94,10 @@ class FrozenLinear(nn.Linear):
 def adopt(model: nn.Module) -> None:
     """Turn each plain nn.Linear with a frozen 16-bit weight into a FrozenLinear, in place: weights stay tied."""
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype in _SIXTEEN_BITS and not module.weight.requires_grad:
-            if not isinstance(module.weight, QuantizedTensor):  # whose products have kernels of their own
-                module.__class__ = FrozenLinear
+        if type(module) is not nn.Linear or isinstance(module.weight, QuantizedTensor):  # which has kernels of its own
+            continue
+        if module.weight.dtype in _SIXTEEN_BITS and not module.weight.requires_grad:
+            module.__class__ = FrozenLinear
 
 
 def release(model: nn.Module) -> None:

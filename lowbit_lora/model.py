@@ -121,6 +121,31 @@ class LoraModel(nn.Module):
         self.configs[name] = config
         self._adapted += [new for new in adapters.layer_names(self.model) if new not in self._adapted]
 
+    def add_weighted_adapter(
+        self, names: list[str], weights: list[float], name: str, method: str = "cat", **options: Any
+    ) -> None:
+        """Add an adapter that stands for several, each times its weight. It is not active.
+
+        Args:
+            names: the adapters.
+            weights: a number for each; may be negative.
+            name: a new one.
+            method: "cat" (exact; the ranks add up), "svd", "linear", "ties", "dare_linear", "dare_ties",
+                "magnitude_prune", or one of the last four with "_svd": see :mod:`lowbit_lora.combine`.
+            options: rank, density, majority_sign and generator, as there.
+
+        Raises:
+            ValueError, TypeError: an argument out of range; no adapter of a name. Nothing has changed then.
+        """
+        names = self._known(list(names))
+        adapters.check_new_name(name, self.configs)
+        if len(names) != len(weights):
+            raise ValueError(f"weights: expected {len(names)}, one for each adapter, got {len(weights)}")
+        layers = self._parts()[0]
+        self.configs[name] = adapters.add_weighted(
+            layers, list(names), list(weights), name, self.lora_config, method=method, **options
+        )
+
     def set_adapter(self, names: str | Iterable[str]) -> None:
         """Compute and train with these adapters, and no others; their parts are added.
 
@@ -258,8 +283,9 @@ class LoraModel(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike, **_: Any) -> None:
         """Write the adapters (LoRA, modules to save, trained biases), not the base, in PEFT's two files each.
 
-        The adapter "default" goes into ``folder``, any other into a folder of its name in it, as PEFT's do; each has the
-        modules to save with it. A save that fails leaves what was in ``folder`` before. Keywords (Hugging Face's Trainer passes some) are ignored.
+        The adapter "default" goes into ``folder``, any other into a folder of its name in it, as PEFT's do; each has
+        the modules to save with it. A save that fails leaves what was in its folder before. Keywords (Hugging Face's
+        Trainer passes some) are ignored.
 
         Raises:
             OSError: the files cannot be written.
@@ -296,7 +322,9 @@ class LoraModel(nn.Module):
             factors = {key: target for key, target in targets.items() if ".lora_" in key}
             for key in targets.keys() - factors.keys():
                 if not torch.equal(values[key].to(targets[key]), targets[key]):
-                    raise ValueError(f"{file}: {key}: expected the model's own values: it has one head for all adapters")
+                    raise ValueError(
+                        f"{file}: {key}: expected the model's own values: it has one head for all adapters"
+                    )
         except BaseException:
             self.delete_adapter(name)
             adapters.unwrap(self.model, self._adapted[before:])

@@ -16,7 +16,9 @@ kinds = pytest.mark.parametrize(("model_type", "config_type"), [(LoraModel, Lora
 
 def two(model_type=LoraModel, config_type=LoraConfig, model=None):
     """A model with adapters "default" on the queries and "other" on the values and queries, both random."""
-    wrapped = model_type(bert() if model is None else model, config_type(target_modules=["query"], modules_to_save=None))
+    wrapped = model_type(
+        bert() if model is None else model, config_type(target_modules=["query"], modules_to_save=None)
+    )
     wrapped.add_adapter("other", LoraConfig(rank=4, target_modules=["query", "value"], lora_alpha=2))
     return randomize(wrapped)
 
@@ -44,7 +46,9 @@ def test_each_adapter_is_what_it_is_alone(model_type, config_type):
     with torch.no_grad():
         for name, layer in alone.get_base_model().named_modules():
             if isinstance(layer, LoRALinear):
-                for ours, theirs in zip(layer.factors(), wrapped.model.get_submodule(name).factors("other"), strict=True):
+                for ours, theirs in zip(
+                    layer.factors(), wrapped.model.get_submodule(name).factors("other"), strict=True
+                ):
                     ours.copy_(theirs)
     assert torch.equal(logits(wrapped), logits(alone))
 
@@ -328,3 +332,38 @@ def test_wrong_names_of_rows_are_told():
     wrapped.merge_adapter()
     with pytest.raises(ValueError, match="unmerge"):
         wrapped(input_ids=IDS, adapter_names=["b"] * 3)
+
+
+@kinds
+@pytest.mark.parametrize("method", ["cat", "svd"])
+def test_a_combination_computes_the_sum(tmp_path, model_type, config_type, method):
+    """A merged skill would be weaker or stronger than asked; saved, it has to come back with its ranks."""
+    wrapped = three(model_type, config_type)
+    with torch.no_grad():
+        for layer in wrapped._layers():
+            for name in layer.adapters:
+                layer.factors(name)[1].mul_(1 + len(name))
+    wrapped.add_weighted_adapter(["default", "b"], [0.5, -2.0], "sum", method, rank=8 if method == "svd" else None)
+    wrapped.set_adapter("sum")
+    for layer in wrapped._layers():
+        if "sum" not in layer.adapters:
+            assert not {"default", "b"} & layer.adapters.keys()
+            continue
+        parts = [
+            weight * layer.delta(name) for name, weight in (("default", 0.5), ("b", -2.0)) if name in layer.adapters
+        ]
+        torch.testing.assert_close(layer.delta("sum"), sum(parts), rtol=1e-4, atol=1e-5)
+    wrapped.save_pretrained(tmp_path)
+    loaded = model_type.from_pretrained(bert(), tmp_path / "sum")
+    assert torch.equal(logits(loaded), logits(wrapped))
+
+
+def test_a_wrong_combination_changes_nothing():
+    """The layer and the ranks are named."""
+    wrapped = three(LoraModel, LoraConfig)
+    before = snapshot(wrapped)
+    with pytest.raises(ValueError, match=r"query: factors: expected equal ranks.*\[3, 5\]"):
+        wrapped.add_weighted_adapter(["default", "b"], [1, 1], "sum", "linear")
+    with pytest.raises(ValueError, match="expected 2, one for each adapter, got 1"):
+        wrapped.add_weighted_adapter(["default", "b"], [1], "sum")
+    assert_untouched(wrapped, before)

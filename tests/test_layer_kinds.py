@@ -215,3 +215,24 @@ def test_adapters_of_one_layer():
     layer.set_active([])
     x = torch.randn(2, 4)
     assert torch.equal(layer(x), layer.base_layer(x)) and lowbit is not None
+
+
+@pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal"])
+def test_initialisations_begin_at_the_base(init):
+    """Training begins at the base model, and with gradients for one factor at least."""
+    torch.manual_seed(0)
+    wrapped = LoraModel(mixed(), LoraConfig(rank=4, target_modules=TARGETS, init_lora_weights=init))
+    torch.testing.assert_close(wrapped(IDS), mixed()(IDS), rtol=1e-5, atol=1e-6)
+    wrapped(IDS).sum().backward()
+    for layer in wrapped._layers():
+        assert max(p.grad.abs().max() for p in layer.factors()) > 0
+
+
+def test_random_factors_change_the_model():
+    """PEFT's init_lora_weights=False is for tests, which would otherwise test an adapter of zeros."""
+    wrapped = LoraModel(mixed(), LoraConfig(rank=4, target_modules=TARGETS, init_lora_weights="random"))
+    assert (wrapped(IDS) - mixed()(IDS)).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="init_lora_weights: expected one of default, .*'pisa'"):
+        LoraConfig(init_lora_weights="pisa")
+    with pytest.raises(ValueError, match="even ranks"):
+        LoraConfig(rank=3, init_lora_weights="orthogonal")

@@ -1,7 +1,6 @@
 """What all LoRA layers share: a frozen base layer, adapters by name, which of them are active, and merging."""
 
 import contextlib
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import nn
 from lowbit import QuantizedTensor
 
 from ..config import check_lora_options, lora_scaling
+from ..init import RANDOM_METHODS, initial_factors
 
 #: The name of an adapter that was given none, as in PEFT.
 DEFAULT = "default"
@@ -84,18 +84,20 @@ class LoRABaseLayer(nn.Module):
 
     # ---- adapters
 
-    def add_adapter(self, name: str, adapter: Adapter, dtype: torch.dtype = torch.float32) -> None:
-        """Add an adapter that changes nothing yet, since its B is zero. It is not active.
+    def add_adapter(
+        self, name: str, adapter: Adapter, dtype: torch.dtype = torch.float32, init: str = "default"
+    ) -> None:
+        """Add an adapter, which is not active. ``init`` says how its factors begin: by default they add nothing yet.
 
         Raises:
-            ValueError: there is one of that name.
+            ValueError: there is one of that name, or no such beginning.
         """
         if name in self.adapters:
             raise ValueError(f"adapter: expected a new name, got {name!r}, which is there")
         for kind, factor in self._new_factors(adapter.rank, dtype=dtype, device=self.base_layer.weight.device).items():
             getattr(self, kind)[name] = factor.train(self.training) if isinstance(factor, nn.Module) else factor
         self.adapters[name] = adapter
-        self.reset_lora_parameters(name)
+        self.reset_lora_parameters(name, init)
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter.
@@ -149,11 +151,22 @@ class LoRABaseLayer(nn.Module):
             raise ValueError(f"adapter_names: expected adapters of linear layers, got some with a layer of type {kind}")
         return () if self.merged or self.rows is not None else self.active
 
-    def reset_lora_parameters(self, name: str | None = None) -> None:
-        """Fill A as nn.Linear's weight and B with zeros, so that the layer computes what its base does."""
+    @torch.no_grad()
+    def reset_lora_parameters(self, name: str | None = None, method: str = "default") -> None:
+        """Fill the factors as ``init_lora_weights=method`` says; by default the layer then computes what its base does.
+
+        Raises:
+            ValueError: the method is none that leaves the base's weight alone.
+        """
         lora_a, lora_b = self.factors(name)
-        nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
-        nn.init.zeros_(lora_b)
+        shape = (lora_b.shape[0], lora_a[0].numel())
+        if method not in RANDOM_METHODS:
+            raise ValueError(f"method: expected one of {', '.join(RANDOM_METHODS)}, got {method!r}")
+        # Of these methods none reads the weight: one of no bytes says shape and device.
+        weight = torch.empty(1, device=lora_a.device).expand(shape)
+        new_a, new_b, _ = initial_factors(weight, lora_a.shape[0], 1.0, method)
+        lora_a.copy_(new_a.view(lora_a.shape))
+        lora_b.copy_(new_b.view(lora_b.shape))
 
     def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of an adapter by PEFT's keys below the layer's name, as in its files; empty without it."""

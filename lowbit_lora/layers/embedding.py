@@ -72,8 +72,11 @@ class LoRAEmbedding(LoRABaseLayer):
     def _parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         return {kind: getattr(self, kind)[name] for kind in ("lora_embedding_A", "lora_embedding_B")}
 
-    def reset_lora_parameters(self, name: str | None = None) -> None:
-        """Fill A with zeros and B with normal random values, so that the layer computes what its base does."""
+    @torch.no_grad()
+    def reset_lora_parameters(self, name: str | None = None, method: str = "default") -> None:
+        """Fill the factors: by default A with zeros and B with normal random values, so that nothing is added yet."""
+        if method != "default":
+            return super().reset_lora_parameters(name, method)
         lora_a, lora_b = self.factors(name)
         nn.init.zeros_(lora_a)
         nn.init.normal_(lora_b)
