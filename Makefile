@@ -39,11 +39,12 @@ demo: .venv-demo/package.stamp .venv-demo/data.stamp
 # there are more of them than processors.
 JOBS ?= 2
 PYTEST := OMP_WAIT_POLICY=passive .venv-test/bin/pytest -n $(JOBS) --dist worksteal
+INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) -m interpreted -o proofs=tests/proofs_interpreted.txt
 # Triton's interpreter is on or off for a whole process, so the tests that need it run after the others. (Status 5 says
 # that TEST_ARGS left a run without tests, which is an error only if both runs have none.)
 test: .venv-test/package.stamp .venv-test/data.stamp
 	@$(PYTEST) -m "not interpreted" $(TEST_ARGS); others=$$?; \
-	TRITON_INTERPRET=1 $(PYTEST) -m interpreted $(TEST_ARGS); interpreted=$$?; \
+	$(INTERPRETED) $(TEST_ARGS); interpreted=$$?; \
 	for status in $$others $$interpreted; do [ $$status = 0 ] || [ $$status = 5 ] || exit $$status; done; \
 	[ "$$others $$interpreted" != "5 5" ]
 
@@ -51,10 +52,11 @@ test: .venv-test/package.stamp .venv-test/data.stamp
 test-fast: .venv-test/package.stamp .venv-test/data.stamp
 	@$(PYTEST) -m "not interpreted and not slow" $(TEST_ARGS)
 
-# Executes all proofs, also those that the tests skip because tests/proofs.txt or tests/native/proofs.txt has them, and
-# writes these files.
+# Executes all proofs, also those that the tests skip because the files of proofs have them, and writes these
+# files: tests/proofs.txt, tests/proofs_interpreted.txt and tests/native/proofs.txt.
 prove: .venv-test/package.stamp .venv-test/data.stamp prove-native
 	@$(PYTEST) -q -m "not interpreted" --prove $(wildcard tests/test_cuda_*.py tests/test_triton_*.py)
+	@$(INTERPRETED) -q --prove
 
 # The kernels without torch: those that can run here, plain and then under sanitizers.
 DRIVER_SOURCES := tests/native/driver.cpp $(wildcard csrc/cpu/isa/*.cpp)
