@@ -35,10 +35,10 @@ demo: .venv-demo/package.stamp .venv-demo/data.stamp
 	.venv-demo/bin/python examples/train_qlora_text_classifier.py $(DEMO_ARGS)
 
 # `pytest`, not `python -m pytest`: the latter would import the source folder instead of what was installed.
-# JOBS processes share the tests; a process that has none left takes some of another's. Threads wait passively, because
-# there are more of them than processors.
+# JOBS processes share the tests; a process that has none left takes some of another's. Each has one thread, where a test
+# sets no other number: threads of several processes would wait for each other.
 JOBS ?= 2
-PYTEST := OMP_WAIT_POLICY=passive .venv-test/bin/pytest -n $(JOBS) --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive .venv-test/bin/pytest -n $(JOBS) --dist worksteal
 INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) -m interpreted -o proofs=tests/proofs_interpreted.txt
 # Triton's interpreter is on or off for a whole process, so the tests that need it run after the others. (Status 5 says
 # that TEST_ARGS left a run without tests, which is an error only if both runs have none.)
@@ -89,9 +89,10 @@ prove-native: run-neon run-avx512
 	$(PYTHON) tools/native_proofs.py --record $(NEON_PROOF)
 	$(PYTHON) tools/native_proofs.py --record $(AVX512_PROOF)
 
-build/native/driver: $(DRIVER_SOURCES) $(SOURCES)
+# The kernels of the plain driver are those that were compiled for the installed extension.
+build/native/driver: tests/native/driver.cpp .venv-test/package.stamp
 	mkdir -p $(@D)
-	$(CXX) -O2 $(DRIVER_FLAGS) -o $@ $(DRIVER_SOURCES)
+	$(CXX) -O2 $(DRIVER_FLAGS) -o $@ $< build/temp.*/csrc/cpu/isa/*.o
 
 build/native/driver-sanitized: $(DRIVER_SOURCES) $(SOURCES)
 	mkdir -p $(@D)
