@@ -166,7 +166,8 @@ class LoRABaseLayer(nn.Module):
         weight = torch.empty(1, device=lora_a.device).expand(shape)
         new_a, new_b, _ = initial_factors(weight, lora_a.shape[0], 1.0, method)
         lora_a.copy_(new_a.view(lora_a.shape))
-        lora_b.copy_(new_b.view(lora_b.shape))
+        # B of a convolution in groups has fewer columns than A has rows.
+        lora_b.copy_(new_b[:, : lora_b[0].numel()].reshape(lora_b.shape))
 
     def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of an adapter by PEFT's keys below the layer's name, as in its files; empty without it."""
