@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from . import backends
 from . import format as fmt
 from .format import FLOAT_DTYPES, check_float_dtype
+from .ops import dense
 from .ops import linear as products
 from .ops.record import op_of
 from .tensor import QuantizedTensor
@@ -62,7 +63,7 @@ def linear(
 
 def lora_linear(
     x: torch.Tensor,
-    q: QuantizedTensor,
+    q: torch.Tensor,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     scaling: float,
@@ -78,7 +79,7 @@ def lora_linear(
 
     Args:
         x: [..., in_features], float32, float16 or bfloat16.
-        q: the frozen weight, [out_features, in_features].
+        q: the frozen weight, [out_features, in_features]; or a dense one, of x's dtype.
         lora_a: [rank, in_features].
         lora_b: [out_features, rank].
         scaling: lora_alpha / rank, or lora_alpha / sqrt(rank).
@@ -96,8 +97,10 @@ def lora_linear(
 
     Source: Hu et al., "LoRA", 2021 (arXiv 2106.09685).
     """
+    if not isinstance(q, QuantizedTensor):
+        return _dense_lora_linear(x, q, lora_a, lora_b, scaling, bias, dropout_p if training else 0.0, precision)
     weight = _checked_weight(q, x, bias)
-    _check_lora(q, lora_a, lora_b, dropout_p)
+    _check_lora(q.stored.shape, q.packed.device, lora_a, lora_b, dropout_p)
     if precision != "exact":
         _check_precision(precision, x, bias, lora_a, lora_b)
     dropout_p = dropout_p if training else 0.0
@@ -172,6 +175,23 @@ def _lora_linear(x, q, weight, lora_a, lora_b, scaling, bias, dropout_p, precisi
     if precision == "exact":
         return products.linear(namespace, x, weight, features, bias, t, lora_b, scaling)
     return _approximate(namespace, x, weight, features, bias, t, lora_b, scaling)
+
+
+def _dense_lora_linear(x, weight, lora_a, lora_b, scaling, bias, dropout_p, precision) -> torch.Tensor:
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+        raise TypeError(f"q: expected a weight of shape (out_features, in_features), got {_describe(weight)}")
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x: expected a last dimension of {weight.shape[1]}, got {tuple(x.shape)}")
+    _check_lora(weight.shape, weight.device, lora_a, lora_b, dropout_p)
+    if precision != "exact":
+        raise ValueError(f"precision: expected 'exact' for a dense weight, got {precision!r}")
+
+    def product(x, weight, bias):
+        weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)  # under autocast
+        t = _LoraDown.apply(F.dropout(x, dropout_p, True), lora_a) if dropout_p else None
+        return dense.lora_linear(x, weight, lora_a, lora_b, float(scaling), bias, t)
+
+    return outside_autocast(product, x, weight, bias)
 
 
 def _namespace(x: torch.Tensor, q: QuantizedTensor) -> str:
@@ -252,9 +272,8 @@ def _check_precision(precision: str, *operands: torch.Tensor | None) -> None:
         raise ValueError("precision: 'int8' has no backward; use it under torch.no_grad(), or precision='exact'")
 
 
-def _check_lora(q, lora_a, lora_b, dropout_p) -> None:
-    out_features, in_features = q.stored.shape
-    device = q.packed.device
+def _check_lora(shape, device, lora_a, lora_b, dropout_p) -> None:
+    out_features, in_features = shape
     if not isinstance(lora_a, torch.Tensor) or lora_a.dim() != 2:
         raise ValueError(f"lora_a: expected a tensor of shape (rank, {in_features}), got {_describe(lora_a)}")
     rank = lora_a.shape[0]

@@ -72,14 +72,21 @@ def quantize_(
     return replace_weights(model, quantized_weights(find_weights(model, _skipped(model, skip)), spec, scale))
 
 
-def find_weights(model: nn.Module, skipped: set[nn.Module]) -> dict[nn.Parameter, str]:
-    """The dense weights to quantize, with the name that each has first in the model; none of the modules skipped."""
+def find_weights(
+    model: nn.Module, skipped: set[nn.Module], *, embeddings: bool = False, head: bool = False
+) -> dict[nn.Parameter, str]:
+    """The dense weights to quantize, with the name that each has first in the model; none of the modules skipped.
+
+    ``embeddings`` adds those of nn.Embedding, and ``head`` the layer that ``model.get_output_embeddings()`` names.
+    """
     get_output = getattr(model, "get_output_embeddings", None)
-    head = get_output() if callable(get_output) else None
+    kept_head = get_output() if callable(get_output) and not head else None
     found, kept = {}, set()
     for prefix, module in model.named_modules():
         is_adapter = any(part.startswith("lora_") for part in prefix.split("."))
-        names = [] if module in skipped or module is head or is_adapter else linear_weights(module)
+        names = [] if module in skipped or module is kept_head or is_adapter else linear_weights(module)
+        if embeddings and isinstance(module, nn.Embedding) and module not in skipped:
+            names = ["weight"]
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue

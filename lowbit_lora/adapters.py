@@ -1,34 +1,19 @@
-"""Several adapters on one model: adding one to layers that have LoRA, and to layers that have none yet."""
+"""Operations on the adapters of a model: their names, their tensors, and weighted sums of them."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import math
 
 import torch
 from torch import nn
 
-from . import dense, hf
+from . import hf
 from .combine import combine
 from .config import LoraConfig, QLoRAConfig
-from .conversion import adapter_of, new_layer, spelled_out, swap
+from .files import fit
+from .init import is_decomposing
 from .layers import Adapter, LoRABaseLayer
-from .targets import base_of, check_patterns, find_targets
-
-
-def layer_names(model: nn.Module) -> list[str]:
-    """The canonical names of the layers with LoRA."""
-    return [name for name, module in model.named_modules() if isinstance(module, LoRABaseLayer)]
-
-
-def parameters(layer: LoRABaseLayer) -> Iterator[nn.Parameter]:
-    """The factors of all adapters of a layer."""
-    for name in layer.adapters:
-        yield from layer.factors(name)
-
-
-def check_not_merged(layer: LoRABaseLayer) -> None:
-    """ValueError if adapters are merged into the base of a layer."""
-    if layer.merged:
-        raise ValueError(f"adapters: expected none that is merged, got {', '.join(layer.merged)}; unmerge first")
+from .targets import adapted_modules, base_of, module_names
+from .wrap import adapter_of, trainable_biases
 
 
 def check_new_name(name: str, configs: dict[str, LoraConfig]) -> None:
@@ -41,49 +26,109 @@ def check_new_name(name: str, configs: dict[str, LoraConfig]) -> None:
         raise ValueError(f"adapter: expected a name without dots and slashes, got {name!r}")
 
 
-def add(model: nn.Module, name: str, config: LoraConfig, configs: dict[str, LoraConfig]) -> LoraConfig:
-    """Add an adapter to the layers that a config names; returns the config with its targets spelled out.
+def tensors_of(model: nn.Module, name: str, bias: str = "none") -> dict[str, torch.Tensor]:
+    """What an adapter's file holds, by PEFT's keys without their prefix; the tensors are the model's own."""
+    tensors: dict[str, torch.Tensor] = dict(trainable_biases(model, bias))
+    for module_name, part in adapted_modules(model).items():
+        tensors |= {f"{module_name}.{key}": tensor for key, tensor in part.adapter_tensors(name).items()}
+    return tensors
+
+
+def to_save(model: nn.Module, name: str, config: LoraConfig) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """The config and the tensors, by PEFT's keys without their prefix, of an adapter's files.
+
+    Where the factors were taken out of a dense base (PiSSA, OLoRA), what is saved is the difference to the first ones:
+    plain LoRA of twice the rank, which fits the base as it was.
+    """
+    tensors = tensors_of(model, name, config.bias)
+    if not is_decomposing(config.init_lora_weights) or isinstance(config, QLoRAConfig):
+        return config, tensors
+    for layer_name, part in adapted_modules(model).items():
+        if isinstance(part, LoRABaseLayer) and name in part.initial:
+            (key_a, a), (key_b, b) = list(part.adapter_tensors(name).items())[:2]
+            first_a, first_b = part.initial[name]
+            tensors[f"{layer_name}.{key_a}"] = torch.cat([a.detach(), first_a.view(a.shape).to(a)])
+            tensors[f"{layer_name}.{key_b}"] = torch.cat([b.detach(), -first_b.view(b.shape).to(b)], 1)
+    doubled = {key: 2 * rank for key, rank in (config.rank_pattern or {}).items()}
+    factor = math.sqrt(2) if config.use_rslora else 2
+    alphas = {key: factor * alpha for key, alpha in (config.alpha_pattern or {}).items()}
+    config = dataclasses.replace(
+        config,
+        rank=2 * config.rank,
+        lora_alpha=factor * config.lora_alpha,
+        rank_pattern=doubled or None,
+        alpha_pattern=alphas or None,
+        init_lora_weights="default",
+    )
+    return config, tensors
+
+
+def with_saved_of_file(model: nn.Module, config: LoraConfig, tensors: dict[str, torch.Tensor]) -> LoraConfig:
+    """``config`` with those modules to save whose values are in an adapter's file.
+
+    PEFT's files list ends of names ("classifier" also means "pre_classifier"), and names that a model does not have; and
+    they may hold whole embeddings that no list names (``save_embedding_layers``).
+    """
+    keys = {key.removeprefix("base_model.model.") for key in tensors}
+    listed = tuple(config.modules_to_save or ())
+    embeddings = {base_of(m) for m in (hf.input_embedding(model), hf.output_embedding(model)) if m is not None}
+    saved = []
+    for module, names in module_names(model).items():
+        name = next((name for name in names if any(key.startswith(f"{name}.") for key in keys)), None)
+        ends = name is not None and name.endswith(listed) and bool(listed)
+        own = name is not None and {f"{name}.{key}" for key in module.state_dict()}
+        if name and (ends or base_of(module) in embeddings) and own and own <= keys:
+            saved.append(name)
+    return dataclasses.replace(config, modules_to_save=saved or None)
+
+
+@torch.no_grad()
+def swap_values(
+    model: nn.Module,
+    name: str,
+    config: LoraConfig,
+    old: LoraConfig,
+    tensors: dict[str, torch.Tensor],
+    file: str,
+) -> None:
+    """Put a saved adapter's values in the place of another's, in its memory.
+
+    Its ranks may be smaller: the rest becomes zeros. Each layer's scaling stays, so that nothing that was captured with
+    it (a CUDA graph) changes; B takes up the difference.
 
     Raises:
-        ValueError, TypeError: see :meth:`lowbit_lora.LoraModel.add_adapter`. Nothing has changed then.
+        ValueError: a module is missing or unexpected, or a rank is larger. Nothing has changed then.
     """
-    check_new_name(name, configs)
-    first = next(iter(configs.values()))
-    if not isinstance(config, LoraConfig):
-        raise TypeError(f"config: expected a LoraConfig, got {type(config).__name__}")
-    if isinstance(config, QLoRAConfig) and (not isinstance(first, QLoRAConfig) or config.spec != first.spec):
-        stored = first.spec if isinstance(first, QLoRAConfig) else "a dense base"
-        raise ValueError(f"config: expected how the base is stored ({stored}), got {config.spec}; take a LoraConfig")
-    if config.modules_to_save or config.bias != "none":
-        raise ValueError(
-            "config: expected no modules_to_save and bias='none' in a further adapter, got "
-            f"modules_to_save={config.modules_to_save} and bias={config.bias!r}: the model has one set, the first's"
-        )
-    saved = {m for entry in first.modules_to_save or [] for m in model.get_submodule(entry).modules()}
-    head = hf.output_embedding(model)
-    targets = find_targets(model, config, saved, {base_of(head)} if head is not None else set())
-    check_patterns(config, list(targets.values()))
-    fresh = {module: new_layer(module) for module in targets if not isinstance(module, LoRABaseLayer)}
-    added = []
-    try:
-        for module, layer_name in targets.items():
-            layer = fresh.get(module, module)
-            layer.add_adapter(name, adapter_of(config, layer_name), init=config.init_lora_weights)
-            added.append(layer)
-            for parameter in layer.factors(name):
-                parameter.requires_grad_(False)
-        swap(model, fresh)
-    except BaseException:
-        for layer in added:
-            layer.delete_adapter(name)
-        raise
-    dense.adopt(model)
-    return dataclasses.replace(config, target_modules=spelled_out(config, targets))
+    expected = tensors_of(model, name, old.bias)
+    shapes = dict(expected)
+    values = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
+    scalings = {}
+    for layer_name, part in adapted_modules(model).items():
+        if not isinstance(part, LoRABaseLayer) or name not in part.adapters:
+            continue
+        for key, target in part.adapter_tensors(name).items():
+            key, value = f"{layer_name}.{key}", values.get(f"{layer_name}.{key}")
+            if value is not None and value.dim() == target.dim():
+                if any(size > space for size, space in zip(value.shape, target.shape, strict=True)):
+                    raise ValueError(
+                        f"{file}: {key}: expected at most the shape {tuple(target.shape)} of adapter {name!r}, whose "
+                        f"memory it would take, got {tuple(value.shape)}"
+                    )
+                shapes[key] = value
+        scalings[layer_name] = adapter_of(config, layer_name).scaling / part.adapters[name].scaling
+    fitting = fit(tensors, shapes, model, file)
+    for key, target in expected.items():
+        value = fitting[key]
+        layer_name, _, kind = key.partition(".lora_")
+        if kind.startswith(("B", "embedding_B")):
+            value = value * scalings[layer_name]
+        target.zero_()
+        target[tuple(slice(size) for size in value.shape)].copy_(value)
 
 
 @torch.no_grad()
 def add_weighted(
-    layers: dict[str, LoRABaseLayer], names: list[str], weights: list[float], new: str, config: LoraConfig, **options
+    model: nn.Module, names: list[str], weights: list[float], new: str, config: LoraConfig, **options
 ) -> LoraConfig:
     """Add an adapter that stands for several to each layer that has one of them; returns its config.
 
@@ -92,10 +137,13 @@ def add_weighted(
     Raises:
         ValueError, TypeError: see there; the layer is named. Nothing has changed then.
     """
+    layers = {name: part for name, part in adapted_modules(model).items() if isinstance(part, LoRABaseLayer)}
     made = {}
     for layer_name, layer in layers.items():
         own = [(name, weight) for name, weight in zip(names, weights, strict=True) if name in layer.adapters]
         if own:
+            if any(layer.adapters[name].use_dora or layer.adapters[name].lora_bias for name, _ in own):
+                raise ValueError(f"{layer_name}: expected adapters without DoRA and lora_bias to combine")
             factors = [(*(f.flatten(1) for f in layer.factors(name)), layer.adapters[name].scaling) for name, _ in own]
             try:
                 made[layer_name] = combine(factors, [weight for _, weight in own], **options)
@@ -103,28 +151,19 @@ def add_weighted(
                 raise type(error)(f"{layer_name}: {error}") from error
     for layer_name, values in made.items():
         layer, rank = layers[layer_name], len(values[0])
-        layer.add_adapter(new, Adapter(rank, rank))  # a scaling of 1
+        layer.add_adapter(new, Adapter(rank, rank), next(f.dtype for n in names if n in layer.adapters for f in layer.factors(n)))  # a scaling of 1
         for factor, value in zip(layer.factors(new), values, strict=True):
             factor.copy_(value.view(factor.shape))
             factor.requires_grad_(False)
     ranks = {name: len(lora_a) for name, (lora_a, _) in made.items()}
     rank = max(ranks.values())
     others = {name: value for name, value in ranks.items() if value != rank} or None
-    plain = {field.name: field.default for field in dataclasses.fields(LoraConfig)}
-    return LoraConfig(
-        **plain
-        | {
-            "rank": rank,
-            "lora_alpha": rank,
-            "target_modules": sorted(made),
-            "rank_pattern": others,
-            "alpha_pattern": others,
-            "task_type": config.task_type,
-        }
+    return dataclasses.replace(
+        LoraConfig(),
+        rank=rank,
+        lora_alpha=rank,
+        target_modules=sorted(made),
+        rank_pattern=others,
+        alpha_pattern=others,
+        task_type=config.task_type,
     )
-
-
-def unwrap(model: nn.Module, names: Iterable[str]) -> None:
-    """Put the base back in the place of layers without adapters."""
-    layers = [model.get_submodule(name) for name in names]
-    swap(model, {layer: layer.base_layer for layer in layers if not layer.adapters})

@@ -7,12 +7,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from lowbit import WeightSpec
 from lowbit.quantizers.quantize import check_scale
 
-from .init import RANDOM_METHODS
+from .init import check_init, is_decomposing
 
 BIAS_MODES = ("none", "all", "lora_only")
+FACTOR_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class QuantizationType(str, enum.Enum):
@@ -23,15 +26,17 @@ class QuantizationType(str, enum.Enum):
     INT8 = "int8"
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoraConfig:
     """LoRA: a frozen weight W becomes W + scaling * B A, with A [rank, in] and B [out, rank].
 
     Args:
         rank: columns of B; at least 1.
-        target_modules: which linear layers get LoRA: a list of names or dotted suffixes ("query",
-            "attention.self.query"), one string as a regular expression that the whole name has to match, or
-            "all-linear" (every linear layer but the output head).
+        target_modules: which layers get LoRA (linear layers, embeddings, convolutions, nn.MultiheadAttention): a list
+            of names or dotted suffixes ("query", "attention.self.query"), one string as a regular expression that the
+            whole name has to match, or "all-linear" (every linear layer but the output head).
+        target_parameters: names or suffixes of 3-D stacks of experts' weights that get LoRA, each expert its own
+            ("experts.gate_up_proj").
         exclude_modules: of the layers that target_modules names, those that get no LoRA: names or suffixes in a list,
             or a regular expression.
         layers_to_transform: numbers of the blocks that get LoRA; the number is the first one in a layer's name
@@ -44,10 +49,19 @@ class LoraConfig:
         lora_dropout: probability of zeroing an input element of A while training, in [0, 1).
         bias: which biases train: "none", "all", or "lora_only" (those of layers with LoRA).
         use_rslora: scaling is lora_alpha / sqrt(rank) (Kalajdzievski, 2023, arXiv 2312.03732).
-        modules_to_save: modules that train in full precision and are saved with the adapter. The
-            classification head of a sequence or token classification model is added by itself.
+        modules_to_save: modules of which a copy trains in full precision and is saved with the adapter. The head of a
+            transformers model for a task (classification, ...) is added by itself.
+        ensure_weight_tying: of a module to save whose weight another one shares (a tied ``lm_head``), train one copy
+            for both. Otherwise the other one keeps the base's weight, as in PEFT.
+        trainable_token_indices: rows of the embedding that train: indices, or {name of an embedding: indices}.
+        lora_bias: B has a bias, which trains.
+        use_dora: train the norms of the weight's rows apart, in fp32 (Liu et al., "DoRA", 2024, arXiv 2402.09353).
+        fan_in_fan_out: only written to the file: which weights are transposed is seen from the layers.
+        lora_dtype: of the factors: "float32", "bfloat16" or "float16".
         init_lora_weights: how the factors begin: "default" (B is zero), "gaussian", "orthogonal" (B A is zero), or
-            "random" (B A is not); see :func:`lowbit_lora.init.initial_factors`.
+            "random" (B A is not); "pissa", "pissa_niter_N", "olora" or "loftq" (of a QLoRAConfig), which also change
+            the base; see :func:`lowbit_lora.init.initial_factors`.
+        loftq_iterations: of "loftq".
         gradient_checkpointing: recompute activations in the backward (Hugging Face models).
         task_type: PEFT's name of the task ("SEQ_CLS", "CAUSAL_LM"...), only written to the file.
 
@@ -69,33 +83,50 @@ class LoraConfig:
     bias: str = "none"
     use_rslora: bool = False
     modules_to_save: list[str] | None = None
+    ensure_weight_tying: bool = False
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    target_parameters: list[str] | None = None
+    lora_bias: bool = False
+    use_dora: bool = False
+    fan_in_fan_out: bool = False
+    lora_dtype: str = "float32"
     init_lora_weights: str = "default"
+    loftq_iterations: int = 1
     gradient_checkpointing: bool = False
     task_type: str | None = None
 
+    def __new__(cls, *args: Any, **options: Any):
+        fields = cls.__dataclass_fields__
+        unknown = [name for name in options if name not in fields]
+        if unknown:
+            line = f"rank={options[unknown[0]]!r}" if unknown[0] == "r" else f"one of {', '.join(fields)}"
+            raise TypeError(f"{cls.__name__}: expected {line}, got {unknown[0]!r}")
+        return super().__new__(cls)
+
     def __post_init__(self):
         check_lora_options(self.rank, self.lora_alpha, self.lora_dropout)
-        if self.init_lora_weights not in RANDOM_METHODS:
-            expected = ", ".join(RANDOM_METHODS)
-            raise ValueError(f"init_lora_weights: expected one of {expected}, got {self.init_lora_weights!r}")
-        ranks = [self.rank, *(self.rank_pattern or {}).values()]
-        if self.init_lora_weights == "orthogonal" and any(rank % 2 for rank in ranks):
-            raise ValueError(f"rank: expected even ranks for init_lora_weights='orthogonal', got {ranks}")
+        self._check_init()
         if self.bias not in BIAS_MODES:
             raise ValueError(f"bias: expected one of {', '.join(BIAS_MODES)}, got {self.bias!r}")
-        if not isinstance(self.target_modules, str):
-            self.target_modules = _names("target_modules", self.target_modules)
-        if not self.target_modules:
+        if self.lora_dtype not in FACTOR_DTYPES:
+            raise ValueError(f"lora_dtype: expected one of {', '.join(FACTOR_DTYPES)}, got {self.lora_dtype!r}")
+        if self.lora_bias and self.use_dora:
+            raise ValueError("lora_bias: expected False together with use_dora=True")
+        targets = self.target_modules
+        if not isinstance(targets, str):
+            targets = self._set("target_modules", _names("target_modules", targets or []))
+        if not targets and not self.target_parameters:
             raise ValueError("target_modules: expected names, a regular expression or 'all-linear', got nothing")
-        if self.modules_to_save is not None:
-            self.modules_to_save = _names("modules_to_save", self.modules_to_save)
-        if self.exclude_modules is not None and not isinstance(self.exclude_modules, str):
-            self.exclude_modules = _names("exclude_modules", self.exclude_modules)
-        if isinstance(self.layers_pattern, str):
-            self.layers_pattern = [self.layers_pattern]
-        self.layers_pattern = self.layers_pattern or None
+        for name in ("modules_to_save", "target_parameters", "exclude_modules"):
+            value = getattr(self, name)
+            if value is not None and not (name == "exclude_modules" and isinstance(value, str)):
+                self._set(name, _names(name, value) or None)
+        if self.trainable_token_indices is not None:
+            self._set("trainable_token_indices", _token_indices(self.trainable_token_indices))
+        pattern = self.layers_pattern
+        self._set("layers_pattern", [pattern] if isinstance(pattern, str) and pattern else pattern or None)
         if self.layers_to_transform is not None:
-            self.layers_to_transform = _numbers("layers_to_transform", self.layers_to_transform)
+            self._set("layers_to_transform", _numbers("layers_to_transform", self.layers_to_transform))
         elif self.layers_pattern:
             raise ValueError("layers_pattern: expected only together with layers_to_transform")
         for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
@@ -105,81 +136,90 @@ class LoraConfig:
                 rank, alpha = (value, self.lora_alpha) if name == "rank_pattern" else (self.rank, value)
                 with _named(f"{name}[{key!r}]"):
                     check_lora_options(rank, alpha, self.lora_dropout)
-            setattr(self, name, dict(pattern) if pattern else None)
+            self._set(name, dict(pattern) if pattern else None)
+
+    def _set(self, name: str, value: Any) -> Any:
+        object.__setattr__(self, name, value)  # the dataclass is frozen
+        return value
+
+    def _check_init(self) -> None:
+        check_init(self.init_lora_weights, "init_lora_weights")
+        ranks = [self.rank, *(self.rank_pattern or {}).values()]
+        if self.init_lora_weights == "orthogonal" and any(rank % 2 for rank in ranks):
+            raise ValueError(f"rank: expected even ranks for init_lora_weights='orthogonal', got {ranks}")
+        if self.init_lora_weights == "loftq" and not isinstance(self, QLoRAConfig):
+            raise ValueError("init_lora_weights: 'loftq' expects a QLoRAConfig, which says how the base is stored")
+        if self.lora_bias and is_decomposing(self.init_lora_weights):
+            raise ValueError(f"lora_bias: expected False for init_lora_weights={self.init_lora_weights!r}")
+        if isinstance(self.loftq_iterations, bool) or not isinstance(self.loftq_iterations, int):
+            raise TypeError(f"loftq_iterations: expected an int, got {self.loftq_iterations!r}")
+        if self.loftq_iterations < 1:
+            raise ValueError(f"loftq_iterations: expected at least 1, got {self.loftq_iterations}")
 
     @property
     def scaling(self) -> float:
         """The factor on B A."""
         return lora_scaling(self.rank, self.lora_alpha, self.use_rslora)
 
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """The dtype of the factors."""
+        return FACTOR_DTYPES[self.lora_dtype]
+
     def to_peft(self) -> dict[str, Any]:
         """The dictionary of ``adapter_config.json``."""
-        return {
+        same = {name: getattr(self, name) for name in _SAME_IN_PEFT}
+        return same | {
             "peft_type": "LORA",
             "r": self.rank,
-            "lora_alpha": self.lora_alpha,
-            "lora_dropout": self.lora_dropout,
-            "target_modules": self.target_modules,
-            "exclude_modules": self.exclude_modules,
-            "layers_to_transform": self.layers_to_transform,
             "layers_pattern": self.layers_pattern,
             "rank_pattern": self.rank_pattern or {},
             "alpha_pattern": self.alpha_pattern or {},
-            "bias": self.bias,
-            "use_rslora": self.use_rslora,
-            "modules_to_save": self.modules_to_save,
-            "task_type": self.task_type,
             "base_model_name_or_path": None,
-            "fan_in_fan_out": False,
             "inference_mode": True,
             "init_lora_weights": {"default": True, "random": False}.get(self.init_lora_weights, self.init_lora_weights),
         }
 
     @classmethod
-    def from_peft(cls, written: dict[str, Any], **ours: Any) -> "LoraConfig":
-        """From the dictionary of an ``adapter_config.json``, by lowbit or PEFT; ``ours``: what PEFT has not.
+    def from_peft(cls, config: Any, **ours: Any) -> "LoraConfig":
+        """From PEFT's LoraConfig, or the dictionary of an ``adapter_config.json``; ``ours``: what PEFT has not.
 
         Raises:
             ValueError: not a LoRA adapter, or one that uses what is not supported here.
         """
+        written = config if isinstance(config, dict) else config.to_dict()
+        written = {name: getattr(value, "value", value) for name, value in written.items()}  # PEFT's enums
         if written.get("peft_type") != "LORA":
             raise ValueError(f"peft_type: expected 'LORA', got {written.get('peft_type')!r}")
         for name, value in written.items():
             if name not in _READ_FROM_PEFT and name not in _WITHOUT_EFFECT and value:
                 raise ValueError(f"{name}: not supported by lowbit, expected it unset, got {value!r}")
-        if written.get("init_lora_weights", True) not in _PLAIN_INITS:
-            raise ValueError(
-                f"init_lora_weights: expected one of {_PLAIN_INITS} (others change the base's weights), got "
-                f"{written['init_lora_weights']!r}"
-            )
-        if "r" not in written or not written.get("target_modules"):
+        if "r" not in written:
             raise ValueError(f"adapter config: expected r and target_modules, got keys {sorted(written)}")
         taken = {name: written[name] for name in _SAME_IN_PEFT if written.get(name) is not None}
+        if not taken.get("target_modules"):
+            taken["target_modules"] = [] if taken.get("target_parameters") else "all-linear"
         if written.get("layers_to_transform") is not None:
             taken["layers_pattern"] = written.get("layers_pattern") or None
-        init = {True: "default", False: "random"}.get(written.get("init_lora_weights", True))
-        init = init or written["init_lora_weights"]
-        taken["init_lora_weights"] = init if init in RANDOM_METHODS else "default"
-        return cls(rank=written["r"], **taken, **ours)
+        init = written.get("init_lora_weights", True)
+        taken["init_lora_weights"] = {True: "default", False: "random", "eva": "default"}.get(init, init)
+        return cls(rank=written["r"], **taken | ours)
 
 
-_SAME_IN_PEFT = ("target_modules", "exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern")
-_SAME_IN_PEFT += ("lora_alpha", "lora_dropout", "bias", "use_rslora", "modules_to_save", "task_type")
+_SAME_IN_PEFT = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "rank_pattern")
+_SAME_IN_PEFT += ("alpha_pattern", "lora_alpha", "lora_dropout", "bias", "use_rslora", "modules_to_save", "task_type")
+_SAME_IN_PEFT += ("ensure_weight_tying", "trainable_token_indices", "lora_bias", "use_dora", "fan_in_fan_out")
 _READ_FROM_PEFT = {"peft_type", "r", *_SAME_IN_PEFT}
 # Settings of PEFT that do not change what a finished adapter computes. An adapter with any other that is set (DoRA,
 # lora_bias, something newer than this file) would compute something else than it was trained for.
 # fmt: off
 _WITHOUT_EFFECT = {
-    "auto_mapping", "base_model_name_or_path", "eva_config", "fan_in_fan_out", "inference_mode", "init_lora_weights",
+    "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "init_lora_weights",
     "layers_pattern", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
     "runtime_config",
 }
 # fmt: on
-# Ways to initialise that leave the base's weights alone.
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
-
-
-@dataclass
+@dataclass(frozen=True)
 class QLoRAConfig(LoraConfig):
     """LoRA on weights stored in 4 bits, or in 8; the arguments of :class:`LoraConfig` and:
 
@@ -189,6 +229,8 @@ class QLoRAConfig(LoraConfig):
         block_size: weights that share a scale; power of two, 32 to 4096; INT8 ignores it.
         scale: how scales are found, as in :func:`lowbit.quantize`: "absmax", or "search" (not INT8), which takes longer
             and leaves a smaller error.
+        quantize_head: store the output layer (``lm_head``) so too; one that is tied to an embedding needs both.
+        quantize_embeddings: store embeddings so too.
         paged_adamw: to come, with ``get_paged_optimizer``.
 
     Raises:
@@ -202,11 +244,13 @@ class QLoRAConfig(LoraConfig):
     double_quant: bool = True
     block_size: int = 64
     scale: str = "absmax"
+    quantize_head: bool = False
+    quantize_embeddings: bool = False
     paged_adamw: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        self.quantization = check_quantization(self.quantization)
+        self._set("quantization", check_quantization(self.quantization))
         check_scale(self.scale, self.spec)
         if self.paged_adamw:
             raise NotImplementedError("paged_adamw: the paged optimizer is not implemented yet; expected False")
@@ -233,6 +277,9 @@ class QLoRAConfig(LoraConfig):
             "double_quant": self.double_quant,
             "block_size": self.block_size,
             "scale": self.scale,
+            "quantize_head": self.quantize_head,
+            "quantize_embeddings": self.quantize_embeddings,
+            "loftq_iterations": self.loftq_iterations,
         }
 
 
@@ -278,8 +325,14 @@ def _named(where: str):
 def _numbers(argument: str, numbers: Any) -> list[int]:
     numbers = [numbers] if isinstance(numbers, int) else list(numbers)
     if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
-        raise ValueError(f"{argument}: expected numbers of blocks from 0 on, got {numbers!r}")
+        raise ValueError(f"{argument}: expected numbers from 0 on, got {numbers!r}")
     return numbers
+
+
+def _token_indices(wanted: Any) -> list[int] | dict[str, list[int]]:
+    for indices in wanted.values() if isinstance(wanted, dict) else [wanted]:
+        _numbers("trainable_token_indices", indices)
+    return wanted if isinstance(wanted, dict) else list(wanted)
 
 
 def _names(argument: str, names: Any) -> list[str]:

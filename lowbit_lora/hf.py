@@ -7,13 +7,25 @@ import os
 
 from torch import nn
 
-#: End of a transformers class name -> (PEFT's task type, attributes that may hold the head).
-_HEADS = {
-    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
-    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
-    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
-    "ForImageClassification": (None, ("classifier",)),
+#: End of a transformers class name -> PEFT's task type.
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
 }
+#: Names that PEFT lists in modules_to_save for a task, whether or not the model has them.
+_PEFT_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's or DDP's wrapper."""
+    while True:
+        inner = model._modules.get("_orig_mod", model)
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if inner is model:
+            return model
+        model = inner
 
 
 def output_embedding(model: nn.Module) -> nn.Module | None:
@@ -22,17 +34,54 @@ def output_embedding(model: nn.Module) -> nn.Module | None:
     return get() if callable(get) else None
 
 
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The layer that maps ids to vectors, or None."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        return get() if callable(get) else None
+    except NotImplementedError:
+        return None
+
+
 def task_head(model: nn.Module, task_type: str | None = None) -> tuple[str | None, list[str]]:
-    """``(task type, names of the fresh head)`` of a classification model; ``(task_type, [])`` else."""
-    for ending, (task, names) in _HEADS.items():
-        if type(model).__name__.endswith(ending) or (task is not None and task == task_type):
-            return task_type or task, [name for name in names if isinstance(getattr(model, name, None), nn.Module)]
-    return task_type, []
+    """``(PEFT's task type, names of the head's modules)`` of a model for a task; ``(task_type, [])`` of any other.
+
+    A transformers class for a task (``...For...``) is a pretrained model and, beside it, a head that begins with random
+    values: everything that is not the pretrained part. The head of a language model is no such thing: it is pretrained.
+    """
+    model = unwrapped(model)
+    kind = type(model).__name__
+    task_type = task_type or next((task for end, task in _TASKS.items() if kind.endswith(end)), None)
+    children = dict(model.named_children())
+    pretrained = children.get(getattr(model, "base_model_prefix", None))
+    named = [name for name in _PEFT_HEADS.get(task_type, ()) if name in children]
+    if not hasattr(model, "base_model_prefix") or "For" not in kind:
+        return task_type, named
+    if output_embedding(model) is not None:
+        return task_type, []
+    sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in children.items()}
+    if pretrained is None and sizes:
+        pretrained = children[max(sizes, key=sizes.get)]
+    return task_type, [name for name, child in children.items() if child is not pretrained and sizes[name]]
 
 
 def automatic_names(task_type: str | None) -> tuple[str, ...]:
     """Names that PEFT lists in modules_to_save for a task, whether or not the model has them."""
-    return next((names for task, names in _HEADS.values() if task is not None and task == task_type), ())
+    return _PEFT_HEADS.get(task_type, ())
+
+
+def kept_in_fp32(model: nn.Module) -> set[nn.Module]:
+    """The modules that a transformers model keeps in fp32 where the rest is in 16 bits, such as T5's ``wo``."""
+    kept = set()
+    for module in model.modules():
+        names = {
+            name
+            for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+            for name in getattr(module, attribute, None) or ()
+        }
+        if names:
+            kept |= {inner for name, inner in module.named_modules() if names & set(name.split("."))}
+    return kept
 
 
 def read_by_fused_kernels(model: nn.Module) -> dict[nn.Module, str]:

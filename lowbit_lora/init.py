@@ -18,6 +18,11 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _FAST_PISSA = re.compile(r"pissa_niter_([0-9]+)")
 
 
+def is_decomposing(method: str) -> bool:
+    """Whether a method takes its factors out of the weight, so that the base keeps a residual."""
+    return method in DECOMPOSING_METHODS or _FAST_PISSA.fullmatch(method) is not None
+
+
 def check_init(method: str, name: str = "method") -> None:
     """Return nothing; ``name`` is what errors call the argument.
 

@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import adapters, saving
+from . import adapters, files, merge
 from .config import LoraConfig, QLoRAConfig
-from .conversion import Conversion, merge_all
-from .layers import DEFAULT, LoRABaseLayer, RowAdapters
+from .layers import DEFAULT, Adapted, LoRABaseLayer, RowAdapters
+from .targets import adapted_modules
+from .wrap import Plan, print_storage, set_trainable, swap
 
 #: What ``adapter_names`` calls a row without an adapter, as in PEFT.
 BASE = "__base__"
 
 
 class LoraModel(nn.Module):
-    """A model with LoRA on its dense, frozen linear layers.
+    """A model with LoRA on layers of its dense, frozen base.
 
     The base is changed in place, all of it or, on an error, nothing. Calls, ``generate`` and attributes go
     through to it.
@@ -27,6 +28,7 @@ class LoraModel(nn.Module):
     Args:
         model: a Hugging Face model or any nn.Module.
         config: what to adapt.
+        adapter_name: of the first adapter.
 
     Raises:
         TypeError: an argument, or a layer that ``target_modules`` names, is of the wrong type.
@@ -37,20 +39,21 @@ class LoraModel(nn.Module):
 
     config_class = LoraConfig
 
-    def __init__(self, model: nn.Module, config: LoraConfig):
+    def __init__(self, model: nn.Module, config: LoraConfig, adapter_name: str = DEFAULT):
         _check_types(model, config, self.config_class)
+        adapters.check_new_name(adapter_name, {})
         super().__init__()
-        self._adopt(Conversion(model, config))
+        self._adopt(Plan(model, config, adapter_name))
 
-    def _adopt(self, conversion: Conversion, trainable: bool = True) -> None:
-        self._restore = conversion.apply(trainable)
+    def _adopt(self, plan: Plan, trainable: bool = True) -> None:
+        self._restore = plan.apply(trainable)
         #: The config of each adapter.
-        self.configs: dict[str, LoraConfig] = {DEFAULT: conversion.config}
-        self.model = conversion.model
-        self._adapted = list(conversion.layers)
-        self._active = (DEFAULT,)
-        self._saved = list(conversion.saved)
+        self.configs: dict[str, LoraConfig] = {plan.name: plan.config}
+        self.model = plan.model
+        self._active = (plan.name,)
         self.training = self.model.training
+        if isinstance(plan.config, QLoRAConfig):
+            print_storage(self.model)
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """What the base's forward takes and returns.
@@ -71,18 +74,16 @@ class LoraModel(nn.Module):
     def adapters_by_row(self, adapter_names: list[str]) -> Iterator[None]:
         """Context in which each row of a batch has an adapter of its own, also in ``generate``; see :meth:`forward`."""
         names = self._known(sorted({name for name in adapter_names if name != BASE}))
-        layers = self._layers()
-        for layer in layers:
-            adapters.check_not_merged(layer)
+        parts = self._unmerged_parts().values()
         names = (*names, BASE)
         index = torch.tensor([names.index(name) for name in adapter_names], device=next(self.parameters()).device)
-        for layer in layers:
-            layer.rows = RowAdapters(names, index)
+        for part in parts:
+            part.rows = RowAdapters(names, index)
         try:
             yield
         finally:
-            for layer in layers:
-                layer.rows = None
+            for part in parts:
+                part.rows = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -109,17 +110,27 @@ class LoraModel(nn.Module):
 
         Args:
             name: a new one.
-            config: what to adapt, also layers that have no adapter yet. ``modules_to_save`` and ``bias`` belong to the
-                first adapter; here they have to be unset.
+            config: what to adapt, also modules that have no adapter yet. ``bias`` belongs to the first adapter; here it
+                has to be "none".
 
         Raises:
             ValueError, TypeError: as for the constructor; the name is taken; the config says how to store the base, and
                 differently from how it is stored. Nothing has changed then.
         """
-        self._parts()
-        config = adapters.add(self.model, name, config, self.configs)
-        self.configs[name] = config
-        self._adapted += [new for new in adapters.layer_names(self.model) if new not in self._adapted]
+        self._add(name, config)
+
+    def _add(self, name: str, config: LoraConfig, listed: bool = False) -> list[nn.Module]:
+        """The modules that have a place for adapters only now."""
+        adapters.check_new_name(name, self.configs)
+        before = set(self._parts().values())
+        plan = Plan(self.model, config, name, first=self._first, listed=listed)
+        plan.apply()
+        self.configs[name] = plan.config
+        return [part for part in self._parts().values() if part not in before]
+
+    @property
+    def _first(self) -> LoraConfig:
+        return next(iter(self.configs.values()))
 
     def add_weighted_adapter(
         self, names: list[str], weights: list[float], name: str, method: str = "cat", **options: Any
@@ -137,13 +148,13 @@ class LoraModel(nn.Module):
         Raises:
             ValueError, TypeError: an argument out of range; no adapter of a name. Nothing has changed then.
         """
-        names = self._known(list(names))
+        self._parts()
+        names = list(self._known(list(names)))
         adapters.check_new_name(name, self.configs)
         if len(names) != len(weights):
             raise ValueError(f"weights: expected {len(names)}, one for each adapter, got {len(weights)}")
-        layers = self._parts()[0]
         self.configs[name] = adapters.add_weighted(
-            layers, list(names), list(weights), name, self.lora_config, method=method, **options
+            self.model, names, list(weights), name, self.lora_config, method=method, **options
         )
 
     def set_adapter(self, names: str | Iterable[str]) -> None:
@@ -153,32 +164,30 @@ class LoraModel(nn.Module):
             ValueError: there is no adapter of a name, or adapters are merged.
         """
         names = self._known([names] if isinstance(names, str) else list(names))
-        for layer in self._layers():
-            adapters.check_not_merged(layer)
-        trains = any(p.requires_grad for layer in self._layers() for p in adapters.parameters(layer))
-        for layer in self._layers():
-            layer.set_active(names)
-            for name in layer.adapters:
-                for parameter in layer.factors(name):
-                    parameter.requires_grad_(trains and name in names)
+        parts = self._unmerged_parts().values()
+        for part in parts:
+            part.check_active(names)
+        trains = any(p.requires_grad for part in parts for name in part.adapters for p in part.adapter_parameters(name))
+        for part in parts:
+            part.set_active(names)
+        set_trainable(self.model, self._first, names, trains)
         self._active = names
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter that is not active.
 
         Raises:
-            ValueError: there is none of that name, it is active, or it is the first one while that holds modules to
-                save or biases.
+            ValueError: there is none of that name, it is active, or it is the first one and trains biases.
         """
         self._known([name])
         if name in self._active:
             others = ", ".join(other for other in self.configs if other != name) or "none"
             raise ValueError(f"adapter: expected one that is not active, got {name!r}; set_adapter one of: {others}")
-        if self.configs[name].modules_to_save or self.configs[name].bias != "none":
-            raise ValueError(f"adapter: {name!r} trained whole modules or biases, which stay in the model; keep it")
-        for layer in self._layers():
-            if name in layer.adapters:
-                layer.delete_adapter(name)
+        if self.configs[name].bias != "none":
+            raise ValueError(f"adapter: {name!r} trained biases, which stay in the model; keep it")
+        for part in self._parts().values():
+            if name in part.adapters:
+                part.delete_adapter(name)
         del self.configs[name]
 
     def rename_adapter(self, old: str, new: str) -> None:
@@ -189,29 +198,27 @@ class LoraModel(nn.Module):
         """
         self._known([old])
         adapters.check_new_name(new, self.configs)
-        for layer in self._layers():
-            if old in layer.adapters:
-                layer.rename_adapter(old, new)
+        for part in self._parts().values():
+            if old in part.adapters:
+                part.rename_adapter(old, new)
         self.configs = {new if name == old else name: config for name, config in self.configs.items()}
         self._active = tuple(new if name == old else name for name in self._active)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Context in which the model computes what its base does. Modules to save and trained biases stay in it.
+        """Context in which the model computes what its base does. Trained biases stay in it.
 
         Raises:
             ValueError: adapters are merged.
         """
-        active = [(layer, layer.active) for layer in self._layers()]
-        for layer, _ in active:
-            adapters.check_not_merged(layer)
+        active = [(part, part.active) for part in self._unmerged_parts().values()]
         try:
-            for layer, _ in active:
-                layer.set_active(())
+            for part, _ in active:
+                part.set_active(())
             yield
         finally:
-            for layer, names in active:
-                layer.set_active(names)
+            for part, names in active:
+                part.set_active(names)
 
     def merge_adapter(self, names: Iterable[str] | None = None, *, safe: bool = False) -> None:
         """Put the merged, dense weights into the base layers, until :meth:`unmerge_adapter`.
@@ -227,27 +234,41 @@ class LoraModel(nn.Module):
         names = self._active if names is None else self._known(list(names))
         done = []
         try:
-            for layer in self._layers():
-                layer.merge([name for name in names if name in layer.adapters], safe=safe)
-                done.append(layer)
+            for part in self._parts().values():
+                if isinstance(part, LoRABaseLayer):
+                    part.merge([name for name in names if name in part.adapters], safe=safe)
+                    done.append(part)
         except BaseException:
-            for layer in done:
-                layer.unmerge()
+            for part in done:
+                part.unmerge()
             raise
 
     def unmerge_adapter(self) -> None:
         """Put the base's own weights back: the very tensors, so that stored bytes are what they were."""
-        for layer in self._layers():
-            layer.unmerge()
+        for part in self._parts().values():
+            if isinstance(part, LoRABaseLayer):
+                part.unmerge()
 
-    def _layers(self) -> list[LoRABaseLayer]:
-        return list(self._parts()[0].values())
+    def _parts(self) -> dict[str, Adapted]:
+        """What holds adapters, by canonical name."""
+        if not self.configs:
+            raise ValueError("the adapters have been merged into the model, or unloaded: there are none any more")
+        return adapted_modules(self.model)
+
+    def _unmerged_parts(self) -> dict[str, Adapted]:
+        parts = self._parts()
+        for part in parts.values():
+            if part.merged:
+                raise ValueError(f"adapters: expected none that is merged, got {', '.join(part.merged)}; unmerge first")
+        return parts
 
     def _known(self, names: list[str]) -> tuple[str, ...]:
         for name in names:
             if name not in self.configs:
                 raise ValueError(f"adapter: expected one of {', '.join(self.configs)}, got {name!r}")
         return tuple(dict.fromkeys(names))
+
+    # ---- the model
 
     def get_base_model(self) -> nn.Module:
         """The model inside, adapters included."""
@@ -271,79 +292,105 @@ class LoraModel(nn.Module):
         )
 
     def memory_footprint(self) -> int:
-        """Bytes of the base as it is stored: parameters and buffers without LoRA, shared ones once."""
-        tensors = {
-            id(tensor): tensor.nbytes
-            for source in (self.model.named_parameters(), self.model.named_buffers())
-            for name, tensor in source
-            if ".lora_" not in name
-        }
-        return sum(tensors.values())
+        """Bytes of the base as it is stored: parameters and buffers without the adapters' own, shared ones once."""
+        own = {id(t) for p in adapted_modules(self.model).values() for n in p.adapters for t in p.adapter_tensors(n).values()}
+        tensors = {id(tensor): tensor.nbytes for tensor in [*self.model.parameters(), *self.model.buffers()]}
+        return sum(size for key, size in tensors.items() if key not in own)
 
-    def save_pretrained(self, folder: str | os.PathLike, **_: Any) -> None:
+    # ---- files
+
+    def adapter_state_dict(self, name: str | None = None) -> dict[str, torch.Tensor]:
+        """What the file of an adapter holds, by PEFT's keys; the tensors are the model's own.
+
+        ``name``: the adapter; by default the active one.
+        """
+        (name,) = self._known([self._only_active() if name is None else name])
+        tensors = adapters.tensors_of(self.model, name, self.configs[name].bias)
+        return {files.PREFIX + key: tensor for key, tensor in tensors.items()}
+
+    def _only_active(self) -> str:
+        if len(self._active) != 1:
+            raise ValueError(f"adapter: expected a name where {len(self._active)} are active")
+        return self._active[0]
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike,
+        *,
+        adapters_to_save: Iterable[str] | None = None,
+        is_main_process: bool = True,
+        **_: Any,
+    ) -> None:
         """Write the adapters (LoRA, modules to save, trained biases), not the base, in PEFT's two files each.
 
-        The adapter "default" goes into ``folder``, any other into a folder of its name in it, as PEFT's do; each has
-        the modules to save with it. A save that fails leaves what was in its folder before. Keywords (Hugging Face's
-        Trainer passes some) are ignored.
+        The adapter "default" goes into ``folder``, any other into a folder of its name in it, as PEFT's do. A save that
+        fails leaves what was in its folder before.
+
+        Args:
+            adapters_to_save: their names; by default all.
+            is_main_process: False writes nothing, for the other ranks of a distributed run.
+            _: other keywords, of which Hugging Face's Trainer passes some, are ignored.
 
         Raises:
             OSError: the files cannot be written.
             ValueError: the adapters have been merged.
         """
-        layers, saved = self._parts()
-        first = next(iter(self.configs.values()))
-        for name, config in self.configs.items():
-            config = dataclasses.replace(config, modules_to_save=first.modules_to_save, task_type=first.task_type)
-            own_folder = folder if name == DEFAULT else os.path.join(folder, name)
-            saving.save_adapter(self.model, config, layers, saved, own_folder, name)
+        self._parts()
+        names = list(self.configs) if adapters_to_save is None else self._known(list(adapters_to_save))
+        for name in names if is_main_process else []:
+            config, tensors = adapters.to_save(self.model, name, self.configs[name])
+            files.save_adapter(self.model, config, tensors, folder if name == DEFAULT else os.path.join(folder, name))
 
-    def load_adapter(self, folder: str | os.PathLike, name: str) -> None:
+    def load_adapter(self, folder: str | os.PathLike, name: str, *, is_trainable: bool = False) -> None:
         """Add a saved adapter, by lowbit or PEFT. It is not active: ``set_adapter(name)`` makes it so.
 
         Args:
             folder: what save_pretrained wrote, or a hub name.
-            name: a new one.
+            name: a new one, or one that is there, whose values it takes in place (hot-swapping): no memory is
+                allocated anew, and what was captured in a CUDA graph or compiled computes with the new values.
+            is_trainable: let it train, if it is active.
 
         Raises:
             OSError: files that are missing (FileNotFoundError) or broken.
-            ValueError, TypeError: the adapter does not fit the model, or its modules to save hold other values than the
-                model's, which has one set of them. Nothing has changed then.
+            ValueError, TypeError: the adapter does not fit the model. Nothing has changed then.
         """
-        adapters.check_new_name(name, self.configs)
-        config, tensors, file = saving.read_adapter(folder, LoraConfig, {})
-        before = len(self._adapted)
-        self.add_adapter(name, dataclasses.replace(config, modules_to_save=None))
+        config, tensors, file = files.read_adapter(folder, LoraConfig, {})
+        if name in self.configs:
+            adapters.swap_values(self.model, name, config, self.configs[name], tensors, file)
+            return
+        fresh = self._add(name, dataclasses.replace(config, bias="none"), listed=True)
         try:
-            layers, saved = self._parts()
-            own_saved = saved if config.modules_to_save else {}
-            values = saving.fit(tensors, self.model, layers, own_saved, "none", file, name)
-            targets = saving.adapter_tensors(self.model, layers, own_saved, "none", name)
-            factors = {key: target for key, target in targets.items() if ".lora_" in key}
-            for key in targets.keys() - factors.keys():
-                if not torch.equal(values[key].to(targets[key]), targets[key]):
-                    raise ValueError(
-                        f"{file}: {key}: expected the model's own values: it has one head for all adapters"
-                    )
+            targets = adapters.tensors_of(self.model, name)
+            values = files.fit(tensors, targets, self.model, file)
         except BaseException:
             self.delete_adapter(name)
-            adapters.unwrap(self.model, self._adapted[before:])
-            del self._adapted[before:]
+            swap(self.model, {part: part.base for part in fresh if not part.adapters})
             raise
         with torch.no_grad():
-            for key, target in factors.items():
+            for key, target in targets.items():
                 target.copy_(values[key])
+        set_trainable(self.model, self._first, self._active, is_trainable or self._trains())
+
+    def _trains(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.parameters())
 
     @classmethod
     def from_pretrained(
-        cls, model: nn.Module, folder: str | os.PathLike, *, is_trainable: bool = False, **overrides: Any
+        cls,
+        model: nn.Module,
+        folder: str | os.PathLike,
+        *,
+        adapter_name: str = DEFAULT,
+        is_trainable: bool = False,
+        **overrides: Any,
     ) -> "LoraModel":
         """Put a saved adapter, by lowbit or PEFT, onto ``model``.
 
         Args:
             model: a fresh dense base; QLoRAModel quantizes it as it was when the adapter was saved.
             folder: what save_pretrained wrote, or a hub name.
-            is_trainable: train on; otherwise every parameter is frozen.
+            adapter_name: the adapter's name in the model.
+            is_trainable: train on; otherwise every parameter is frozen, and the model is left in eval mode.
             overrides: settings that the shapes of the adapter do not depend on: quantization, double_quant,
                 block_size, scale (an adapter by PEFT says nothing of them), lora_dropout, gradient_checkpointing.
 
@@ -351,37 +398,73 @@ class LoraModel(nn.Module):
             OSError: files that are missing (FileNotFoundError) or broken.
             ValueError, TypeError: the adapter does not fit ``model``; nothing has been changed then.
         """
-        config, tensors, file = saving.read_adapter(folder, cls.config_class, overrides)
+        config, tensors, file = files.read_adapter(folder, cls.config_class, overrides)
         _check_types(model, config, cls.config_class)
-        conversion = Conversion(model, config, automatic_head=False)
-        layers, saved, bias = conversion.layers, conversion.saved, config.bias
-        values = saving.fit(tensors, model, layers, saved, bias, file)
+        config = adapters.with_saved_of_file(model, config, tensors)
+        plan = Plan(model, config, adapter_name, listed=True)
+        values = files.fit(tensors, plan.tensors(), model, file)
         wrapper = cls.__new__(cls)
         nn.Module.__init__(wrapper)
-        wrapper._adopt(conversion, is_trainable)
+        wrapper._adopt(plan, is_trainable)
         with torch.no_grad():
-            for key, target in saving.adapter_tensors(model, *wrapper._parts(), bias).items():
+            for key, target in adapters.tensors_of(model, adapter_name, config.bias).items():
                 target.copy_(values[key])
-        return wrapper
+        return wrapper if is_trainable else wrapper.eval()
 
-    def merge_and_unload(self) -> nn.Module:
-        """The plain model with nn.Linear layers that hold W + scaling * B A, in the base's own dtypes.
+    def merge_and_unload(
+        self,
+        names: Iterable[str] | None = None,
+        *,
+        into: str = "dense",
+        dtype: torch.dtype | None = None,
+        safe: bool = False,
+        minimum_cosine: float = 0.5,
+        quantizer: merge.Quantizer = merge.search_quantizer,
+    ) -> nn.Module:
+        """The plain model, without places for adapters, that computes W + scaling * B A.
 
-        In place; on an error the model is as before. This wrapper is spent afterwards. The rounding of the
-        4-bit weight stays in: the result computes what the adapted model computed.
+        In place; on an error the model is as before. This wrapper is spent afterwards.
+
+        Args:
+            names: the adapters; by default the active ones.
+            into: "dense": quantized weights are decoded, and their rounding stays in: the result computes what the
+                adapted model computed. "quantized": the merged weights are quantized again, which loses much of what
+                was trained; ``merge_report`` of this wrapper then says how much is left in each layer.
+            dtype: of the merged dense weights; by default the base's.
+            safe: refuse merged weights with NaN or inf.
+            minimum_cosine: of into="quantized": refuse where less is left of a layer's change.
+            quantizer: of into="quantized": from merged fp32 values and the old weight to the new one; by default with
+                the scales that a search finds.
+
+        Raises:
+            ValueError: no adapter of a name, adapters are merged already, an unknown ``into``, a weight that is not
+                finite, a cosine that is too small.
         """
-        self._parts()
-        merge_all(self.model, decode=isinstance(self.lora_config, QLoRAConfig))
-        self._restore.apply(self.model)
-        self._adapted = None
-        return self.model
+        names = self._active if names is None else self._known(list(names))
+        self._unmerged_parts()
+        if into not in ("dense", "quantized"):
+            raise ValueError(f"into: expected 'dense' or 'quantized', got {into!r}")
+        self.merge_report = merge.merge_all(
+            self.model,
+            names,
+            decode=isinstance(self._first, QLoRAConfig),
+            safe=safe,
+            dtype=dtype,
+            quantizer=quantizer if into == "quantized" else None,
+            minimum_cosine=minimum_cosine,
+        )
+        return self._released()
 
-    def _parts(self) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-        """``(layers with LoRA, modules to save)``, by canonical name."""
-        if self._adapted is None:
-            raise ValueError("the adapters have been merged into the model: there are none any more")
-        get = self.model.get_submodule
-        return {name: get(name) for name in self._adapted}, {name: get(name) for name in self._saved}
+    def unload(self) -> nn.Module:
+        """The base without any adapter, as it is stored. This wrapper is spent afterwards."""
+        self.unmerge_adapter()
+        swap(self.model, {part: part.base for part in self._parts().values()})
+        return self._released()
+
+    def _released(self) -> nn.Module:
+        self._restore.apply(self.model)
+        self.configs = {}
+        return self.model
 
 
 class QLoRAModel(LoraModel):
@@ -405,4 +488,5 @@ def _check_types(model: Any, config: Any, config_class: type) -> None:
             f"model: expected one without adapters, got a {type(model).__name__}; call merge_and_unload() first"
         )
     if not isinstance(config, config_class):
-        raise TypeError(f"config: expected a {config_class.__name__}, got {type(config).__name__}")
+        hint = f"; write {config_class.__name__}.from_peft(config)" if hasattr(config, "peft_type") else ""
+        raise TypeError(f"config: expected a {config_class.__name__}, got {type(config).__name__}{hint}")

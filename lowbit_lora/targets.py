@@ -1,33 +1,58 @@
 """Which modules of a model a config means: the targets of LoRA and the modules to save."""
 
 import re
+from collections.abc import Iterator
 
 from torch import nn
 
 from .config import LoraConfig
-from .layers import LoRABaseLayer, LoRALinear, layer_class
+from .layers import Adapted, LoRALinear, layer_class
 
 ALL_LINEAR = "all-linear"
 _MAX_LISTED = 30
 
 
-def module_names(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every module below ``model`` with its names; a shared module has several, the first is canonical.
+#: The names under which wrappers hold a module: of torch.compile, FSDP and torch's checkpoint wrapper.
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
-    A layer that has LoRA stands for its base, whose inside has no names.
+
+def walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module below ``module``, and it, with each of its names.
+
+    The names are without those that wrappers (compile, DDP, FSDP, checkpointing) put in. What holds adapters stands for
+    its base; nothing inside it has a name.
     """
+    yield name, module
+    if isinstance(module, Adapted):
+        return
+    is_ddp = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    for key, child in module._modules.items():
+        if child is not None:
+            wrapped = key in _WRAPPED or (is_ddp and key == "module")
+            yield from walk(child, name if wrapped else f"{name}.{key}" if name else key)
+
+
+def module_names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every module below ``model`` with its names; a shared module has several, the first is canonical."""
     names: dict[nn.Module, list[str]] = {}
-    wrapped: list[str] = []
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name and not any(name.startswith(prefix) for prefix in wrapped[-1:]):
+    for name, module in walk(model):
+        if name:
             names.setdefault(module, []).append(name)
-            if isinstance(module, LoRABaseLayer):
-                wrapped.append(name + ".")
     return names
 
 
+def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
+    """What holds adapters in a model, by canonical name."""
+    return {names[0]: module for module, names in module_names(model).items() if isinstance(module, Adapted)}
+
+
 def find_targets(
-    model: nn.Module, config: LoraConfig, excluded: set[nn.Module], heads: set[nn.Module]
+    model: nn.Module,
+    config: LoraConfig,
+    excluded: set[nn.Module],
+    heads: set[nn.Module],
+    *,
+    may_be_missing: bool = False,
 ) -> dict[nn.Module, str]:
     """The layers that get LoRA, with their canonical names.
 
@@ -35,6 +60,7 @@ def find_targets(
         config: target_modules, exclude_modules, layers_to_transform and layers_pattern count.
         excluded: modules that never are targets (those to save).
         heads: layers that "all-linear" leaves out.
+        may_be_missing: an entry of a list may match nothing, if another does.
 
     Raises:
         ValueError: the pattern, or one entry of a list, matches nothing, or is no regular expression.
@@ -52,9 +78,11 @@ def find_targets(
         for pattern in [wanted] if isinstance(wanted, str) else wanted:
             matches = _matcher("target_modules", wanted if isinstance(wanted, str) else [pattern])
             found = {m: all_names[0] for m, all_names in names.items() if any(map(matches, all_names))}
-            if not found:
+            if not found and not (may_be_missing and not isinstance(wanted, str)):
                 raise ValueError(f"target_modules: {pattern!r} matches nothing; {_what_there_is(linears)}")
             targets |= found
+        if not targets and not config.target_parameters:
+            raise ValueError(f"target_modules: {wanted!r} matches nothing; {_what_there_is(linears)}")
     targets = _narrowed(targets, config)
     for module, name in targets.items():
         if layer_class(base_of(module)) is None:
@@ -66,8 +94,8 @@ def find_targets(
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    """The base of a layer with LoRA; any other module itself."""
-    return module.base_layer if isinstance(module, LoRABaseLayer) else module
+    """The base of what holds adapters; any other module itself."""
+    return module.base if isinstance(module, Adapted) else module
 
 
 def _narrowed(targets: dict[nn.Module, str], config: LoraConfig) -> dict[nn.Module, str]:
@@ -116,21 +144,21 @@ def _ends_with(key: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
-def find_saved(model: nn.Module, wanted: list[str], may_be_missing: tuple[str, ...]) -> dict[nn.Module, str]:
+def find_saved(model: nn.Module, wanted: list[str], may_be_missing: tuple[str, ...] | None) -> dict[nn.Module, str]:
     """The modules that train in full and are saved, outermost ones only, with their canonical names.
 
     Raises:
-        ValueError: an entry outside ``may_be_missing`` matches nothing.
+        ValueError: an entry outside ``may_be_missing`` (None: any may be) matches nothing.
     """
     names = module_names(model)
     saved = {}
     for entry in wanted:
         found = {m: all_names[0] for m, all_names in names.items() if any(map(_suffix(entry), all_names))}
-        if not found and entry not in may_be_missing:
+        if not found and may_be_missing is not None and entry not in may_be_missing:
             top = ", ".join(name for name, _ in model.named_children())
             raise ValueError(f"modules_to_save: {entry!r} matches nothing; the model's own parts are: {top}")
         saved |= found
-    inner = {sub for module in saved for sub in module.modules() if sub is not module}
+    inner = {sub for module in saved for _, sub in walk(module) if sub is not module}
     return {module: name for module, name in saved.items() if module not in inner}
 
 

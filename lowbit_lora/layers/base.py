@@ -4,13 +4,17 @@ import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from typing import Any
+
 import torch
 from torch import nn
 
+import lowbit
 from lowbit import QuantizedTensor
 
-from ..config import check_lora_options, lora_scaling
+from ..config import QLoRAConfig, check_lora_options, lora_scaling
 from ..init import RANDOM_METHODS, initial_factors
+from .adapted import Adapted
 
 #: The name of an adapter that was given none, as in PEFT.
 DEFAULT = "default"
@@ -24,6 +28,8 @@ class Adapter:
     lora_alpha: float = 16
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
 
     def __post_init__(self):
         check_lora_options(self.rank, self.lora_alpha, self.lora_dropout)
@@ -34,122 +40,116 @@ class Adapter:
         return lora_scaling(self.rank, self.lora_alpha, self.use_rslora)
 
 
-@dataclass(frozen=True)
-class RowAdapters:
-    """Which adapter each row of a batch has: ``names`` and, for each row, an index into them, int64 [batch]."""
+class LoRABaseLayer(Adapted):
+    """A layer with adapters: ``base_layer`` and, by PEFT's names, the parameters of each adapter.
 
-    names: tuple[str, ...]
-    index: torch.Tensor
+    A class for a kind of layer says what it takes, how factors are made (``_new_factors``) and what one adapter adds
+    to the base's output (``_added``). For other code the layer looks like its base: ``weight``, ``bias`` and the sizes
+    are there.
 
+    Args:
+        base_layer: the layer to adapt.
+        rank: of an adapter "default", which is active; None adds no adapter.
+        lora_dtype: of the factors.
+        freeze: stop the training of the base's weight and bias.
+        options: lora_alpha, lora_dropout, use_rslora, use_dora and lora_bias; see :class:`~lowbit_lora.LoraConfig`.
 
-class LoRABaseLayer(nn.Module):
-    """A layer with adapters: ``base_layer`` and, by PEFT's names, the factors of each adapter.
-
-    A class for a kind of layer says how factors are made (``_new_factors``), where they are (``_parameters_of``), what
-    their product adds to the weight (``delta``), and computes ``forward``. For other code the layer looks like its
-    base: ``weight``, ``bias`` and the sizes are there.
-
-    Attributes:
-        base_layer: the frozen layer, dense or quantized.
-        adapters: name -> settings.
-        active: names of the adapters that ``forward`` adds; empty: it computes what the base does.
-        merged: names of the adapters that are in the base's weight now.
-        rows: where it is set, the adapter of each row of the input instead of the active ones.
+    Raises:
+        TypeError: the base is no such layer.
+        ValueError: an option out of range.
     """
 
-    def __init__(self, base_layer: nn.Module):
+    #: What the class takes, for errors.
+    base_type: type[nn.Module] = nn.Module
+    #: The dimension of the weight that is the output's features.
+    out_dim = 0
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        *,
+        rank: int | None = 8,
+        lora_dtype: torch.dtype = torch.float32,
+        freeze: bool = True,
+        **options,
+    ):
+        self._check_base(base_layer)
         super().__init__()
         self.base_layer = base_layer
-        self.adapters: dict[str, Adapter] = {}
-        self.active: tuple[str, ...] = ()
-        self.merged: tuple[str, ...] = ()
-        self.rows: RowAdapters | None = None
-        self._unmerged: nn.Parameter | None = None  # the base's own weight, while adapters are merged
+        #: The first factors of adapters that were taken out of the weight (PiSSA, OLoRA), by name.
+        self.initial: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._unmerged: dict[str, nn.Parameter | None] = {}  # the base's own parameters, while adapters are merged
+        self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
+        self.lora_magnitude_vector = nn.ParameterDict()
+        self._setup()
+        if rank is not None:
+            self.add_adapter(DEFAULT, Adapter(rank, **options), lora_dtype)
+            self.set_active([DEFAULT])
+        if freeze:
+            base_layer.requires_grad_(False)
 
     # ---- what a class for a kind of layer defines
 
-    def _new_factors(self, rank: int, **options) -> dict[str, nn.Module | nn.Parameter]:
+    @classmethod
+    def takes(cls, module: nn.Module) -> bool:
+        """Whether a module is such a layer: also a subclass, if it computes what its base class does."""
+        return isinstance(module, cls.base_type) and type(module).forward is cls.base_type.forward
+
+    @classmethod
+    def _check_base(cls, module: nn.Module) -> None:
+        if not isinstance(module, cls.base_type):
+            raise TypeError(f"base_layer: expected a torch.nn.{cls.base_type.__name__}, got {type(module).__name__}")
+        if module.weight.numel() == 0:
+            raise ValueError(f"base_layer: expected at least one weight, got shape {tuple(module.weight.shape)}")
+
+    def _setup(self) -> None:
+        """Read the base's sizes."""
+
+    def _new_factors(self, adapter: Adapter, **options) -> dict[str, nn.Module | nn.Parameter]:
         """A and B under the names of their dictionaries ("lora_A", ...), uninitialised; dtype and device as given."""
+        raise NotImplementedError
+
+    def _added(self, input: torch.Tensor, name: str) -> torch.Tensor:
+        """What an adapter's factors add to the base's output (scaling * B A input), in the factors' dtype."""
         raise NotImplementedError
 
     def factors(self, name: str | None = None) -> tuple[nn.Parameter, nn.Parameter]:
         """``(A [rank, in, ...], B [out, rank, ...])`` of an adapter; of the only active one if ``name`` is None."""
         name = self._only_active() if name is None else name
-        lora_a, lora_b = self._parameters_of(name).values()
-        return lora_a, lora_b
+        modules = self._modules  # directly: nn.Module's own look-up costs 1 us for each name
+        return modules["lora_A"]._modules[name].weight, modules["lora_B"]._modules[name].weight
 
-    def delta(self, name: str) -> torch.Tensor:
+    def product(self, name: str) -> torch.Tensor:
         """scaling * B A of an adapter in fp32, in the weight's shape; differentiable in A and B."""
-        raise NotImplementedError
+        lora_a, lora_b = self.factors(name)
+        product = self.adapters[name].scaling * (lora_b.float().flatten(1) @ lora_a.float().flatten(1))
+        shape = self.base_layer.weight.shape
+        return product.T if self.out_dim else product.view(shape)
 
     # ---- adapters
 
     def add_adapter(
-        self, name: str, adapter: Adapter, dtype: torch.dtype = torch.float32, init: str = "default"
+        self, name: str, adapter: Adapter, dtype: torch.dtype = torch.float32, init: str = "default", **init_options
     ) -> None:
         """Add an adapter, which is not active. ``init`` says how its factors begin: by default they add nothing yet.
 
         Raises:
             ValueError: there is one of that name, or no such beginning.
         """
-        if name in self.adapters:
-            raise ValueError(f"adapter: expected a new name, got {name!r}, which is there")
-        for kind, factor in self._new_factors(adapter.rank, dtype=dtype, device=self.base_layer.weight.device).items():
+        self._check_new(name)
+        for kind, factor in self._new_factors(adapter, dtype=dtype, device=self.base_layer.weight.device).items():
             getattr(self, kind)[name] = factor.train(self.training) if isinstance(factor, nn.Module) else factor
         self.adapters[name] = adapter
         self.reset_lora_parameters(name, init)
+        if adapter.use_dora:
+            self.lora_magnitude_vector[name] = nn.Parameter(self.row_norms(name).view(self._magnitude_shape()))
 
-    def delete_adapter(self, name: str) -> None:
-        """Remove an adapter.
-
-        Raises:
-            ValueError: there is none of that name, or it is active or merged.
-        """
-        self._check_names([name])
-        if name in self.active or name in self.merged:
-            raise ValueError(f"adapter: expected one that is neither active nor merged, got {name!r}")
-        del self.adapters[name]
-        for kind in self._kinds():
-            del getattr(self, kind)[name]
-
-    def rename_adapter(self, old: str, new: str) -> None:
-        """Give an adapter another name. Its parameters stay the same objects.
-
-        Raises:
-            ValueError: there is no ``old``, or there is a ``new``.
-        """
-        self._check_names([old])
-        if new in self.adapters:
-            raise ValueError(f"adapter: expected a new name, got {new!r}, which is there")
-        self.adapters = {new if name == old else name: adapter for name, adapter in self.adapters.items()}
-        for kind in self._kinds():
-            factors = getattr(self, kind)
-            factors[new] = factors[old]
-            del factors[old]
-        self.active = tuple(new if name == old else name for name in self.active)
-        self.merged = tuple(new if name == old else name for name in self.merged)
-
-    def set_active(self, names: Iterable[str]) -> None:
-        """Make these adapters the active ones. Names of adapters that this layer has not are passed over.
-
-        Raises:
-            ValueError: adapters are merged.
-        """
-        names = tuple(name for name in names if name in self.adapters)
-        if self.merged and names != self.active:
-            raise ValueError(f"adapters: expected none that is merged, got {', '.join(self.merged)}; call unmerge()")
-        self.active = names
-
-    def computing(self) -> tuple[str, ...]:
-        """The adapters that ``forward`` adds to the base's output.
-
-        Raises:
-            ValueError: each row has an adapter of its own, which only linear layers compute.
-        """
-        if self.rows is not None and any(name in self.adapters for name in self.rows.names):
-            kind = type(self.base_layer).__name__
-            raise ValueError(f"adapter_names: expected adapters of linear layers, got some with a layer of type {kind}")
-        return () if self.merged or self.rows is not None else self.active
+    @torch.no_grad()
+    def reset_magnitude(self, name: str) -> None:
+        """Set DoRA's magnitudes to the norms of the weight as it is now."""
+        self._buffers.pop("_norms", None)
+        magnitude = self.lora_magnitude_vector[name]
+        magnitude.copy_(self.row_norms(name).view(magnitude.shape))
 
     @torch.no_grad()
     def reset_lora_parameters(self, name: str | None = None, method: str = "default") -> None:
@@ -158,6 +158,7 @@ class LoRABaseLayer(nn.Module):
         Raises:
             ValueError: the method is none that leaves the base's weight alone.
         """
+        name = self._only_active() if name is None else name
         lora_a, lora_b = self.factors(name)
         shape = (lora_b.shape[0], lora_a[0].numel())
         if method not in RANDOM_METHODS:
@@ -168,19 +169,29 @@ class LoRABaseLayer(nn.Module):
         lora_a.copy_(new_a.view(lora_a.shape))
         # B of a convolution in groups has fewer columns than A has rows.
         lora_b.copy_(new_b[:, : lora_b[0].numel()].reshape(lora_b.shape))
+        if self.adapters[name].lora_bias:
+            nn.init.zeros_(self.lora_B[name].bias)
 
-    def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """The parameters of an adapter by PEFT's keys below the layer's name, as in its files; empty without it."""
-        return self._parameters_of(name) if name in self.adapters else {}
+    @property
+    def base(self) -> nn.Module:
+        """The base layer."""
+        return self.base_layer
 
-    def _parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        return {
-            "lora_A.weight": self._modules["lora_A"]._modules[name].weight,
-            "lora_B.weight": self._modules["lora_B"]._modules[name].weight,
-        }
+    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The parameters of an adapter, by PEFT's keys below the layer's name, as in its files; empty without it."""
+        if name not in self.adapters:
+            return {}
+        found = {}
+        for kind in [key for key in self._modules if key.startswith("lora_")]:
+            parts = self._modules[kind]
+            if name in parts:
+                own = parts[name]
+                more = own.named_parameters() if isinstance(own, nn.Module) else []
+                found |= {f"{kind}.{key}": value for key, value in more} or {kind: own}
+        return found
 
-    def _kinds(self) -> list[str]:
-        return [name for name, _ in self.named_children() if name.startswith("lora_")]
+    def _parts(self) -> list[nn.ModuleDict | nn.ParameterDict]:
+        return [child for key, child in self._modules.items() if key.startswith("lora_")]
 
     @property
     def adapter(self) -> Adapter:
@@ -192,17 +203,79 @@ class LoRABaseLayer(nn.Module):
             raise ValueError(f"adapter: expected a name where {len(self.active)} are active ({', '.join(self.active)})")
         return self.active[0]
 
-    def _check_names(self, names: Iterable[str]) -> None:
-        for name in names:
-            if name not in self.adapters:
-                raise ValueError(f"adapter: expected one of {', '.join(self.adapters) or 'none'}, got {name!r}")
+    # ---- computing
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """What the base computes, plus what the adapters add, in the dtype of the base's output."""
+        y = self.base_layer(input)
+        if self.rows is not None:
+            for number, name in enumerate(self.rows.names):
+                chosen = (self.rows.index == number).nonzero().squeeze(1)
+                if name in self.adapters and len(chosen):
+                    y = y.index_add(0, chosen, self._contribution(input[chosen], name, y[chosen]))
+        elif not self.merged:
+            base = y
+            for name in self.active:
+                y = y + self._contribution(input, name, base)
+        return y
+
+    def _contribution(self, input: torch.Tensor, name: str, base: torch.Tensor) -> torch.Tensor:
+        """What an adapter adds to the base's output, in its dtype."""
+        with without_autocast(base.device):
+            added = self._added(input, name)
+            if self.adapters[name].use_dora:
+                scale = (self.lora_magnitude_vector[name].flatten() / self.row_norms(name)).view(self._feature_shape())
+                bias = 0 if self.bias is None else self.bias.view(self._feature_shape())
+                added = (scale - 1) * (base - bias) + scale * added
+            return added.to(base.dtype)
+
+    def _feature_shape(self) -> tuple[int, ...]:
+        """What a vector over the output's features is viewed as, so that it multiplies the output."""
+        return (-1,)
+
+    def _magnitude_shape(self) -> tuple[int, ...]:
+        return (-1,)
+
+    # ---- DoRA: the norms of the rows of W + scaling * B A, from the packed weight and the factors
+
+    @torch.no_grad()
+    def row_norms(self, name: str) -> torch.Tensor:
+        """The norms [out] of the output features' rows of W + scaling * B A, fp32; no gradient goes through them.
+
+        Neither W nor the sum is formed: |W + s B A|^2 = |W|^2 + 2 s (W A^T) B + s^2 B (A A^T) B.
+        """
+        lora_a, lora_b = (factor.float().flatten(1) for factor in self.factors(name))
+        scaling = self.adapters[name].scaling
+        crossed = 2 * scaling * (self._times_weight(lora_a).T * lora_b).sum(1)
+        own = scaling**2 * (lora_b @ (lora_a @ lora_a.T) * lora_b).sum(1)
+        return (self._square_norms() + crossed + own).clamp(min=0).sqrt()
+
+    def _times_weight(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows [n, in, fp32] W^T, in fp32 [n, out]."""
+        weight = self.base_layer.weight
+        if isinstance(weight, QuantizedTensor) and weight.dim() == 2:
+            return rows @ weight if self.out_dim else nn.functional.linear(rows, weight)
+        weight = self.base_weight(torch.float32)
+        return rows @ (weight if self.out_dim else weight.flatten(1).T)
+
+    def _square_norms(self) -> torch.Tensor:
+        """|W|^2 of each output feature's row; decodes the weight once."""
+        if "_norms" not in self._buffers:
+            square = self.base_weight(torch.float32).square()
+            self.register_buffer("_norms", square.sum(0) if self.out_dim else square.flatten(1).sum(1), persistent=False)
+        return self._norms
 
     # ---- the weight
 
     @property
     def bias(self) -> nn.Parameter | None:
         """The base's bias."""
-        return self.base_layer.bias
+        return getattr(self.base_layer, "bias", None)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight with the active adapters, for code that reads it instead of calling the layer."""
+        return self.base_weight() if not self.active or self.merged else self.merged_weight()
 
     def base_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The frozen weight, decoded, in ``dtype`` (default: its own)."""
@@ -210,6 +283,16 @@ class LoRABaseLayer(nn.Module):
         if isinstance(weight, QuantizedTensor):
             return weight.dequantize(dtype)
         return weight if dtype is None else weight.to(dtype)
+
+    def delta(self, name: str) -> torch.Tensor:
+        """What an adapter adds to the weight, in fp32, in the weight's shape; differentiable in its parameters."""
+        product = self.product(name)
+        if not self.adapters[name].use_dora:
+            return product
+        weight = self.base_weight(torch.float32)
+        shape = (1, -1) if self.out_dim else (-1, *[1] * (weight.dim() - 1))
+        scale = (self.lora_magnitude_vector[name].flatten() / self.row_norms(name)).view(shape)
+        return scale * (weight + product) - weight
 
     def merged_weight(self, names: Iterable[str] | None = None) -> torch.Tensor:
         """W + the deltas of the adapters (default: the active ones that are not merged), summed in fp32.
@@ -230,6 +313,20 @@ class LoRABaseLayer(nn.Module):
             return merged.to(weight.dtype)
 
     @torch.no_grad()
+    def merged_tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The base's parameters that change with the adapters merged in: "weight", and "bias" with lora_bias."""
+        names = [name for name in names if name in self.adapters]
+        if not names:
+            return {}
+        weight = self.merged_weight(names)
+        merged = {"weight": nn.Parameter(weight, requires_grad=False)}
+        biases = [self.adapters[n].scaling * self.lora_B[n].bias.float() for n in names if self.adapters[n].lora_bias]
+        if biases:
+            bias = sum(biases) if self.bias is None else sum(biases) + self.bias.float()
+            merged["bias"] = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+        return merged
+
+    @torch.no_grad()
     def merge(self, names: Iterable[str] | None = None, *, safe: bool = False) -> nn.Module:
         """Put the merged weight, which is dense, into the base layer. ``unmerge`` puts its own weight back.
 
@@ -246,23 +343,30 @@ class LoRABaseLayer(nn.Module):
         names = self.active if names is None else tuple(names)
         if self.merged:
             raise ValueError(f"adapters: expected none that is merged, got {', '.join(self.merged)}; call unmerge()")
-        merged = self.merged_weight(names)
-        if safe and not merged.isfinite().all():
+        merged = self.merged_tensors(names)
+        if safe and not all(value.isfinite().all() for value in merged.values()):
             raise ValueError(f"adapters: expected finite merged weights, got NaN or inf from {', '.join(names)}")
-        self._unmerged = self.base_layer.weight
-        self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
+        self._unmerged = {key: self.base_layer._parameters[key] for key in merged}
+        self.base_layer._parameters.update(merged)
         self.merged = names
         return self.base_layer
 
     def unmerge(self) -> None:
         """Put the base's own weight back, the very tensor. Does nothing where no adapter is merged."""
-        if self._unmerged is not None:
-            self.base_layer.weight = self._unmerged
-        self._unmerged, self.merged = None, ()
+        self.base_layer._parameters.update(self._unmerged)
+        self._unmerged, self.merged = {}, ()
 
     def extra_repr(self) -> str:
         """What ``print`` shows of the layer."""
         return ", ".join(f"{name}: {adapter}" for name, adapter in self.adapters.items())
+
+
+def stored(module: nn.Module, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """``module``, with its weight quantized as QLoRAConfig's options among ``options`` say, and the other options."""
+    how = {name: options[name] for name in ("quantization", "double_quant", "block_size", "scale") if name in options}
+    weight = lowbit.quantize(module.weight.detach(), **QLoRAConfig(**how).quantize_options())
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    return module, {name: value for name, value in options.items() if name not in how}
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:

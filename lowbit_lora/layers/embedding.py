@@ -6,71 +6,44 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import lowbit
-
-from ..config import QLoRAConfig, QuantizationType
-from .base import DEFAULT, Adapter, LoRABaseLayer, without_autocast
+from .base import Adapter, LoRABaseLayer, stored
 
 
 class LoRAEmbedding(LoRABaseLayer):
     """nn.Embedding with a frozen table, dense or quantized, plus LoRA: row i of the table gains scaling * B A[:, i].
 
     A is [rank, num_embeddings] and begins at zero, B is [embedding_dim, rank]: the rows that a batch uses are looked up
-    in A, and multiplied by B. lora_dropout has no place in a look-up and is not applied, as in PEFT.
-
-    Args:
-        embedding: the layer to adapt, which becomes ``base_layer``.
-        rank, lora_alpha, lora_dropout, use_rslora, lora_dtype, freeze: as in :class:`~lowbit_lora.LoRALinear`.
-
-    Raises:
-        TypeError: ``embedding`` is not an nn.Embedding.
-        ValueError: rank, lora_alpha or lora_dropout out of range.
+    in A, and multiplied by B. lora_dropout has no place in a look-up and is not applied, as in PEFT. The arguments and
+    errors are those of :class:`LoRABaseLayer`.
     """
 
-    def __init__(
-        self,
-        embedding: nn.Embedding,
-        *,
-        rank: int | None = 8,
-        lora_alpha: float = 16,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        lora_dtype: torch.dtype = torch.float32,
-        freeze: bool = True,
-    ):
-        if not isinstance(embedding, nn.Embedding):
-            raise TypeError(f"embedding: expected a torch.nn.Embedding, got {type(embedding).__name__}")
-        super().__init__(embedding)
-        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
-        self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
-        if rank is not None:
-            self.add_adapter(DEFAULT, Adapter(rank, lora_alpha, lora_dropout, use_rslora), lora_dtype)
-            self.set_active([DEFAULT])
-        if freeze:
-            embedding.requires_grad_(False)
+    base_type = nn.Embedding
+    out_dim = 1
 
-    @staticmethod
-    def takes(module: nn.Module) -> bool:
+    @classmethod
+    def takes(cls, module: nn.Module) -> bool:
         """Whether a module is an embedding: also a subclass that only multiplies the rows by its ``embed_scale``."""
         if not isinstance(module, nn.Embedding) or module.max_norm is not None:
             return False
-        return type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+        return super().takes(module) or hasattr(module, "embed_scale")
 
-    bias = None  # an embedding has none
+    def _setup(self) -> None:
+        self.num_embeddings, self.embedding_dim = self.base_layer.num_embeddings, self.base_layer.embedding_dim
+        del self.lora_A, self.lora_B
+        self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """The table with the active adapters, for code that reads it, such as an output layer that is tied to it."""
-        return self.merged_weight()
-
-    def _new_factors(self, rank: int, **options) -> dict[str, nn.Module | nn.Parameter]:
+    def _new_factors(self, adapter: Adapter, **options) -> dict[str, nn.Module | nn.Parameter]:
+        if adapter.lora_bias:
+            raise ValueError("lora_bias: expected False for an embedding, whose factors have no bias")
         return {
-            "lora_embedding_A": nn.Parameter(torch.empty(rank, self.num_embeddings, **options)),
-            "lora_embedding_B": nn.Parameter(torch.empty(self.embedding_dim, rank, **options)),
+            "lora_embedding_A": nn.Parameter(torch.empty(adapter.rank, self.num_embeddings, **options)),
+            "lora_embedding_B": nn.Parameter(torch.empty(self.embedding_dim, adapter.rank, **options)),
         }
 
-    def _parameters_of(self, name: str) -> dict[str, nn.Parameter]:
-        return {kind: getattr(self, kind)[name] for kind in ("lora_embedding_A", "lora_embedding_B")}
+    def factors(self, name: str | None = None) -> tuple[nn.Parameter, nn.Parameter]:
+        """``(A [rank, num_embeddings], B [embedding_dim, rank])``; of the only active one if ``name`` is None."""
+        name = self._only_active() if name is None else name
+        return self.lora_embedding_A[name], self.lora_embedding_B[name]
 
     @torch.no_grad()
     def reset_lora_parameters(self, name: str | None = None, method: str = "default") -> None:
@@ -81,22 +54,10 @@ class LoRAEmbedding(LoRABaseLayer):
         nn.init.zeros_(lora_a)
         nn.init.normal_(lora_b)
 
-    def delta(self, name: str) -> torch.Tensor:
-        """scaling * B A of an adapter in fp32, in the table's shape; differentiable in A and B."""
-        lora_a, lora_b = self.factors(name)
-        return self.adapters[name].scaling * (lora_b.float() @ lora_a.float()).T
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Ids [...] -> rows [..., embedding_dim] in the dtype of the table."""
-        base = self.base_layer
-        y = base(input)
-        scale = getattr(base, "embed_scale", 1.0)
-        for name in self.computing():
-            lora_a, lora_b = self.factors(name)
-            rows = F.embedding(input, lora_a.T, base.padding_idx, sparse=base.sparse)
-            with without_autocast(y.device):
-                y = y + (F.linear(rows, lora_b) * (self.adapters[name].scaling * scale)).to(y.dtype)
-        return y
+    def _added(self, input: torch.Tensor, name: str) -> torch.Tensor:
+        base, (lora_a, lora_b) = self.base_layer, self.factors(name)
+        rows = F.embedding(input, lora_a.T, base.padding_idx, sparse=base.sparse)
+        return F.linear(rows, lora_b) * (self.adapters[name].scaling * getattr(base, "embed_scale", 1.0))
 
 
 class QLoRAEmbedding(LoRAEmbedding):
@@ -125,18 +86,6 @@ class QLoRAEmbedding(LoRAEmbedding):
         for name, size in (("num_embeddings", num_embeddings), ("embedding_dim", embedding_dim)):
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
-        self._quantize(nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype), **options)
-
-    def _quantize(
-        self,
-        embedding: nn.Embedding,
-        quantization: QuantizationType | str = QuantizationType.NF4,
-        double_quant: bool = True,
-        block_size: int = 64,
-        scale: str = "absmax",
-        **lora: Any,
-    ) -> None:
-        stored = QLoRAConfig(quantization=quantization, double_quant=double_quant, block_size=block_size, scale=scale)
-        table = lowbit.quantize(embedding.weight.detach(), **stored.quantize_options())
-        embedding.weight = nn.Parameter(table, requires_grad=False)
-        super().__init__(embedding, **lora)
+        embedding = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        embedding, options = stored(embedding, options)
+        super().__init__(embedding, **options)

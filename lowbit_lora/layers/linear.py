@@ -10,53 +10,25 @@ from torch import nn
 import lowbit
 from lowbit import QuantizedTensor
 
-from ..config import QLoRAConfig, QuantizationType
-from ..dense import FrozenLinear, frozen_linear
+from lowbit.ops.dense import frozen_linear
+
+from ..dense import FrozenLinear
+from .adapted import RowAdapters
 from .adapted_weight import AdaptedWeight
-from .base import DEFAULT, Adapter, LoRABaseLayer, RowAdapters, without_autocast
+from .base import Adapter, LoRABaseLayer, stored, without_autocast
 
 
 class LoRALinear(LoRABaseLayer):
     """nn.Linear, or transformers' Conv1D, with a frozen weight, dense or quantized, plus LoRA.
 
-    Args:
-        linear: the layer to adapt, which becomes ``base_layer``.
-        rank, lora_alpha, lora_dropout, use_rslora: of an adapter "default", which is active; see
-            :class:`~lowbit_lora.LoraConfig`. A rank of None adds no adapter.
-        lora_dtype: of the factors.
-        freeze: stop the training of the weight and the bias of ``linear``.
-
-    Raises:
-        TypeError: ``linear`` is not such a layer.
-        ValueError: rank, lora_alpha or lora_dropout out of range.
+    The arguments and errors are those of :class:`LoRABaseLayer`. The products with W and with the factors are one: in
+    16 bits their sum is rounded once.
     """
 
-    def __init__(
-        self,
-        linear: nn.Module,
-        *,
-        rank: int | None = 8,
-        lora_alpha: float = 16,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        lora_dtype: torch.dtype = torch.float32,
-        freeze: bool = True,
-    ):
-        _check_linear(linear)
-        super().__init__(linear)
-        #: Whether the weight is [in, out], as Conv1D's.
-        self.is_transposed = not isinstance(linear, nn.Linear)
-        sizes = linear.weight.shape if self.is_transposed else (linear.in_features, linear.out_features)
-        self.in_features, self.out_features = sizes
-        self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
-        if rank is not None:
-            self.add_adapter(DEFAULT, Adapter(rank, lora_alpha, lora_dropout, use_rslora), lora_dtype)
-            self.set_active([DEFAULT])
-        if freeze:
-            linear.requires_grad_(False)
+    base_type = nn.Linear
 
-    @staticmethod
-    def takes(module: nn.Module) -> bool:
+    @classmethod
+    def takes(cls, module: nn.Module) -> bool:
         """Whether a module is a linear layer: also a subclass, if it computes what its base class does.
 
         The projection of nn.MultiheadAttention's output is none: it is not called, its weight is read.
@@ -67,21 +39,20 @@ class LoRALinear(LoRABaseLayer):
             return type(module).forward in (nn.Linear.forward, FrozenLinear.forward)
         return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
-    def _new_factors(self, rank: int, **options) -> dict[str, nn.Module | nn.Parameter]:
-        down = nn.Linear(self.in_features, rank, bias=False, **options)
-        return {"lora_A": down, "lora_B": nn.Linear(rank, self.out_features, bias=False, **options)}
+    @classmethod
+    def _check_base(cls, module: nn.Module) -> None:
+        if not (isinstance(module, nn.Module) and cls.takes(module)):
+            super()._check_base(module)
 
-    def factors(self, name: str | None = None) -> tuple[nn.Parameter, nn.Parameter]:
-        """``(A [rank, in], B [out, rank])`` of an adapter; of the only active one if ``name`` is None."""
-        name = self._only_active() if name is None else name
-        modules = self._modules  # directly: nn.Module's own look-up costs 1 us for each name
-        return modules["lora_A"]._modules[name].weight, modules["lora_B"]._modules[name].weight
+    def _setup(self) -> None:
+        #: 1 where the weight is [in, out], as Conv1D's.
+        self.out_dim = int(not isinstance(self.base_layer, nn.Linear))
+        self.out_features = self.base_layer.weight.shape[self.out_dim]
+        self.in_features = self.base_layer.weight.shape[1 - self.out_dim]
 
-    def delta(self, name: str) -> torch.Tensor:
-        """scaling * B A of an adapter in fp32, in the weight's shape; differentiable in A and B."""
-        lora_a, lora_b = self.factors(name)
-        delta = self.adapters[name].scaling * (lora_b.float() @ lora_a.float())
-        return delta.T if self.is_transposed else delta
+    def _new_factors(self, adapter: Adapter, **options) -> dict[str, nn.Module | nn.Parameter]:
+        down = nn.Linear(self.in_features, adapter.rank, bias=False, **options)
+        return {"lora_A": down, "lora_B": nn.Linear(adapter.rank, self.out_features, adapter.lora_bias, **options)}
 
     @property
     def weight(self) -> torch.Tensor:
@@ -99,41 +70,93 @@ class LoRALinear(LoRABaseLayer):
             raise ValueError(
                 f"input: expected a last dimension of in_features={self.in_features}, got {tuple(input.shape)}"
             )
-        if len(self.active) > 1 and self.training and any(self.adapters[name].lora_dropout for name in self.active):
-            return self._each_with_its_dropout(input)
-        weight, bias = base.weight, base.bias
-        lora_a, lora_b, scaling, dropout = self._together()
-        if isinstance(weight, QuantizedTensor) and not self.is_transposed:
-            return lowbit.lora_linear(input, weight, lora_a, lora_b, scaling, bias, dropout, self.training)
-        y = base(input) if self.is_transposed else frozen_linear(input, weight, bias)
-        dropped = F.dropout(input, dropout, self.training)
-        with without_autocast(input.device):
-            # LoRA in the adapter's own precision, as on a quantized base.
-            t = F.linear(dropped.to(lora_a.dtype), lora_a)
-            return y + (scaling * F.linear(t, lora_b)).to(y.dtype)
+        first = self.adapters[self.active[0]]
+        if len(self.active) == 1 and not first.use_dora:
+            return self._with_lora(input, *self.factors(self.active[0]), first.scaling, first.lora_dropout)
+        if len(self.active) == 1 and not (self.training and first.lora_dropout):
+            y = self._magnified(input, self.active[0])
+            return y if base.bias is None else y + base.bias.to(y.dtype)
+        return self._with_several(input)
 
-    def _together(self) -> tuple[torch.Tensor, torch.Tensor, float, float]:
-        """``(A, B, scaling, dropout)`` of the active adapters as if they were one, with their ranks side by side."""
-        if len(self.active) == 1:
-            (name,) = self.active
-            adapter = self.adapters[name]
-            return *self.factors(name), adapter.scaling, adapter.lora_dropout
-        factors = {name: self.factors(name) for name in self.active}
-        lora_b = torch.cat([self.adapters[name].scaling * b for name, (_, b) in factors.items()], 1)
-        return torch.cat([a for a, _ in factors.values()]), lora_b, 1.0, 0.0
+    def _with_lora(self, input, lora_a, lora_b, scaling: float, dropout: float, with_bias: bool = True) -> torch.Tensor:
+        """W input + scaling * B A dropout(input) + bias, in one product."""
+        weight, bias = self.base_layer.weight, self._bias(self.active) if with_bias else None
+        if not self.out_dim:
+            return lowbit.lora_linear(input, weight, lora_a, lora_b, scaling, bias, dropout, self.training)
+        if not isinstance(weight, QuantizedTensor):
+            return lowbit.lora_linear(input, weight.T, lora_a, lora_b, scaling, bias, dropout, self.training)
+        y = input @ weight
+        with without_autocast(input.device):
+            t = F.linear(F.dropout(input, dropout, self.training).to(lora_a.dtype), lora_a)
+            y = y + (scaling * F.linear(t, lora_b)).to(y.dtype)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def _with_several(self, input: torch.Tensor) -> torch.Tensor:
+        """The active adapters together. Those without DoRA and dropout are one, with their ranks side by side."""
+        apart = [n for n in self.active if self.adapters[n].use_dora or (self.training and self.adapters[n].lora_dropout)]
+        together = [name for name in self.active if name not in apart]
+        if together:
+            factors = [self.factors(name) for name in together]
+            scaled = [self.adapters[n].scaling * b for n, (_, b) in zip(together, factors, strict=True)]
+            y = self._with_lora(input, torch.cat([a for a, _ in factors]), torch.cat(scaled, 1), 1.0, 0.0)
+        else:
+            y = self._without_lora(input, self._bias(self.active))
+        for name in apart:
+            adapter, (lora_a, lora_b) = self.adapters[name], self.factors(name)
+            dropped = F.dropout(input, adapter.lora_dropout, self.training)
+            if adapter.use_dora:
+                y = y + (self._magnified(dropped, name) - self._without_lora(dropped, None))
+            else:
+                with without_autocast(input.device):
+                    t = F.linear(dropped.to(lora_a.dtype), lora_a)
+                    y = y + (adapter.scaling * F.linear(t, lora_b)).to(y.dtype)
+        return y
+
+    def _magnified(self, input: torch.Tensor, name: str) -> torch.Tensor:
+        """magnitude / norm * (W + scaling * B A) input: DoRA without the bias."""
+        z = self._with_lora(input, *self.factors(name), self.adapters[name].scaling, 0.0, with_bias=False)
+        with without_autocast(input.device):
+            return (z * (self.lora_magnitude_vector[name] / self.row_norms(name))).to(z.dtype)
+
+    def _without_lora(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        weight = self.base_layer.weight
+        if not self.out_dim:
+            return frozen_linear(input, weight, bias)
+        y = input @ weight
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def _bias(self, names: tuple[str, ...]) -> torch.Tensor | None:
+        """The base's bias and, times their scalings, those of B."""
+        bias = self.base_layer.bias
+        for name in names:
+            if self.adapters[name].lora_bias:
+                own = self.adapters[name].scaling * self.lora_B[name].bias
+                bias = own if bias is None else bias + own
+        return bias
 
     def _each_row_with_its_adapter(self, input: torch.Tensor, rows: RowAdapters) -> torch.Tensor:
         """One product with the base for all rows, and one grouped product with each factor of the adapters."""
         y = self.base_layer(input)
+        known = [self.adapters.get(name) for name in rows.names]
+        if any(adapter and adapter.use_dora for adapter in known):
+            raise ValueError("adapter_names: expected adapters without DoRA, whose norms are of the whole weight")
         tokens = input.reshape(-1, self.in_features)
         index = rows.index.repeat_interleave(len(tokens) // max(1, len(rows.index)))
         order = index.argsort(stable=True)
         ends = torch.bincount(index, minlength=len(rows.names)).cumsum(0).to(torch.int32)
-        dropped = self._dropped_by_row(tokens, index, rows.names) if self.training else tokens
+        dropped = self._dropped_by_row(tokens, index, known) if self.training else tokens
         with without_autocast(input.device):
             lora_a, lora_b = self._stacked(rows.names)
             delta = lowbit.grouped_matmul(lowbit.grouped_matmul(dropped[order], lora_a, ends), lora_b, ends)
-            return y + torch.empty_like(delta).index_copy(0, order, delta).view(y.shape).to(y.dtype)
+            delta = torch.empty_like(delta).index_copy(0, order, delta)
+            if any(adapter and adapter.lora_bias for adapter in known):
+                nothing = delta.new_zeros(self.out_features)
+                delta = delta + torch.stack([self._own_bias(name, nothing) for name in rows.names])[index]
+            return y + delta.view(y.shape).to(y.dtype)
+
+    def _own_bias(self, name: str, nothing: torch.Tensor) -> torch.Tensor:
+        adapter = self.adapters.get(name)
+        return adapter.scaling * self.lora_B[name].bias.float() if adapter and adapter.lora_bias else nothing
 
     def _stacked(self, names: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """``(A [adapters, rank, in], scaling * B [adapters, out, rank])``, with zeros up to the largest rank.
@@ -155,23 +178,13 @@ class LoRALinear(LoRABaseLayer):
             stack_b.append(F.pad(adapter.scaling * lora_b.float(), (0, missing)))
         return torch.stack(stack_a), torch.stack(stack_b)
 
-    def _dropped_by_row(self, tokens: torch.Tensor, index: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
-        chances = [self.adapters[name].lora_dropout if name in self.adapters else 0.0 for name in names]
+    def _dropped_by_row(self, tokens: torch.Tensor, index: torch.Tensor, known: list[Adapter | None]) -> torch.Tensor:
+        chances = [adapter.lora_dropout if adapter else 0.0 for adapter in known]
         if not any(chances):
             return tokens
         chance = torch.tensor(chances, device=tokens.device)[index, None]
         kept = torch.rand(tokens.shape, device=tokens.device) >= chance
         return tokens * (kept / (1 - chance)).to(tokens.dtype)
-
-    def _each_with_its_dropout(self, input: torch.Tensor) -> torch.Tensor:
-        y = self.base_layer(input)
-        for name in self.active:
-            adapter, (lora_a, lora_b) = self.adapters[name], self.factors(name)
-            dropped = F.dropout(input, adapter.lora_dropout, True)
-            with without_autocast(input.device):
-                t = F.linear(dropped.to(lora_a.dtype), lora_a)
-                y = y + (adapter.scaling * F.linear(t, lora_b)).to(y.dtype)
-        return y
 
 
 class QLoRALinear(LoRALinear):
@@ -200,7 +213,9 @@ class QLoRALinear(LoRALinear):
         for name, size in (("in_features", in_features), ("out_features", out_features)):
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
-        self._quantize(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), **options)
+        linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        linear, options = stored(linear, options)
+        super().__init__(linear, **options)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options: Any) -> "QLoRALinear":
@@ -210,26 +225,8 @@ class QLoRALinear(LoRALinear):
             TypeError: ``linear`` is not an nn.Linear, or its dtype is not float32, float16 or bfloat16.
             ValueError: an option out of range, or NaN or inf in the weight.
         """
-        _check_linear(linear)
+        cls._check_base(linear)
         layer = cls.__new__(cls)
-        layer._quantize(copy.deepcopy(linear), **options)
+        quantized, options = stored(copy.deepcopy(linear), options)
+        LoRALinear.__init__(layer, quantized, **options)
         return layer
-
-    def _quantize(
-        self,
-        linear: nn.Linear,
-        quantization: QuantizationType | str = QuantizationType.NF4,
-        double_quant: bool = True,
-        block_size: int = 64,
-        scale: str = "absmax",
-        **lora: Any,
-    ) -> None:
-        stored = QLoRAConfig(quantization=quantization, double_quant=double_quant, block_size=block_size, scale=scale)
-        super().__init__(lowbit.quantize_(linear, stored.spec, scale=scale), **lora)
-
-
-def _check_linear(linear: Any) -> None:
-    if not (isinstance(linear, nn.Linear) or (isinstance(linear, nn.Module) and LoRALinear.takes(linear))):
-        raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
-    if linear.weight.numel() == 0:
-        raise ValueError(f"linear: expected at least one weight, got shape {tuple(linear.weight.shape)}")

@@ -18,43 +18,24 @@ from torch import nn
 
 from . import hf
 from .config import LoraConfig, QLoRAConfig
-from .conversion import trainable_biases
-from .layers import DEFAULT
 from .targets import module_names
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _METADATA_KEY = "lowbit"
-_PREFIX = "base_model.model."
-
-
-def adapter_tensors(
-    model: nn.Module, layers: dict[str, nn.Module], saved: dict[str, nn.Module], bias: str, adapter: str = DEFAULT
-) -> dict[str, torch.Tensor]:
-    """All that is saved of an adapter, by PEFT's key; the tensors are the model's own."""
-    tensors = {}
-    for name, layer in layers.items():
-        tensors |= {f"{_PREFIX}{name}.{key}": factor for key, factor in layer.adapter_parameters(adapter).items()}
-    for name, parameter in trainable_biases(model, layers, saved, bias).items():
-        tensors[_PREFIX + name] = parameter
-    for name, module in saved.items():
-        for key, tensor in module.state_dict(keep_vars=True).items():
-            tensors[f"{_PREFIX}{name}.{key}"] = tensor
-    return tensors
+#: What PEFT puts before the names of modules.
+PREFIX = "base_model.model."
 
 
 def save_adapter(
-    model: nn.Module,
-    config: LoraConfig,
-    layers: dict[str, nn.Module],
-    saved: dict[str, nn.Module],
-    folder: str | os.PathLike,
-    adapter: str = DEFAULT,
+    model: nn.Module, config: LoraConfig, tensors: dict[str, torch.Tensor], folder: str | os.PathLike
 ) -> None:
-    """Write both files into ``folder``, or on any failure leave both as they were."""
-    tensors = adapter_tensors(model, layers, saved, config.bias, adapter)
+    """Write both files into ``folder``, or on any failure leave both as they were.
+
+    ``tensors``: the adapter's, by PEFT's keys without their prefix.
+    """
     # clone: safetensors refuses tensors that share memory (tied modules to save).
-    tensors = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    tensors = {PREFIX + key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
     metadata = {"format": "pt"}
     if isinstance(config, QLoRAConfig):
         metadata[_METADATA_KEY] = json.dumps(config.quantization_settings())
@@ -155,60 +136,50 @@ def _broken_file(path: str, *errors: type[Exception]) -> Iterator[None]:
 
 
 def fit(
-    tensors: dict[str, torch.Tensor],
-    model: nn.Module,
-    layers: dict[str, nn.Module],
-    saved: dict[str, nn.Module],
-    bias: str,
-    file: str,
-    adapter: str = DEFAULT,
+    tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], model: nn.Module, file: str
 ) -> dict[str, torch.Tensor]:
-    """The file's tensors under the keys of :func:`adapter_tensors`.
+    """The file's tensors under the keys of ``expected``, which are PEFT's without their prefix.
 
     Raises:
-        ValueError: a key is missing or unexpected, or a shape or dtype does not fit; the key is named.
+        ValueError: a key is missing or unexpected, or a shape or dtype does not fit: all of them are named.
     """
-    expected = adapter_tensors(model, layers, saved, bias, adapter)
     canonical = {alias: names[0] for names in module_names(model).values() for alias in names[1:]}
     values, unexpected = {}, []
     for key, tensor in tensors.items():
-        own = key if key in expected else _canonical_key(key, canonical)
+        own = key.removeprefix(PREFIX)
+        own = own if own in expected else _canonical_key(own, canonical)
         if own in expected:
             values[own] = tensor
-        elif not _is_peft_duplicate(key, saved):
+        elif not _is_peft_duplicate(own):
             unexpected.append(key)
-    missing = [key for key in expected if key not in values]
-    if missing or unexpected:
-        raise ValueError(
-            f"{file}: expected {len(expected)} tensors for this model; missing: {_few(missing)}; "
-            f"unexpected: {_few(unexpected)}"
-        )
-    for key, target in expected.items():
-        value = values[key]
-        if value.shape != target.shape:
-            raise ValueError(
-                f"{file}: {key}: expected shape {tuple(target.shape)} for this model and rank, got {tuple(value.shape)}"
-            )
-        if value.is_floating_point() != target.is_floating_point():
-            raise ValueError(f"{file}: {key}: expected dtype like {target.dtype}, got {value.dtype}")
+    wrong = [f"missing: {_few(missing)}"] if (missing := [key for key in expected if key not in values]) else []
+    wrong += [f"unexpected: {_few(unexpected)}"] if unexpected else []
+    misshapen = [
+        f"{key} (expected {target.dtype} {tuple(target.shape)}, got {values[key].dtype} {tuple(values[key].shape)})"
+        for key, target in expected.items()
+        if key in values
+        and (values[key].shape != target.shape or values[key].is_floating_point() != target.is_floating_point())
+    ]
+    wrong += [f"of another shape or kind: {_few(misshapen)}"] if misshapen else []
+    if wrong:
+        raise ValueError(f"{file}: expected {len(expected)} tensors for this model and rank; {'; '.join(wrong)}")
     return values
 
 
 def _canonical_key(key: str, canonical: dict[str, str]) -> str:
     """The key of a shared module under its first name; PEFT writes such a module under each."""
-    parts = key.removeprefix(_PREFIX).split(".")
+    parts = key.split(".")
     for end in range(len(parts), 0, -1):
         name = ".".join(parts[:end])
         if name in canonical:
-            return ".".join([_PREFIX + canonical[name], *parts[end:]])
+            return ".".join([canonical[name], *parts[end:]])
     return key
 
 
-def _is_peft_duplicate(key: str, saved: dict[str, nn.Module]) -> bool:
+def _is_peft_duplicate(key: str) -> bool:
     """With bias="all" PEFT 0.21 writes biases of modules to save thrice, twice under its wrapper's names."""
-    stems = (f"{_PREFIX}{name}.{inner}." for name in saved for inner in ("original_module", "modules_to_save"))
-    return key.startswith(tuple(stems))
+    return ".original_module." in key or ".modules_to_save." in key
 
 
 def _few(keys: list[str]) -> str:
-    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "") if keys else "none"
+    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")

@@ -1,0 +1,114 @@
+"""Single rows of an embedding that train (``trainable_token_indices``), by PEFT's names."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lowbit import QuantizedTensor
+
+from .adapted import Adapted
+
+
+class TrainedTokens(Adapted):
+    """An embedding, or an output layer tied to one, in which each adapter has its own values for some rows.
+
+    The values are ``token_adapter.trainable_tokens_delta[adapter]`` [tokens, features]: the rows themselves, in fp32.
+    The table is neither copied nor decoded. An output layer that is tied to the embedding takes its rows from there.
+
+    Args:
+        module: nn.Embedding, or nn.Linear where ``tied_to`` is given.
+        tied_to: the embedding's TrainedTokens.
+    """
+
+    def __init__(self, module: nn.Module, tied_to: "TrainedTokens | None" = None):
+        if not isinstance(module, nn.Embedding if tied_to is None else nn.Linear):
+            raise TypeError(f"trainable_token_indices: expected a torch.nn.Embedding, got {type(module).__name__}")
+        super().__init__()
+        self.original_module = module
+        self.token_adapter = nn.Module()
+        self.token_adapter.trainable_tokens_delta = nn.ParameterDict()
+        self._tied_to = [tied_to] if tied_to else []  # in a list: not a submodule, whose parameters it would repeat
+
+    @property
+    def tied_to(self) -> "TrainedTokens | None":
+        """The embedding's place, for an output layer that is tied to it."""
+        return self._tied_to[0] if self._tied_to else None
+
+    @property
+    def base(self) -> nn.Module:
+        """The original module."""
+        return self.original_module
+
+    @torch.no_grad()
+    def add_adapter(self, name: str, indices: list[int]) -> None:
+        """Add rows, which begin as the table's.
+
+        Raises:
+            ValueError: an index out of range.
+        """
+        self._check_new(name)
+        rows = self.base.num_embeddings
+        wrong = [index for index in indices if not 0 <= index < rows]
+        if wrong:
+            raise ValueError(f"trainable_token_indices: expected indices from 0 to {rows - 1}, got {wrong}")
+        weight = self.base.weight
+        index = torch.tensor(sorted(set(indices)), device=weight.device)
+        values = F.embedding(index, weight.detach()).float().clone()
+        self.token_adapter.trainable_tokens_delta[name] = nn.Parameter(values)
+        self.adapters[name] = index
+
+    def _parts(self) -> list[nn.ModuleDict | nn.ParameterDict]:
+        return [self.token_adapter.trainable_tokens_delta]
+
+    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The values of an adapter's rows."""
+        key = "token_adapter.trainable_tokens_delta"
+        return {key: self.token_adapter.trainable_tokens_delta[name]} if name in self.adapters else {}
+
+    def _rows(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(indices [tokens], values [tokens, features])`` of an adapter."""
+        values = self.token_adapter.trainable_tokens_delta[name]
+        return self.adapters[name].to(values.device), values
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """What the original computes, with the active adapters' rows in the place of its own."""
+        owner = self._tied_to[0] if self._tied_to else self
+        if owner.rows is not None and owner.adapters:
+            raise ValueError("adapter_names: expected adapters without trainable_token_indices")
+        y = self.original_module(input)
+        for name in owner.active:
+            index, values = owner._rows(name)
+            if self._tied_to:
+                logits = F.linear(input, values.to(input.dtype))
+                bias = self.original_module.bias
+                y = y.index_copy(-1, index, (logits if bias is None else logits + bias[index]).to(y.dtype))
+            else:
+                same = input[..., None] == index
+                scale = getattr(self.original_module, "embed_scale", 1.0)
+                own = F.embedding(same.int().argmax(-1), values) * scale
+                y = torch.where(same.any(-1, keepdim=True), own.to(y.dtype), y)
+        return y
+
+    @torch.no_grad()
+    def merged_tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """A dense weight in which the adapters' rows are. That of a tied output layer is its embedding's."""
+        names = [name for name in names if name in self.adapters]
+        if not names:
+            return {}
+        weight = self.original_module.weight.detach()
+        weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight.clone()
+        for name in names:
+            index, values = self._rows(name)
+            weight.index_copy_(0, index, values.to(weight.dtype))
+        return {"weight": nn.Parameter(weight, requires_grad=False)}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "original_module" or "original_module" not in self.__dict__["_modules"]:
+                raise
+            return getattr(self.original_module, name)

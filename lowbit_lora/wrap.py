@@ -1,0 +1,436 @@
+"""Putting an adapter onto a model, in two phases: build everything beside it, then swap it in.
+
+Whatever can fail (quantizing a weight with NaN, running out of memory, a target that matches nothing) does so
+in the first phase, when the model has not been touched.
+"""
+
+import dataclasses
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+import lowbit
+from lowbit import QuantizedTensor
+from lowbit.modules import find_weights, quantized_weights, replace_weights
+
+from . import dense, hf
+from .config import LoraConfig, QLoRAConfig
+from .init import initial_factors, is_decomposing
+from .layers import DEFAULT, Adapted, Adapter, LoRABaseLayer, SavedModule, TrainedTokens, layer_class, share_hooks
+from .targets import adapted_modules, base_of, check_patterns, find_saved, find_targets, pattern_value, walk
+
+#: Dense weights from this size on are named by the line that wrapping prints.
+_LARGE = 2**20
+
+
+class Plan:
+    """What adding an adapter to ``model`` will change. Constructing it changes nothing; :meth:`apply` does.
+
+    Args:
+        config: what to adapt; a QLoRAConfig also stores all linear weights but those of heads, of modules to save and
+            of layers that the model keeps in fp32 in 4 bits.
+        name: of the adapter.
+        first: the config of the model's first adapter, or None where this one is the first.
+        listed: the config comes from a file: an entry that matches nothing is passed over, and so is the model's head
+            where it is not among modules_to_save.
+
+    Attributes:
+        config: ``config`` with targets, modules to save and task type spelled out.
+        parts: canonical name -> module with a place for the adapter.
+
+    Raises:
+        ValueError, TypeError: see :func:`~lowbit_lora.targets.find_targets`; also for NaN or inf in a weight to
+            quantize.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LoraConfig,
+        name: str = DEFAULT,
+        *,
+        first: LoraConfig | None = None,
+        listed: bool = False,
+    ):
+        if first is None:
+            _check_convertible(model)
+            if config.gradient_checkpointing:
+                hf.check_can_checkpoint(model)
+        else:
+            _check_further(config, first)
+        self.model, self.name, self.is_first = model, name, first is None
+        task_type, heads = hf.task_head(model, config.task_type)
+        wanted = list(config.modules_to_save or [])
+        if not listed and self.is_first:
+            wanted += [head for head in heads if head not in wanted]
+        saved = find_saved(model, wanted, may_be_missing=None if listed else hf.automatic_names(config.task_type))
+        inside_saved = {sub for module in saved for sub in base_of(module).modules()}
+        head_modules = {base_of(module) for module in [hf.output_embedding(model)] if module is not None}
+        head_modules |= {sub for head in heads for sub in base_of(model.get_submodule(head)).modules()}
+        targets = find_targets(model, config, inside_saved | set(saved), head_modules, may_be_missing=listed)
+        check_patterns(config, list(targets.values()))
+        tokens = self._token_rows(config)
+        self.config = dataclasses.replace(
+            config,
+            target_modules=spelled_out(config, targets),
+            modules_to_save=list(saved.values()) or None,
+            task_type=task_type,
+        )
+        self._weights = self._stored(config, targets, inside_saved, head_modules)
+        self._fresh: dict[nn.Module, Adapted] = {}
+        self.parts: dict[str, Adapted] = {}
+        try:
+            for module, layer_name in targets.items():
+                self._add_lora(module, layer_name)
+            for module, module_name in saved.items():
+                self._part(module, module_name, SavedModule).add_adapter(name)
+            for module, (module_name, indices) in tokens.items():
+                self._part(module, module_name, TrainedTokens).add_adapter(name, indices)
+            self._tie()
+        except BaseException:
+            self._withdraw()
+            raise
+
+    def _token_rows(self, config: LoraConfig) -> dict[nn.Module, tuple[str, list[int]]]:
+        """embedding -> (its name, the indices of the rows that train)."""
+        wanted = config.trainable_token_indices
+        if not wanted:
+            return {}
+        if not isinstance(wanted, dict):
+            embedding = hf.input_embedding(self.model)
+            names = [name for name, module in walk(self.model) if base_of(module) is embedding]
+            if embedding is None or not names:
+                raise ValueError("trainable_token_indices: expected {name of an embedding: indices} for this model")
+            wanted = {names[0]: wanted}
+        found = {}
+        for entry, indices in wanted.items():
+            for module, name in find_saved(self.model, [entry], may_be_missing=()).items():
+                found[module] = (name, list(indices))
+        return found
+
+    def _stored(self, config, targets, inside_saved, heads) -> dict[nn.Parameter, nn.Parameter]:
+        """A quantized parameter for each weight that the config stores so."""
+        if not isinstance(config, QLoRAConfig) or not self.is_first:
+            return {}
+        quantized = [p for m in inside_saved for p in m._parameters.values() if isinstance(p, QuantizedTensor)]
+        if quantized:
+            raise ValueError(
+                "modules_to_save: expected dense weights, got a quantized one, which cannot train; leave the module "
+                "dense (skip=[...] of lowbit.quantize_)"
+            )
+        fused = hf.read_by_fused_kernels(self.model)
+        _check_not_fused(targets, fused)
+        skipped = inside_saved | hf.kept_in_fp32(self.model) | fused.keys()
+        skipped |= set() if config.quantize_head else heads
+        weights = find_weights(self.model, skipped, embeddings=config.quantize_embeddings, head=config.quantize_head)
+        if is_decomposing(config.init_lora_weights):  # these are quantized once what LoRA takes is out of them
+            taken = {base_of(module).weight for module in targets}
+            weights = {weight: name for weight, name in weights.items() if weight not in taken}
+        return quantized_weights(weights, config.spec, config.scale)
+
+    def _part(self, module: nn.Module, name: str, kind: type[Adapted], **options) -> Adapted:
+        """The place for the adapter at a module: what is there already, or a new one."""
+        if isinstance(module, Adapted):
+            if not isinstance(module, kind):
+                raise TypeError(
+                    f"{name}: expected a module that no adapter changes in another way, got a {type(module).__name__}"
+                )
+            part = module
+        else:
+            part = kind(module, **options)
+            if isinstance(part, LoRABaseLayer):
+                share_hooks(module, part)
+            self._fresh[module] = part.train(module.training)
+        self.parts[name] = part
+        return part
+
+    def _add_lora(self, module: nn.Module, name: str) -> None:
+        config = self.config
+        kind = type(module) if isinstance(module, LoRABaseLayer) else layer_class(base_of(module))
+        options = {} if isinstance(module, Adapted) else {"rank": None, "freeze": False}
+        layer = self._part(module, name, kind, **options)
+        adapter, init = adapter_of(config, name), config.init_lora_weights
+        if not is_decomposing(init):
+            layer.add_adapter(self.name, adapter, config.factor_dtype, init)
+            return
+        if not self.is_first or isinstance(layer.base_layer.weight, QuantizedTensor):
+            raise ValueError(f"init_lora_weights: {init!r} changes dense weights, and {name} is quantized or adapted")
+        layer.add_adapter(self.name, adapter, config.factor_dtype)
+        self._decompose(layer, adapter, init, name)
+
+    @torch.no_grad()
+    def _decompose(self, layer: LoRABaseLayer, adapter: Adapter, init: str, name: str) -> None:
+        """Factors from the layer's weight, and what then remains of it in the base."""
+        config, parameter = self.config, layer.base_layer.weight
+        if parameter in self._weights:
+            raise ValueError(f"init_lora_weights: {init!r} expects a weight of its own, and {name} shares one")
+
+        def store(weight: torch.Tensor) -> torch.Tensor:
+            stored = weight.T if layer.out_dim else weight.view(parameter.shape)
+            return lowbit.quantize(stored.contiguous(), **config.quantize_options())
+
+        def decoded(weight: torch.Tensor) -> torch.Tensor:
+            decoded = store(weight).dequantize()
+            return decoded.T if layer.out_dim else decoded.flatten(1)
+
+        weight = parameter.detach().T if layer.out_dim else parameter.detach().flatten(1)
+        options = {"quantize": decoded, "loftq_iterations": config.loftq_iterations} if init == "loftq" else {}
+        try:
+            lora_a, lora_b, residual = initial_factors(weight, adapter.rank, adapter.scaling, init, **options)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
+        for factor, value in zip(layer.factors(self.name), (lora_a, lora_b), strict=True):
+            factor.copy_(value.view(factor.shape))
+        residual = weight if residual is None else residual
+        if isinstance(config, QLoRAConfig):
+            self._weights[parameter] = nn.Parameter(store(residual), requires_grad=False)
+        else:
+            stored = (residual.T if layer.out_dim else residual.view(parameter.shape)).contiguous()
+            self._weights[parameter] = nn.Parameter(stored, requires_grad=False)
+            layer.initial[self.name] = (lora_a.to(layer.factors(self.name)[0].dtype), lora_b)
+
+    def _tie(self) -> None:
+        """Modules that share a weight with a saved one, or with an embedding some of whose rows train."""
+        for name, part in list(self.parts.items()):
+            if not isinstance(part, (SavedModule, TrainedTokens)) or self.name not in part.adapters:
+                continue
+            own = {p: key for key, p in part.base.named_parameters()}
+            for module, other in unique(walk(self.model)):
+                shared = [p for p in base_of(module)._parameters.values() if p is not None and p in own]
+                if not shared or base_of(module) in set(part.base.modules()):
+                    continue
+                if isinstance(part, TrainedTokens):
+                    tied = self._fresh.get(module, module)
+                    if not isinstance(tied, Adapted):
+                        self.parts[other] = self._fresh[module] = TrainedTokens(module, tied_to=part)
+                elif self.config.ensure_weight_tying:
+                    saved = self._part(self._fresh.get(module, module), other, SavedModule)
+                    if self.name not in saved.adapters:
+                        saved.add_adapter(self.name)
+                    copies = dict(part.modules_to_save[self.name].named_parameters())
+                    target = saved.modules_to_save[self.name]
+                    for key, p in base_of(module)._parameters.items():
+                        if p in own:
+                            target._parameters[key] = copies[own[p]]
+                elif isinstance(self._fresh.get(module, module), SavedModule):
+                    continue
+                else:
+                    warnings.warn(
+                        f"modules_to_save: {name} is tied to {other}, which keeps the base's weight: a copy of {name} "
+                        "trains apart from it, as in PEFT. ensure_weight_tying=True trains one for both",
+                        stacklevel=6,
+                    )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the adapter's file holds, by PEFT's keys without their prefix, before the model is changed."""
+        tensors = {}
+        for name, part in self.parts.items():
+            tensors |= {f"{name}.{key}": tensor for key, tensor in part.adapter_tensors(self.name).items()}
+        layers = {part.base: name for name, part in self.parts.items() if isinstance(part, LoRABaseLayer)}
+        inside = {inner for part in self.parts.values() if not isinstance(part, LoRABaseLayer) for inner in part.base.modules()}
+        return tensors | trainable_biases(self.model, self.config.bias, layers, inside)
+
+    def _withdraw(self) -> None:
+        for part in self.parts.values():
+            if part not in self._fresh.values() and self.name in part.adapters:
+                part.delete_adapter(self.name)
+
+    def apply(self, trainable: bool = True) -> "Restore | None":
+        """Change the model; returns what undoes the parts that merging does not, for the first adapter."""
+        model, config = self.model, self.config
+        restore = None
+        if self.is_first:
+            restore = Restore.of(model, config.gradient_checkpointing)
+        swap(model, self._fresh)
+        replace_weights(model, self._weights)
+        if config.use_dora and self._weights:
+            for part in self.parts.values():
+                if isinstance(part, LoRABaseLayer):
+                    part.reset_magnitude(self.name)
+        if self.is_first:
+            for module in model.modules():
+                if isinstance(module, nn.TransformerEncoder):
+                    # It looks at its first layer alone, and nested tensors fail in those whose fused path LoRA turns off.
+                    module.use_nested_tensor = False
+            if config.gradient_checkpointing:
+                hf.enable_checkpointing(model)
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+            for part in self.parts.values():
+                part.set_active([self.name])
+            set_trainable(model, config, [self.name], trainable)
+        else:
+            for part in self.parts.values():
+                for parameter in part.adapter_parameters(self.name):
+                    parameter.requires_grad_(False)
+        dense.adopt(model)
+        return restore
+
+
+def set_trainable(model: nn.Module, first: LoraConfig, names: Iterable[str], trains: bool) -> None:
+    """Let the parameters of these adapters, and the biases that the first config names, train; and no others."""
+    for part in adapted_modules(model).values():
+        for name in part.adapters:
+            for parameter in part.adapter_parameters(name):
+                if parameter.is_floating_point():
+                    parameter.requires_grad_(trains and name in names)
+    for parameter in trainable_biases(model, first.bias).values():
+        parameter.requires_grad_(trains)
+
+
+def trainable_biases(
+    model: nn.Module, bias: str, layers: dict[nn.Module, str] | None = None, skipped: set[nn.Module] = frozenset()
+) -> dict[str, nn.Parameter]:
+    """The base's biases that train, without those of modules to save, by the names in PEFT's files.
+
+    ``layers``: those that will have LoRA, and ``skipped`` those to be saved, in a model that has not been changed yet.
+    """
+    if bias == "none":
+        return {}
+    found = {}
+    for name, module in walk(model):
+        base = base_of(module)
+        has_lora = isinstance(module, LoRABaseLayer) or base in (layers or {})
+        if isinstance(module, (SavedModule, TrainedTokens)) or base in skipped or not (bias == "all" or has_lora):
+            continue
+        for key, parameter in base._parameters.items():
+            if parameter is not None and "bias" in key:
+                found.setdefault(parameter, f"{name}.base_layer.{key}" if has_lora else f"{name}.{key}")
+    return {name: parameter for parameter, name in found.items()}
+
+
+def unique(named: Iterable[tuple[str, nn.Module]]) -> Iterable[tuple[nn.Module, str]]:
+    """Each module once, with its first name."""
+    first: dict[nn.Module, str] = {}
+    for name, module in named:
+        first.setdefault(module, name)
+    return first.items()
+
+
+def adapter_of(config: LoraConfig, name: str) -> Adapter:
+    """The settings of a config's adapter in the layer of a name."""
+    rank = pattern_value(config.rank_pattern or {}, name, config.rank)
+    alpha = pattern_value(config.alpha_pattern or {}, name, config.lora_alpha)
+    return Adapter(rank, alpha, config.lora_dropout, config.use_rslora, config.use_dora, config.lora_bias)
+
+
+def spelled_out(config: LoraConfig, targets: dict[nn.Module, str]) -> str | list[str]:
+    """target_modules, as names where it is "all-linear", of which PEFT's idea may differ, and a later one of ours."""
+    wanted = config.target_modules
+    return sorted(targets.values()) if isinstance(wanted, str) and wanted.lower() == "all-linear" else wanted
+
+
+@dataclasses.dataclass
+class Restore:
+    """What wrapping changed besides the layers, by name, so that merging can put it back."""
+
+    requires_grad: dict[str, bool]
+    nested: dict[nn.Module, bool]
+    checkpointing: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, checkpointing: bool) -> "Restore":
+        """What has to be put back in a model that has not been changed yet."""
+        return cls(
+            {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)},
+            {m: m.use_nested_tensor for m in model.modules() if isinstance(m, nn.TransformerEncoder)},
+            checkpointing,
+        )
+
+    def apply(self, model: nn.Module) -> None:
+        """Put it back."""
+        dense.release(model)
+        for module, value in self.nested.items():
+            module.use_nested_tensor = value
+        if self.checkpointing:
+            hf.disable_checkpointing(model)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
+
+
+def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    """Put each replacement wherever its module hangs; all of them or, if interrupted, none."""
+    done = []
+    try:
+        for parent in list(model.modules()):
+            for name, child in parent._modules.items():
+                if child is not None and child in replacements:
+                    done.append((parent, name, child))
+                    parent._modules[name] = replacements[child]
+    except BaseException:
+        for parent, name, child in done:
+            parent._modules[name] = child
+        raise
+
+
+def storage_summary(model: nn.Module) -> str:
+    """One line: how many bytes hold quantized weights, and which large weights are dense."""
+    stored, large = {}, Counter()
+    for _, module in walk(model):
+        for key, parameter in base_of(module)._parameters.items():
+            if isinstance(parameter, QuantizedTensor):
+                stored[id(parameter)] = parameter
+            elif parameter is not None and parameter.numel() >= _LARGE:
+                large[f"{type(base_of(module)).__name__}.{key}"] += parameter.nbytes
+    dense_bytes = sum(parameter.numel() * parameter.dtype.itemsize for parameter in stored.values())
+    small = sum(parameter.nbytes for parameter in stored.values())
+    text = f"lowbit: {len(stored)} weights of {dense_bytes / 2**20:,.1f} MiB are stored in {small / 2**20:,.1f} MiB"
+    if large:
+        text += "; dense: " + ", ".join(f"{name} ({size / 2**20:,.1f} MiB)" for name, size in large.most_common(5))
+    return text
+
+
+def print_storage(model: nn.Module) -> None:
+    """Print :func:`storage_summary` to stderr."""
+    print(storage_summary(model), file=sys.stderr)
+
+
+def _check_further(config: LoraConfig, first: LoraConfig) -> None:
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"config: expected a LoraConfig, got {type(config).__name__}")
+    if isinstance(config, QLoRAConfig) and (not isinstance(first, QLoRAConfig) or config.spec != first.spec):
+        stored = first.spec if isinstance(first, QLoRAConfig) else "a dense base"
+        raise ValueError(f"config: expected how the base is stored ({stored}), got {config.spec}; take a LoraConfig")
+    if config.bias != "none":
+        raise ValueError(
+            f"bias: expected 'none' in a further adapter, got {config.bias!r}: the model has one set of biases"
+        )
+    if is_decomposing(config.init_lora_weights):
+        raise ValueError(
+            f"init_lora_weights: {config.init_lora_weights!r} changes the base, which the first adapter shares"
+        )
+
+
+def _check_not_fused(targets: dict[nn.Module, str], fused: dict[nn.Module, str]) -> None:
+    refused = [name for module, name in targets.items() if module in fused]
+    if refused:
+        others = sorted({name.rpartition(".")[2] for module, name in targets.items() if module not in fused})
+        raise ValueError(
+            f"target_modules: expected layers that the model calls, but its fused kernels read the weights of "
+            f"{', '.join(refused[:3])}{' and others' if len(refused) > 3 else ''} from memory, which 4-bit weights do "
+            f"not have. Name other layers, as in target_modules={others}; these then stay dense (LoraModel adapts them)"
+        )
+
+
+def _check_convertible(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if hasattr(model, "peft_config"):
+        raise ValueError("model: expected one without adapters, got a PEFT model; merge or unload it first")
+    if getattr(model, "is_quantized", False):
+        raise ValueError("model: expected dense weights, got a model that is quantized already")
+    for name, module in model.named_modules():
+        if isinstance(module, Adapted):
+            raise ValueError(
+                f"model: expected one without adapters, but {name or 'it'!r} is a {type(module).__name__}; "
+                "call merge_and_unload() first"
+            )
+        if getattr(getattr(module, "_hf_hook", None), "offload", False):
+            raise ValueError(
+                f"model: expected weights in memory, but accelerate keeps those of {name or 'it'!r} elsewhere; load the "
+                "model without offloading"
+            )
