@@ -1,6 +1,7 @@
 """What an adapter's file keeps of the base: by what to know it again, and what training has changed in it."""
 
 import warnings
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -16,9 +17,12 @@ from .targets import base_of, module_names, walk
 _LARGE = 2**22
 
 
-def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """The base's name, its config's shape, and a few values of weights that adapters leave alone, ready for JSON."""
-    weights = list(_dense_weights(model, adapted=False).items())
+def fingerprint(model: nn.Module, saved: Container[str]) -> dict[str, Any]:
+    """The base's name, its config's shape, and a few values of weights that adapters leave alone, ready for JSON.
+
+    ``saved``: names of tensors that are in the adapter's file themselves.
+    """
+    weights = [(name, w) for name, w in _dense_weights(model, adapted=False).items() if name not in saved]
     chosen = {round(part / 4 * (len(weights) - 1)) for part in range(5)} if weights else ()
     return {
         "name": hf.described(model),
@@ -44,8 +48,9 @@ def _dense_weights(model: nn.Module, *, adapted: bool) -> dict[str, torch.Tensor
 
 def _corners(weight: torch.Tensor) -> list[float]:
     """The first four values and the last four, with four digits."""
-    rows = weight.detach().flatten(1) if weight.dim() > 1 else weight.detach().view(1, -1)
-    return [float(f"{value:.4g}") for value in torch.cat([rows[0, :4], rows[-1, -4:]]).tolist()]
+    first, last = (weight[0], weight[-1]) if weight.dim() > 1 else (weight, weight)
+    values = torch.cat([first.detach().reshape(-1)[:4], last.detach().reshape(-1)[-4:]])
+    return [float(f"{value:.4g}") for value in values.tolist()]
 
 
 def warn_of_another_base(model: nn.Module, saved: dict[str, Any], folder: str) -> None:

@@ -47,13 +47,13 @@ def save_adapter(
     Raises:
         OSError: the files cannot be written.
     """
+    base = fingerprint(model, tensors.keys())
     # copy: safetensors refuses tensors that share memory (tied modules to save).
     tensors = {PREFIX + key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
     written = config.to_peft() | {"base_model_name_or_path": hf.base_name(model)}
     kept = config.quantization_settings() if isinstance(config, QLoRAConfig) else {}
-    kept["sha256"] = _checksum(tensors)
+    kept |= {"sha256": _checksum(tensors), "base": base}
     kept["settings"] = {key: value for key, value in written.items() if key not in _EDITABLE}
-    kept["base"] = fingerprint(model)
     weights = save(tensors, {"format": "pt", _METADATA_KEY: json.dumps(kept)})
     _replace_files(os.fspath(folder), weights, json.dumps(written, indent=2, sort_keys=True).encode())
 

@@ -201,10 +201,10 @@ def passes_on(model: nn.Module, name: str) -> bool:
     return not name.startswith(("save", "push_to"))
 
 
-def upload(folder: str, repo_id: str, card: str, private: bool | None, token: Any, **options: Any) -> Any:
-    """Upload a folder with an adapter to the hub; returns what ``HfApi.upload_folder`` does.
+def upload(model: nn.Module, folder: str, repo_id: str, private: bool | None, token: Any, **options: Any) -> Any:
+    """Upload a folder with an adapter for ``model`` to the hub; returns what ``HfApi.upload_folder`` does.
 
-    The repository is made if it is not there; ``card`` becomes its README.md if it has none.
+    The repository is made if it is not there, and gets a model card if it has none.
     """
     from huggingface_hub import HfApi
 
@@ -212,14 +212,14 @@ def upload(folder: str, repo_id: str, card: str, private: bool | None, token: An
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if not api.file_exists(repo_id, "README.md"):
         with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
-            file.write(card)
+            file.write(_model_card(model, repo_id))
     return api.upload_folder(repo_id=repo_id, folder_path=folder, **{"commit_message": "Upload adapter"} | options)
 
 
-def model_card(model: nn.Module, repo_id: str) -> str:
+def _model_card(model: nn.Module, repo_id: str) -> str:
     """The README.md of an adapter's repository."""
     base = base_name(model)
-    on_hub = base and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not os.path.exists(base)
+    on_hub = base and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", base) and not os.path.exists(base)
     of_base = f"base_model: {base}\n" if on_hub else ""
     return (
         f"---\n{of_base}library_name: peft\ntags:\n- lora\n- lowbit\n---\n\n# {repo_id}\n\n"

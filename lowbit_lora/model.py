@@ -370,8 +370,7 @@ class LoraModel(nn.Module):
         ours = {key: options.pop(key) for key in ("adapters_to_save", "save_embedding_layers") if key in options}
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **ours)
-            card = hf.model_card(self.model, repo_id)
-            return hf.upload(folder, repo_id, card, private, token, **options)
+            return hf.upload(self.model, folder, repo_id, private, token, **options)
 
     def load_adapter(
         self,

@@ -79,7 +79,7 @@ class Plan:
             config,
             target_modules=spelled_out(config, targets),
             modules_to_save=list(saved.values()) or None,
-            task_type=task_type,
+            task_type=config.task_type if listed else task_type,
         )
         self._weights = self._stored(config, targets, inside_saved, head_modules)
         self._fresh: dict[nn.Module, Adapted] = {}

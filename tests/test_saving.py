@@ -233,6 +233,173 @@ def test_a_file_that_does_not_fit_is_named_and_changes_nothing(tmp_path, spoil, 
     assert_untouched(base, before)
 
 
+def test_an_edited_config(tmp_path):
+    """A config of another adapter, or of another save, would scale or place the tensors in another way, unsaid."""
+    wrapped = trained(lora_alpha=16)
+    wrapped.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"lora_alpha": 32, "r": 4}))
+    with pytest.raises(OSError) as raised:
+        QLoRAModel.from_pretrained(bert(), tmp_path)
+    for name in (WEIGHTS, CONFIG, "lora_alpha is 16 there and 32 here", "r is 8 there and 4 here", "settings_from"):
+        assert name in str(raised.value)
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"lora_alpha": 32}))
+    doubled = QLoRAModel.from_pretrained(bert(), tmp_path, settings_from="config")
+    assert doubled.lora_config.scaling == 2 * wrapped.lora_config.scaling
+    same = QLoRAModel.from_pretrained(bert(), tmp_path, settings_from="weights")
+    assert torch.equal(logits(same), logits(wrapped))
+    # What PEFT's tools rewrite, or people on purpose, changes no meaning.
+    harmless = {"base_model_name_or_path": "there", "lora_dropout": 0.1, "task_type": None, "peft_version": "0.21.2"}
+    harmless |= {
+        "modules_to_save": ["classifier"],
+        "target_modules": config["target_modules"][::-1],
+        "layers_pattern": [],
+    }
+    (tmp_path / CONFIG).write_text(json.dumps(config | harmless))
+    assert torch.equal(logits(QLoRAModel.from_pretrained(bert(), tmp_path)), logits(wrapped))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_flipped_bit(tmp_path, dtype):
+    """Disks and copies fail: a value that changed has no other sign than the checksum."""
+    wrapped = trained().to(dtype)
+    wrapped.save_pretrained(tmp_path)
+    raw = bytearray((tmp_path / WEIGHTS).read_bytes())
+    for place in (-1, -2000, raw.index(b"lora_A")):
+        spoiled = bytearray(raw)
+        spoiled[place] ^= 4
+        (tmp_path / WEIGHTS).write_bytes(spoiled)
+        with pytest.raises(OSError, match=f"{WEIGHTS}.*corrupt.*checksum"):
+            QLoRAModel.from_pretrained(bert(), tmp_path)
+    (tmp_path / WEIGHTS).write_bytes(raw)
+    QLoRAModel.from_pretrained(bert(), tmp_path)
+
+
+class Opened(Exception):
+    pass
+
+
+class Bomb:
+    def __reduce__(self):
+        return exec, ("raise __import__('test_saving').Opened()",)
+
+
+def test_a_pickle_is_not_opened(tmp_path):
+    """A pickle runs what its author wants; people who trust theirs are told how to convert it."""
+    trained().save_pretrained(tmp_path)
+    os.remove(tmp_path / WEIGHTS)
+    torch.save({"key": Bomb()}, tmp_path / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match=f"{WEIGHTS}.*adapter_model.bin is a pickle.*save_file"):
+        QLoRAModel.from_pretrained(bert(), tmp_path)
+
+
+def test_keys_that_do_not_fit_on_purpose(tmp_path):
+    """strict=False says what is missing and unexpected, and takes the rest; shapes have to fit."""
+    trained().save_pretrained(tmp_path)
+    edit(tmp_path, lambda t: (t.pop(A_KEY), t.update(more=torch.zeros(1))))
+    for load in (
+        lambda **how: QLoRAModel.from_pretrained(bert(), tmp_path, **how),
+        lambda **how: QLoRAModel(bert(), QLoRAConfig()).load_adapter(tmp_path, "second", **how),
+    ):
+        with pytest.raises(ValueError, match=f"missing: {A_KEY}; unexpected: more"):
+            load()
+        with pytest.warns(UserWarning, match=f"missing: {A_KEY}; unexpected: more"):
+            load(strict=False)
+    edit(tmp_path, lambda t: t.update({A_KEY: torch.zeros(8, 31)}))
+    with pytest.raises(ValueError, match="another shape"):
+        QLoRAModel.from_pretrained(bert(), tmp_path, strict=False)
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    """Trainer's scripts call save_pretrained on every rank."""
+    trained().save_pretrained(tmp_path / "there", is_main_process=False, state_dict=None, safe_serialization=True)
+    assert not (tmp_path / "there").exists()
+
+
+def test_the_files_are_as_open_as_others(tmp_path):
+    """Who may read a folder may read the adapter in it: temporary files are often closed to others."""
+    (tmp_path / "plain").touch()
+    trained().save_pretrained(tmp_path / "adapter")
+    modes = {path.stat().st_mode for path in [tmp_path / "plain", *(tmp_path / "adapter").iterdir()]}
+    assert len(modes) == 1
+
+
+def compiled_layers(model):
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = torch.compile(layer, backend="eager")
+
+
+def checkpointed_layers(model):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = checkpoint_wrapper(layer)
+
+
+def fsdp1(model):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = FullyShardedDataParallel(layer, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def fsdp2(model):
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.model.layers:
+        fully_shard(layer)
+
+
+def inner_ddp(model):
+    model.model.layers[0] = torch.nn.parallel.DistributedDataParallel(model.model.layers[0])
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", [compiled_layers, checkpointed_layers, inner_ddp, fsdp1, fsdp2])
+@pytest.mark.parametrize("after", [True, False], ids=["after", "before"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_keys_of_wrappers_do_not_reach_the_file(tmp_path, one_process, wrap, after):
+    """An adapter whose keys say how it was trained loads nowhere else."""
+    config, base = LoraConfig(target_modules=["q_proj", "lm_head"]), llama()
+    if not after:
+        if wrap in (inner_ddp, fsdp1, fsdp2):
+            pytest.skip("adapters come before what shards or synchronizes parameters")
+        wrap(base)
+    wrapped = LoraModel(base, config)
+    with torch.no_grad():
+        for parameter in wrapped.trainable_parameters():
+            parameter.add_(0.1)
+    expected = {key: value.detach().clone() for key, value in wrapped.adapter_state_dict().items()}
+    if after:
+        wrap(base)
+    for model in (wrapped, torch.compile(wrapped, backend="eager")):
+        model.save_pretrained(tmp_path / "adapter")
+        saved = load_file(tmp_path / "adapter" / WEIGHTS)
+        assert saved.keys() == expected.keys()
+        assert all(torch.equal(saved[key], expected[key]) for key in saved)
+        again = LoraModel.from_pretrained(llama(), tmp_path / "adapter")
+        assert again.adapter_state_dict().keys() == expected.keys()
+
+
+def test_a_part_of_a_parameter_is_not_saved(tmp_path):
+    """Under ZeRO-3 and FSDP1 a rank has parts: a file of these looks whole and is not."""
+    wrapped = LoraModel(llama(), LoraConfig(target_modules=["q_proj"]))
+    wrapped.save_pretrained(tmp_path)
+    before = files(tmp_path)
+    for part in (torch.empty(0), torch.ones(5)):
+        wrapped.model.model.layers[1].self_attn.q_proj.lora_A["default"].weight.data = part
+        with pytest.raises(ValueError, match=r"layers\.1.*lora_A.*summon_full_params"):
+            wrapped.save_pretrained(tmp_path)
+    assert files(tmp_path) == before
+
+
 def test_no_such_folder(tmp_path):
     """A typo in a path is an OSError that shows the path, and never a call to the network."""
     with pytest.raises(FileNotFoundError, match="not_there"):
