@@ -128,7 +128,7 @@ def swap_values(
 
 @torch.no_grad()
 def add_weighted(
-    model: nn.Module, names: list[str], weights: list[float], new: str, config: LoraConfig, **options
+    model: nn.Module, names: list[str], weights: list[float], new: str, **options
 ) -> LoraConfig:
     """Add an adapter that stands for several to each layer that has one of them; returns its config.
 
@@ -165,5 +165,4 @@ def add_weighted(
         target_modules=sorted(made),
         rank_pattern=others,
         alpha_pattern=others,
-        task_type=config.task_type,
     )

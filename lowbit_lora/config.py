@@ -50,7 +50,7 @@ class LoraConfig:
         bias: which biases train: "none", "all", or "lora_only" (those of layers with LoRA).
         use_rslora: scaling is lora_alpha / sqrt(rank) (Kalajdzievski, 2023, arXiv 2312.03732).
         modules_to_save: modules of which a copy trains in full precision and is saved with the adapter. The head of a
-            transformers model for a task (classification, ...) is added by itself.
+            transformers model for a task (classification, ...) is added by itself, unless the list is empty.
         ensure_weight_tying: of a module to save whose weight another one shares (a tied ``lm_head``), train one copy
             for both. Otherwise the other one keeps the base's weight, as in PEFT.
         trainable_token_indices: rows of the embedding that train: indices, or {name of an embedding: indices}.
@@ -120,7 +120,7 @@ class LoraConfig:
         for name in ("modules_to_save", "target_parameters", "exclude_modules"):
             value = getattr(self, name)
             if value is not None and not (name == "exclude_modules" and isinstance(value, str)):
-                self._set(name, _names(name, value) or None)
+                self._set(name, _names(name, value))
         if self.trainable_token_indices is not None:
             self._set("trainable_token_indices", _token_indices(self.trainable_token_indices))
         pattern = self.layers_pattern

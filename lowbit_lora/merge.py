@@ -13,7 +13,7 @@ import lowbit
 from lowbit import QuantizedTensor
 from lowbit.modules import decoded_weights, replace_weights
 
-from .layers import Adapted, LoRABaseLayer, TrainedTokens
+from .layers import Adapted, LoRABaseLayer, SavedModule, TrainedTokens
 from .targets import adapted_modules
 from .wrap import swap
 
@@ -73,9 +73,13 @@ def merge_all(
     names = tuple(names)
     parts = adapted_modules(model)
     merged: dict[Adapted, dict[str, torch.Tensor]] = {}
+    trained: dict[torch.Tensor, torch.Tensor] = {}  # of modules to save: what tied ones share, they share afterwards
     survivals: list[Survival] = []
     for name, part in tqdm(parts.items(), "Merging", leave=False, disable=None):
         tensors = {} if isinstance(part, TrainedTokens) and part.tied_to else part.merged_tensors(names)
+        if isinstance(part, SavedModule) and tensors:
+            sources = part.adapter_tensors(part.check_active(names)[0])
+            tensors = {key: trained.setdefault(sources[key], tensor) for key, tensor in tensors.items()}
         if safe and not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError(f"{name}: expected finite merged weights, got NaN or inf")
         if isinstance(part, LoRABaseLayer) and "weight" in tensors:

@@ -154,7 +154,7 @@ class LoraModel(nn.Module):
         if len(names) != len(weights):
             raise ValueError(f"weights: expected {len(names)}, one for each adapter, got {len(weights)}")
         self.configs[name] = adapters.add_weighted(
-            self.model, names, list(weights), name, self.lora_config, method=method, **options
+            self.model, names, list(weights), name, method=method, **options
         )
 
     def set_adapter(self, names: str | Iterable[str]) -> None:

@@ -65,7 +65,7 @@ class Plan:
         self.model, self.name, self.is_first = model, name, first is None
         task_type, heads = hf.task_head(model, config.task_type)
         wanted = list(config.modules_to_save or [])
-        if not listed and self.is_first:
+        if not listed and config.modules_to_save != []:
             wanted += [head for head in heads if head not in wanted]
         saved = find_saved(model, wanted, may_be_missing=None if listed else hf.automatic_names(config.task_type))
         inside_saved = {sub for module in saved for sub in base_of(module).modules()}
@@ -78,7 +78,8 @@ class Plan:
             config,
             target_modules=spelled_out(config, targets),
             modules_to_save=list(saved.values()) or None,
-            task_type=task_type,
+            # With a task PEFT would look for a head in the file.
+            task_type=None if config.modules_to_save == [] else task_type,
         )
         self._weights = self._stored(config, targets, inside_saved, head_modules)
         self._fresh: dict[nn.Module, Adapted] = {}
@@ -116,12 +117,6 @@ class Plan:
         """A quantized parameter for each weight that the config stores so."""
         if not isinstance(config, QLoRAConfig) or not self.is_first:
             return {}
-        quantized = [p for m in inside_saved for p in m._parameters.values() if isinstance(p, QuantizedTensor)]
-        if quantized:
-            raise ValueError(
-                "modules_to_save: expected dense weights, got a quantized one, which cannot train; leave the module "
-                "dense (skip=[...] of lowbit.quantize_)"
-            )
         fused = hf.read_by_fused_kernels(self.model)
         _check_not_fused(targets, fused)
         skipped = inside_saved | hf.kept_in_fp32(self.model) | fused.keys()
@@ -141,7 +136,10 @@ class Plan:
                 )
             part = module
         else:
-            part = kind(module, **options)
+            try:
+                part = kind(module, **options)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}") from error
             if isinstance(part, LoRABaseLayer):
                 share_hooks(module, part)
             self._fresh[module] = part.train(module.training)

@@ -83,10 +83,9 @@ def test_peft_dictionary_round_trip(**settings):
 @pytest.mark.parametrize(
     "setting",
     [
-        {"use_dora": True},
-        {"lora_bias": True},
+        {"layer_replication": [[0, 2]]},
         {"a_feature_of_next_year": "on"},
-        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "corda"},
         {"peft_type": "LOHA"},
     ],
 )

@@ -7,8 +7,9 @@ from torch import nn
 
 from lowbit import QuantizedTensor
 from lowbit_lora import LoraConfig, LoraModel, QLoRAConfig, QLoRAModel
-from lowbit_lora import dense as dense_module
-from lowbit_lora.dense import FrozenLinear, frozen_linear
+from lowbit_lora.dense import FrozenLinear
+from lowbit.ops import dense as dense_module
+from lowbit.ops.dense import frozen_linear
 
 
 @pytest.fixture(autouse=True)

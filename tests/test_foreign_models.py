@@ -173,7 +173,7 @@ class ByKeyword(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layers_are_called_by_keyword(model_type, config_type, targets, dtype, monkeypatch):
     """A replaced layer, LoRA's or a frozen 16-bit head, must not rename the argument of what it replaces."""
-    from lowbit_lora import dense
+    from lowbit.ops import dense
 
     monkeypatch.setattr(dense, "_slow_in_16_bits", lambda: True)
     model, x = ByKeyword().to(dtype), torch.randn(40, 32).to(dtype)

@@ -55,11 +55,11 @@ def test_a_merge_that_fails_changes_nothing(monkeypatch):
     expected, before = logits(wrapped), snapshot(wrapped.get_base_model())
     real, calls = LoRALinear.merged_weight, []
 
-    def failing(layer):
+    def failing(layer, names):
         calls.append(layer)
         if len(calls) == 5:
             raise MemoryError("no more")
-        return real(layer)
+        return real(layer, names)
 
     monkeypatch.setattr(LoRALinear, "merged_weight", failing)
     with pytest.raises(MemoryError):
@@ -90,7 +90,8 @@ def test_head_trains_in_fp32_in_a_16_bit_model(dtype):
 
 def test_tied_embeddings_stay_tied_when_saved_whole():
     """Training an embedding but not the head tied to it would silently untie the two."""
-    wrapped = QLoRAModel(llama(tied=True).bfloat16(), QLoRAConfig(modules_to_save=["embed_tokens"]))
+    config = QLoRAConfig(modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    wrapped = QLoRAModel(llama(tied=True).bfloat16(), config)
     model = wrapped.get_base_model()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.lm_head.weight.dtype == torch.float32

@@ -98,7 +98,7 @@ class LoRABaseLayer(Adapted):
     @classmethod
     def _check_base(cls, module: nn.Module) -> None:
         if not isinstance(module, cls.base_type):
-            raise TypeError(f"base_layer: expected a torch.nn.{cls.base_type.__name__}, got {type(module).__name__}")
+            raise TypeError(f"base_layer: expected a torch.nn.{cls.base_type.__name__}, got a {type(module).__name__}")
         if module.weight.numel() == 0:
             raise ValueError(f"base_layer: expected at least one weight, got shape {tuple(module.weight.shape)}")
 
@@ -341,6 +341,7 @@ class LoRABaseLayer(Adapted):
             ValueError: adapters are merged already; ``safe`` and the merged weight is not finite. Nothing has changed.
         """
         names = self.active if names is None else tuple(names)
+        self._check_names(names)
         if self.merged:
             raise ValueError(f"adapters: expected none that is merged, got {', '.join(self.merged)}; call unmerge()")
         merged = self.merged_tensors(names)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit import QuantizedTensor
+
 from .adapted import Adapted
 
 #: Where nn.Module keeps the hooks of a module.
@@ -30,6 +32,11 @@ class SavedModule(Adapted):
     def __init__(self, module: nn.Module):
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             raise TypeError(f"modules_to_save: expected modules that are called, got a {type(module).__name__}")
+        if any(isinstance(parameter, QuantizedTensor) for parameter in module.parameters()):
+            raise ValueError(
+                "expected a module with dense weights in modules_to_save, got a quantized one, which cannot train; leave "
+                "it dense (skip=[...] of lowbit.quantize_)"
+            )
         super().__init__()
         self.original_module = module
         self.modules_to_save = nn.ModuleDict()
