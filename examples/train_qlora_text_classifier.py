@@ -15,7 +15,6 @@ for options or files that cannot be used.
 import argparse
 import importlib.util
 import json
-import platform
 import sys
 import time
 from pathlib import Path
@@ -27,7 +26,7 @@ import torch
 from classifier_data import DataError
 from classifier_options import DEFAULT_LR, add_training_options, check_training_options, local_or_hub_model
 from classifier_plots import plot_history
-from classifier_report import print_results
+from classifier_report import print_results, run_facts
 from model_memory import base_bytes, peak_memory_bytes
 
 BUNDLED_MODEL = "bundled-minilm"
@@ -147,40 +146,17 @@ def run(options: argparse.Namespace) -> dict:
     folder = save(model, options)
     again = load_again(folder, data.labels, tokenizer.pad_token_id, options).to(options.device)
     results = {
-        "method": options.method,
-        "model": options.model,
-        "dataset": options.dataset,
+        **run_facts(options, dense_bytes, model, history),
         "labels": list(data.labels),
         "train_rows": len(train_rows),
         "test_rows": len(test_rows),
-        "rank": None if options.method == "full" else options.rank,
-        "epochs": options.epochs,
-        "batch_size": options.batch_size,
-        "lr": options.lr,
         "max_length": options.max_length,
-        "seed": options.seed,
         "accuracy_before": before,
         "accuracy_after": classifier_training.accuracy(logits, test_rows.labels),
-        "accuracy_by_step": history.accuracy,
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "base_parameters": dense_bytes.parameters,
-        "base_bytes_dense": dense_bytes.total,
-        "base_bytes_stored": base_bytes(model).total,
-        "target_bytes_dense": base_bytes(model).quantized_dense,
-        "target_bytes_stored": base_bytes(model).quantized,
         "saved_bytes": classifier_model.folder_bytes(folder),
         "wrap_seconds": wrap_seconds,
         "peak_memory_bytes": peak,
-        "median_step_seconds": history.median_step_seconds,
-        "train_seconds": history.train_seconds,
-        "losses": history.losses,
         "reload": classifier_training.compare(logits, predict(again)),
-        "machine": {
-            "platform": platform.platform(),
-            "device": options.device,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        },
     }
     if options.method != "full":
         results["merge"] = classifier_training.compare(logits, predict(again.merge_and_unload()))
@@ -198,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print_results(results, options.output)
+    print_results(results, options.output, "texts")
     return classifier_model.exit_status(results)
 
 
