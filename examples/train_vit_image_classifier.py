@@ -51,7 +51,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default=vision_bundled.ENCODER, help="bundled-dinov2-small, a local model folder or a hub name")
     add("--dataset", default=vision_bundled.DIGITS, help="digits (1,000 to train and 500 to test if no sizes are "
-        "given), a folder with a folder of images per label, or with train/ and test/ of such, or a hub name")  # fmt: skip
+        "given), a folder with one folder of images per label, or train/ and test/ of such, or a hub name")  # fmt: skip
     add("--image-column", default="image", help="column of a hub data set that holds the image")
     add("--label-column", default="label", help="column of a hub data set that holds the label")
     add("--image-size", type=int, default=None, help="side in pixels that images are resized to (default: "

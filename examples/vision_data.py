@@ -26,7 +26,7 @@ DIGITS_SIZES = (1000, 500)
 class Dataset:
     """Images and label ids, split once, with the names of the labels in the order of their ids.
 
-    An image is an array (uint8, height x width), a path, or a pair of a hub split and a row number.
+    An image is an array (uint8, height x width), a path, or a hub split with a row number and a column.
     """
 
     name: str
@@ -117,7 +117,8 @@ def read_image(image: Any) -> np.ndarray:
         except OSError as error:
             raise DataError(f"{image}: expected an image, got a file that Pillow cannot read: {error}") from error
     else:
-        opened = image[0][image[1]]
+        split, row, column = image
+        opened = split[row][column]  # decodes this row only
     return np.asarray(opened.convert("RGB"))
 
 
@@ -152,11 +153,10 @@ def _from_hub(source: str, image_column: str, label_column: str) -> Dataset:
     def rows(name: str) -> list[tuple[Any, str]]:
         split = splits[name]
         check_columns(source, split, {"--image-column": image_column, "--label-column": label_column})
-        images = split[image_column]  # a lazy column: an image is decoded when its row is asked for
         names = getattr(split.features[label_column], "names", None)
         # Hub test splits without public labels mark them -1.
         numbered = ((i, y) for i, y in enumerate(split[label_column]) if y is not None and y != -1)
-        return [((images, i), names[y] if names else str(y)) for i, y in numbered]
+        return [((split, i, image_column), names[y] if names else str(y)) for i, y in numbered]
 
     for name in ("test", "validation"):
         if name in splits and (found := rows(name)):
