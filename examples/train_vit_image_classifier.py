@@ -134,6 +134,8 @@ def run(options: argparse.Namespace) -> dict:
         return classifier_model.load_base("AutoModelForImageClassification", path, data.labels, seed)
 
     base = load_base(options.seed).to(options.device)
+    if not isinstance(getattr(base, "classifier", None), torch.nn.Module):
+        raise DataError(f"--model: expected a model whose head is named classifier, got a {type(base).__name__}")
     targets = find_targets(base, options.targets)
     extra = forward_options(base, preprocessing.size)
     train_rows, test_rows = (vision_data.ImageRows(rows, preprocessing, extra) for rows in (data.train, data.test))

@@ -174,4 +174,6 @@ def _from_rows(name: str, train: list[tuple[Any, str]], test: list[tuple[Any, st
         test, train = train[:cut], train[cut:]
     else:
         random.Random(SPLIT_SEED).shuffle(test)
+    if not train:
+        raise DataError(f"{name}: expected training images, got only {len(test)} test images")
     return Dataset(name, labels, [(x, ids[y]) for x, y in train], [(x, ids[y]) for x, y in test])

@@ -79,12 +79,14 @@ def _draw_samples(figure, images: list, labels, predicted, probability, names) -
         color = RIGHT if right else WRONG
         frame = Rectangle((-0.5, -0.5), width, height, fill=False, edgecolor=color, linewidth=3, clip_on=False)
         axes.add_patch(frame)
-        name = names[predicted[i]] if right else f"{names[predicted[i]]}, is {names[labels[i]]}"
+        name = names[predicted[i]] if right else f"{names[labels[i]]} → {names[predicted[i]]}"
         axes.set_title(f"{_short(name)}  {probability[i]:.0%}", fontsize=9, color=color, pad=5)
     errors = int((labels != predicted).sum())
     shown = sum(bool(labels[i] != predicted[i]) for i in chosen)
-    heading = f"{shown} of {errors} errors, and {len(chosen) - shown} right ones, with the model's probability"
-    figure.text(0.5, 0.895, heading, ha="center", fontsize=11, color=INK)
+    heading = (
+        f"{shown} of {errors} errors (true → predicted), {len(chosen) - shown} right ones; the model's probability"
+    )
+    figure.text(0.5, 0.882, heading, ha="center", fontsize=11, color=INK)
 
 
 def _short(name: str, longest: int = 22) -> str:

@@ -9,7 +9,9 @@ from tqdm import tqdm
 def features(model, rows: Rows, batch_size: int, device: str) -> torch.Tensor:
     """Return what the model's head reads (float32, rows x features), in the order of `rows`."""
     found = []
-    hook = model.classifier.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].float().cpu()))
+    hook = model.classifier.register_forward_pre_hook(
+        lambda _, inputs: found.append(inputs[0].float().flatten(1).cpu())
+    )
     was_training = model.training
     model.eval()
     try:
