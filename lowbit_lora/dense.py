@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lowbit import QuantizedTensor
 from lowbit.ops.linear import rows
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -93,7 +94,9 @@ class FrozenLinear(nn.Linear):
 def adopt(model: nn.Module) -> None:
     """Turn each plain nn.Linear with a frozen 16-bit weight into a FrozenLinear, in place: weights stay tied."""
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype in _SIXTEEN_BITS and not module.weight.requires_grad:
+        if type(module) is not nn.Linear or isinstance(module.weight, QuantizedTensor):  # which has kernels of its own
+            continue
+        if module.weight.dtype in _SIXTEEN_BITS and not module.weight.requires_grad:
             module.__class__ = FrozenLinear
 
 

@@ -5,6 +5,7 @@ import torch
 from cases import assert_within, product_tolerance
 from torch import nn
 
+from lowbit import QuantizedTensor
 from lowbit_lora import LoraConfig, LoraModel, QLoRAConfig, QLoRAModel
 from lowbit_lora import dense as dense_module
 from lowbit_lora.dense import FrozenLinear, frozen_linear
@@ -83,3 +84,10 @@ def test_a_weight_that_trains_is_left_to_torch():
     layer = FrozenLinear(4, 3).bfloat16()
     layer(torch.ones(20, 4, dtype=torch.bfloat16)).sum().backward()
     assert layer.weight.grad is not None
+
+
+def test_a_quantized_layer_keeps_its_own_product():
+    """It would be decoded piece by piece, which takes many times as long."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)).bfloat16()
+    wrapped = QLoRAModel(model, QLoRAConfig(target_modules=["0"]))
+    assert type(wrapped.model[1]) is nn.Linear and isinstance(wrapped.model[1].weight, QuantizedTensor)
