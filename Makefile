@@ -88,10 +88,12 @@ prove-native: run-neon run-avx512
 	$(PYTHON) tools/native_proofs.py --record $(NEON_PROOF)
 	$(PYTHON) tools/native_proofs.py --record $(AVX512_PROOF)
 
-# The kernels of the plain driver are those that were compiled for the installed extension.
+# The kernels of the plain driver are those that were compiled for the installed extension, by the environment's Python:
+# another Python's build leaves a folder of its own.
 build/native/driver: tests/native/driver.cpp .venv-test/package.stamp
 	mkdir -p $(@D)
-	$(CXX) -O2 $(DRIVER_FLAGS) -o $@ $< build/temp.*/csrc/cpu/isa/*.o
+	$(CXX) -O2 $(DRIVER_FLAGS) -o $@ $< \
+	build/temp.*-$$(.venv-test/bin/python -c "import sys; print(sys.implementation.cache_tag)")/csrc/cpu/isa/*.o
 
 build/native/driver-sanitized: $(DRIVER_SOURCES) $(SOURCES)
 	mkdir -p $(@D)
