@@ -70,8 +70,13 @@ native-test: build/native/driver build/native/driver-sanitized
 build/native/driver build/native/driver-sanitized build/native/driver-neon build/native/driver-avx512: $(wildcard tests/native/*.h)
 
 # What runs under an emulator is executed if it is new, and one time in ten. `make prove` executes and records it.
-NEON_PROOF := neon "$(DRIVER_FLAGS)" $(ARM_CXX) qemu-aarch64
-AVX512_PROOF := avx512 "$(DRIVER_FLAGS)" $(CXX) /usr/include/simde/simde-common.h
+ARM_CXX := aarch64-linux-gnu-g++
+NEON_FLAGS := -O2 -static $(DRIVER_FLAGS)
+# This does not use the compiler's own AVX-512: it has no -m option, and leaves out the kernels of other CPUs and the
+# choice among them. The disabled warning is about a loop that GCC proves dead and unrolls all the same.
+AVX512_FLAGS := -O1 $(DRIVER_FLAGS) -Wno-psabi -Wno-aggressive-loop-optimizations -fsanitize=address -I tests/native/simde
+NEON_PROOF := neon "$(NEON_FLAGS)" $(ARM_CXX) qemu-aarch64
+AVX512_PROOF := avx512 "$(AVX512_FLAGS)" $(CXX) /usr/include/simde/simde-common.h
 neon-test:
 	@$(PYTHON) tools/native_proofs.py $(NEON_PROOF) || $(MAKE) run-neon
 
@@ -99,23 +104,19 @@ build/native/driver-sanitized: $(DRIVER_SOURCES) $(SOURCES)
 	mkdir -p $(@D)
 	$(CXX) $(SANITIZED_FLAGS) $(DRIVER_FLAGS) -fsanitize=address,undefined -fno-sanitize-recover=all -o $@ $(DRIVER_SOURCES)
 
-ARM_CXX := aarch64-linux-gnu-g++
 build/native/driver-neon: $(DRIVER_SOURCES) $(SOURCES)
 	@command -v $(ARM_CXX) > /dev/null && command -v qemu-aarch64 > /dev/null || { echo "neon-test needs $(ARM_CXX) and qemu-aarch64: \
 	apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }
 	mkdir -p $(@D)
-	$(ARM_CXX) -O2 -static $(DRIVER_FLAGS) -o $@ $(DRIVER_SOURCES)
+	$(ARM_CXX) $(NEON_FLAGS) -o $@ $(DRIVER_SOURCES)
 
-# This does not use the compiler's own AVX-512: it has no -m option, and leaves out the kernels of other CPUs and the
-# choice among them. The disabled warning is about a loop that GCC proves dead and unrolls all the same.
 AVX512_SOURCES := tests/native/driver.cpp tests/native/simde/available_kernels.cpp \
 	csrc/cpu/isa/avx512bf16.cpp csrc/cpu/isa/avx512.cpp csrc/cpu/isa/scalar.cpp
 build/native/driver-avx512: $(AVX512_SOURCES) tests/native/simde/immintrin.h $(SOURCES)
 	@echo '#include <simde/x86/avx512.h>' | $(CXX) -E -x c++ - > /dev/null 2>&1 || { echo "avx512-test needs SIMDe's headers: \
 	apt-get install libsimde-dev"; exit 1; }
 	mkdir -p $(@D)
-	$(CXX) -O1 $(DRIVER_FLAGS) -Wno-psabi -Wno-aggressive-loop-optimizations -fsanitize=address -I tests/native/simde \
-	-o $@ $(AVX512_SOURCES)
+	$(CXX) $(AVX512_FLAGS) -o $@ $(AVX512_SOURCES)
 
 headers-test: .venv-test/torch.stamp
 	.venv-test/bin/python tools/check_headers.py
