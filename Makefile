@@ -11,8 +11,8 @@ TEST_ARGS ?= -q
 # All that is compiled or installed. A change in one of these makes the next call install the package again.
 SOURCES := setup.py pyproject.toml $(shell find lowbit lowbit_lora csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-fast prove prove-native native-test neon-test run-neon avx512-test run-avx512 headers-test
-.PHONY: wheel-cuda lint format clean
+.PHONY: help demo test test-fast prove prove-native native-test run-native run-sanitized neon-test run-neon avx512-test
+.PHONY: run-avx512 headers-test wheel-cuda lint format clean
 .DELETE_ON_ERROR:
 .SECONDARY:  # keep the stamps that pattern rules make
 
@@ -63,8 +63,13 @@ DRIVER_FLAGS := -std=c++20 -Wall -ffp-contract=off -pthread
 # With -g the sanitizers name lines and not only functions, but compiling takes half as long again:
 # make native-test SANITIZED_FLAGS="-O1 -g"
 SANITIZED_FLAGS := -O1
-native-test: build/native/driver build/native/driver-sanitized
+# In two targets, so that make -j runs one while the other, or the package, is still being compiled.
+native-test: run-native run-sanitized
+
+run-native: build/native/driver
 	build/native/driver
+
+run-sanitized: build/native/driver-sanitized
 	build/native/driver-sanitized
 
 build/native/driver build/native/driver-sanitized build/native/driver-neon build/native/driver-avx512: $(wildcard tests/native/*.h)
