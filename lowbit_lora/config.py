@@ -105,6 +105,9 @@ class LoraConfig:
 
     def __post_init__(self):
         check_lora_options(self.rank, self.lora_alpha, self.lora_dropout)
+        for name, field in self.__dataclass_fields__.items():
+            if isinstance(field.default, bool) and not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         self._check_init()
         if self.bias not in BIAS_MODES:
             raise ValueError(f"bias: expected one of {', '.join(BIAS_MODES)}, got {self.bias!r}")

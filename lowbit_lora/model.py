@@ -278,6 +278,24 @@ class LoraModel(nn.Module):
         """The parameters that train, for an optimizer."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def optimizer_groups(
+        self, lr: float, *, weight_decay: float = 0.0, lora_plus_ratio: float = 1.0
+    ) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer: what trains, with LoRA+'s learning rate for B, biases without decay.
+
+        Args:
+            lr: of A, and of all that is not LoRA.
+            weight_decay: of what has at least two dimensions.
+            lora_plus_ratio: B's learning rate over A's; LoRA+ proposes about 16 (Hayou et al., 2024, arXiv 2402.12354).
+        """
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                is_b = ".lora_B." in name or ".lora_embedding_B." in name
+                decay = weight_decay if parameter.dim() > 1 and ".lora_magnitude_vector." not in name else 0.0
+                groups.setdefault((lr * lora_plus_ratio if is_b else lr, decay), []).append(parameter)
+        return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+
     def count_parameters(self) -> tuple[int, int]:
         """``(trainable, all)``; a 4-bit weight counts as the number of weights it stores."""
         trainable = sum(parameter.numel() for parameter in self.trainable_parameters())

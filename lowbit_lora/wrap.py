@@ -7,7 +7,6 @@ in the first phase, when the model has not been touched.
 import dataclasses
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -23,7 +22,7 @@ from .init import initial_factors, is_decomposing
 from .layers import DEFAULT, Adapted, Adapter, LoRABaseLayer, SavedModule, TrainedTokens, layer_class, share_hooks
 from .targets import adapted_modules, base_of, check_patterns, find_saved, find_targets, pattern_value, walk
 
-#: Dense weights from this size on are named by the line that wrapping prints.
+#: Dense weights of so many bytes are named by the line that wrapping prints.
 _LARGE = 2**20
 
 
@@ -129,6 +128,7 @@ class Plan:
 
     def _part(self, module: nn.Module, name: str, kind: type[Adapted], **options) -> Adapted:
         """The place for the adapter at a module: what is there already, or a new one."""
+        module = self._fresh.get(module, module)
         if isinstance(module, Adapted):
             if not isinstance(module, kind):
                 raise TypeError(
@@ -203,6 +203,11 @@ class Plan:
                     continue
                 if isinstance(part, TrainedTokens):
                     tied = self._fresh.get(module, module)
+                    if isinstance(tied, Adapted) and not isinstance(tied, TrainedTokens):
+                        raise ValueError(
+                            f"trainable_token_indices: expected {other}, which is tied to {name}, without an adapter of "
+                            "another kind"
+                        )
                     if not isinstance(tied, Adapted):
                         self.parts[other] = self._fresh[module] = TrainedTokens(module, tied_to=part)
                 elif self.config.ensure_weight_tying:
@@ -366,20 +371,27 @@ def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
 
 
 def storage_summary(model: nn.Module) -> str:
-    """One line: how many bytes hold quantized weights, and which large weights are dense."""
-    stored, large = {}, Counter()
-    for _, module in walk(model):
-        for key, parameter in base_of(module)._parameters.items():
+    """One line: how many bytes hold quantized weights, and which large weights are dense, and why."""
+    stored, large = {}, {}
+    heads = {base_of(module) for module in [hf.output_embedding(model)] if module is not None}
+    kept = hf.kept_in_fp32(model)
+    for module, name in unique(walk(model)):
+        base = base_of(module)
+        for key, parameter in [*base._parameters.items()] if not isinstance(module, SavedModule) else []:
             if isinstance(parameter, QuantizedTensor):
                 stored[id(parameter)] = parameter
-            elif parameter is not None and parameter.numel() >= _LARGE:
-                large[f"{type(base_of(module)).__name__}.{key}"] += parameter.nbytes
-    dense_bytes = sum(parameter.numel() * parameter.dtype.itemsize for parameter in stored.values())
+            elif parameter is not None and parameter.nbytes >= _LARGE:
+                why = "embedding" if isinstance(base, nn.Embedding) else f"of a {type(base).__name__}"
+                why = "head" if base in heads else "kept in fp32" if base in kept else why
+                large[id(parameter)] = f"{name}.{key} ({parameter.nbytes / 2**20:,.0f} MiB, {why})"
+        if isinstance(module, SavedModule):
+            large[id(module)] = f"{name} (trains whole)"
+    wide = sum(parameter.numel() * parameter.dtype.itemsize for parameter in stored.values())
     small = sum(parameter.nbytes for parameter in stored.values())
-    text = f"lowbit: {len(stored)} weights of {dense_bytes / 2**20:,.1f} MiB are stored in {small / 2**20:,.1f} MiB"
-    if large:
-        text += "; dense: " + ", ".join(f"{name} ({size / 2**20:,.1f} MiB)" for name, size in large.most_common(5))
-    return text
+    dense_names = [*large.values()]
+    more = f" and {len(dense_names) - 5} more" if len(dense_names) > 5 else ""
+    text = f"lowbit: {len(stored)} weights of {wide / 2**20:,.1f} MiB take {small / 2**20:,.1f} MiB"
+    return text + (f"; dense: {', '.join(dense_names[:5])}{more}" if dense_names else "")
 
 
 def print_storage(model: nn.Module) -> None:

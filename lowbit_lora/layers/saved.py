@@ -120,7 +120,7 @@ class SavedModule(Adapted):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("original_module", "modules_to_save") or "modules_to_save" not in self.__dict__["_modules"]:
+            if "modules_to_save" not in self.__dict__.get("_modules", {}):  # half made, as while it is unpickled
                 raise
             return getattr(self.current(), name)
 

@@ -109,6 +109,6 @@ class TrainedTokens(Adapted):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "original_module" or "original_module" not in self.__dict__["_modules"]:
+            if "original_module" not in self.__dict__.get("_modules", {}):  # half made, as while it is unpickled
                 raise
             return getattr(self.original_module, name)
