@@ -11,6 +11,7 @@ from torch import nn
 
 from . import adapters, files, merge
 from .config import LoraConfig, QLoRAConfig
+from .init import is_decomposing
 from .layers import DEFAULT, Adapted, LoRABaseLayer, RowAdapters
 from .targets import adapted_modules
 from .wrap import Plan, print_storage, set_trainable, swap
@@ -474,8 +475,20 @@ class LoraModel(nn.Module):
         return self._released()
 
     def unload(self) -> nn.Module:
-        """The base without any adapter, as it is stored. This wrapper is spent afterwards."""
+        """The base without any adapter. This wrapper is spent afterwards.
+
+        Raises:
+            ValueError: the factors were taken out of a quantized base (PiSSA, OLoRA), which holds what they left.
+        """
+        if is_decomposing(self._first.init_lora_weights) and isinstance(self._first, QLoRAConfig):
+            raise ValueError(
+                f"unload: expected a base as it was, but init_lora_weights={self._first.init_lora_weights!r} took the "
+                "factors out of it before it was quantized; use merge_and_unload"
+            )
         self.unmerge_adapter()
+        for part in self._parts().values():
+            if isinstance(part, LoRABaseLayer):
+                part.put_back_initial()
         swap(self.model, {part: part.base for part in self._parts().values()})
         return self._released()
 

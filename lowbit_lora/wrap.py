@@ -352,7 +352,8 @@ class Restore:
         if self.checkpointing:
             hf.disable_checkpointing(model)
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
+            if not isinstance(parameter, QuantizedTensor):  # which is frozen
+                parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
 
 
 def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:

@@ -389,3 +389,46 @@ def test_a_wrong_combination_changes_nothing():
     with pytest.raises(ValueError, match="expected 2, one for each adapter, got 1"):
         wrapped.add_weighted_adapter(["default", "b"], [1], "sum")
     assert_untouched(wrapped, before)
+
+
+@kinds
+def test_hot_swapping_keeps_the_memory(tmp_path, model_type, config_type):
+    """A CUDA graph, or a server's compiled model, computes with the addresses it has seen."""
+    wrapped = two(model_type, config_type)
+    smaller = randomize(model_type(bert(), config_type(rank=3, lora_alpha=5, target_modules=["query"], modules_to_save=[])))
+    smaller.save_pretrained(tmp_path)
+    pointers = {name: p.data_ptr() for name, p in wrapped.named_parameters() if ".lora_" in name}
+    scalings = [layer.adapters["default"] for layer in lora_layers(wrapped) if "default" in layer.adapters]
+    wrapped.load_adapter(tmp_path, "default")
+    torch.testing.assert_close(logits(wrapped), logits(smaller), rtol=1e-5, atol=1e-6)
+    assert {name: p.data_ptr() for name, p in wrapped.named_parameters() if ".lora_" in name} == pointers
+    assert scalings == [layer.adapters["default"] for layer in lora_layers(wrapped) if "default" in layer.adapters]
+
+
+def test_hot_swapping_what_does_not_fit_changes_nothing(tmp_path):
+    """Half of another adapter would answer."""
+    wrapped = two()
+    LoraModel(bert(), LoraConfig(rank=16, target_modules=["query"], modules_to_save=[])).save_pretrained(tmp_path / "rank")
+    LoraModel(bert(), LoraConfig(rank=2, target_modules=["key"], modules_to_save=[])).save_pretrained(tmp_path / "key")
+    before = snapshot(wrapped)
+    with pytest.raises(ValueError, match=r"query.*at most the shape \(8, 32\).*\(16, 32\)"):
+        wrapped.load_adapter(tmp_path / "rank", "default")
+    with pytest.raises(ValueError, match="unexpected.*key"):
+        wrapped.load_adapter(tmp_path / "key", "default")
+    assert_untouched(wrapped, before)
+
+
+def test_lora_plus_groups():
+    """B would train at A's rate, or biases be decayed."""
+    wrapped = LoraModel(bert(), LoraConfig(target_modules=["query"], bias="all"))
+    groups = wrapped.optimizer_groups(1e-4, weight_decay=0.1, lora_plus_ratio=16)
+    names = {p: name for name, p in wrapped.named_parameters()}
+    assert sorted(names[p] for group in groups for p in group["params"]) == sorted(
+        name for name, p in wrapped.named_parameters() if p.requires_grad
+    )
+    for group in groups:
+        for parameter in group["params"]:
+            is_b = ".lora_B." in names[parameter]
+            assert group["lr"] == pytest.approx(16e-4 if is_b else 1e-4)
+            assert group["weight_decay"] == (0.1 if parameter.dim() > 1 else 0.0)
+    torch.optim.AdamW(groups).step()

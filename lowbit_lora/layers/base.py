@@ -357,6 +357,15 @@ class LoRABaseLayer(Adapted):
         self.base_layer._parameters.update(self._unmerged)
         self._unmerged, self.merged = {}, ()
 
+    @torch.no_grad()
+    def put_back_initial(self) -> None:
+        """Add to a dense base the factors that were taken out of it at first."""
+        for name, (lora_a, lora_b) in self.initial.items():
+            product = self.adapters[name].scaling * (lora_b.float() @ lora_a.float())
+            weight = self.base_layer.weight
+            product = product.T if self.out_dim else product.view(weight.shape)
+            self.base_layer.weight = nn.Parameter((weight.float() + product).to(weight.dtype), requires_grad=False)
+
     def extra_repr(self) -> str:
         """What ``print`` shows of the layer."""
         return ", ".join(f"{name}: {adapter}" for name, adapter in self.adapters.items())
