@@ -19,6 +19,8 @@ class RowAdapters:
 class Adapted(nn.Module):
     """A module in whose place adapters compute: a layer with LoRA, one that is trained whole, or one with new rows.
 
+    For other code it looks like its base, whose attributes it shows.
+
     Attributes:
         adapters: name -> settings.
         active: names of the adapters that ``forward`` computes with; empty: it computes what the base does.
@@ -41,6 +43,19 @@ class Adapted(nn.Module):
     def base(self) -> nn.Module:
         """The module that adapters change."""
         raise NotImplementedError
+
+    def current(self) -> nn.Module:
+        """The module whose attributes this one shows as its own."""
+        return self.base
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules", {})  # empty while it is unpickled
+            if name.startswith("_") or not modules.keys() & {"base_layer", "original_module"}:
+                raise
+            return getattr(self.current(), name)
 
     def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """What an adapter's file holds for this module, by PEFT's keys below the module's name; empty without it."""

@@ -80,12 +80,15 @@ class LoRALinear(LoRABaseLayer):
 
     def _with_lora(self, input, lora_a, lora_b, scaling: float, dropout: float, with_bias: bool = True) -> torch.Tensor:
         """W input + scaling * B A dropout(input) + bias, in one product."""
-        weight, bias = self.base_layer.weight, self._bias(self.active) if with_bias else None
-        if not self.out_dim:
+        weight = self.base_layer.weight
+        # accelerate's hooks, for one, are in a forward of the instance, which therefore has to be called.
+        is_hooked = with_bias and "forward" in self.base_layer.__dict__
+        bias = self._bias(self.active, None if is_hooked else self.base_layer.bias) if with_bias else None
+        if not self.out_dim and not is_hooked:
             return lowbit.lora_linear(input, weight, lora_a, lora_b, scaling, bias, dropout, self.training)
-        if not isinstance(weight, QuantizedTensor):
+        if not isinstance(weight, QuantizedTensor) and not is_hooked:
             return lowbit.lora_linear(input, weight.T, lora_a, lora_b, scaling, bias, dropout, self.training)
-        y = input @ weight
+        y = self.base_layer(input) if is_hooked else input @ weight
         with without_autocast(input.device):
             t = F.linear(F.dropout(input, dropout, self.training).to(lora_a.dtype), lora_a)
             y = y + (scaling * F.linear(t, lora_b)).to(y.dtype)
@@ -100,7 +103,7 @@ class LoRALinear(LoRABaseLayer):
             scaled = [self.adapters[n].scaling * b for n, (_, b) in zip(together, factors, strict=True)]
             y = self._with_lora(input, torch.cat([a for a, _ in factors]), torch.cat(scaled, 1), 1.0, 0.0)
         else:
-            y = self._without_lora(input, self._bias(self.active))
+            y = self._without_lora(input, self._bias(self.active, self.base_layer.bias))
         for name in apart:
             adapter, (lora_a, lora_b) = self.adapters[name], self.factors(name)
             dropped = F.dropout(input, adapter.lora_dropout, self.training)
@@ -125,9 +128,8 @@ class LoRALinear(LoRABaseLayer):
         y = input @ weight
         return y if bias is None else y + bias.to(y.dtype)
 
-    def _bias(self, names: tuple[str, ...]) -> torch.Tensor | None:
-        """The base's bias and, times their scalings, those of B."""
-        bias = self.base_layer.bias
+    def _bias(self, names: tuple[str, ...], bias: torch.Tensor | None) -> torch.Tensor | None:
+        """``bias`` and, times their scalings, those of B."""
         for name in names:
             if self.adapters[name].lora_bias:
                 own = self.adapters[name].scaling * self.lora_B[name].bias

@@ -116,14 +116,6 @@ class SavedModule(Adapted):
                 y = y.index_copy(0, chosen, part)
         return y
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "modules_to_save" not in self.__dict__.get("_modules", {}):  # half made, as while it is unpickled
-                raise
-            return getattr(self.current(), name)
-
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, torch.Tensor):
