@@ -253,7 +253,12 @@ class QLoRAConfig(LoraConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self._set("quantization", check_quantization(self.quantization))
+        given = self.quantization
+        try:
+            self._set("quantization", QuantizationType(given.lower() if isinstance(given, str) else given))
+        except ValueError:
+            names = ", ".join(member.name for member in QuantizationType)
+            raise ValueError(f"quantization: expected one of {names}, got {given!r}") from None
         check_scale(self.scale, self.spec)
         if self.paged_adamw:
             raise NotImplementedError("paged_adamw: the paged optimizer is not implemented yet; expected False")
@@ -263,27 +268,11 @@ class QLoRAConfig(LoraConfig):
         """How a weight is stored."""
         return WeightSpec(self.quantization.value, self.block_size, self.double_quant)
 
-    def quantize_options(self) -> dict[str, Any]:
-        """The keywords of :func:`lowbit.quantize` that store a weight so."""
-        spec = self.spec
-        return {
-            "format": spec.format,
-            "block_size": spec.block_size,
-            "double_quant": spec.double_quant,
-            "scale": self.scale,
-        }
-
     def quantization_settings(self) -> dict[str, Any]:
         """The fields that PEFT's file has no place for, ready for JSON."""
-        return {
-            "quantization": self.quantization.value,
-            "double_quant": self.double_quant,
-            "block_size": self.block_size,
-            "scale": self.scale,
-            "quantize_head": self.quantize_head,
-            "quantize_embeddings": self.quantize_embeddings,
-            "loftq_iterations": self.loftq_iterations,
-        }
+        own = [name for name in self.__dataclass_fields__ if name not in LoraConfig.__dataclass_fields__]
+        settings = {name: getattr(self, name) for name in (*own, "loftq_iterations") if name != "paged_adamw"}
+        return settings | {"quantization": self.quantization.value}
 
 
 def check_lora_options(rank: int, lora_alpha: float, lora_dropout: float) -> None:
@@ -300,15 +289,6 @@ def check_lora_options(rank: int, lora_alpha: float, lora_dropout: float) -> Non
         raise TypeError(f"lora_dropout: expected a number, got {lora_dropout!r}")
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout: expected a probability in [0, 1), got {lora_dropout!r}")
-
-
-def check_quantization(quantization: "QuantizationType | str") -> QuantizationType:
-    """The QuantizationType of a name; ValueError if unknown."""
-    try:
-        return QuantizationType(quantization.lower() if isinstance(quantization, str) else quantization)
-    except (ValueError, AttributeError) as error:
-        names = ", ".join(member.name for member in QuantizationType)
-        raise ValueError(f"quantization: expected one of {names}, got {quantization!r}") from error
 
 
 def lora_scaling(rank: int, lora_alpha: float, use_rslora: bool) -> float:

@@ -12,9 +12,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-import lowbit
 from lowbit import QuantizedTensor
 from lowbit.modules import find_weights, quantized_weights, replace_weights
+from lowbit.quantizers.quantize import quantize_to
 
 from . import dense, hf
 from .config import LoraConfig, QLoRAConfig
@@ -69,7 +69,7 @@ class Plan:
         saved = find_saved(model, wanted, may_be_missing=None if listed else hf.automatic_names(config.task_type))
         inside_saved = {sub for module in saved for sub in base_of(module).modules()}
         head_modules = {base_of(module) for module in [hf.output_embedding(model)] if module is not None}
-        head_modules |= {sub for head in heads for sub in base_of(model.get_submodule(head)).modules()}
+        head_modules |= {sub for head in heads for sub in base_of(hf.unwrapped(model).get_submodule(head)).modules()}
         targets = find_targets(model, config, inside_saved | set(saved), head_modules, may_be_missing=listed)
         check_patterns(config, list(targets.values()))
         tokens = self._token_rows(config)
@@ -169,7 +169,7 @@ class Plan:
 
         def store(weight: torch.Tensor) -> torch.Tensor:
             stored = weight.T if layer.out_dim else weight.view(parameter.shape)
-            return lowbit.quantize(stored.contiguous(), **config.quantize_options())
+            return quantize_to(stored.contiguous(), config.spec, config.scale)
 
         def decoded(weight: torch.Tensor) -> torch.Tensor:
             decoded = store(weight).dequantize()

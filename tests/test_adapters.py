@@ -432,3 +432,27 @@ def test_lora_plus_groups():
             assert group["lr"] == pytest.approx(16e-4 if is_b else 1e-4)
             assert group["weight_decay"] == (0.1 if parameter.dim() > 1 else 0.0)
     torch.optim.AdamW(groups).step()
+
+
+def test_rows_follow_their_beams():
+    """Beam search repeats each row; the copies would be answered by other rows' adapters."""
+    wrapped = LoraModel(mlp(), LoraConfig(target_modules=["first", "second"], modules_to_save=["head"]))
+    wrapped.add_adapter("other", LoraConfig(target_modules=["first"], modules_to_save=["head"]))
+    randomize(wrapped)
+    x = torch.randn(2, 40)
+    with wrapped.adapters_by_row(["default", "other"]):
+        once, beams = wrapped(x), wrapped(x.repeat_interleave(3, 0))
+        torch.testing.assert_close(beams, once.repeat_interleave(3, 0))
+        with pytest.raises(ValueError, match="2 rows, one for each name.*got 3"):
+            wrapped(torch.randn(3, 40))
+
+
+def test_a_file_may_list_what_the_model_has_not(tmp_path):
+    """PEFT lists names for a whole family of models; a user who writes one that matches nothing has made a mistake."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["query", "q_proj"], task_type="SEQ_CLS")
+    theirs = peft.get_peft_model(bert(), config)
+    theirs.save_pretrained(tmp_path)
+    assert torch.equal(logits(LoraModel.from_pretrained(bert(), tmp_path)), logits(theirs.eval()))
+    with pytest.raises(ValueError, match="'q_proj' matches nothing"):
+        LoraModel(bert(), LoraConfig.from_peft(config))

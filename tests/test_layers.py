@@ -377,3 +377,26 @@ def test_bad_input_is_named(call, error, names):
 def test_the_name_of_the_adapter_is_pefts():
     """Keys in checkpoints and files are PEFT's, which calls an adapter "default"."""
     assert layers.DEFAULT == "default"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_dense_layer_in_16_bits_rounds_once(dtype):
+    """LoRA added after the product's rounding is rounded twice: 2.6e-3 of rms error in bf16 instead of 1.8e-3."""
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(512, 256, dtype=dtype), rank=8)
+    with torch.no_grad():
+        layer.factors()[1].normal_(std=0.02)
+    x = torch.randn(128, 512, dtype=dtype)
+    weight, bias = layer.base_layer.weight.double(), layer.base_layer.bias.double()
+    lora_a, lora_b = (factor.double() for factor in layer.factors())
+    exact = definition(x.double(), weight, bias, lora_a, lora_b, layer.adapter.scaling)
+    error = (layer(x).double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    once = (exact.to(dtype).double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert error < 1.15 * once
+
+
+def test_conv1d_is_called_by_its_own_keyword():
+    """transformers' Conv1D calls its input x: code that says so would fail once LoRA is on it."""
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D(6, 4)
+    layer, x = LoRALinear(conv1d, rank=2), torch.randn(3, 4)
+    assert torch.equal(layer(x=x), layer(x)) and torch.equal(layer(input=x), layer(x))

@@ -15,6 +15,19 @@ class RowAdapters:
     names: tuple[str, ...]
     index: torch.Tensor
 
+    def spread(self, first: int) -> torch.Tensor:
+        """The index for an input whose first dimension is the batch, or a multiple of it (beams, tokens) in its order.
+
+        Raises:
+            ValueError: ``first`` is no multiple of the number of rows.
+        """
+        if first % max(1, len(self.index)):
+            raise ValueError(
+                f"adapter_names: expected inputs with {len(self.index)} rows, one for each name, or a multiple of them in "
+                f"the first dimension, got {first}"
+            )
+        return self.index.repeat_interleave(first // max(1, len(self.index)))
+
 
 class Adapted(nn.Module):
     """A module in whose place adapters compute: a layer with LoRA, one that is trained whole, or one with new rows.

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-import lowbit
 from lowbit import QuantizedTensor
+from lowbit.quantizers.quantize import quantize_to
 
 from ..config import QLoRAConfig, check_lora_options, lora_scaling
 from ..init import RANDOM_METHODS, initial_factors
@@ -209,8 +209,9 @@ class LoRABaseLayer(Adapted):
         """What the base computes, plus what the adapters add, in the dtype of the base's output."""
         y = self.base_layer(input)
         if self.rows is not None:
+            index = self.rows.spread(len(input))
             for number, name in enumerate(self.rows.names):
-                chosen = (self.rows.index == number).nonzero().squeeze(1)
+                chosen = (index == number).nonzero().squeeze(1)
                 if name in self.adapters and len(chosen):
                     y = y.index_add(0, chosen, self._contribution(input[chosen], name, y[chosen]))
         elif not self.merged:
@@ -374,7 +375,8 @@ class LoRABaseLayer(Adapted):
 def stored(module: nn.Module, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """``module``, with its weight quantized as QLoRAConfig's options among ``options`` say, and the other options."""
     how = {name: options[name] for name in ("quantization", "double_quant", "block_size", "scale") if name in options}
-    weight = lowbit.quantize(module.weight.detach(), **QLoRAConfig(**how).quantize_options())
+    config = QLoRAConfig(**how)
+    weight = quantize_to(module.weight.detach(), config.spec, config.scale)
     module.weight = nn.Parameter(weight, requires_grad=False)
     return module, {name: value for name, value in options.items() if name not in how}
 

@@ -59,8 +59,12 @@ class LoRALinear(LoRABaseLayer):
         """W + scaling * B A, for code that reads the weight of a layer instead of calling the layer."""
         return self.merged_weight() if torch.compiler.is_compiling() else AdaptedWeight(self)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] -> [..., out_features] in the dtype of input (under autocast, in the autocast dtype)."""
+    def forward(self, input: torch.Tensor | None = None, *, x: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features] in the dtype of input (under autocast, in the autocast dtype).
+
+        ``x`` is what transformers' Conv1D calls its input.
+        """
+        input = x if input is None else input
         base = self._modules["base_layer"]
         if self.rows is not None:
             return self._each_row_with_its_adapter(input, self.rows)
@@ -143,7 +147,7 @@ class LoRALinear(LoRABaseLayer):
         if any(adapter and adapter.use_dora for adapter in known):
             raise ValueError("adapter_names: expected adapters without DoRA, whose norms are of the whole weight")
         tokens = input.reshape(-1, self.in_features)
-        index = rows.index.repeat_interleave(len(tokens) // max(1, len(rows.index)))
+        index = rows.spread(len(input)).repeat_interleave(len(tokens) // max(1, len(input)))
         order = index.argsort(stable=True)
         ends = torch.bincount(index, minlength=len(rows.names)).cumsum(0).to(torch.int32)
         dropped = self._dropped_by_row(tokens, index, known) if self.training else tokens
