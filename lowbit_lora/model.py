@@ -63,10 +63,15 @@ class LoraModel(nn.Module):
                 rows share one product with each weight of the base. Gradients reach each adapter from its rows.
 
         Raises:
-            ValueError: no adapter of a name, or adapters are merged.
+            ValueError: no adapter of a name, another number of names than rows, or adapters are merged.
         """
         if adapter_names is None:
             return self.model(*args, **kwargs)
+        sizes = [len(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim()]
+        if sizes and len(adapter_names) not in sizes:
+            raise ValueError(
+                f"adapter_names: expected one for each of the {sizes[0]} rows of the batch, got {len(adapter_names)}"
+            )
         with self.adapters_by_row(adapter_names):
             return self.model(*args, **kwargs)
 

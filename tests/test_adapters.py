@@ -347,10 +347,15 @@ def test_adapters_train_in_one_pass(model_type, config_type):
 
 
 def test_wrong_names_of_rows_are_told():
-    """A typo would be answered by the base."""
+    """A typo would be answered by the base, and a name too few by what was in memory."""
     wrapped = three(LoraModel, LoraConfig)
     with pytest.raises(ValueError, match="one of default, b, c, got 'd'"):
         wrapped(input_ids=IDS, adapter_names=["default", "d", "b"])
+    for names in (["b"], ["b"] * 2, ["b"] * 4, []):
+        with pytest.raises(ValueError, match=f"each of the 3 rows of the batch, got {len(names)}"):
+            wrapped(input_ids=IDS, adapter_names=names)
+    with pytest.raises(ValueError, match="got 2 for an input of 21 rows"), wrapped.adapters_by_row(["b"] * 2):
+        wrapped(input_ids=IDS)
     wrapped.merge_adapter()
     with pytest.raises(ValueError, match="unmerge"):
         wrapped(input_ids=IDS, adapter_names=["b"] * 3)

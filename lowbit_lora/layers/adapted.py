@@ -15,6 +15,17 @@ class RowAdapters:
     names: tuple[str, ...]
     index: torch.Tensor
 
+    def spread(self, count: int) -> torch.Tensor:
+        """``index`` for an input of ``count`` rows, int64 [count]: a model may split each row of the batch into several.
+
+        Raises:
+            ValueError: ``count`` is not a multiple of the number of names.
+        """
+        named = len(self.index)
+        if count % max(1, named):
+            raise ValueError(f"adapter_names: expected one for each row, got {named} for an input of {count} rows")
+        return self.index.repeat_interleave(count // max(1, named))
+
 
 class Adapted(nn.Module):
     """A module in whose place adapters compute: a layer with LoRA, one that is trained whole, or one with new rows.

@@ -107,9 +107,10 @@ class SavedModule(Adapted):
     def _by_row(self, args: tuple, kwargs: dict) -> torch.Tensor:
         """Each row of the first argument through the copy of its adapter, or the original."""
         first, *rest = args
+        index = self.rows.spread(len(first))
         y = None
         for number, name in enumerate(self.rows.names):
-            chosen = (self.rows.index == number).nonzero().squeeze(1)
+            chosen = (index == number).nonzero().squeeze(1)
             if len(chosen):
                 part = self._run(name if name in self.adapters else None, (first[chosen], *rest), kwargs)
                 y = part.new_empty(len(first), *part.shape[1:]) if y is None else y
