@@ -138,7 +138,14 @@ class LoraModel(nn.Module):
         return next(iter(self.configs.values()))
 
     def add_weighted_adapter(
-        self, names: list[str], weights: list[float], name: str, method: str = "cat", **options: Any
+        self,
+        names: list[str],
+        weights: list[float],
+        name: str,
+        method: str = "cat",
+        *,
+        saved_from: str | None = None,
+        **options: Any,
     ) -> None:
         """Add an adapter that stands for several, each times its weight. It is not active.
 
@@ -148,18 +155,23 @@ class LoraModel(nn.Module):
             name: a new one.
             method: "cat" (exact; the ranks add up), "svd", "linear", "ties", "dare_linear", "dare_ties",
                 "magnitude_prune", or one of the last four with "_svd": see :mod:`lowbit_lora.combine`.
-            options: rank, density, majority_sign and generator, as there.
+            saved_from: the one of them whose modules to save (the head) the new one gets copies of. By default the
+                only one that has any: such modules are trained whole, and have no weighted sum that fits.
+            options: rank, density, majority_sign and generator, as in :mod:`lowbit_lora.combine`.
 
         Raises:
-            ValueError, TypeError: an argument out of range; no adapter of a name. Nothing has changed then.
+            ValueError, TypeError: an argument out of range; no adapter of a name; several have a copy of a module, and
+                ``saved_from`` is None. Nothing has changed then.
         """
         self._parts()
         names = list(self._known(list(names)))
         adapters.check_new_name(name, self.configs)
         if len(names) != len(weights):
             raise ValueError(f"weights: expected {len(names)}, one for each adapter, got {len(weights)}")
+        if saved_from is not None and saved_from not in names:
+            raise ValueError(f"saved_from: expected one of {', '.join(names)}, got {saved_from!r}")
         self.configs[name] = adapters.add_weighted(
-            self.model, names, list(weights), name, method=method, **options
+            self.model, names, list(weights), name, saved_from, method=method, **options
         )
 
     def set_adapter(self, names: str | Iterable[str]) -> None:
