@@ -64,10 +64,15 @@ class LoraModel(nn.Module):
                 rows share one product with each weight of the base. Gradients reach each adapter from its rows.
 
         Raises:
-            ValueError: no adapter of a name, or adapters are merged.
+            ValueError: no adapter of a name, another number of names than rows, or adapters are merged.
         """
         if adapter_names is None:
             return self.model(*args, **kwargs)
+        sizes = [len(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim()]
+        if sizes and len(adapter_names) not in sizes:
+            raise ValueError(
+                f"adapter_names: expected one for each of the {sizes[0]} rows of the batch, got {len(adapter_names)}"
+            )
         with self.adapters_by_row(adapter_names):
             return self.model(*args, **kwargs)
 
@@ -134,7 +139,14 @@ class LoraModel(nn.Module):
         return next(iter(self.configs.values()))
 
     def add_weighted_adapter(
-        self, names: list[str], weights: list[float], name: str, method: str = "cat", **options: Any
+        self,
+        names: list[str],
+        weights: list[float],
+        name: str,
+        method: str = "cat",
+        *,
+        saved_from: str | None = None,
+        **options: Any,
     ) -> None:
         """Add an adapter that stands for several, each times its weight. It is not active.
 
@@ -144,7 +156,9 @@ class LoraModel(nn.Module):
             name: a new one.
             method: "cat" (exact; the ranks add up), "svd", "linear", "ties", "dare_linear", "dare_ties",
                 "magnitude_prune", or one of the last four with "_svd": see :mod:`lowbit_lora.combine`.
-            options: rank, density, majority_sign and generator, as there.
+            saved_from: the one of them whose modules to save (the head) the new one gets copies of; by default the
+                first that has any. Such modules are trained whole, and have no weighted sum that fits.
+            options: rank, density, majority_sign and generator, as in :mod:`lowbit_lora.combine`.
 
         Raises:
             ValueError, TypeError: an argument out of range; no adapter of a name. Nothing has changed then.
@@ -154,8 +168,10 @@ class LoraModel(nn.Module):
         adapters.check_new_name(name, self.configs)
         if len(names) != len(weights):
             raise ValueError(f"weights: expected {len(names)}, one for each adapter, got {len(weights)}")
+        if saved_from is not None and saved_from not in names:
+            raise ValueError(f"saved_from: expected one of {', '.join(names)}, got {saved_from!r}")
         self.configs[name] = adapters.add_weighted(
-            self.model, names, list(weights), name, method=method, **options
+            self.model, names, list(weights), name, saved_from, method=method, **options
         )
 
     def set_adapter(self, names: str | Iterable[str]) -> None:

@@ -347,10 +347,15 @@ def test_adapters_train_in_one_pass(model_type, config_type):
 
 
 def test_wrong_names_of_rows_are_told():
-    """A typo would be answered by the base."""
+    """A typo would be answered by the base, and a name too few by what was in memory."""
     wrapped = three(LoraModel, LoraConfig)
     with pytest.raises(ValueError, match="one of default, b, c, got 'd'"):
         wrapped(input_ids=IDS, adapter_names=["default", "d", "b"])
+    for names in (["b"], ["b"] * 2, ["b"] * 4, []):
+        with pytest.raises(ValueError, match=f"each of the 3 rows of the batch, got {len(names)}"):
+            wrapped(input_ids=IDS, adapter_names=names)
+    with pytest.raises(ValueError, match="got 2 for an input of 21 rows"), wrapped.adapters_by_row(["b"] * 2):
+        wrapped(input_ids=IDS)
     wrapped.merge_adapter()
     with pytest.raises(ValueError, match="unmerge"):
         wrapped(input_ids=IDS, adapter_names=["b"] * 3)
@@ -365,7 +370,8 @@ def test_a_combination_computes_the_sum(tmp_path, model_type, config_type, metho
         for layer in lora_layers(wrapped):
             for name in layer.adapters:
                 layer.factors(name)[1].mul_(1 + len(name))
-    wrapped.add_weighted_adapter(["default", "b"], [0.5, -2.0], "sum", method, rank=8 if method == "svd" else None)
+    rank = 8 if method == "svd" else None
+    wrapped.add_weighted_adapter(["default", "b"], [0.5, -2.0], "sum", method, saved_from="b", rank=rank)
     wrapped.set_adapter("sum")
     for layer in lora_layers(wrapped):
         if "sum" not in layer.adapters:
@@ -385,9 +391,13 @@ def test_a_wrong_combination_changes_nothing():
     wrapped = three(LoraModel, LoraConfig)
     before = snapshot(wrapped)
     with pytest.raises(ValueError, match=r"query: factors: expected equal ranks.*\[3, 5\]"):
-        wrapped.add_weighted_adapter(["default", "b"], [1, 1], "sum", "linear")
+        wrapped.add_weighted_adapter(["default", "b"], [1, 1], "sum", "linear", saved_from="b")
     with pytest.raises(ValueError, match="expected 2, one for each adapter, got 1"):
         wrapped.add_weighted_adapter(["default", "b"], [1], "sum")
+    with pytest.raises(ValueError, match="saved_from: expected one of default, b: each has its own classifier"):
+        wrapped.add_weighted_adapter(["default", "b"], [1, 1], "sum")
+    with pytest.raises(ValueError, match="saved_from: expected one of default, b, got 'c'"):
+        wrapped.add_weighted_adapter(["default", "b"], [1, 1], "sum", saved_from="c")
     assert_untouched(wrapped, before)
 
 
@@ -456,3 +466,25 @@ def test_a_file_may_list_what_the_model_has_not(tmp_path):
     assert torch.equal(logits(LoraModel.from_pretrained(bert(), tmp_path)), logits(theirs.eval()))
     with pytest.raises(ValueError, match="'q_proj' matches nothing"):
         LoraModel(bert(), LoraConfig.from_peft(config))
+
+
+@kinds
+def test_a_combination_has_the_head_and_rows_of_one(tmp_path, model_type, config_type):
+    """It would answer with the base's untrained head, or read the base's rows for its own tokens."""
+    wrapped = model_type(bert(), config_type(rank=2, target_modules=["query"], trainable_token_indices=[3, 7]))
+    wrapped.add_adapter("b", LoraConfig(rank=2, target_modules=["query"], modules_to_save=[]))
+    randomize(wrapped)
+    with torch.no_grad():
+        for key, tensor in wrapped.adapter_state_dict("default").items():
+            if ".lora_" not in key:
+                tensor.normal_()
+    wrapped.add_weighted_adapter(["default", "b"], [1.0, 0.0], "new")
+    expected, own = logits(wrapped), wrapped.adapter_state_dict("default")
+    new = wrapped.adapter_state_dict("new")
+    for key in (key for key in new if ".lora_" not in key):
+        assert torch.equal(new[key], own[key]) and new[key] is not own[key] and not new[key].requires_grad
+    wrapped.set_adapter("new")
+    torch.testing.assert_close(logits(wrapped), expected)
+    wrapped.save_pretrained(tmp_path)
+    loaded = model_type.from_pretrained(bert(), tmp_path / "new")
+    assert torch.equal(logits(loaded), logits(wrapped))
