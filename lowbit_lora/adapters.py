@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from . import hf
+from .base import moved_buffers, of_base, warn_of_other_base, whole_embeddings
 from .combine import combine
 from .config import LoraConfig, QLoRAConfig
-from .files import fit
+from .files import PREFIX, fit
 from .init import is_decomposing
 from .layers import Adapter, LoRABaseLayer
 from .targets import adapted_modules, base_of, module_names
@@ -34,13 +35,19 @@ def tensors_of(model: nn.Module, name: str, bias: str = "none") -> dict[str, tor
     return tensors
 
 
-def to_save(model: nn.Module, name: str, config: LoraConfig) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+def to_save(
+    model: nn.Module, name: str, config: LoraConfig, start: dict[str, torch.Tensor], embeddings: bool = False
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """The config and the tensors, by PEFT's keys without their prefix, of an adapter's files.
+
+    ``start``: the base's buffers before training; those that have moved are saved. ``embeddings``: save the embedding
+    and the output layer whole.
 
     Where the factors were taken out of a dense base (PiSSA, OLoRA), what is saved is the difference to the first ones:
     plain LoRA of twice the rank, which fits the base as it was.
     """
-    tensors = tensors_of(model, name, config.bias)
+    tensors = moved_buffers(model, start) | (whole_embeddings(model) if embeddings else {})
+    tensors = {key: _whole(key, tensor) for key, tensor in (tensors | tensors_of(model, name, config.bias)).items()}
     if not is_decomposing(config.init_lora_weights) or isinstance(config, QLoRAConfig):
         return config, tensors
     for layer_name, part in adapted_modules(model).items():
@@ -63,20 +70,33 @@ def to_save(model: nn.Module, name: str, config: LoraConfig) -> tuple[LoraConfig
     return config, tensors
 
 
+def _whole(key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that FSDP2 has spread over ranks, gathered: all ranks have to ask. ValueError for one that cannot be."""
+    tensor = tensor.detach()
+    if hasattr(tensor, "full_tensor"):
+        return tensor.full_tensor()
+    if ".lora_" in key and (tensor.numel() == 0 or (tensor.dim() < 2 and ("_A." in key or "_B.weight" in key))):
+        raise ValueError(
+            f"{key}: expected a whole parameter, got one rank's part of shape {tuple(tensor.shape)}; save inside "
+            "FSDP.summon_full_params(model) or deepspeed.zero.GatheredParameters(...)"
+        )
+    return tensor
+
+
 def with_saved_of_file(model: nn.Module, config: LoraConfig, tensors: dict[str, torch.Tensor]) -> LoraConfig:
     """``config`` with those modules to save whose values are in an adapter's file.
 
     PEFT's files list ends of names ("classifier" also means "pre_classifier"), and names that a model does not have; and
     they may hold whole embeddings that no list names (``save_embedding_layers``).
     """
-    keys = {key.removeprefix("base_model.model.") for key in tensors}
+    keys = {key.removeprefix(PREFIX) for key in tensors}
     listed = tuple(config.modules_to_save or ())
     embeddings = {base_of(m) for m in (hf.input_embedding(model), hf.output_embedding(model)) if m is not None}
     saved = []
     for module, names in module_names(model).items():
         name = next((name for name in names if any(key.startswith(f"{name}.") for key in keys)), None)
         ends = name is not None and name.endswith(listed) and bool(listed)
-        own = name is not None and {f"{name}.{key}" for key in module.state_dict()}
+        own = name is not None and {f"{name}.{key}" for key in base_of(module).state_dict()}
         if name and (ends or base_of(module) in embeddings) and own and own <= keys:
             saved.append(name)
     return dataclasses.replace(config, modules_to_save=saved or None)
@@ -101,7 +121,7 @@ def swap_values(
     """
     expected = tensors_of(model, name, old.bias)
     shapes = dict(expected)
-    values = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
+    values = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
     scalings = {}
     for layer_name, part in adapted_modules(model).items():
         if not isinstance(part, LoRABaseLayer) or name not in part.adapters:
@@ -116,7 +136,9 @@ def swap_values(
                     )
                 shapes[key] = value
         scalings[layer_name] = adapter_of(config, layer_name).scaling / part.adapters[name].scaling
-    fitting = fit(tensors, shapes, model, file)
+    base = of_base(model, adapted_modules(model))
+    fitting = fit(tensors, shapes, model, file, optional=base)
+    warn_of_other_base(fitting, base, file)
     for key, target in expected.items():
         value = fitting[key]
         layer_name, _, kind = key.partition(".lora_")

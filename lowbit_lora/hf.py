@@ -1,9 +1,12 @@
-"""The Hugging Face glue: heads, names and checkpointing. Everything here also accepts a plain nn.Module.
+"""The Hugging Face glue: heads, names, checkpointing and the hub. Everything here also accepts a plain nn.Module.
 
 transformers itself is never imported: what is asked of a model is asked through the methods it has.
 """
 
+import inspect
 import os
+import re
+from typing import Any
 
 from torch import nn
 
@@ -15,6 +18,19 @@ _TASKS = {
 }
 #: Names that PEFT lists in modules_to_save for a task, whether or not the model has them.
 _PEFT_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+#: The methods of transformers' base classes that a wrapper passes on; all of ``generate``'s are besides. The others
+#: save or load the base, replace or tie its layers, or speak of transformers' own adapters.
+# fmt: off
+_PASSED_ON = {
+    "activation_checkpointing_disable", "activation_checkpointing_enable", "add_model_tags", "can_generate",
+    "disable_input_require_grads", "enable_input_require_grads", "get_compiled_call", "get_decoder", "get_encoder",
+    "get_input_embeddings", "get_memory_footprint", "get_output_embeddings", "get_parameter_or_buffer",
+    "get_position_embeddings", "gradient_checkpointing_disable", "gradient_checkpointing_enable",
+    "named_non_persistent_buffers", "num_parameters", "set_attn_implementation", "set_experts_implementation",
+    "warn_if_padding_and_no_attention_mask",
+}
+# fmt: on
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -103,6 +119,19 @@ def base_name(model: nn.Module) -> str | None:
     return getattr(getattr(model, "config", None), "name_or_path", None) or None
 
 
+def described(model: nn.Module) -> str:
+    """A model's class, and where it came from, for people."""
+    name = base_name(model)
+    return type(unwrapped(model)).__name__ + (f" {name!r}" if name else "")
+
+
+def shape_of_config(model: nn.Module) -> dict[str, str | int]:
+    """Those settings of a model's config that most tell models apart."""
+    names = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    values = {name: getattr(getattr(model, "config", None), name, None) for name in names}
+    return {name: value for name, value in values.items() if isinstance(value, (str, int))}
+
+
 def check_can_checkpoint(model: nn.Module) -> None:
     """ValueError unless the model has Hugging Face's activation checkpointing."""
     if not hasattr(model, "gradient_checkpointing_enable") or not getattr(
@@ -155,3 +184,46 @@ def local_folder(folder: str | os.PathLike) -> str:
                 f"{folder}: expected a folder or a hub repository with an adapter, got {error}"
             ) from error
     raise FileNotFoundError(f"{folder}: expected a folder with an adapter, found none")
+
+
+def passes_on(model: nn.Module, name: str) -> bool:
+    """Whether a wrapper shows an attribute of the model as its own: data, and methods that respect the adapters.
+
+    A model's own methods compute with its layers, adapters included; those that save or upload would do so with the
+    base.
+    """
+    kind = next((kind for kind in type(unwrapped(model)).__mro__ if name in vars(kind)), None)
+    if kind is None or not inspect.isroutine(vars(kind)[name]):
+        return True
+    package, _, rest = kind.__module__.partition(".")
+    if package == "transformers" and not rest.startswith(("models.", "generation.")):
+        return name in _PASSED_ON
+    return not name.startswith(("save", "push_to"))
+
+
+def upload(folder: str, repo_id: str, card: str, private: bool | None, token: Any, **options: Any) -> Any:
+    """Upload a folder with an adapter to the hub; returns what ``HfApi.upload_folder`` does.
+
+    The repository is made if it is not there; ``card`` becomes its README.md if it has none.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if not api.file_exists(repo_id, "README.md"):
+        with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
+            file.write(card)
+    return api.upload_folder(repo_id=repo_id, folder_path=folder, **{"commit_message": "Upload adapter"} | options)
+
+
+def model_card(model: nn.Module, repo_id: str) -> str:
+    """The README.md of an adapter's repository."""
+    base = base_name(model)
+    on_hub = base and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not os.path.exists(base)
+    of_base = f"base_model: {base}\n" if on_hub else ""
+    return (
+        f"---\n{of_base}library_name: peft\ntags:\n- lora\n- lowbit\n---\n\n# {repo_id}\n\n"
+        f"A LoRA adapter for {described(model)}, trained with lowbit. PEFT and lowbit load it:\n\n"
+        f"```python\nmodel = peft.PeftModel.from_pretrained(base, {repo_id!r})\n"
+        f"model = lowbit_lora.LoraModel.from_pretrained(base, {repo_id!r})\n```\n"
+    )

@@ -3,13 +3,15 @@
 import contextlib
 import dataclasses
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import adapters, files, merge
+from . import adapters, files, hf, merge
+from .base import buffers_of, of_base, warn_of_other_base
 from .config import LoraConfig, QLoRAConfig
 from .init import is_decomposing
 from .layers import DEFAULT, Adapted, LoRABaseLayer, RowAdapters
@@ -24,7 +26,7 @@ class LoraModel(nn.Module):
     """A model with LoRA on layers of its dense, frozen base.
 
     The base is changed in place, all of it or, on an error, nothing. Calls, ``generate`` and attributes go
-    through to it.
+    through to it; not the methods that would save the base, or change its layers (``get_base_model()`` has them).
 
     Args:
         model: a Hugging Face model or any nn.Module.
@@ -48,6 +50,7 @@ class LoraModel(nn.Module):
 
     def _adopt(self, plan: Plan, trainable: bool = True) -> None:
         self._restore = plan.apply(trainable)
+        self._start = {name: buffer.clone() for name, buffer in buffers_of(plan.model).items()}
         #: The config of each adapter.
         self.configs: dict[str, LoraConfig] = {plan.name: plan.config}
         self.model = plan.model
@@ -92,6 +95,9 @@ class LoraModel(nn.Module):
         except AttributeError:
             if name == "model":  # not there yet (unpickling), or no longer: do not look for it inside itself
                 raise
+            if not hf.passes_on(self.model, name):
+                text = f"{type(self).__name__} has no attribute {name!r}; get_base_model().{name} is the base's own"
+                raise AttributeError(text) from None
             return getattr(self.model, name)
 
     # ---- adapters
@@ -338,29 +344,63 @@ class LoraModel(nn.Module):
         *,
         adapters_to_save: Iterable[str] | None = None,
         is_main_process: bool = True,
+        save_embedding_layers: bool = False,
         **_: Any,
     ) -> None:
         """Write the adapters (LoRA, modules to save, trained biases), not the base, in PEFT's two files each.
 
-        The adapter "default" goes into ``folder``, any other into a folder of its name in it, as PEFT's do. A save that
-        fails leaves what was in its folder before.
+        The adapter "default" goes into ``folder``, any other into a folder of its name in it, as PEFT's do. Buffers of
+        the base that training has moved (batch norm's statistics) are saved too. Several processes may save into one
+        folder. A save that fails leaves what was there before. One that is killed leaves that or the new files; or,
+        where the config is new too and the kill comes between two renames, files that do not belong together, as
+        loading them says.
 
         Args:
             adapters_to_save: their names; by default all.
-            is_main_process: False writes nothing, for the other ranks of a distributed run.
+            is_main_process: False writes nothing, for the other ranks of a distributed run. Under FSDP2 all ranks have
+                to call this: their parts are gathered.
+            save_embedding_layers: save the embedding and the output layer whole: for those that were resized.
             _: other keywords, of which Hugging Face's Trainer passes some, are ignored.
 
         Raises:
             OSError: the files cannot be written.
-            ValueError: the adapters have been merged.
+            ValueError: the adapters have been merged; a parameter is spread over ranks by ZeRO-3 or FSDP1.
         """
         self._parts()
-        names = list(self.configs) if adapters_to_save is None else self._known(list(adapters_to_save))
-        for name in names if is_main_process else []:
-            config, tensors = adapters.to_save(self.model, name, self.configs[name])
-            files.save_adapter(self.model, config, tensors, folder if name == DEFAULT else os.path.join(folder, name))
+        for name in list(self.configs) if adapters_to_save is None else self._known(list(adapters_to_save)):
+            own = adapters.to_save(self.model, name, self.configs[name], self._start, save_embedding_layers)
+            if is_main_process:
+                files.save_adapter(self.model, *own, folder if name == DEFAULT else os.path.join(folder, name))
 
-    def load_adapter(self, folder: str | os.PathLike, name: str, *, is_trainable: bool = False) -> None:
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **options: Any
+    ) -> Any:
+        """Upload the adapters, and a model card if the repository has none, to the hub. The base stays here.
+
+        Args:
+            repo_id: "owner/name"; made if it is not there.
+            private, token: as ``huggingface_hub.HfApi.create_repo`` takes them.
+            options: of :meth:`save_pretrained` (adapters_to_save, save_embedding_layers) and of ``HfApi.upload_folder``
+                (commit_message, revision, create_pr...).
+
+        Returns:
+            what ``HfApi.upload_folder`` returns: where the commit is.
+        """
+        ours = {key: options.pop(key) for key in ("adapters_to_save", "save_embedding_layers") if key in options}
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **ours)
+            card = hf.model_card(self.model, repo_id)
+            return hf.upload(folder, repo_id, card, private, token, **options)
+
+    def load_adapter(
+        self,
+        folder: str | os.PathLike,
+        name: str,
+        *,
+        is_trainable: bool = False,
+        strict: bool = True,
+        settings_from: str | None = None,
+    ) -> None:
         """Add a saved adapter, by lowbit or PEFT. It is not active: ``set_adapter(name)`` makes it so.
 
         Args:
@@ -368,26 +408,27 @@ class LoraModel(nn.Module):
             name: a new one, or one that is there, whose values it takes in place (hot-swapping): no memory is
                 allocated anew, and what was captured in a CUDA graph or compiled computes with the new values.
             is_trainable: let it train, if it is active.
+            strict, settings_from: see :meth:`from_pretrained`; hot-swapping is strict.
 
         Raises:
-            OSError: files that are missing (FileNotFoundError) or broken.
+            OSError: files that are missing (FileNotFoundError) or broken, or that do not belong together.
             ValueError, TypeError: the adapter does not fit the model. Nothing has changed then.
         """
-        config, tensors, file = files.read_adapter(folder, LoraConfig, {})
+        config, tensors, file = files.read_adapter(self.model, folder, LoraConfig, {}, settings_from)
         if name in self.configs:
             adapters.swap_values(self.model, name, config, self.configs[name], tensors, file)
             return
-        fresh = self._add(name, dataclasses.replace(config, bias="none"), listed=True)
+        config = adapters.with_saved_of_file(self.model, dataclasses.replace(config, bias="none"), tensors)
+        fresh = self._add(name, config, listed=True)
         try:
-            targets = adapters.tensors_of(self.model, name)
-            values = files.fit(tensors, targets, self.model, file)
+            targets, base = adapters.tensors_of(self.model, name), of_base(self.model, self._parts())
+            values = files.fit(tensors, targets, self.model, file, optional=base, strict=strict)
         except BaseException:
             self.delete_adapter(name)
             swap(self.model, {part: part.base for part in fresh if not part.adapters})
             raise
-        with torch.no_grad():
-            for key, target in targets.items():
-                target.copy_(values[key])
+        warn_of_other_base(values, base, file)
+        _fill(targets, values)
         set_trainable(self.model, self._first, self._active, is_trainable or self._trains())
 
     def _trains(self) -> bool:
@@ -401,6 +442,8 @@ class LoraModel(nn.Module):
         *,
         adapter_name: str = DEFAULT,
         is_trainable: bool = False,
+        strict: bool = True,
+        settings_from: str | None = None,
         **overrides: Any,
     ) -> "LoraModel":
         """Put a saved adapter, by lowbit or PEFT, onto ``model``.
@@ -410,24 +453,26 @@ class LoraModel(nn.Module):
             folder: what save_pretrained wrote, or a hub name.
             adapter_name: the adapter's name in the model.
             is_trainable: train on; otherwise every parameter is frozen, and the model is left in eval mode.
+            strict: False: keys that are missing or unexpected in the file are a warning, and no error.
+            settings_from: "weights" or "config": which file to follow where the two do not belong together, as after an
+                interrupted save (the weights know their settings), or where adapter_config.json was edited on purpose.
             overrides: settings that the shapes of the adapter do not depend on: quantization, double_quant,
                 block_size, scale (an adapter by PEFT says nothing of them), lora_dropout, gradient_checkpointing.
 
         Raises:
-            OSError: files that are missing (FileNotFoundError) or broken.
+            OSError: files that are missing (FileNotFoundError) or broken, or that do not belong together.
             ValueError, TypeError: the adapter does not fit ``model``; nothing has been changed then.
         """
-        config, tensors, file = files.read_adapter(folder, cls.config_class, overrides)
+        config, tensors, file = files.read_adapter(model, folder, cls.config_class, overrides, settings_from)
         _check_types(model, config, cls.config_class)
         config = adapters.with_saved_of_file(model, config, tensors)
         plan = Plan(model, config, adapter_name, listed=True)
-        values = files.fit(tensors, plan.tensors(), model, file)
+        base = plan.of_base()
+        values = files.fit(tensors, plan.tensors(), model, file, optional=base, strict=strict)
         wrapper = cls.__new__(cls)
         nn.Module.__init__(wrapper)
         wrapper._adopt(plan, is_trainable)
-        with torch.no_grad():
-            for key, target in adapters.tensors_of(model, adapter_name, config.bias).items():
-                target.copy_(values[key])
+        _fill(base | adapters.tensors_of(model, adapter_name, config.bias), values)
         return wrapper if is_trainable else wrapper.eval()
 
     def merge_and_unload(
@@ -511,6 +556,13 @@ class QLoRAModel(LoraModel):
     """
 
     config_class = QLoRAConfig
+
+
+@torch.no_grad()
+def _fill(targets: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
+    """Copy the values into those targets that they have values for."""
+    for key in targets.keys() & values.keys():
+        targets[key].copy_(values[key])
 
 
 def _check_types(model: Any, config: Any, config_class: type) -> None:

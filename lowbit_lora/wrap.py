@@ -17,6 +17,7 @@ from lowbit import QuantizedTensor
 from lowbit.modules import find_weights, quantized_weights, replace_weights
 
 from . import dense, hf
+from .base import of_base
 from .config import LoraConfig, QLoRAConfig
 from .init import initial_factors, is_decomposing
 from .layers import DEFAULT, Adapted, Adapter, LoRABaseLayer, SavedModule, TrainedTokens, layer_class, share_hooks
@@ -236,6 +237,11 @@ class Plan:
         layers = {part.base: name for name, part in self.parts.items() if isinstance(part, LoRABaseLayer)}
         inside = {inner for part in self.parts.values() if not isinstance(part, LoRABaseLayer) for inner in part.base.modules()}
         return tensors | trainable_biases(self.model, self.config.bias, layers, inside)
+
+    def of_base(self) -> dict[str, torch.Tensor]:
+        """What the adapter's file may hold of the base itself; see :func:`lowbit_lora.base.of_base`."""
+        tensors = of_base(self.model, self.parts)
+        return {key: tensor for key, tensor in tensors.items() if tensor not in self._weights}
 
     def _withdraw(self) -> None:
         for part in self.parts.values():

@@ -1,4 +1,4 @@
-"""lowbit_lora/saving.py: the adapter's files, their exchange with PEFT, and broken files."""
+"""lowbit_lora/files.py: the adapter's files, their exchange with PEFT, and broken files."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from conftest_models import assert_untouched, bert, llama, logits, mlp, snapshot
 from safetensors.torch import load_file, save_file
 
 from lowbit import WeightSpec
-from lowbit_lora import LoraConfig, LoraModel, QLoRAConfig, QLoRAModel, saving
+from lowbit_lora import LoraConfig, LoraModel, QLoRAConfig, QLoRAModel
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KINDS = [(LoraModel, LoraConfig), (QLoRAModel, QLoRAConfig)]
@@ -146,15 +146,14 @@ def test_a_failed_save_leaves_the_previous_one(tmp_path, monkeypatch, failing, e
     def fail(*args, **kwargs):
         raise OSError("no space left on device")
 
-    if failing == "weights":
-        monkeypatch.setattr(saving, "save_file", fail)
-    elif failing == "config":
-        monkeypatch.setattr(saving.json, "dump", fail)
+    if failing in ("weights", "config"):
+        calls = [fail] if failing == "weights" else [lambda file: None, fail]
+        monkeypatch.setattr(os, "fsync", lambda file: calls.pop(0)(file))
     else:
         real, name = os.replace, WEIGHTS if failing == "first rename" else CONFIG
 
         def replace(source, target):
-            if os.path.dirname(source) != str(tmp_path) and os.path.basename(source) == name:
+            if target == str(tmp_path / name):
                 fail()
             real(source, target)
 
@@ -174,6 +173,8 @@ def edit(folder, change):
 
 
 def edit_config(folder, **values):
+    """An edited config, beside weights that do not know theirs, as PEFT's do not."""
+    edit(folder, lambda tensors: None)
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config | values))
 
@@ -200,7 +201,8 @@ A_KEY = "base_model.model.bert.pooler.dense.lora_A.weight"
         (lambda f: edit_config(f, r=0), ValueError, (CONFIG, "rank", "0")),
         (lambda f: edit_config(f, r="eight"), TypeError, (CONFIG, "rank", "eight")),
         (lambda f: edit_config(f, r=3), ValueError, ("lora_A", "(3, ", "(8, ")),
-        (lambda f: edit_config(f, use_dora=True), ValueError, (CONFIG, "use_dora")),
+        (lambda f: edit_config(f, use_dora=True), ValueError, (WEIGHTS, "missing", "lora_magnitude_vector")),
+        (lambda f: edit_config(f, use_qalora=True), ValueError, (CONFIG, "use_qalora")),
         (lambda f: edit_config(f, target_modules=["nowhere"]), ValueError, ("nowhere",)),
         (lambda f: edit_config(f, target_modules=["query"]), ValueError, ("unexpected", "lora_A")),
         (lambda f: edit_config(f, bias="all"), ValueError, ("missing", "bias")),
