@@ -6,12 +6,12 @@ import math
 import torch
 from torch import nn
 
+from lowbit.lowrank import combine, is_decomposing
+
 from . import hf
 from .base import moved_buffers, of_base, warn_of_other_base, whole_embeddings
-from .combine import combine
 from .config import LoraConfig, QLoRAConfig
 from .files import PREFIX, fit
-from .init import is_decomposing
 from .layers import Adapter, LoRABaseLayer, TrainedTokens
 from .targets import adapted_modules, base_of, module_names
 from .wrap import adapter_of, trainable_biases
@@ -156,7 +156,7 @@ def add_weighted(
 
     A layer without an adapter leaves that out of its sum. What is trained whole (modules to save, single rows) is
     copied from ``saved_from``, by default from the first of ``names`` that has it. ``options`` are those of
-    :func:`lowbit_lora.combine.combine`.
+    :func:`lowbit.lowrank.combine`.
 
     Raises:
         ValueError, TypeError: see there; the layer is named. Nothing has changed then.

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from lowbit import WeightSpec
+from lowbit.lowrank import check_init, is_decomposing
 from lowbit.quantizers.quantize import check_scale
-
-from .init import check_init, is_decomposing
 
 BIAS_MODES = ("none", "all", "lora_only")
 FACTOR_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,7 +59,7 @@ class LoraConfig:
         lora_dtype: of the factors: "float32", "bfloat16" or "float16".
         init_lora_weights: how the factors begin: "default" (B is zero), "gaussian", "orthogonal" (B A is zero), or
             "random" (B A is not); "pissa", "pissa_niter_N", "olora" or "loftq" (of a QLoRAConfig), which also change
-            the base; see :func:`lowbit_lora.init.initial_factors`.
+            the base; see :func:`lowbit.lowrank.initial_factors`.
         loftq_iterations: of "loftq".
         gradient_checkpointing: recompute activations in the backward (Hugging Face models).
         task_type: PEFT's name of the task ("SEQ_CLS", "CAUSAL_LM"...), only written to the file.

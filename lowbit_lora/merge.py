@@ -11,11 +11,10 @@ from tqdm import tqdm
 
 import lowbit
 from lowbit import QuantizedTensor
-from lowbit.modules import decoded_weights, replace_weights
+from lowbit.modules import decoded_weights, replace_modules, replace_weights
 
 from .layers import Adapted, LoRABaseLayer, SavedModule, TrainedTokens
 from .targets import adapted_modules
-from .wrap import swap
 
 #: How a merged weight is stored again: from its fp32 values and the old weight to a new quantized one.
 Quantizer = Callable[[torch.Tensor, QuantizedTensor], QuantizedTensor]
@@ -102,7 +101,7 @@ def merge_all(
     for part, tensors in merged.items():
         put(part.base, tensors)
     replace_weights(model, dense_weights)
-    swap(model, {part: part.base for part in merged})
+    replace_modules(model, {part: part.base for part in merged})
     return survivals
 
 

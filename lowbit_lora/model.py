@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit.lowrank import is_decomposing
+from lowbit.modules import replace_modules
+
 from . import adapters, files, hf, merge
 from .base import buffers_of, of_base, warn_of_other_base
 from .config import LoraConfig, QLoRAConfig
-from .init import is_decomposing
 from .layers import DEFAULT, Adapted, LoRABaseLayer, RowAdapters
 from .targets import adapted_modules
-from .wrap import Plan, print_storage, set_trainable, swap
+from .wrap import Plan, print_storage, set_trainable
 
 #: What ``adapter_names`` calls a row without an adapter, as in PEFT.
 BASE = "__base__"
@@ -161,10 +163,10 @@ class LoraModel(nn.Module):
             weights: a number for each; may be negative.
             name: a new one.
             method: "cat" (exact; the ranks add up), "svd", "linear", "ties", "dare_linear", "dare_ties",
-                "magnitude_prune", or one of the last four with "_svd": see :mod:`lowbit_lora.combine`.
+                "magnitude_prune", or one of the last four with "_svd": see :mod:`lowbit.lowrank`.
             saved_from: the one of them whose modules to save (the head) the new one gets copies of; by default the
                 first that has any. Such modules are trained whole, and have no weighted sum that fits.
-            options: rank, density, majority_sign and generator, as in :mod:`lowbit_lora.combine`.
+            options: rank, density, majority_sign and generator, as in :mod:`lowbit.lowrank`.
 
         Raises:
             ValueError, TypeError: an argument out of range; no adapter of a name. Nothing has changed then.
@@ -334,7 +336,12 @@ class LoraModel(nn.Module):
 
     def memory_footprint(self) -> int:
         """Bytes of the base as it is stored: parameters and buffers without the adapters' own, shared ones once."""
-        own = {id(t) for p in adapted_modules(self.model).values() for n in p.adapters for t in p.adapter_tensors(n).values()}
+        own = {
+            id(t)
+            for p in adapted_modules(self.model).values()
+            for n in p.adapters
+            for t in p.adapter_tensors(n).values()
+        }
         tensors = {id(tensor): tensor.nbytes for tensor in [*self.model.parameters(), *self.model.buffers()]}
         return sum(size for key, size in tensors.items() if key not in own)
 
@@ -441,7 +448,7 @@ class LoraModel(nn.Module):
             values = files.fit(tensors, targets, self.model, file, optional=base, strict=strict)
         except BaseException:
             self.delete_adapter(name)
-            swap(self.model, {part: part.base for part in fresh if not part.adapters})
+            replace_modules(self.model, {part: part.base for part in fresh if not part.adapters})
             raise
         warn_of_other_base(values, base, file)
         _fill(targets, values)
@@ -550,7 +557,7 @@ class LoraModel(nn.Module):
         for part in self._parts().values():
             if isinstance(part, LoRABaseLayer):
                 part.put_back_initial()
-        swap(self.model, {part: part.base for part in self._parts().values()})
+        replace_modules(self.model, {part: part.base for part in self._parts().values()})
         return self._released()
 
     def _released(self) -> nn.Module:

@@ -13,13 +13,20 @@ import torch
 from torch import nn
 
 from lowbit import QuantizedTensor
-from lowbit.modules import find_weights, quantized_weights, replace_weights
+from lowbit.lowrank import initial_factors, is_decomposing
+from lowbit.modules import (
+    adopt_frozen,
+    find_weights,
+    quantized_weights,
+    release_frozen,
+    replace_modules,
+    replace_weights,
+)
 from lowbit.quantizers.quantize import quantize_to
 
-from . import dense, hf
+from . import hf
 from .base import of_base
 from .config import LoraConfig, QLoRAConfig
-from .init import initial_factors, is_decomposing
 from .layers import DEFAULT, Adapted, Adapter, LoRABaseLayer, SavedModule, TrainedTokens, layer_class, share_hooks
 from .targets import adapted_modules, base_of, check_patterns, find_saved, find_targets, pattern_value, walk
 
@@ -235,7 +242,12 @@ class Plan:
         for name, part in self.parts.items():
             tensors |= {f"{name}.{key}": tensor for key, tensor in part.adapter_tensors(self.name).items()}
         layers = {part.base: name for name, part in self.parts.items() if isinstance(part, LoRABaseLayer)}
-        inside = {inner for part in self.parts.values() if not isinstance(part, LoRABaseLayer) for inner in part.base.modules()}
+        inside = {
+            inner
+            for part in self.parts.values()
+            if not isinstance(part, LoRABaseLayer)
+            for inner in part.base.modules()
+        }
         return tensors | trainable_biases(self.model, self.config.bias, layers, inside)
 
     def of_base(self) -> dict[str, torch.Tensor]:
@@ -254,7 +266,7 @@ class Plan:
         restore = None
         if self.is_first:
             restore = Restore.of(model, config.gradient_checkpointing)
-        swap(model, self._fresh)
+        replace_modules(model, self._fresh)
         replace_weights(model, self._weights)
         if config.use_dora and self._weights:
             for part in self.parts.values():
@@ -276,7 +288,7 @@ class Plan:
             for part in self.parts.values():
                 for parameter in part.adapter_parameters(self.name):
                     parameter.requires_grad_(False)
-        dense.adopt(model)
+        adopt_frozen(model)
         return restore
 
 
@@ -352,7 +364,7 @@ class Restore:
 
     def apply(self, model: nn.Module) -> None:
         """Put it back."""
-        dense.release(model)
+        release_frozen(model)
         for module, value in self.nested.items():
             module.use_nested_tensor = value
         if self.checkpointing:
@@ -360,21 +372,6 @@ class Restore:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if not isinstance(parameter, QuantizedTensor):  # which is frozen
                 parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
-
-
-def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
-    """Put each replacement wherever its module hangs; all of them or, if interrupted, none."""
-    done = []
-    try:
-        for parent in list(model.modules()):
-            for name, child in parent._modules.items():
-                if child is not None and child in replacements:
-                    done.append((parent, name, child))
-                    parent._modules[name] = replacements[child]
-    except BaseException:
-        for parent, name, child in done:
-            parent._modules[name] = child
-        raise
 
 
 def storage_summary(model: nn.Module) -> str:

@@ -403,7 +403,9 @@ def test_a_wrong_combination_changes_nothing():
 def test_hot_swapping_keeps_the_memory(tmp_path, model_type, config_type):
     """A CUDA graph, or a server's compiled model, computes with the addresses it has seen."""
     wrapped = two(model_type, config_type)
-    smaller = randomize(model_type(bert(), config_type(rank=3, lora_alpha=5, target_modules=["query"], modules_to_save=[])))
+    smaller = randomize(
+        model_type(bert(), config_type(rank=3, lora_alpha=5, target_modules=["query"], modules_to_save=[]))
+    )
     smaller.save_pretrained(tmp_path)
     pointers = {name: p.data_ptr() for name, p in wrapped.named_parameters() if ".lora_" in name}
     scalings = [layer.adapters["default"] for layer in lora_layers(wrapped) if "default" in layer.adapters]
@@ -416,7 +418,9 @@ def test_hot_swapping_keeps_the_memory(tmp_path, model_type, config_type):
 def test_hot_swapping_what_does_not_fit_changes_nothing(tmp_path):
     """Half of another adapter would answer."""
     wrapped = two()
-    LoraModel(bert(), LoraConfig(rank=16, target_modules=["query"], modules_to_save=[])).save_pretrained(tmp_path / "rank")
+    LoraModel(bert(), LoraConfig(rank=16, target_modules=["query"], modules_to_save=[])).save_pretrained(
+        tmp_path / "rank"
+    )
     LoraModel(bert(), LoraConfig(rank=2, target_modules=["key"], modules_to_save=[])).save_pretrained(tmp_path / "key")
     before = snapshot(wrapped)
     with pytest.raises(ValueError, match=r"query.*at most the shape \(8, 32\).*\(16, 32\)"):

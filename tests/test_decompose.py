@@ -30,7 +30,11 @@ def test_the_file_fits_the_base_as_it_was(tmp_path, method, rslora):
     """Loaded onto the base without its residual, the trained factors alone would be added to the whole weight."""
     peft = pytest.importorskip("peft")
     config = LoraConfig(
-        rank=4, init_lora_weights=method, use_rslora=rslora, target_modules=["query", "dense"], rank_pattern={"query": 2}
+        rank=4,
+        init_lora_weights=method,
+        use_rslora=rslora,
+        target_modules=["query", "dense"],
+        rank_pattern={"query": 2},
     )
     wrapped = LoraModel(bert(), config)
     train(wrapped)
@@ -65,7 +69,9 @@ def test_unloading_gives_the_base_back():
     """The wrapper would hand back the residual as if it were the base."""
     base = bert()
     expected = logits(base)
-    assert torch.allclose(logits(LoraModel(base, LoraConfig(rank=4, init_lora_weights="pissa")).unload()), expected, atol=1e-5)
+    assert torch.allclose(
+        logits(LoraModel(base, LoraConfig(rank=4, init_lora_weights="pissa")).unload()), expected, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,7 +79,10 @@ def test_unloading_gives_the_base_back():
     [
         (lambda: LoraConfig(init_lora_weights="loftq"), "QLoRAConfig"),
         (lambda: LoraConfig(init_lora_weights="pizza"), "pizza"),
-        (lambda: LoraModel(lowbit.quantize_(bert()), LoraConfig(init_lora_weights="pissa", modules_to_save=[])), "dense"),
+        (
+            lambda: LoraModel(lowbit.quantize_(bert()), LoraConfig(init_lora_weights="pissa", modules_to_save=[])),
+            "dense",
+        ),
         (lambda: LoraModel(bert(), LoraConfig(rank=64, init_lora_weights="pissa")), "rank"),
         (lambda: further(), "first"),
     ],

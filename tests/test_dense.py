@@ -6,10 +6,10 @@ from cases import assert_within, product_tolerance
 from torch import nn
 
 from lowbit import QuantizedTensor
-from lowbit_lora import LoraConfig, LoraModel, QLoRAConfig, QLoRAModel
-from lowbit_lora.dense import FrozenLinear
+from lowbit.modules import FrozenLinear
 from lowbit.ops import dense as dense_module
 from lowbit.ops.dense import frozen_linear
+from lowbit_lora import LoraConfig, LoraModel, QLoRAConfig, QLoRAModel
 
 
 @pytest.fixture(autouse=True)

@@ -150,7 +150,10 @@ def test_a_bias_of_b_is_added_and_merged():
     ("call", "message"),
     [
         (lambda: LoraConfig(use_dora=True, lora_bias=True), "lora_bias"),
-        (lambda: LoraModel(nn.Sequential(nn.Embedding(4, 4)), LoraConfig(target_modules=["0"], lora_bias=True)), "bias"),
+        (
+            lambda: LoraModel(nn.Sequential(nn.Embedding(4, 4)), LoraConfig(target_modules=["0"], lora_bias=True)),
+            "bias",
+        ),
         (lambda: rows_of_dora(), "DoRA"),
     ],
 )

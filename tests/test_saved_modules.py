@@ -21,7 +21,12 @@ BART |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 40, "decoder_ffn_dim":
 VIT = {key: SMALL[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
 VIT |= {"image_size": 16, "patch_size": 8}
 WAV = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40, "conv_dim": (8, 8)}
-WAV |= {"conv_stride": (5, 2), "conv_kernel": (10, 3), "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
+WAV |= {
+    "conv_stride": (5, 2),
+    "conv_kernel": (10, 3),
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 2,
+}
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,9 @@ def test_only_the_rows_train(model_type, config_type, tied):
 def test_files_both_ways(tmp_path, model_type, config_type, tied):
     """PEFT's users would lose the new tokens, or we theirs."""
     peft = pytest.importorskip("peft")
-    wrapped = randomize(model_type(llama(tied=tied), config_type(target_modules=["q_proj"], trainable_token_indices=TOKENS)))
+    wrapped = randomize(
+        model_type(llama(tied=tied), config_type(target_modules=["q_proj"], trainable_token_indices=TOKENS))
+    )
     wrapped.save_pretrained(tmp_path / "ours")
     assert torch.equal(logits(model_type.from_pretrained(llama(tied=tied), tmp_path / "ours")), logits(wrapped))
     if model_type is LoraModel:
@@ -54,7 +56,9 @@ def test_several_adapters_have_rows_of_their_own():
     base = llama()
     expected = logits(base)
     wrapped = LoraModel(base, LoraConfig(target_modules=["q_proj"], trainable_token_indices=TOKENS[:1]))
-    wrapped.add_adapter("other", LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": TOKENS[1:]}))
+    wrapped.add_adapter(
+        "other", LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": TOKENS[1:]})
+    )
     randomize(wrapped)
     first = logits(wrapped)
     wrapped.set_adapter("other")

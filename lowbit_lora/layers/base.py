@@ -3,17 +3,16 @@
 import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-
 from typing import Any
 
 import torch
 from torch import nn
 
 from lowbit import QuantizedTensor
+from lowbit.lowrank import RANDOM_METHODS, initial_factors
 from lowbit.quantizers.quantize import quantize_to
 
 from ..config import QLoRAConfig, check_lora_options, lora_scaling
-from ..init import RANDOM_METHODS, initial_factors
 from .adapted import Adapted
 
 #: The name of an adapter that was given none, as in PEFT.
@@ -263,7 +262,9 @@ class LoRABaseLayer(Adapted):
         """|W|^2 of each output feature's row; decodes the weight once."""
         if "_norms" not in self._buffers:
             square = self.base_weight(torch.float32).square()
-            self.register_buffer("_norms", square.sum(0) if self.out_dim else square.flatten(1).sum(1), persistent=False)
+            self.register_buffer(
+                "_norms", square.sum(0) if self.out_dim else square.flatten(1).sum(1), persistent=False
+            )
         return self._norms
 
     # ---- the weight

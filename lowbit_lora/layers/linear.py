@@ -9,10 +9,9 @@ from torch import nn
 
 import lowbit
 from lowbit import QuantizedTensor
-
+from lowbit.modules import FrozenLinear
 from lowbit.ops.dense import frozen_linear
 
-from ..dense import FrozenLinear
 from .adapted import RowAdapters
 from .adapted_weight import AdaptedWeight
 from .base import Adapter, LoRABaseLayer, stored, without_autocast
@@ -100,7 +99,9 @@ class LoRALinear(LoRABaseLayer):
 
     def _with_several(self, input: torch.Tensor) -> torch.Tensor:
         """The active adapters together. Those without DoRA and dropout are one, with their ranks side by side."""
-        apart = [n for n in self.active if self.adapters[n].use_dora or (self.training and self.adapters[n].lora_dropout)]
+        apart = [
+            n for n in self.active if self.adapters[n].use_dora or (self.training and self.adapters[n].lora_dropout)
+        ]
         together = [name for name in self.active if name not in apart]
         if together:
             factors = [self.factors(name) for name in together]

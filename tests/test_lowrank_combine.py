@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lowbit_lora.combine import METHODS, combine
+from lowbit.lowrank import METHODS, combine
 
 U = UNIT_ROUNDOFF[torch.float32]
 FACTOR_METHODS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")

@@ -10,7 +10,7 @@ from peft.utils.loftq_utils import _low_rank_decomposition
 from torch import nn
 
 import lowbit
-from lowbit_lora.init import DECOMPOSING_METHODS, RANDOM_METHODS, check_init, initial_factors
+from lowbit.lowrank import DECOMPOSING_METHODS, RANDOM_METHODS, check_init, initial_factors
 
 METHODS = (*RANDOM_METHODS, *DECOMPOSING_METHODS, "pissa_niter_2")
 U = UNIT_ROUNDOFF[torch.float32]
@@ -331,7 +331,11 @@ def test_decompositions_refuse_what_they_cannot_decompose(method, weight, rank, 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"weight": torch.ones(2, 2, dtype=torch.int64)}, TypeError, "weight: expected a floating-point .* got torch.i"),
+        (
+            {"weight": torch.ones(2, 2, dtype=torch.int64)},
+            TypeError,
+            "weight: expected a floating-point .* got torch.i",
+        ),
         ({"weight": [[1.0]]}, TypeError, "weight: expected a floating-point tensor"),
         ({"weight": torch.ones(2, 2, 1)}, ValueError, r"weight: expected a shape \[out, in\] .* got \(2, 2, 1\)"),
         ({"weight": torch.ones(0, 2)}, ValueError, r"weight: expected a shape \[out, in\] .* got \(0, 2\)"),
