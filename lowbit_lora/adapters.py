@@ -86,8 +86,8 @@ def _whole(key: str, tensor: torch.Tensor) -> torch.Tensor:
 def with_saved_of_file(model: nn.Module, config: LoraConfig, tensors: dict[str, torch.Tensor]) -> LoraConfig:
     """``config`` with those modules to save whose values are in an adapter's file.
 
-    PEFT's files list ends of names ("classifier" also means "pre_classifier"), and names that a model does not have; and
-    they may hold whole embeddings that no list names (``save_embedding_layers``).
+    PEFT's files list ends of names ("classifier" also means "pre_classifier") and names that a model does not have, and
+    may hold whole embeddings that no list names (``save_embedding_layers``).
     """
     keys = {key.removeprefix(PREFIX) for key in tensors}
     listed = tuple(config.modules_to_save or ())

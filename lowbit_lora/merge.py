@@ -129,8 +129,8 @@ def _check_survivals(survivals: list[Survival], minimum_cosine: float) -> None:
     if lost:
         worst = ", ".join(f"{s.name} (cosine {s.cosine:.2f}, norm ratio {s.norm_ratio:.2f})" for s in lost[:3])
         raise ValueError(
-            f"into='quantized': expected a cosine of at least {minimum_cosine} between the adapter's change and what is "
-            f"left of it, got less in {len(lost)} of {len(survivals)} layers: {worst}. Merge into='dense', or lower "
+            f"into='quantized': expected a cosine of at least {minimum_cosine} between the adapter's change and what "
+            f"is left of it, got less in {len(lost)} of {len(survivals)} layers: {worst}. Merge into='dense', or lower "
             "minimum_cosine"
         )
 

@@ -213,8 +213,8 @@ class Plan:
                     tied = self._fresh.get(module, module)
                     if isinstance(tied, Adapted) and not isinstance(tied, TrainedTokens):
                         raise ValueError(
-                            f"trainable_token_indices: expected {other}, which is tied to {name}, without an adapter of "
-                            "another kind"
+                            f"trainable_token_indices: expected {other}, which is tied to {name}, without another "
+                            "kind of adapter"
                         )
                     if not isinstance(tied, Adapted):
                         self.parts[other] = self._fresh[module] = TrainedTokens(module, tied_to=part)
@@ -275,7 +275,7 @@ class Plan:
         if self.is_first:
             for module in model.modules():
                 if isinstance(module, nn.TransformerEncoder):
-                    # It looks at its first layer alone, and nested tensors fail in those whose fused path LoRA turns off.
+                    # It looks at its first layer alone; nested tensors fail in those whose fused path LoRA turns off.
                     module.use_nested_tensor = False
             if config.gradient_checkpointing:
                 hf.enable_checkpointing(model)
@@ -445,6 +445,6 @@ def _check_convertible(model: nn.Module) -> None:
             )
         if getattr(getattr(module, "_hf_hook", None), "offload", False):
             raise ValueError(
-                f"model: expected weights in memory, but accelerate keeps those of {name or 'it'!r} elsewhere; load the "
-                "model without offloading"
+                f"model: expected weights in memory, but accelerate keeps those of {name or 'it'!r} elsewhere; load "
+                "the model without offloading"
             )

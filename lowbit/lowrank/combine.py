@@ -63,7 +63,7 @@ def combine(
 
     Raises:
         ValueError: the method or ``majority_sign`` is unknown; the factors are none, hold NaN or inf, or differ in rank
-            for a method that needs equal ranks; a weight, the rank or the density is out of range, or the density is missing.
+            for a method that needs equal ranks; a number is out of range, or the density is missing.
     """
     _check_options(method, rank, density, majority_sign)
     _check_factors(factors, method)

@@ -34,8 +34,8 @@ class SavedModule(Adapted):
             raise TypeError(f"modules_to_save: expected modules that are called, got a {type(module).__name__}")
         if any(isinstance(parameter, QuantizedTensor) for parameter in module.parameters()):
             raise ValueError(
-                "expected a module with dense weights in modules_to_save, got a quantized one, which cannot train; leave "
-                "it dense (skip=[...] of lowbit.quantize_)"
+                "modules_to_save: expected dense weights, got a quantized one, which cannot train; leave it dense "
+                "(skip=[...] of lowbit.quantize_)"
             )
         super().__init__()
         self.original_module = module
