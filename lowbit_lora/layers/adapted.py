@@ -23,7 +23,7 @@ class RowAdapters:
         """
         if first % max(1, len(self.index)):
             raise ValueError(
-                f"adapter_names: expected inputs with {len(self.index)} rows, one for each name, or a multiple of that, "
+                f"adapter_names: expected inputs with {len(self.index)} rows, one for each name, or a multiple, "
                 f"got {first}"
             )
         return self.index.repeat_interleave(first // max(1, len(self.index)))
