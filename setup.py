@@ -167,7 +167,9 @@ def compile_cuda(source: Path, archs: tuple[str, ...]) -> Path:
             command += ["--keep", "--keep-dir", intermediate, "-c", str(source), "-o", str(target)]
             print(" ".join(command), flush=True)
             subprocess.run(command, check=True)
-            Path(intermediate, f"{source.stem}.compute_{archs[0]}.ptx").rename(target.with_suffix(".ptx"))
+            # nvcc leaves the architecture out of the name where there is only one.
+            name = f"{source.stem}.compute_{archs[0]}.ptx" if len(archs) > 1 else f"{source.stem}.ptx"
+            Path(intermediate, name).rename(target.with_suffix(".ptx"))
         stamp.write_text(made_of.hexdigest())
     return target
 

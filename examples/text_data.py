@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from classifier_data import SPLIT_SEED, DataError, check_columns, import_datasets, load_hub_splits, sorted_labels
 
 BUNDLED = "movie-snippets"
 SUFFIXES = (".csv", ".tsv", ".jsonl")
-# The split does not depend on the training seed: every run is tested on the same texts.
-SPLIT_SEED = 0
 TEST_ROWS = 2000
 
 _INNER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -29,10 +28,6 @@ _SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 _MIN_RATING = 0.5
 
 Row = tuple[str, int]
-
-
-class DataError(Exception):
-    """The data set cannot be found or used; the message says what was expected."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,7 @@ def check_source(source: str) -> None:
     elif path.suffix in SUFFIXES or source.startswith((".", "/", "~")):
         raise DataError(f"dataset {source}: no such file or folder")
     else:
-        _import_datasets(source)
+        import_datasets(source)
 
 
 def find_snippet_archive() -> Path:
@@ -132,6 +127,9 @@ class TokenizedRows:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def batches(self, batch_size: int, generator: random.Random | None = None) -> Iterator[list[int]]:
+        return batches(self.lengths, batch_size, generator)
 
     def batch(self, rows: Sequence[int], device: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Return model inputs (int64, rows x longest) and labels (int64, rows) for these row numbers."""
@@ -195,37 +193,17 @@ def _find_part(folder: Path, part: str) -> Path:
     raise DataError(f"dataset folder {folder} has no {part}{{{','.join(SUFFIXES)}}}")
 
 
-def _import_datasets(source: str):
-    try:
-        import datasets  # optional: only hub data needs it
-    except ImportError as error:
-        raise DataError(
-            f"dataset '{source}' is not a local file or folder; to fetch it from the Hugging Face hub, "
-            "first `pip install datasets`"
-        ) from error
-    return datasets
-
-
 def _from_hub(source: str, text_column: str, label_column: str) -> Dataset:
     """Return a hub data set: its `train` split, tested on `test` or `validation`, whichever has labels."""
-    datasets = _import_datasets(source)
-    try:
-        splits = datasets.load_dataset(source)
-    except Exception as error:  # the hub client raises many types; all mean the same to the user
-        raise DataError(f"could not load '{source}' from the Hugging Face hub: {error}") from error
+    splits = load_hub_splits(source)
 
     def table(split: str) -> list[tuple[str, str]]:
-        columns = splits[split].features
-        for column in (text_column, label_column):
-            if column not in columns:
-                raise DataError(f"{source} has no column '{column}', only {sorted(columns)}; see --text-column")
+        check_columns(source, splits[split], {"--text-column": text_column, "--label-column": label_column})
         rows = zip(splits[split][text_column], splits[split][label_column], strict=True)
-        names = getattr(columns[label_column], "names", None)
+        names = getattr(splits[split].features[label_column], "names", None)
         # Hub test splits without public labels mark them -1.
         return [(str(t), names[y] if names else str(y)) for t, y in rows if y is not None and y != -1]
 
-    if "train" not in splits:
-        raise DataError(f"{source} has no 'train' split, only {sorted(splits)}")
     for name in ("test", "validation"):
         if name in splits and (rows := table(name)):
             return _from_tables(source, table("train"), rows)
@@ -234,9 +212,7 @@ def _from_hub(source: str, text_column: str, label_column: str) -> Dataset:
 
 def _from_tables(name: str, train: list[tuple[str, str]], test: list[tuple[str, str]] | None) -> Dataset:
     """Number the labels, drop repeated texts, and split if no test rows were given; return the data set."""
-    labels = tuple(sorted({label for _, label in train + (test or [])}, key=_numbers_first))
-    if len(labels) < 2:
-        raise DataError(f"{name}: a classifier needs two labels or more, the data has {list(labels)}")
+    labels = sorted_labels(name, (label for _, label in train + (test or [])))
     ids = {label: number for number, label in enumerate(labels)}
     train, test = _distinct(train), _distinct(test or [])
     if not test:
@@ -263,8 +239,3 @@ def _distinct(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def _normal(text: str) -> str:
     return " ".join(text.lower().split())
-
-
-def _numbers_first(label: str):
-    """Return a sort key: labels that are whole numbers by value, all others by name."""
-    return (0, int(label), "") if label.lstrip("-").isdigit() else (1, 0, label)

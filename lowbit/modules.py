@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
 from .format import WeightSpec
+from .ops.dense import frozen_linear
 from .quantizers.quantize import check_scale, quantize_to
 from .tensor import QuantizedTensor
 
@@ -151,3 +153,41 @@ def dequantize_(model: nn.Module) -> nn.Module:
 def decoded_weights(weights: Iterable[nn.Parameter]) -> dict[nn.Parameter, nn.Parameter]:
     """A frozen dense parameter for each of the quantized weights."""
     return {q: nn.Parameter(q.dequantize(), requires_grad=False) for q in dict.fromkeys(weights)}
+
+
+def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    """Put each replacement wherever its module hangs; all of them or, if interrupted, none."""
+    done = []
+    try:
+        for parent in list(model.modules()):
+            for name, child in parent._modules.items():
+                if child is not None and child in replacements:
+                    done.append((parent, name, child))
+                    parent._modules[name] = replacements[child]
+    except BaseException:
+        for parent, name, child in done:
+            parent._modules[name] = child
+        raise
+
+
+class FrozenLinear(nn.Linear):
+    """An nn.Linear whose weight is frozen; what :func:`adopt_frozen` makes of those a wrapped model keeps."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return frozen_linear(input, self.weight, self.bias)
+
+
+def adopt_frozen(model: nn.Module) -> None:
+    """Turn each plain nn.Linear with a frozen 16-bit weight into a FrozenLinear, in place: weights stay tied."""
+    for module in model.modules():
+        if type(module) is not nn.Linear or isinstance(module.weight, QuantizedTensor):  # which has kernels of its own
+            continue
+        if module.weight.dtype in (torch.bfloat16, torch.float16) and not module.weight.requires_grad:
+            module.__class__ = FrozenLinear
+
+
+def release_frozen(model: nn.Module) -> None:
+    """Turn each FrozenLinear back into an nn.Linear."""
+    for module in model.modules():
+        if type(module) is FrozenLinear:
+            module.__class__ = nn.Linear

@@ -6,13 +6,13 @@ import math
 import torch
 from torch import nn
 
+from lowbit.lowrank import combine, is_decomposing
+
 from . import hf
 from .base import moved_buffers, of_base, warn_of_other_base, whole_embeddings
-from .combine import combine
 from .config import LoraConfig, QLoRAConfig
 from .files import PREFIX, fit
-from .init import is_decomposing
-from .layers import Adapter, LoRABaseLayer
+from .layers import Adapter, LoRABaseLayer, TrainedTokens
 from .targets import adapted_modules, base_of, module_names
 from .wrap import adapter_of, trainable_biases
 
@@ -86,8 +86,8 @@ def _whole(key: str, tensor: torch.Tensor) -> torch.Tensor:
 def with_saved_of_file(model: nn.Module, config: LoraConfig, tensors: dict[str, torch.Tensor]) -> LoraConfig:
     """``config`` with those modules to save whose values are in an adapter's file.
 
-    PEFT's files list ends of names ("classifier" also means "pre_classifier"), and names that a model does not have; and
-    they may hold whole embeddings that no list names (``save_embedding_layers``).
+    PEFT's files list ends of names ("classifier" also means "pre_classifier") and names that a model does not have, and
+    may hold whole embeddings that no list names (``save_embedding_layers``).
     """
     keys = {key.removeprefix(PREFIX) for key in tensors}
     listed = tuple(config.modules_to_save or ())
@@ -150,16 +150,25 @@ def swap_values(
 
 @torch.no_grad()
 def add_weighted(
-    model: nn.Module, names: list[str], weights: list[float], new: str, config: LoraConfig, **options
+    model: nn.Module, names: list[str], weights: list[float], new: str, saved_from: str | None = None, **options
 ) -> LoraConfig:
     """Add an adapter that stands for several to each layer that has one of them; returns its config.
 
-    A layer without an adapter leaves that out of its sum. ``options`` are those of :func:`lowbit_lora.combine.combine`.
+    A layer without an adapter leaves that out of its sum. What is trained whole (modules to save, single rows) is
+    copied from ``saved_from``, by default from the first of ``names`` that has it. ``options`` are those of
+    :func:`lowbit.lowrank.combine`.
 
     Raises:
         ValueError, TypeError: see there; the layer is named. Nothing has changed then.
     """
-    layers = {name: part for name, part in adapted_modules(model).items() if isinstance(part, LoRABaseLayer)}
+    parts = adapted_modules(model)
+    layers = {name: part for name, part in parts.items() if isinstance(part, LoRABaseLayer)}
+    sources = {}
+    for module_name, part in parts.items():
+        owners = [name for name in ([saved_from] if saved_from else names) if name in part.adapters]
+        if module_name in layers or not owners:
+            continue
+        sources[module_name] = owners[0]
     made = {}
     for layer_name, layer in layers.items():
         own = [(name, weight) for name, weight in zip(names, weights, strict=True) if name in layer.adapters]
@@ -173,10 +182,22 @@ def add_weighted(
                 raise type(error)(f"{layer_name}: {error}") from error
     for layer_name, values in made.items():
         layer, rank = layers[layer_name], len(values[0])
-        layer.add_adapter(new, Adapter(rank, rank), next(f.dtype for n in names if n in layer.adapters for f in layer.factors(n)))  # a scaling of 1
+        dtype = next(factor.dtype for name in names if name in layer.adapters for factor in layer.factors(name))
+        layer.add_adapter(new, Adapter(rank, rank), dtype)  # a scaling of 1
         for factor, value in zip(layer.factors(new), values, strict=True):
             factor.copy_(value.view(factor.shape))
             factor.requires_grad_(False)
+    saved, rows = [], {}
+    for module_name, source in sources.items():
+        part = parts[module_name]
+        if isinstance(part, TrainedTokens):
+            rows[module_name] = part.adapters[source].tolist()
+            part.add_adapter(new, rows[module_name])
+        else:
+            saved.append(module_name)
+            part.add_adapter(new)
+        for key, target in part.adapter_tensors(new).items():
+            target.copy_(part.adapter_tensors(source)[key]).requires_grad_(False)
     ranks = {name: len(lora_a) for name, (lora_a, _) in made.items()}
     rank = max(ranks.values())
     others = {name: value for name, value in ranks.items() if value != rank} or None
@@ -187,5 +208,6 @@ def add_weighted(
         target_modules=sorted(made),
         rank_pattern=others,
         alpha_pattern=others,
-        task_type=config.task_type,
+        modules_to_save=saved or None,
+        trainable_token_indices=rows or None,
     )

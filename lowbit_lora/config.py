@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from lowbit import WeightSpec
+from lowbit.lowrank import check_init, is_decomposing
 from lowbit.quantizers.quantize import check_scale
-
-from .init import check_init, is_decomposing
 
 BIAS_MODES = ("none", "all", "lora_only")
 FACTOR_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,7 +49,7 @@ class LoraConfig:
         bias: which biases train: "none", "all", or "lora_only" (those of layers with LoRA).
         use_rslora: scaling is lora_alpha / sqrt(rank) (Kalajdzievski, 2023, arXiv 2312.03732).
         modules_to_save: modules of which a copy trains in full precision and is saved with the adapter. The head of a
-            transformers model for a task (classification, ...) is added by itself.
+            transformers model for a task (classification, ...) is added by itself, unless the list is empty.
         ensure_weight_tying: of a module to save whose weight another one shares (a tied ``lm_head``), train one copy
             for both. Otherwise the other one keeps the base's weight, as in PEFT.
         trainable_token_indices: rows of the embedding that train: indices, or {name of an embedding: indices}.
@@ -60,7 +59,7 @@ class LoraConfig:
         lora_dtype: of the factors: "float32", "bfloat16" or "float16".
         init_lora_weights: how the factors begin: "default" (B is zero), "gaussian", "orthogonal" (B A is zero), or
             "random" (B A is not); "pissa", "pissa_niter_N", "olora" or "loftq" (of a QLoRAConfig), which also change
-            the base; see :func:`lowbit_lora.init.initial_factors`.
+            the base; see :func:`lowbit.lowrank.initial_factors`.
         loftq_iterations: of "loftq".
         gradient_checkpointing: recompute activations in the backward (Hugging Face models).
         task_type: PEFT's name of the task ("SEQ_CLS", "CAUSAL_LM"...), only written to the file.
@@ -105,6 +104,9 @@ class LoraConfig:
 
     def __post_init__(self):
         check_lora_options(self.rank, self.lora_alpha, self.lora_dropout)
+        for name, field in self.__dataclass_fields__.items():
+            if isinstance(field.default, bool) and not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         self._check_init()
         if self.bias not in BIAS_MODES:
             raise ValueError(f"bias: expected one of {', '.join(BIAS_MODES)}, got {self.bias!r}")
@@ -120,7 +122,7 @@ class LoraConfig:
         for name in ("modules_to_save", "target_parameters", "exclude_modules"):
             value = getattr(self, name)
             if value is not None and not (name == "exclude_modules" and isinstance(value, str)):
-                self._set(name, _names(name, value) or None)
+                self._set(name, _names(name, value))
         if self.trainable_token_indices is not None:
             self._set("trainable_token_indices", _token_indices(self.trainable_token_indices))
         pattern = self.layers_pattern
@@ -250,7 +252,12 @@ class QLoRAConfig(LoraConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self._set("quantization", check_quantization(self.quantization))
+        given = self.quantization
+        try:
+            self._set("quantization", QuantizationType(given.lower() if isinstance(given, str) else given))
+        except ValueError:
+            names = ", ".join(member.name for member in QuantizationType)
+            raise ValueError(f"quantization: expected one of {names}, got {given!r}") from None
         check_scale(self.scale, self.spec)
         if self.paged_adamw:
             raise NotImplementedError("paged_adamw: the paged optimizer is not implemented yet; expected False")
@@ -260,27 +267,11 @@ class QLoRAConfig(LoraConfig):
         """How a weight is stored."""
         return WeightSpec(self.quantization.value, self.block_size, self.double_quant)
 
-    def quantize_options(self) -> dict[str, Any]:
-        """The keywords of :func:`lowbit.quantize` that store a weight so."""
-        spec = self.spec
-        return {
-            "format": spec.format,
-            "block_size": spec.block_size,
-            "double_quant": spec.double_quant,
-            "scale": self.scale,
-        }
-
     def quantization_settings(self) -> dict[str, Any]:
         """The fields that PEFT's file has no place for, ready for JSON."""
-        return {
-            "quantization": self.quantization.value,
-            "double_quant": self.double_quant,
-            "block_size": self.block_size,
-            "scale": self.scale,
-            "quantize_head": self.quantize_head,
-            "quantize_embeddings": self.quantize_embeddings,
-            "loftq_iterations": self.loftq_iterations,
-        }
+        own = [name for name in self.__dataclass_fields__ if name not in LoraConfig.__dataclass_fields__]
+        settings = {name: getattr(self, name) for name in (*own, "loftq_iterations") if name != "paged_adamw"}
+        return settings | {"quantization": self.quantization.value}
 
 
 def check_lora_options(rank: int, lora_alpha: float, lora_dropout: float) -> None:
@@ -297,15 +288,6 @@ def check_lora_options(rank: int, lora_alpha: float, lora_dropout: float) -> Non
         raise TypeError(f"lora_dropout: expected a number, got {lora_dropout!r}")
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout: expected a probability in [0, 1), got {lora_dropout!r}")
-
-
-def check_quantization(quantization: "QuantizationType | str") -> QuantizationType:
-    """The QuantizationType of a name; ValueError if unknown."""
-    try:
-        return QuantizationType(quantization.lower() if isinstance(quantization, str) else quantization)
-    except (ValueError, AttributeError) as error:
-        names = ", ".join(member.name for member in QuantizationType)
-        raise ValueError(f"quantization: expected one of {names}, got {quantization!r}") from error
 
 
 def lora_scaling(rank: int, lora_alpha: float, use_rslora: bool) -> float:

@@ -17,7 +17,11 @@ _TASKS = {
     "ForQuestionAnswering": "QUESTION_ANS",
 }
 #: Names that PEFT lists in modules_to_save for a task, whether or not the model has them.
-_PEFT_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+_PEFT_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 #: The methods of transformers' base classes that a wrapper passes on; all of ``generate``'s are besides. The others
 #: save or load the base, replace or tie its layers, or speak of transformers' own adapters.

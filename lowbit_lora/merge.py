@@ -11,11 +11,10 @@ from tqdm import tqdm
 
 import lowbit
 from lowbit import QuantizedTensor
-from lowbit.modules import decoded_weights, replace_weights
+from lowbit.modules import decoded_weights, replace_modules, replace_weights
 
-from .layers import Adapted, LoRABaseLayer, TrainedTokens
+from .layers import Adapted, LoRABaseLayer, SavedModule, TrainedTokens
 from .targets import adapted_modules
-from .wrap import swap
 
 #: How a merged weight is stored again: from its fp32 values and the old weight to a new quantized one.
 Quantizer = Callable[[torch.Tensor, QuantizedTensor], QuantizedTensor]
@@ -73,9 +72,13 @@ def merge_all(
     names = tuple(names)
     parts = adapted_modules(model)
     merged: dict[Adapted, dict[str, torch.Tensor]] = {}
+    trained: dict[torch.Tensor, torch.Tensor] = {}  # of modules to save: what tied ones share, they share afterwards
     survivals: list[Survival] = []
     for name, part in tqdm(parts.items(), "Merging", leave=False, disable=None):
         tensors = {} if isinstance(part, TrainedTokens) and part.tied_to else part.merged_tensors(names)
+        if isinstance(part, SavedModule) and tensors:
+            sources = part.adapter_tensors(part.check_active(names)[0])
+            tensors = {key: trained.setdefault(sources[key], tensor) for key, tensor in tensors.items()}
         if safe and not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError(f"{name}: expected finite merged weights, got NaN or inf")
         if isinstance(part, LoRABaseLayer) and "weight" in tensors:
@@ -98,7 +101,7 @@ def merge_all(
     for part, tensors in merged.items():
         put(part.base, tensors)
     replace_weights(model, dense_weights)
-    swap(model, {part: part.base for part in merged})
+    replace_modules(model, {part: part.base for part in merged})
     return survivals
 
 
@@ -126,8 +129,8 @@ def _check_survivals(survivals: list[Survival], minimum_cosine: float) -> None:
     if lost:
         worst = ", ".join(f"{s.name} (cosine {s.cosine:.2f}, norm ratio {s.norm_ratio:.2f})" for s in lost[:3])
         raise ValueError(
-            f"into='quantized': expected a cosine of at least {minimum_cosine} between the adapter's change and what is "
-            f"left of it, got less in {len(lost)} of {len(survivals)} layers: {worst}. Merge into='dense', or lower "
+            f"into='quantized': expected a cosine of at least {minimum_cosine} between the adapter's change and what "
+            f"is left of it, got less in {len(lost)} of {len(survivals)} layers: {worst}. Merge into='dense', or lower "
             "minimum_cosine"
         )
 

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit.lowrank import is_decomposing
+from lowbit.modules import replace_modules
+
 from . import adapters, files, hf, merge
 from .base import buffers_of, of_base, warn_of_other_base
 from .config import LoraConfig, QLoRAConfig
 from .layers import DEFAULT, Adapted, LoRABaseLayer, RowAdapters
 from .targets import adapted_modules
-from .wrap import Plan, print_storage, set_trainable, swap
+from .wrap import Plan, print_storage, set_trainable
 
 #: What ``adapter_names`` calls a row without an adapter, as in PEFT.
 BASE = "__base__"
@@ -66,10 +69,15 @@ class LoraModel(nn.Module):
                 rows share one product with each weight of the base. Gradients reach each adapter from its rows.
 
         Raises:
-            ValueError: no adapter of a name, or adapters are merged.
+            ValueError: no adapter of a name, another number of names than rows, or adapters are merged.
         """
         if adapter_names is None:
             return self.model(*args, **kwargs)
+        sizes = [len(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim()]
+        if sizes and len(adapter_names) not in sizes:
+            raise ValueError(
+                f"adapter_names: expected one for each of the {sizes[0]} rows of the batch, got {len(adapter_names)}"
+            )
         with self.adapters_by_row(adapter_names):
             return self.model(*args, **kwargs)
 
@@ -139,7 +147,14 @@ class LoraModel(nn.Module):
         return next(iter(self.configs.values()))
 
     def add_weighted_adapter(
-        self, names: list[str], weights: list[float], name: str, method: str = "cat", **options: Any
+        self,
+        names: list[str],
+        weights: list[float],
+        name: str,
+        method: str = "cat",
+        *,
+        saved_from: str | None = None,
+        **options: Any,
     ) -> None:
         """Add an adapter that stands for several, each times its weight. It is not active.
 
@@ -148,8 +163,10 @@ class LoraModel(nn.Module):
             weights: a number for each; may be negative.
             name: a new one.
             method: "cat" (exact; the ranks add up), "svd", "linear", "ties", "dare_linear", "dare_ties",
-                "magnitude_prune", or one of the last four with "_svd": see :mod:`lowbit_lora.combine`.
-            options: rank, density, majority_sign and generator, as there.
+                "magnitude_prune", or one of the last four with "_svd": see :mod:`lowbit.lowrank`.
+            saved_from: the one of them whose modules to save (the head) the new one gets copies of; by default the
+                first that has any. Such modules are trained whole, and have no weighted sum that fits.
+            options: rank, density, majority_sign and generator, as in :mod:`lowbit.lowrank`.
 
         Raises:
             ValueError, TypeError: an argument out of range; no adapter of a name. Nothing has changed then.
@@ -159,8 +176,10 @@ class LoraModel(nn.Module):
         adapters.check_new_name(name, self.configs)
         if len(names) != len(weights):
             raise ValueError(f"weights: expected {len(names)}, one for each adapter, got {len(weights)}")
+        if saved_from is not None and saved_from not in names:
+            raise ValueError(f"saved_from: expected one of {', '.join(names)}, got {saved_from!r}")
         self.configs[name] = adapters.add_weighted(
-            self.model, names, list(weights), name, self.lora_config, method=method, **options
+            self.model, names, list(weights), name, saved_from, method=method, **options
         )
 
     def set_adapter(self, names: str | Iterable[str]) -> None:
@@ -284,6 +303,24 @@ class LoraModel(nn.Module):
         """The parameters that train, for an optimizer."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def optimizer_groups(
+        self, lr: float, *, weight_decay: float = 0.0, lora_plus_ratio: float = 1.0
+    ) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer: what trains, with LoRA+'s learning rate for B, biases without decay.
+
+        Args:
+            lr: of A, and of all that is not LoRA.
+            weight_decay: of what has at least two dimensions.
+            lora_plus_ratio: B's learning rate over A's; LoRA+ proposes about 16 (Hayou et al., 2024, arXiv 2402.12354).
+        """
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                is_b = ".lora_B." in name or ".lora_embedding_B." in name
+                decay = weight_decay if parameter.dim() > 1 and ".lora_magnitude_vector." not in name else 0.0
+                groups.setdefault((lr * lora_plus_ratio if is_b else lr, decay), []).append(parameter)
+        return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+
     def count_parameters(self) -> tuple[int, int]:
         """``(trainable, all)``; a 4-bit weight counts as the number of weights it stores."""
         trainable = sum(parameter.numel() for parameter in self.trainable_parameters())
@@ -299,7 +336,12 @@ class LoraModel(nn.Module):
 
     def memory_footprint(self) -> int:
         """Bytes of the base as it is stored: parameters and buffers without the adapters' own, shared ones once."""
-        own = {id(t) for p in adapted_modules(self.model).values() for n in p.adapters for t in p.adapter_tensors(n).values()}
+        own = {
+            id(t)
+            for p in adapted_modules(self.model).values()
+            for n in p.adapters
+            for t in p.adapter_tensors(n).values()
+        }
         tensors = {id(tensor): tensor.nbytes for tensor in [*self.model.parameters(), *self.model.buffers()]}
         return sum(size for key, size in tensors.items() if key not in own)
 
@@ -405,7 +447,7 @@ class LoraModel(nn.Module):
             values = files.fit(tensors, targets, self.model, file, optional=base, strict=strict)
         except BaseException:
             self.delete_adapter(name)
-            swap(self.model, {part: part.base for part in fresh if not part.adapters})
+            replace_modules(self.model, {part: part.base for part in fresh if not part.adapters})
             raise
         warn_of_other_base(values, base, file)
         _fill(targets, values)
@@ -500,9 +542,21 @@ class LoraModel(nn.Module):
         return self._released()
 
     def unload(self) -> nn.Module:
-        """The base without any adapter, as it is stored. This wrapper is spent afterwards."""
+        """The base without any adapter. This wrapper is spent afterwards.
+
+        Raises:
+            ValueError: the factors were taken out of a quantized base (PiSSA, OLoRA), which holds what they left.
+        """
+        if is_decomposing(self._first.init_lora_weights) and isinstance(self._first, QLoRAConfig):
+            raise ValueError(
+                f"unload: expected a base as it was, but init_lora_weights={self._first.init_lora_weights!r} took the "
+                "factors out of it before it was quantized; use merge_and_unload"
+            )
         self.unmerge_adapter()
-        swap(self.model, {part: part.base for part in self._parts().values()})
+        for part in self._parts().values():
+            if isinstance(part, LoRABaseLayer):
+                part.put_back_initial()
+        replace_modules(self.model, {part: part.base for part in self._parts().values()})
         return self._released()
 
     def _released(self) -> nn.Module:

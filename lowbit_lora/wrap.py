@@ -7,24 +7,30 @@ in the first phase, when the model has not been touched.
 import dataclasses
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-import lowbit
 from lowbit import QuantizedTensor
-from lowbit.modules import find_weights, quantized_weights, replace_weights
+from lowbit.lowrank import initial_factors, is_decomposing
+from lowbit.modules import (
+    adopt_frozen,
+    find_weights,
+    quantized_weights,
+    release_frozen,
+    replace_modules,
+    replace_weights,
+)
+from lowbit.quantizers.quantize import quantize_to
 
-from . import dense, hf
+from . import hf
 from .base import of_base
 from .config import LoraConfig, QLoRAConfig
-from .init import initial_factors, is_decomposing
 from .layers import DEFAULT, Adapted, Adapter, LoRABaseLayer, SavedModule, TrainedTokens, layer_class, share_hooks
 from .targets import adapted_modules, base_of, check_patterns, find_saved, find_targets, pattern_value, walk
 
-#: Dense weights from this size on are named by the line that wrapping prints.
+#: Dense weights of so many bytes are named by the line that wrapping prints.
 _LARGE = 2**20
 
 
@@ -66,12 +72,12 @@ class Plan:
         self.model, self.name, self.is_first = model, name, first is None
         task_type, heads = hf.task_head(model, config.task_type)
         wanted = list(config.modules_to_save or [])
-        if not listed and self.is_first:
+        if not listed and config.modules_to_save != []:
             wanted += [head for head in heads if head not in wanted]
         saved = find_saved(model, wanted, may_be_missing=None if listed else hf.automatic_names(config.task_type))
         inside_saved = {sub for module in saved for sub in base_of(module).modules()}
         head_modules = {base_of(module) for module in [hf.output_embedding(model)] if module is not None}
-        head_modules |= {sub for head in heads for sub in base_of(model.get_submodule(head)).modules()}
+        head_modules |= {sub for head in heads for sub in base_of(hf.unwrapped(model).get_submodule(head)).modules()}
         targets = find_targets(model, config, inside_saved | set(saved), head_modules, may_be_missing=listed)
         check_patterns(config, list(targets.values()))
         tokens = self._token_rows(config)
@@ -79,7 +85,8 @@ class Plan:
             config,
             target_modules=spelled_out(config, targets),
             modules_to_save=list(saved.values()) or None,
-            task_type=config.task_type if listed else task_type,
+            # With a task PEFT would look for a head in the file.
+            task_type=None if config.modules_to_save == [] else config.task_type if listed else task_type,
         )
         self._weights = self._stored(config, targets, inside_saved, head_modules)
         self._fresh: dict[nn.Module, Adapted] = {}
@@ -117,12 +124,6 @@ class Plan:
         """A quantized parameter for each weight that the config stores so."""
         if not isinstance(config, QLoRAConfig) or not self.is_first:
             return {}
-        quantized = [p for m in inside_saved for p in m._parameters.values() if isinstance(p, QuantizedTensor)]
-        if quantized:
-            raise ValueError(
-                "modules_to_save: expected dense weights, got a quantized one, which cannot train; leave the module "
-                "dense (skip=[...] of lowbit.quantize_)"
-            )
         fused = hf.read_by_fused_kernels(self.model)
         _check_not_fused(targets, fused)
         skipped = inside_saved | hf.kept_in_fp32(self.model) | fused.keys()
@@ -135,6 +136,7 @@ class Plan:
 
     def _part(self, module: nn.Module, name: str, kind: type[Adapted], **options) -> Adapted:
         """The place for the adapter at a module: what is there already, or a new one."""
+        module = self._fresh.get(module, module)
         if isinstance(module, Adapted):
             if not isinstance(module, kind):
                 raise TypeError(
@@ -142,7 +144,10 @@ class Plan:
                 )
             part = module
         else:
-            part = kind(module, **options)
+            try:
+                part = kind(module, **options)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}") from error
             if isinstance(part, LoRABaseLayer):
                 share_hooks(module, part)
             self._fresh[module] = part.train(module.training)
@@ -172,7 +177,7 @@ class Plan:
 
         def store(weight: torch.Tensor) -> torch.Tensor:
             stored = weight.T if layer.out_dim else weight.view(parameter.shape)
-            return lowbit.quantize(stored.contiguous(), **config.quantize_options())
+            return quantize_to(stored.contiguous(), config.spec, config.scale)
 
         def decoded(weight: torch.Tensor) -> torch.Tensor:
             decoded = store(weight).dequantize()
@@ -206,6 +211,11 @@ class Plan:
                     continue
                 if isinstance(part, TrainedTokens):
                     tied = self._fresh.get(module, module)
+                    if isinstance(tied, Adapted) and not isinstance(tied, TrainedTokens):
+                        raise ValueError(
+                            f"trainable_token_indices: expected {other}, which is tied to {name}, without another "
+                            "kind of adapter"
+                        )
                     if not isinstance(tied, Adapted):
                         self.parts[other] = self._fresh[module] = TrainedTokens(module, tied_to=part)
                 elif self.config.ensure_weight_tying:
@@ -232,7 +242,12 @@ class Plan:
         for name, part in self.parts.items():
             tensors |= {f"{name}.{key}": tensor for key, tensor in part.adapter_tensors(self.name).items()}
         layers = {part.base: name for name, part in self.parts.items() if isinstance(part, LoRABaseLayer)}
-        inside = {inner for part in self.parts.values() if not isinstance(part, LoRABaseLayer) for inner in part.base.modules()}
+        inside = {
+            inner
+            for part in self.parts.values()
+            if not isinstance(part, LoRABaseLayer)
+            for inner in part.base.modules()
+        }
         return tensors | trainable_biases(self.model, self.config.bias, layers, inside)
 
     def of_base(self) -> dict[str, torch.Tensor]:
@@ -251,7 +266,7 @@ class Plan:
         restore = None
         if self.is_first:
             restore = Restore.of(model, config.gradient_checkpointing)
-        swap(model, self._fresh)
+        replace_modules(model, self._fresh)
         replace_weights(model, self._weights)
         if config.use_dora and self._weights:
             for part in self.parts.values():
@@ -260,7 +275,7 @@ class Plan:
         if self.is_first:
             for module in model.modules():
                 if isinstance(module, nn.TransformerEncoder):
-                    # It looks at its first layer alone, and nested tensors fail in those whose fused path LoRA turns off.
+                    # It looks at its first layer alone; nested tensors fail in those whose fused path LoRA turns off.
                     module.use_nested_tensor = False
             if config.gradient_checkpointing:
                 hf.enable_checkpointing(model)
@@ -273,7 +288,7 @@ class Plan:
             for part in self.parts.values():
                 for parameter in part.adapter_parameters(self.name):
                     parameter.requires_grad_(False)
-        dense.adopt(model)
+        adopt_frozen(model)
         return restore
 
 
@@ -349,45 +364,38 @@ class Restore:
 
     def apply(self, model: nn.Module) -> None:
         """Put it back."""
-        dense.release(model)
+        release_frozen(model)
         for module, value in self.nested.items():
             module.use_nested_tensor = value
         if self.checkpointing:
             hf.disable_checkpointing(model)
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
-
-
-def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
-    """Put each replacement wherever its module hangs; all of them or, if interrupted, none."""
-    done = []
-    try:
-        for parent in list(model.modules()):
-            for name, child in parent._modules.items():
-                if child is not None and child in replacements:
-                    done.append((parent, name, child))
-                    parent._modules[name] = replacements[child]
-    except BaseException:
-        for parent, name, child in done:
-            parent._modules[name] = child
-        raise
+            if not isinstance(parameter, QuantizedTensor):  # which is frozen
+                parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
 
 
 def storage_summary(model: nn.Module) -> str:
-    """One line: how many bytes hold quantized weights, and which large weights are dense."""
-    stored, large = {}, Counter()
-    for _, module in walk(model):
-        for key, parameter in base_of(module)._parameters.items():
+    """One line: how many bytes hold quantized weights, and which large weights are dense, and why."""
+    stored, large = {}, {}
+    heads = {base_of(module) for module in [hf.output_embedding(model)] if module is not None}
+    kept = hf.kept_in_fp32(model)
+    for module, name in unique(walk(model)):
+        base = base_of(module)
+        for key, parameter in [*base._parameters.items()] if not isinstance(module, SavedModule) else []:
             if isinstance(parameter, QuantizedTensor):
                 stored[id(parameter)] = parameter
-            elif parameter is not None and parameter.numel() >= _LARGE:
-                large[f"{type(base_of(module)).__name__}.{key}"] += parameter.nbytes
-    dense_bytes = sum(parameter.numel() * parameter.dtype.itemsize for parameter in stored.values())
+            elif parameter is not None and parameter.nbytes >= _LARGE:
+                why = "embedding" if isinstance(base, nn.Embedding) else f"of a {type(base).__name__}"
+                why = "head" if base in heads else "kept in fp32" if base in kept else why
+                large[id(parameter)] = f"{name}.{key} ({parameter.nbytes / 2**20:,.0f} MiB, {why})"
+        if isinstance(module, SavedModule):
+            large[id(module)] = f"{name} (trains whole)"
+    wide = sum(parameter.numel() * parameter.dtype.itemsize for parameter in stored.values())
     small = sum(parameter.nbytes for parameter in stored.values())
-    text = f"lowbit: {len(stored)} weights of {dense_bytes / 2**20:,.1f} MiB are stored in {small / 2**20:,.1f} MiB"
-    if large:
-        text += "; dense: " + ", ".join(f"{name} ({size / 2**20:,.1f} MiB)" for name, size in large.most_common(5))
-    return text
+    dense_names = [*large.values()]
+    more = f" and {len(dense_names) - 5} more" if len(dense_names) > 5 else ""
+    text = f"lowbit: {len(stored)} weights of {wide / 2**20:,.1f} MiB take {small / 2**20:,.1f} MiB"
+    return text + (f"; dense: {', '.join(dense_names[:5])}{more}" if dense_names else "")
 
 
 def print_storage(model: nn.Module) -> None:
@@ -437,6 +445,6 @@ def _check_convertible(model: nn.Module) -> None:
             )
         if getattr(getattr(module, "_hf_hook", None), "offload", False):
             raise ValueError(
-                f"model: expected weights in memory, but accelerate keeps those of {name or 'it'!r} elsewhere; load the "
-                "model without offloading"
+                f"model: expected weights in memory, but accelerate keeps those of {name or 'it'!r} elsewhere; load "
+                "the model without offloading"
             )

@@ -9,18 +9,21 @@ from torch import nn
 
 import lowbit
 from lowbit import QuantizedTensor
-from lowbit_lora import LoraConfig, LoRALinear, LoraModel, QLoRAConfig, QLoRAModel
+from lowbit_lora import LoRABaseLayer, LoraConfig, LoRALinear, LoraModel, QLoRAConfig, QLoRAModel
 
 kinds = pytest.mark.parametrize(("model_type", "config_type"), [(LoraModel, LoraConfig), (QLoRAModel, QLoRAConfig)])
 
 
 def two(model_type=LoraModel, config_type=LoraConfig, model=None):
     """A model with adapters "default" on the queries and "other" on the values and queries, both random."""
-    wrapped = model_type(
-        bert() if model is None else model, config_type(target_modules=["query"], modules_to_save=None)
-    )
-    wrapped.add_adapter("other", LoraConfig(rank=4, target_modules=["query", "value"], lora_alpha=2))
+    wrapped = model_type(bert() if model is None else model, config_type(target_modules=["query"], modules_to_save=[]))
+    other = LoraConfig(rank=4, target_modules=["query", "value"], lora_alpha=2, modules_to_save=[])
+    wrapped.add_adapter("other", other)
     return randomize(wrapped)
+
+
+def lora_layers(wrapped):
+    return [module for module in wrapped.modules() if isinstance(module, LoRABaseLayer)]
 
 
 @kinds
@@ -42,7 +45,8 @@ def test_each_adapter_is_what_it_is_alone(model_type, config_type):
     """An adapter would compute something else because others are there."""
     wrapped = two(model_type, config_type)
     wrapped.set_adapter("other")
-    alone = model_type(bert(), config_type(rank=4, target_modules=["query", "value"], lora_alpha=2))
+    config = config_type(rank=4, target_modules=["query", "value"], lora_alpha=2, modules_to_save=[])
+    alone = model_type(bert(), config)
     with torch.no_grad():
         for name, layer in alone.get_base_model().named_modules():
             if isinstance(layer, LoRALinear):
@@ -59,7 +63,7 @@ def test_active_adapters_add_up(model_type, config_type):
     wrapped = two(model_type, config_type)
     wrapped.set_adapter(["default", "other"])
     expected = copy.deepcopy(wrapped)
-    for layer in expected._layers():
+    for layer in lora_layers(expected):
         merged = layer.base_weight(torch.float32)
         for name in layer.adapters:
             merged = merged + layer.delta(name)
@@ -118,7 +122,8 @@ def test_merge_and_unmerge(model_type, config_type):
     before = logits(wrapped)
     weights = {name: p for name, p in wrapped.named_parameters() if name.endswith("base_layer.weight")}
     wrapped.merge_adapter(safe=True)
-    assert not any(isinstance(layer.base_layer.weight, QuantizedTensor) for layer in wrapped._layers())
+    merged = [layer for layer in lora_layers(wrapped) if "default" in layer.adapters]
+    assert not any(isinstance(layer.base_layer.weight, QuantizedTensor) for layer in merged)
     torch.testing.assert_close(logits(wrapped), before, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="merged, got default"):
         wrapped.merge_adapter()
@@ -133,12 +138,12 @@ def test_a_merge_that_is_not_finite_changes_nothing():
     """One layer with NaN would leave a half merged model."""
     wrapped = two()
     before = logits(wrapped)
-    last = [layer for layer in wrapped._layers() if "default" in layer.adapters][-1]
+    last = [layer for layer in lora_layers(wrapped) if "default" in layer.adapters][-1]
     with torch.no_grad():
         last.factors("default")[1][0, 0] = torch.nan
     with pytest.raises(ValueError, match="finite"):
         wrapped.merge_adapter(safe=True)
-    assert not any(layer.merged for layer in wrapped._layers())
+    assert not any(layer.merged for layer in lora_layers(wrapped))
     with torch.no_grad():
         last.factors("default")[1][0, 0] = 0
     assert before.isfinite().all() and logits(wrapped).isfinite().all()
@@ -147,11 +152,11 @@ def test_a_merge_that_is_not_finite_changes_nothing():
 def test_rename_and_delete():
     """A renamed adapter is the same parameters, so that an optimizer goes on; a deleted one frees its memory."""
     wrapped = two()
-    factors = wrapped._layers()[0].factors("default")
+    factors = lora_layers(wrapped)[0].factors("default")
     before = logits(wrapped)
     wrapped.rename_adapter("default", "first")
     assert wrapped.active_adapters == ("first",) and list(wrapped.configs) == ["first", "other"]
-    assert all(a is b for a, b in zip(wrapped._layers()[0].factors("first"), factors, strict=True))
+    assert all(a is b for a, b in zip(lora_layers(wrapped)[0].factors("first"), factors, strict=True))
     assert torch.equal(logits(wrapped), before)
     wrapped.delete_adapter("other")
     assert not any(".other" in name for name, _ in wrapped.named_parameters())
@@ -164,7 +169,7 @@ def test_rename_and_delete():
         (lambda m: m.add_adapter("other", LoraConfig()), ValueError, "new name, got 'other'"),
         (lambda m: m.add_adapter("a.b", LoraConfig()), ValueError, "without dots and slashes"),
         (lambda m: m.add_adapter("x", LoraConfig(target_modules=["quarry"])), ValueError, "quarry"),
-        (lambda m: m.add_adapter("x", LoraConfig(bias="all")), ValueError, "bias='none'"),
+        (lambda m: m.add_adapter("x", LoraConfig(bias="all")), ValueError, "bias: expected 'none'"),
         (lambda m: m.add_adapter("x", {"rank": 8}), TypeError, "LoraConfig, got dict"),
         (lambda m: m.add_adapter("x", LoraConfig(rank_pattern={"quarry": 2})), ValueError, "rank_pattern: 'quarry'"),
         (lambda m: m.add_adapter("x", QLoRAConfig()), ValueError, "dense base"),
@@ -222,15 +227,32 @@ def test_a_file_that_does_not_fit_leaves_the_model(tmp_path):
     assert_untouched(wrapped, before)
 
 
-def test_an_adapter_with_another_head_is_refused(tmp_path):
-    """A model has one head: the adapter would answer with that of another."""
-    wrapped = two()
-    wrapped.save_pretrained(tmp_path)
+def test_each_adapter_has_its_own_head(tmp_path):
+    """An adapter would answer with the head of another, or a disabled one with a trained head."""
+    base = bert()
+    expected = logits(base)
+    wrapped = LoraModel(base, LoraConfig(target_modules=["query"]))
+    wrapped.add_adapter("other", LoraConfig(target_modules=["query"]))
+    randomize(wrapped)
     with torch.no_grad():
-        wrapped.model.classifier.bias += 1
-    with pytest.raises(ValueError, match="classifier.bias"):
-        wrapped.load_adapter(tmp_path / "other", "again")
-    assert set(wrapped.configs) == {"default", "other"} and not any(".again." in n for n, _ in wrapped.named_modules())
+        for number, name in enumerate(wrapped.configs):
+            wrapped.model.classifier.modules_to_save[name].bias.fill_(number)
+    wrapped.save_pretrained(tmp_path)
+    answers = {}
+    for name in wrapped.configs:
+        wrapped.set_adapter(name)
+        answers[name] = logits(wrapped)
+    with wrapped.disable_adapter():
+        assert torch.equal(logits(wrapped), expected)
+    assert not torch.equal(answers["default"], answers["other"])
+    loaded = LoraModel.from_pretrained(bert(), tmp_path / "other")
+    assert torch.equal(logits(loaded), answers["other"])
+    loaded.load_adapter(tmp_path, "again")
+    loaded.set_adapter("again")
+    assert torch.equal(logits(loaded), answers["default"])
+    with pytest.raises(ValueError, match="at most one active adapter"):
+        loaded.set_adapter(["default", "again"])
+    assert torch.equal(logits(loaded), answers["default"])
 
 
 def test_patterns_and_blocks():
@@ -243,7 +265,7 @@ def test_patterns_and_blocks():
         alpha_pattern={"layer.1.attention.self.value": 5},
     )
     wrapped = LoraModel(bert(), config)
-    layers = {name: layer.adapter for name, layer in wrapped._parts()[0].items()}
+    layers = {n: m.adapter for n, m in wrapped.model.named_modules() if isinstance(m, LoRABaseLayer)}
     start = "bert.encoder.layer.1."
     ranks = {name.removeprefix(start): (a.rank, a.lora_alpha) for name, a in layers.items()}
     assert ranks == {
@@ -320,15 +342,20 @@ def test_adapters_train_in_one_pass(model_type, config_type):
         own = [row for row, of in enumerate(rows) if of == name]
         wrapped(input_ids=ids[own]).logits.square().sum().backward()
         for key, parameter in wrapped.named_parameters():
-            if f".{name}." in key:
+            if f".{name}." in key and ".lora_" in key:
                 torch.testing.assert_close(together[key], parameter.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_wrong_names_of_rows_are_told():
-    """A typo would be answered by the base."""
+    """A typo would be answered by the base, and a name too few by what was in memory."""
     wrapped = three(LoraModel, LoraConfig)
     with pytest.raises(ValueError, match="one of default, b, c, got 'd'"):
         wrapped(input_ids=IDS, adapter_names=["default", "d", "b"])
+    for names in (["b"], ["b"] * 2, ["b"] * 4, []):
+        with pytest.raises(ValueError, match=f"each of the 3 rows of the batch, got {len(names)}"):
+            wrapped(input_ids=IDS, adapter_names=names)
+    with pytest.raises(ValueError, match="2 rows, one for each name, or a multiple, got 3"), wrapped.adapters_by_row(["b"] * 2):
+        wrapped(input_ids=IDS)
     wrapped.merge_adapter()
     with pytest.raises(ValueError, match="unmerge"):
         wrapped(input_ids=IDS, adapter_names=["b"] * 3)
@@ -340,12 +367,13 @@ def test_a_combination_computes_the_sum(tmp_path, model_type, config_type, metho
     """A merged skill would be weaker or stronger than asked; saved, it has to come back with its ranks."""
     wrapped = three(model_type, config_type)
     with torch.no_grad():
-        for layer in wrapped._layers():
+        for layer in lora_layers(wrapped):
             for name in layer.adapters:
                 layer.factors(name)[1].mul_(1 + len(name))
-    wrapped.add_weighted_adapter(["default", "b"], [0.5, -2.0], "sum", method, rank=8 if method == "svd" else None)
+    rank = 8 if method == "svd" else None
+    wrapped.add_weighted_adapter(["default", "b"], [0.5, -2.0], "sum", method, saved_from="b", rank=rank)
     wrapped.set_adapter("sum")
-    for layer in wrapped._layers():
+    for layer in lora_layers(wrapped):
         if "sum" not in layer.adapters:
             assert not {"default", "b"} & layer.adapters.keys()
             continue
@@ -363,7 +391,102 @@ def test_a_wrong_combination_changes_nothing():
     wrapped = three(LoraModel, LoraConfig)
     before = snapshot(wrapped)
     with pytest.raises(ValueError, match=r"query: factors: expected equal ranks.*\[3, 5\]"):
-        wrapped.add_weighted_adapter(["default", "b"], [1, 1], "sum", "linear")
+        wrapped.add_weighted_adapter(["default", "b"], [1, 1], "sum", "linear", saved_from="b")
     with pytest.raises(ValueError, match="expected 2, one for each adapter, got 1"):
         wrapped.add_weighted_adapter(["default", "b"], [1], "sum")
+    with pytest.raises(ValueError, match="saved_from: expected one of default, b, got 'c'"):
+        wrapped.add_weighted_adapter(["default", "b"], [1, 1], "sum", saved_from="c")
     assert_untouched(wrapped, before)
+
+
+@kinds
+def test_hot_swapping_keeps_the_memory(tmp_path, model_type, config_type):
+    """A CUDA graph, or a server's compiled model, computes with the addresses it has seen."""
+    wrapped = two(model_type, config_type)
+    smaller = randomize(
+        model_type(bert(), config_type(rank=3, lora_alpha=5, target_modules=["query"], modules_to_save=[]))
+    )
+    smaller.save_pretrained(tmp_path)
+    pointers = {name: p.data_ptr() for name, p in wrapped.named_parameters() if ".lora_" in name}
+    scalings = [layer.adapters["default"] for layer in lora_layers(wrapped) if "default" in layer.adapters]
+    wrapped.load_adapter(tmp_path, "default")
+    torch.testing.assert_close(logits(wrapped), logits(smaller), rtol=1e-5, atol=1e-6)
+    assert {name: p.data_ptr() for name, p in wrapped.named_parameters() if ".lora_" in name} == pointers
+    assert scalings == [layer.adapters["default"] for layer in lora_layers(wrapped) if "default" in layer.adapters]
+
+
+def test_hot_swapping_what_does_not_fit_changes_nothing(tmp_path):
+    """Half of another adapter would answer."""
+    wrapped = two()
+    LoraModel(bert(), LoraConfig(rank=16, target_modules=["query"], modules_to_save=[])).save_pretrained(
+        tmp_path / "rank"
+    )
+    LoraModel(bert(), LoraConfig(rank=2, target_modules=["key"], modules_to_save=[])).save_pretrained(tmp_path / "key")
+    before = snapshot(wrapped)
+    with pytest.raises(ValueError, match=r"query.*at most the shape \(8, 32\).*\(16, 32\)"):
+        wrapped.load_adapter(tmp_path / "rank", "default")
+    with pytest.raises(ValueError, match="unexpected.*key"):
+        wrapped.load_adapter(tmp_path / "key", "default")
+    assert_untouched(wrapped, before)
+
+
+def test_lora_plus_groups():
+    """B would train at A's rate, or biases be decayed."""
+    wrapped = LoraModel(bert(), LoraConfig(target_modules=["query"], bias="all"))
+    groups = wrapped.optimizer_groups(1e-4, weight_decay=0.1, lora_plus_ratio=16)
+    names = {p: name for name, p in wrapped.named_parameters()}
+    assert sorted(names[p] for group in groups for p in group["params"]) == sorted(
+        name for name, p in wrapped.named_parameters() if p.requires_grad
+    )
+    for group in groups:
+        for parameter in group["params"]:
+            is_b = ".lora_B." in names[parameter]
+            assert group["lr"] == pytest.approx(16e-4 if is_b else 1e-4)
+            assert group["weight_decay"] == (0.1 if parameter.dim() > 1 else 0.0)
+    torch.optim.AdamW(groups).step()
+
+
+def test_rows_follow_their_beams():
+    """Beam search repeats each row; the copies would be answered by other rows' adapters."""
+    wrapped = LoraModel(mlp(), LoraConfig(target_modules=["first", "second"], modules_to_save=["head"]))
+    wrapped.add_adapter("other", LoraConfig(target_modules=["first"], modules_to_save=["head"]))
+    randomize(wrapped)
+    x = torch.randn(2, 40)
+    with wrapped.adapters_by_row(["default", "other"]):
+        once, beams = wrapped(x), wrapped(x.repeat_interleave(3, 0))
+        torch.testing.assert_close(beams, once.repeat_interleave(3, 0))
+        with pytest.raises(ValueError, match="2 rows, one for each name.*got 3"):
+            wrapped(torch.randn(3, 40))
+
+
+def test_a_file_may_list_what_the_model_has_not(tmp_path):
+    """PEFT lists names for a whole family of models; a user who writes one that matches nothing has made a mistake."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["query", "q_proj"], task_type="SEQ_CLS")
+    theirs = peft.get_peft_model(bert(), config)
+    theirs.save_pretrained(tmp_path)
+    assert torch.equal(logits(LoraModel.from_pretrained(bert(), tmp_path)), logits(theirs.eval()))
+    with pytest.raises(ValueError, match="'q_proj' matches nothing"):
+        LoraModel(bert(), LoraConfig.from_peft(config))
+
+
+@kinds
+def test_a_combination_has_the_head_and_rows_of_one(tmp_path, model_type, config_type):
+    """It would answer with the base's untrained head, or read the base's rows for its own tokens."""
+    wrapped = model_type(bert(), config_type(rank=2, target_modules=["query"], trainable_token_indices=[3, 7]))
+    wrapped.add_adapter("b", LoraConfig(rank=2, target_modules=["query"], modules_to_save=[]))
+    randomize(wrapped)
+    with torch.no_grad():
+        for key, tensor in wrapped.adapter_state_dict("default").items():
+            if ".lora_" not in key:
+                tensor.normal_()
+    wrapped.add_weighted_adapter(["default", "b"], [1.0, 0.0], "new")
+    expected, own = logits(wrapped), wrapped.adapter_state_dict("default")
+    new = wrapped.adapter_state_dict("new")
+    for key in (key for key in new if ".lora_" not in key):
+        assert torch.equal(new[key], own[key]) and new[key] is not own[key] and not new[key].requires_grad
+    wrapped.set_adapter("new")
+    torch.testing.assert_close(logits(wrapped), expected)
+    wrapped.save_pretrained(tmp_path)
+    loaded = model_type.from_pretrained(bert(), tmp_path / "new")
+    assert torch.equal(logits(loaded), logits(wrapped))

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from codegen import cuda_build, once
+from conftest_cuda import require_nvcc
 
 
 @pytest.fixture
@@ -108,6 +109,16 @@ done
     text = (tmp_path / edited).read_text()
     (tmp_path / edited).write_text(text.replace("] && exit", "] && echo newer && exit") if edited == "nvcc" else "new")
     assert compilations() == compilations() == 2
+
+
+@pytest.mark.parametrize("archs", [("80",), ("80", "90"), ("90", "120")])
+def test_nvcc_leaves_what_is_asked_for(tmp_path, monkeypatch, archs):
+    """Users install for one GPU and the tests for three: nvcc names its files differently."""
+    require_nvcc()
+    build = cuda_build.setup
+    monkeypatch.setattr(build, "CUDA_OBJECTS", tmp_path)
+    made = build.compile_cuda(cuda_build.CSRC / "cuda" / "device.cu", archs)
+    assert made.exists() and f".target sm_{archs[0]}" in made.with_suffix(".ptx").read_text()
 
 
 def test_the_sources_stay_off_the_path():

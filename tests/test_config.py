@@ -1,13 +1,17 @@
 """lowbit_lora/config.py: ranges of the settings, and PEFT's dictionary."""
 
+import copy
+import dataclasses
 import math
+import pickle
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lowbit import WeightSpec
-from lowbit_lora import LoraConfig, QLoRAConfig, QuantizationType
+from lowbit_lora import LoraConfig, LoraModel, QLoRAConfig, QuantizationType
 
 
 @pytest.mark.parametrize(
@@ -83,10 +87,9 @@ def test_peft_dictionary_round_trip(**settings):
 @pytest.mark.parametrize(
     "setting",
     [
-        {"use_dora": True},
-        {"lora_bias": True},
+        {"layer_replication": [[0, 2]]},
         {"a_feature_of_next_year": "on"},
-        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "corda"},
         {"peft_type": "LOHA"},
     ],
 )
@@ -107,3 +110,40 @@ def test_peft_features_that_are_off_do_not_matter():
         "new": None,
     }
     assert LoraConfig.from_peft(LoraConfig().to_peft() | off) == LoraConfig()
+
+
+def test_pefts_spelling_is_told():
+    """A user of PEFT would read of an unexpected keyword, and look for the right one."""
+    with pytest.raises(TypeError, match="LoraConfig: expected rank=8, got 'r'"):
+        LoraConfig(r=8)
+    with pytest.raises(TypeError, match="QLoRAConfig: expected one of rank, target_modules, .* got 'lora_rank'"):
+        QLoRAConfig(lora_rank=8)
+
+
+def test_a_config_is_frozen():
+    """A setting that is changed after its check would be used unchecked, or not at all."""
+    config = LoraConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.rank = 4
+    assert dataclasses.replace(config, rank=4).rank == 4
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
+
+
+def test_pefts_object_is_taken():
+    """Scripts hold PEFT's config, not its dictionary."""
+    peft = pytest.importorskip("peft")
+    theirs = peft.LoraConfig(r=4, lora_alpha=32, target_modules=["q", "v"], use_dora=True, task_type="CAUSAL_LM")
+    ours = LoraConfig.from_peft(theirs)
+    assert (ours.rank, ours.lora_alpha, sorted(ours.target_modules)) == (4, 32, ["q", "v"])
+    assert ours.use_dora and ours.task_type == "CAUSAL_LM"
+    with pytest.raises(TypeError, match=r"write LoraConfig.from_peft\(config\)"):
+        LoraModel(torch.nn.Sequential(torch.nn.Linear(2, 2)), theirs)
+    with pytest.raises(ValueError, match="LOHA"):
+        LoraConfig.from_peft(peft.LoHaConfig())
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(QLoRAConfig) if isinstance(f.default, bool)])
+def test_a_switch_is_true_or_false(field):
+    """The string "false" from a command line would turn it on."""
+    with pytest.raises(TypeError, match=f"{field}: expected True or False, got 'false'"):
+        QLoRAConfig(**{field: "false"})

@@ -6,9 +6,10 @@ from cases import assert_within, product_tolerance
 from torch import nn
 
 from lowbit import QuantizedTensor
+from lowbit.modules import FrozenLinear
+from lowbit.ops import dense as dense_module
+from lowbit.ops.dense import frozen_linear
 from lowbit_lora import LoraConfig, LoraModel, QLoRAConfig, QLoRAModel
-from lowbit_lora import dense as dense_module
-from lowbit_lora.dense import FrozenLinear, frozen_linear
 
 
 @pytest.fixture(autouse=True)

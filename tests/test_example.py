@@ -88,7 +88,7 @@ def test_run_writes_everything(example, arguments, tmp_path, method, capsys):
         assert results["trainable_parameters"] == results["base_parameters"]
     else:
         assert 0 < results["trainable_parameters"] < results["base_parameters"]
-        assert results["merge"]["max_logit_difference"] <= example.MERGE_TOLERANCE
+        assert results["merge"]["max_logit_difference"] <= example.classifier_model.MERGE_TOLERANCE
     if method == "qlora":
         # 4 bits and a share of the scales instead of 32 bits.
         assert 7 < results["target_bytes_dense"] / results["target_bytes_stored"] < 8
@@ -195,7 +195,7 @@ def test_every_row_is_in_one_batch(example):
 
 
 def test_learning_rate_warms_up_and_decays(example):
-    factor = sys.modules["text_training"].learning_rate_factor
+    factor = sys.modules["classifier_training"].learning_rate_factor
     factors = [factor(step, 100) for step in range(100)]
     assert factors.index(max(factors)) in (5, 6) and max(factors) == 1
     assert 0 < factors[0] < 0.2 and 0 < factors[-1] < 0.02

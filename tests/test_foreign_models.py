@@ -173,7 +173,7 @@ class ByKeyword(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layers_are_called_by_keyword(model_type, config_type, targets, dtype, monkeypatch):
     """A replaced layer, LoRA's or a frozen 16-bit head, must not rename the argument of what it replaces."""
-    from lowbit_lora import dense
+    from lowbit.ops import dense
 
     monkeypatch.setattr(dense, "_slow_in_16_bits", lambda: True)
     model, x = ByKeyword().to(dtype), torch.randn(40, 32).to(dtype)
@@ -197,3 +197,50 @@ def test_no_warning_of_decoding():
         copy.deepcopy(wrapped).to(torch.bfloat16)
         wrapped.load_state_dict(wrapped.state_dict())
         wrapped.merge_and_unload()
+
+
+@pytest.mark.parametrize(("wrapper", "config"), [(LoraModel, LoraConfig), (QLoRAModel, QLoRAConfig)])
+def test_accelerates_hooks_go_on(wrapper, config):
+    """With a model on several devices they move a layer's input to its weight; skipped, the product fails."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    seen = []
+
+    class Note(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            seen.append("before")
+            return args, kwargs
+
+        def post_forward(self, module, output):
+            return 2 * output
+
+    base = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 4))
+    x = torch.randn(3, 64)
+    hooks.add_hook_to_module(base[0], Note())
+    expected = base(x)
+    seen.clear()
+    wrapped = wrapper(base, config(target_modules=["0"]))
+    torch.testing.assert_close(wrapped(x), expected, rtol=0.5, atol=0.5)
+    assert seen == ["before"]
+    merged = wrapped.merge_and_unload()
+    merged(x)
+    assert seen == ["before", "before"]
+
+
+@pytest.mark.parametrize(("wrapper", "config"), [(LoraModel, LoraConfig), (QLoRAModel, QLoRAConfig)])
+def test_weights_that_are_elsewhere_are_refused(wrapper, config):
+    """accelerate's offloading keeps a weight on meta until the layer is called: LoRA would be on nothing."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    base = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+    hooks.add_hook_to_module(base[0], hooks.AlignDevicesHook(execution_device="cpu", offload=True))
+    with pytest.raises(ValueError, match="'0' elsewhere"):
+        wrapper(base, config(target_modules=["0"]))
+
+
+def test_attributes_of_a_replaced_module_go_along():
+    """Code that asks a layer for its sizes, or for what it has put there, would fail."""
+    base = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, stride=2), torch.nn.Linear(4, 4))
+    base[0].note, base[1].note = "conv", "linear"
+    model = LoraModel(base, LoraConfig(target_modules=["0"], modules_to_save=["1"])).get_base_model()
+    assert model[0].note == "conv" and model[0].stride == (2, 2) and model[0].kernel_size == (3, 3)
+    assert model[1].note == "linear" and model[1].in_features == 4
+    assert not hasattr(model[0], "another")

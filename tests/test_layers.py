@@ -256,7 +256,10 @@ def test_compiles_without_a_graph_break(spec):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
     assert torch.equal(compiled, eager)
     for ours, theirs in zip(torch.autograd.grad(compiled.square().sum(), inputs), gradients, strict=True):
-        assert torch.equal(ours, theirs)
+        if spec is None:  # eager mode has gradients of its own, which scale in another order
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -279,11 +282,8 @@ def test_autocast(spec):
     """Mixed-precision training: a bf16 base and output, LoRA computed and trained in fp32."""
     layer, x = make(spec=spec), torch.randn(6, 72)
     (lora_a, lora_b), low = layer.factors(), x.bfloat16()
-    if spec is None:
-        base = F.linear(low, layer.base_weight(torch.bfloat16), layer.bias.bfloat16())
-        expected = base + (layer.adapter.scaling * F.linear(F.linear(x, lora_a), lora_b)).bfloat16()
-    else:
-        expected = lowbit.lora_linear(low, layer.base_layer.weight, lora_a, lora_b, layer.adapter.scaling, layer.bias)
+    weight = layer.base_weight(torch.bfloat16) if spec is None else layer.base_layer.weight
+    expected = lowbit.lora_linear(low, weight, lora_a, lora_b, layer.adapter.scaling, layer.bias)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
         assert layer.merged_weight().dtype == torch.float32
@@ -357,8 +357,8 @@ def nan_linear():
         (lambda: QLoRALinear(8, 8, scale="best"), ValueError, ("scale", "search", "best")),
         (lambda: QLoRALinear(8, 8, dtype=torch.float64), TypeError, ("float64",)),
         (lambda: QLoRALinear(8, 8, ranc=3), TypeError, ("ranc",)),
-        (lambda: LoRALinear(nn.Conv1d(2, 2, 1)), TypeError, ("linear", "Conv1d")),
-        (lambda: QLoRALinear.from_linear(nn.Embedding(2, 2)), TypeError, ("linear", "Embedding")),
+        (lambda: LoRALinear(nn.Conv1d(2, 2, 1)), TypeError, ("base_layer", "Linear", "Conv1d")),
+        (lambda: QLoRALinear.from_linear(nn.Embedding(2, 2)), TypeError, ("base_layer", "Linear", "Embedding")),
         (lambda: LoRALinear(nn.Linear(2, 2), rank=-1), ValueError, ("rank", "-1")),
         (lambda: make(spec=WeightSpec())(torch.zeros(2, 71)), ValueError, ("72", "71")),
         (lambda: make()(torch.zeros(2, 71)), ValueError, ("in_features", "72", "71")),
@@ -377,3 +377,26 @@ def test_bad_input_is_named(call, error, names):
 def test_the_name_of_the_adapter_is_pefts():
     """Keys in checkpoints and files are PEFT's, which calls an adapter "default"."""
     assert layers.DEFAULT == "default"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_dense_layer_in_16_bits_rounds_once(dtype):
+    """LoRA added after the product's rounding is rounded twice: 2.6e-3 of rms error in bf16 instead of 1.8e-3."""
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(512, 256, dtype=dtype), rank=8)
+    with torch.no_grad():
+        layer.factors()[1].normal_(std=0.02)
+    x = torch.randn(128, 512, dtype=dtype)
+    weight, bias = layer.base_layer.weight.double(), layer.base_layer.bias.double()
+    lora_a, lora_b = (factor.double() for factor in layer.factors())
+    exact = definition(x.double(), weight, bias, lora_a, lora_b, layer.adapter.scaling)
+    error = (layer(x).double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    once = (exact.to(dtype).double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert error < 1.15 * once
+
+
+def test_conv1d_is_called_by_its_own_keyword():
+    """transformers' Conv1D calls its input x: code that says so would fail once LoRA is on it."""
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D(6, 4)
+    layer, x = LoRALinear(conv1d, rank=2), torch.randn(3, 4)
+    assert torch.equal(layer(x=x), layer(x)) and torch.equal(layer(input=x), layer(x))

@@ -1,4 +1,4 @@
-"""lowbit_lora/conversion.py: what merging gives back, and what becomes of weights that layers share."""
+"""lowbit_lora/merge.py: what merging gives back, and what becomes of weights that layers share."""
 
 import copy
 import pickle
@@ -55,11 +55,11 @@ def test_a_merge_that_fails_changes_nothing(monkeypatch):
     expected, before = logits(wrapped), snapshot(wrapped.get_base_model())
     real, calls = LoRALinear.merged_weight, []
 
-    def failing(layer):
+    def failing(layer, names):
         calls.append(layer)
         if len(calls) == 5:
             raise MemoryError("no more")
-        return real(layer)
+        return real(layer, names)
 
     monkeypatch.setattr(LoRALinear, "merged_weight", failing)
     with pytest.raises(MemoryError):
@@ -90,7 +90,8 @@ def test_head_trains_in_fp32_in_a_16_bit_model(dtype):
 
 def test_tied_embeddings_stay_tied_when_saved_whole():
     """Training an embedding but not the head tied to it would silently untie the two."""
-    wrapped = QLoRAModel(llama(tied=True).bfloat16(), QLoRAConfig(modules_to_save=["embed_tokens"]))
+    config = QLoRAConfig(modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    wrapped = QLoRAModel(llama(tied=True).bfloat16(), config)
     model = wrapped.get_base_model()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.lm_head.weight.dtype == torch.float32
@@ -163,3 +164,88 @@ def test_lora_on_a_model_that_was_quantized_in_place(rest):
     assert type(merged.first.weight) is nn.Parameter and merged.second.weight is second
     plain = lowbit.dequantize_(copy.deepcopy(merged))
     assert_as_precise(expected, plain, lambda model: model(x.to(model.norm.weight.dtype)).detach())
+
+
+def test_merging_into_quantized_weights_reports_what_is_left():
+    """Quantizing again loses much of a small change, and nobody would know."""
+    wrapped = randomize(QLoRAModel(llama(), QLoRAConfig(rank=4)))
+    expected = {n: m.base_weight(torch.float32) for n, m in wrapped.model.named_modules() if isinstance(m, LoRALinear)}
+    deltas = {n: m.delta("default") for n, m in wrapped.model.named_modules() if isinstance(m, LoRALinear)}
+    merged = wrapped.merge_and_unload(into="quantized", minimum_cosine=0.0)
+    assert {survival.name for survival in wrapped.merge_report} == set(expected)
+    for survival in wrapped.merge_report:
+        weight = merged.get_submodule(survival.name).weight
+        assert isinstance(weight, QuantizedTensor)
+        got = weight.dequantize(torch.float32) - expected[survival.name]
+        wanted = deltas[survival.name]
+        cosine = torch.cosine_similarity(got.flatten(), wanted.flatten(), 0)
+        assert abs(survival.cosine - float(cosine)) < 1e-4
+        assert abs(survival.norm_ratio - float(got.norm() / wanted.norm())) < 1e-4
+
+
+def test_a_merge_that_would_lose_the_adapter_is_refused():
+    """A tiny change does not survive 4 bits: the model would answer as if it had not been trained."""
+    wrapped = QLoRAModel(llama(), QLoRAConfig(rank=4, target_modules=["q_proj", "v_proj"]))
+    with torch.no_grad():
+        for layer in (module for module in wrapped.modules() if isinstance(module, LoRALinear)):
+            layer.factors()[1].normal_(std=1e-4)
+    before, expected = snapshot(wrapped.get_base_model()), logits(wrapped)
+    with pytest.raises(ValueError, match=r"cosine.*4 of 4 layers.*proj.*minimum_cosine"):
+        wrapped.merge_and_unload(into="quantized")
+    assert_untouched(wrapped.get_base_model(), before)
+    assert torch.equal(logits(wrapped), expected)
+
+
+def test_another_quantizer_can_be_given():
+    """A calibrated quantizer, which keeps more, has its place."""
+    wrapped, seen = randomize(QLoRAModel(llama(), QLoRAConfig(rank=4))), []
+
+    def quantizer(values, old):
+        seen.append(values.dtype)
+        return lowbit.quantize(values)
+
+    wrapped.merge_and_unload(into="quantized", minimum_cosine=0.0, quantizer=quantizer)
+    assert seen and set(seen) == {torch.float32}
+
+
+@kinds
+def test_merging_in_another_dtype(model_type, config_type):
+    """A merged model is often wanted in bf16, whatever the base is in."""
+    wrapped = randomize(model_type(llama(), config_type(target_modules=["q_proj"])))
+    expected = logits(wrapped)
+    merged = wrapped.merge_and_unload(dtype=torch.bfloat16)
+    weight = merged.model.layers[0].self_attn.q_proj.weight
+    assert weight.dtype == torch.bfloat16 and type(weight) is nn.Parameter
+    torch.testing.assert_close(logits(merged.float()), expected, rtol=0.05, atol=0.05)
+
+
+@kinds
+def test_a_merge_that_is_not_finite_is_refused_on_request(model_type, config_type):
+    """A diverged run would be published as a model that answers NaN."""
+    wrapped = randomize(model_type(llama(), config_type(target_modules=["q_proj"])))
+    layer = wrapped.model.model.layers[1].self_attn.q_proj
+    with torch.no_grad():
+        layer.factors()[0][0, 0] = torch.inf
+    before = snapshot(wrapped.get_base_model())
+    with pytest.raises(ValueError, match=r"layers.1.self_attn.q_proj: expected finite"):
+        wrapped.merge_and_unload(safe=True)
+    assert_untouched(wrapped.get_base_model(), before)
+    with pytest.raises(ValueError, match="into: expected 'dense' or 'quantized'"):
+        wrapped.merge_and_unload(into="int4")
+
+
+def test_embeddings_and_head_in_four_bits_stay_tied(tmp_path):
+    """The largest table of a small model would stay in 16 bits, or be stored twice."""
+    config = QLoRAConfig(target_modules=["q_proj"], quantize_head=True, quantize_embeddings=True)
+    wrapped = randomize(QLoRAModel(llama(tied=True), config))
+    model = wrapped.get_base_model()
+    assert isinstance(model.lm_head.weight, QuantizedTensor)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    wrapped.save_pretrained(tmp_path)
+    again = QLoRAModel.from_pretrained(llama(tied=True), tmp_path)
+    assert torch.equal(logits(again), logits(wrapped))
+    merged = wrapped.merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight and type(merged.lm_head.weight) is nn.Parameter
+    only_head = QLoRAModel(llama(), QLoRAConfig(target_modules=["q_proj"], quantize_head=True)).get_base_model()
+    assert isinstance(only_head.lm_head.weight, QuantizedTensor)
+    assert not isinstance(only_head.model.embed_tokens.weight, QuantizedTensor)

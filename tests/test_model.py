@@ -171,9 +171,10 @@ def test_what_trains(bias):
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     lora = {f"bert.encoder.layer.{i}.attention.self.query" for i in (0, 1)}
     expected = {f"{name}.{part}.default.weight" for name in lora for part in ("lora_A", "lora_B")}
-    expected |= {"classifier.weight", "classifier.bias"}
+    expected |= {f"classifier.modules_to_save.default.{key}" for key in ("weight", "bias")}
     if bias == "all":
-        expected |= {name for name, _ in model.named_parameters() if name.endswith("bias")}
+        biases = {name for name, _ in model.named_parameters() if name.endswith("bias")}
+        expected |= biases - {"classifier.original_module.bias"}
     if bias == "lora_only":
         expected |= {f"{name}.base_layer.bias" for name in lora}
     assert trains == expected
@@ -224,10 +225,10 @@ def test_counts_are_of_weights_not_of_bytes(capsys):
     wrapped = QLoRAModel(bert(), QLoRAConfig(rank=4, target_modules=["query"]))
     lora = 2 * 4 * (32 + 32)
     head = 2 * 32 + 2
-    assert wrapped.count_parameters() == (lora + head, dense + lora)
+    assert wrapped.count_parameters() == (lora + head, dense + lora + head)  # the head's copy trains
     wrapped.print_trainable_parameters()
     printed = capsys.readouterr().out
-    assert f"trainable params: {lora + head:,} || all params: {dense + lora:,} || trainable%: " in printed
+    assert f"trainable params: {lora + head:,} || all params: {dense + lora + head:,} || trainable%: " in printed
     assert sum(p.numel() for p in wrapped.trainable_parameters()) == lora + head
 
 
@@ -301,8 +302,9 @@ def test_int8_from_config_to_merge(tmp_path):
 def test_plain_head_in_modules_to_save():
     """Models that are not Hugging Face's name their head themselves."""
     wrapped = QLoRAModel(mlp(), QLoRAConfig(modules_to_save=["head"]))
-    assert type(wrapped.get_base_model().head) is nn.Linear
-    assert wrapped.get_base_model().head.weight.requires_grad
+    head = wrapped.get_base_model().head
+    assert type(head.current()) is nn.Linear
+    assert head.weight.requires_grad and not head.original_module.weight.requires_grad
     assert not wrapped.get_base_model().norm.weight.requires_grad
 
 

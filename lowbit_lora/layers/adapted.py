@@ -15,9 +15,24 @@ class RowAdapters:
     names: tuple[str, ...]
     index: torch.Tensor
 
+    def spread(self, first: int) -> torch.Tensor:
+        """The index for an input whose first dimension is the batch, or a multiple of it (beams, tokens) in its order.
+
+        Raises:
+            ValueError: ``first`` is no multiple of the number of rows.
+        """
+        if first % max(1, len(self.index)):
+            raise ValueError(
+                f"adapter_names: expected inputs with {len(self.index)} rows, one for each name, or a multiple, "
+                f"got {first}"
+            )
+        return self.index.repeat_interleave(first // max(1, len(self.index)))
+
 
 class Adapted(nn.Module):
     """A module in whose place adapters compute: a layer with LoRA, one that is trained whole, or one with new rows.
+
+    For other code it looks like its base, whose attributes it shows.
 
     Attributes:
         adapters: name -> settings.
@@ -41,6 +56,19 @@ class Adapted(nn.Module):
     def base(self) -> nn.Module:
         """The module that adapters change."""
         raise NotImplementedError
+
+    def current(self) -> nn.Module:
+        """The module whose attributes this one shows as its own."""
+        return self.base
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules", {})  # empty while it is unpickled
+            if name.startswith("_") or not modules.keys() & {"base_layer", "original_module"}:
+                raise
+            return getattr(self.current(), name)
 
     def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """What an adapter's file holds for this module, by PEFT's keys below the module's name; empty without it."""

@@ -3,17 +3,16 @@
 import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-
 from typing import Any
 
 import torch
 from torch import nn
 
-import lowbit
 from lowbit import QuantizedTensor
+from lowbit.lowrank import RANDOM_METHODS, initial_factors
+from lowbit.quantizers.quantize import quantize_to
 
 from ..config import QLoRAConfig, check_lora_options, lora_scaling
-from ..init import RANDOM_METHODS, initial_factors
 from .adapted import Adapted
 
 #: The name of an adapter that was given none, as in PEFT.
@@ -98,7 +97,7 @@ class LoRABaseLayer(Adapted):
     @classmethod
     def _check_base(cls, module: nn.Module) -> None:
         if not isinstance(module, cls.base_type):
-            raise TypeError(f"base_layer: expected a torch.nn.{cls.base_type.__name__}, got {type(module).__name__}")
+            raise TypeError(f"base_layer: expected a torch.nn.{cls.base_type.__name__}, got a {type(module).__name__}")
         if module.weight.numel() == 0:
             raise ValueError(f"base_layer: expected at least one weight, got shape {tuple(module.weight.shape)}")
 
@@ -209,8 +208,9 @@ class LoRABaseLayer(Adapted):
         """What the base computes, plus what the adapters add, in the dtype of the base's output."""
         y = self.base_layer(input)
         if self.rows is not None:
+            index = self.rows.spread(len(input))
             for number, name in enumerate(self.rows.names):
-                chosen = (self.rows.index == number).nonzero().squeeze(1)
+                chosen = (index == number).nonzero().squeeze(1)
                 if name in self.adapters and len(chosen):
                     y = y.index_add(0, chosen, self._contribution(input[chosen], name, y[chosen]))
         elif not self.merged:
@@ -262,7 +262,9 @@ class LoRABaseLayer(Adapted):
         """|W|^2 of each output feature's row; decodes the weight once."""
         if "_norms" not in self._buffers:
             square = self.base_weight(torch.float32).square()
-            self.register_buffer("_norms", square.sum(0) if self.out_dim else square.flatten(1).sum(1), persistent=False)
+            self.register_buffer(
+                "_norms", square.sum(0) if self.out_dim else square.flatten(1).sum(1), persistent=False
+            )
         return self._norms
 
     # ---- the weight
@@ -341,6 +343,7 @@ class LoRABaseLayer(Adapted):
             ValueError: adapters are merged already; ``safe`` and the merged weight is not finite. Nothing has changed.
         """
         names = self.active if names is None else tuple(names)
+        self._check_names(names)
         if self.merged:
             raise ValueError(f"adapters: expected none that is merged, got {', '.join(self.merged)}; call unmerge()")
         merged = self.merged_tensors(names)
@@ -356,6 +359,15 @@ class LoRABaseLayer(Adapted):
         self.base_layer._parameters.update(self._unmerged)
         self._unmerged, self.merged = {}, ()
 
+    @torch.no_grad()
+    def put_back_initial(self) -> None:
+        """Add to a dense base the factors that were taken out of it at first."""
+        for name, (lora_a, lora_b) in self.initial.items():
+            product = self.adapters[name].scaling * (lora_b.float() @ lora_a.float())
+            weight = self.base_layer.weight
+            product = product.T if self.out_dim else product.view(weight.shape)
+            self.base_layer.weight = nn.Parameter((weight.float() + product).to(weight.dtype), requires_grad=False)
+
     def extra_repr(self) -> str:
         """What ``print`` shows of the layer."""
         return ", ".join(f"{name}: {adapter}" for name, adapter in self.adapters.items())
@@ -364,7 +376,8 @@ class LoRABaseLayer(Adapted):
 def stored(module: nn.Module, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """``module``, with its weight quantized as QLoRAConfig's options among ``options`` say, and the other options."""
     how = {name: options[name] for name in ("quantization", "double_quant", "block_size", "scale") if name in options}
-    weight = lowbit.quantize(module.weight.detach(), **QLoRAConfig(**how).quantize_options())
+    config = QLoRAConfig(**how)
+    weight = quantize_to(module.weight.detach(), config.spec, config.scale)
     module.weight = nn.Parameter(weight, requires_grad=False)
     return module, {name: value for name, value in options.items() if name not in how}
 

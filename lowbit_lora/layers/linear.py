@@ -9,10 +9,9 @@ from torch import nn
 
 import lowbit
 from lowbit import QuantizedTensor
-
+from lowbit.modules import FrozenLinear
 from lowbit.ops.dense import frozen_linear
 
-from ..dense import FrozenLinear
 from .adapted import RowAdapters
 from .adapted_weight import AdaptedWeight
 from .base import Adapter, LoRABaseLayer, stored, without_autocast
@@ -59,8 +58,12 @@ class LoRALinear(LoRABaseLayer):
         """W + scaling * B A, for code that reads the weight of a layer instead of calling the layer."""
         return self.merged_weight() if torch.compiler.is_compiling() else AdaptedWeight(self)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] -> [..., out_features] in the dtype of input (under autocast, in the autocast dtype)."""
+    def forward(self, input: torch.Tensor | None = None, *, x: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features] in the dtype of input (under autocast, in the autocast dtype).
+
+        ``x`` is what transformers' Conv1D calls its input.
+        """
+        input = x if input is None else input
         base = self._modules["base_layer"]
         if self.rows is not None:
             return self._each_row_with_its_adapter(input, self.rows)
@@ -80,12 +83,15 @@ class LoRALinear(LoRABaseLayer):
 
     def _with_lora(self, input, lora_a, lora_b, scaling: float, dropout: float, with_bias: bool = True) -> torch.Tensor:
         """W input + scaling * B A dropout(input) + bias, in one product."""
-        weight, bias = self.base_layer.weight, self._bias(self.active) if with_bias else None
-        if not self.out_dim:
+        weight = self.base_layer.weight
+        # accelerate's hooks, for one, are in a forward of the instance, which therefore has to be called.
+        is_hooked = with_bias and "forward" in self.base_layer.__dict__
+        bias = self._bias(self.active, None if is_hooked else self.base_layer.bias) if with_bias else None
+        if not self.out_dim and not is_hooked:
             return lowbit.lora_linear(input, weight, lora_a, lora_b, scaling, bias, dropout, self.training)
-        if not isinstance(weight, QuantizedTensor):
+        if not isinstance(weight, QuantizedTensor) and not is_hooked:
             return lowbit.lora_linear(input, weight.T, lora_a, lora_b, scaling, bias, dropout, self.training)
-        y = input @ weight
+        y = self.base_layer(input) if is_hooked else input @ weight
         with without_autocast(input.device):
             t = F.linear(F.dropout(input, dropout, self.training).to(lora_a.dtype), lora_a)
             y = y + (scaling * F.linear(t, lora_b)).to(y.dtype)
@@ -93,14 +99,16 @@ class LoRALinear(LoRABaseLayer):
 
     def _with_several(self, input: torch.Tensor) -> torch.Tensor:
         """The active adapters together. Those without DoRA and dropout are one, with their ranks side by side."""
-        apart = [n for n in self.active if self.adapters[n].use_dora or (self.training and self.adapters[n].lora_dropout)]
+        apart = [
+            n for n in self.active if self.adapters[n].use_dora or (self.training and self.adapters[n].lora_dropout)
+        ]
         together = [name for name in self.active if name not in apart]
         if together:
             factors = [self.factors(name) for name in together]
             scaled = [self.adapters[n].scaling * b for n, (_, b) in zip(together, factors, strict=True)]
             y = self._with_lora(input, torch.cat([a for a, _ in factors]), torch.cat(scaled, 1), 1.0, 0.0)
         else:
-            y = self._without_lora(input, self._bias(self.active))
+            y = self._without_lora(input, self._bias(self.active, self.base_layer.bias))
         for name in apart:
             adapter, (lora_a, lora_b) = self.adapters[name], self.factors(name)
             dropped = F.dropout(input, adapter.lora_dropout, self.training)
@@ -125,9 +133,8 @@ class LoRALinear(LoRABaseLayer):
         y = input @ weight
         return y if bias is None else y + bias.to(y.dtype)
 
-    def _bias(self, names: tuple[str, ...]) -> torch.Tensor | None:
-        """The base's bias and, times their scalings, those of B."""
-        bias = self.base_layer.bias
+    def _bias(self, names: tuple[str, ...], bias: torch.Tensor | None) -> torch.Tensor | None:
+        """``bias`` and, times their scalings, those of B."""
         for name in names:
             if self.adapters[name].lora_bias:
                 own = self.adapters[name].scaling * self.lora_B[name].bias
@@ -141,7 +148,7 @@ class LoRALinear(LoRABaseLayer):
         if any(adapter and adapter.use_dora for adapter in known):
             raise ValueError("adapter_names: expected adapters without DoRA, whose norms are of the whole weight")
         tokens = input.reshape(-1, self.in_features)
-        index = rows.index.repeat_interleave(len(tokens) // max(1, len(rows.index)))
+        index = rows.spread(len(input)).repeat_interleave(len(tokens) // max(1, len(input)))
         order = index.argsort(stable=True)
         ends = torch.bincount(index, minlength=len(rows.names)).cumsum(0).to(torch.int32)
         dropped = self._dropped_by_row(tokens, index, known) if self.training else tokens

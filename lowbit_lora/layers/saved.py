@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit import QuantizedTensor
+
 from .adapted import Adapted
 
 #: Where nn.Module keeps the hooks of a module.
@@ -30,6 +32,11 @@ class SavedModule(Adapted):
     def __init__(self, module: nn.Module):
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             raise TypeError(f"modules_to_save: expected modules that are called, got a {type(module).__name__}")
+        if any(isinstance(parameter, QuantizedTensor) for parameter in module.parameters()):
+            raise ValueError(
+                "modules_to_save: expected dense weights, got a quantized one, which cannot train; leave it dense "
+                "(skip=[...] of lowbit.quantize_)"
+            )
         super().__init__()
         self.original_module = module
         self.modules_to_save = nn.ModuleDict()
@@ -100,22 +107,14 @@ class SavedModule(Adapted):
     def _by_row(self, args: tuple, kwargs: dict) -> torch.Tensor:
         """Each row of the first argument through the copy of its adapter, or the original."""
         first, *rest = args
-        y = None
+        index, y = self.rows.spread(len(first)), None
         for number, name in enumerate(self.rows.names):
-            chosen = (self.rows.index == number).nonzero().squeeze(1)
+            chosen = (index == number).nonzero().squeeze(1)
             if len(chosen):
                 part = self._run(name if name in self.adapters else None, (first[chosen], *rest), kwargs)
                 y = part.new_empty(len(first), *part.shape[1:]) if y is None else y
                 y = y.index_copy(0, chosen, part)
         return y
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in ("original_module", "modules_to_save") or "modules_to_save" not in self.__dict__["_modules"]:
-                raise
-            return getattr(self.current(), name)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

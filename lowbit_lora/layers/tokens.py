@@ -1,7 +1,6 @@
 """Single rows of an embedding that train (``trainable_token_indices``), by PEFT's names."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,11 +103,3 @@ class TrainedTokens(Adapted):
             index, values = self._rows(name)
             weight.index_copy_(0, index, values.to(weight.dtype))
         return {"weight": nn.Parameter(weight, requires_grad=False)}
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "original_module" or "original_module" not in self.__dict__["_modules"]:
-                raise
-            return getattr(self.original_module, name)

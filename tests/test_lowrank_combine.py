@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lowbit_lora.combine import METHODS, combine
+from lowbit.lowrank import METHODS, combine
 
 U = UNIT_ROUNDOFF[torch.float32]
 FACTOR_METHODS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -273,44 +273,16 @@ A, B = torch.ones(2, IN), torch.ones(OUT, 2)
         ({"method": "mean"}, ValueError, "method: expected one of linear, .*, got 'mean'"),
         ({"method": ["svd"]}, ValueError, r"method: expected one of linear, .*, got \['svd'\]"),
         ({"weights": [1.0]}, ValueError, "weights: expected 2, one for each adapter, got 1"),
-        ({"weights": [1.0, math.nan]}, ValueError, r"weights\[1\]: expected a finite number, got nan"),
-        ({"weights": [1.0, "2"]}, TypeError, r"weights\[1\]: expected a number, got '2'"),
-        ({"weights": 1.0}, TypeError, "weights: expected a list of numbers, got 1.0"),
-        ({"density": 0.0}, ValueError, r"density: expected a number in \(0, 1\], got 0.0"),
-        ({"density": 1.1}, ValueError, r"density: expected a number in \(0, 1\], got 1.1"),
-        ({"density": True}, TypeError, "density: expected a number, got True"),
+        ({"weights": [1.0, math.nan]}, ValueError, "weights: expected finite numbers, got nan"),
+        ({"weights": [1.0, "2"]}, ValueError, "weights: expected finite numbers, got '2'"),
+        ({"method": "ties", "density": 0.0}, ValueError, r"density: expected a number in \(0, 1\] .*, got 0.0"),
+        ({"method": "ties", "density": 1.1}, ValueError, r"density: expected a number in \(0, 1\] .*, got 1.1"),
+        ({"method": "ties", "density": True}, ValueError, "density: expected a number .*, got True"),
         ({"majority_sign": "most"}, ValueError, "majority_sign: expected one of total, frequency, got 'most'"),
-        ({"method": "svd", "rank": 0}, ValueError, "rank: expected at least 1, got 0"),
-        ({"method": "svd", "rank": 2.0}, TypeError, "rank: expected an int or None, got 2.0"),
+        ({"method": "svd", "rank": 0}, ValueError, "rank: expected an int of at least 1 or None, got 0"),
+        ({"method": "svd", "rank": 2.0}, ValueError, "rank: expected an int of at least 1 or None, got 2.0"),
         ({"factors": []}, ValueError, "factors: expected .* at least one adapter, got none"),
-        (
-            {"factors": [(A, B, 1.0), (A, B[:3], 1.0)]},
-            ValueError,
-            r"factors\[1\]: expected in=8 and out=11, .* \(3, 2\)",
-        ),
-        (
-            {"factors": [(A, B, 1.0), (A[:, :3], B, 1.0)]},
-            ValueError,
-            r"factors\[1\]: expected in=8 and out=11, .* \(2, 3\)",
-        ),
-        (
-            {"factors": [(B, A, 1.0)]},
-            ValueError,
-            r"factors\[0\]: expected A \[rank, in\] and B \[out, rank\], got \(11, 2\)",
-        ),
-        ({"factors": [(A[0], B, 1.0)]}, ValueError, r"factors\[0\]: expected A \[rank, in\] .* got \(8,\)"),
-        (
-            {"factors": [(A.long(), B, 1.0)]},
-            TypeError,
-            r"factors\[0\]: expected A as a floating-point tensor, got torch.i",
-        ),
-        (
-            {"factors": [(A, None, 1.0)]},
-            TypeError,
-            r"factors\[0\]: expected B as a floating-point tensor, got NoneType",
-        ),
-        ({"factors": [(A, B / 0, 1.0)]}, ValueError, r"factors\[0\]: expected finite numbers, got NaN or inf"),
-        ({"factors": [(A, B, math.inf)]}, ValueError, r"factors\[0\]: scaling: expected a finite number, got inf"),
+        ({"factors": [(A, B / 0, 1.0)]}, ValueError, "factors: expected finite numbers, got NaN or inf"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, error, message):

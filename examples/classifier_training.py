@@ -1,30 +1,49 @@
-"""Train a sequence classifier and measure it: the loop, the schedule, the evaluation.
+"""Train a classifier and measure it: the loop, the schedule, the evaluation.
 
-It works on anything that maps `input_ids, attention_mask` to an output with `.logits`: a plain Hugging Face
-model, a LoRA model or a QLoRA model. Parameters with `requires_grad` train.
+It works on anything that maps a batch of its rows to an output with `.logits`: a plain Hugging Face model, a
+LoRA model or a QLoRA model. Parameters with `requires_grad` train.
 """
 
 import math
 import random
 import statistics
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from text_data import TokenizedRows, batches
 from tqdm import tqdm
 
 WARMUP_SHARE = 0.06
 
 
+class Rows(Protocol):
+    """Labelled inputs of a model: texts or images."""
+
+    labels: torch.Tensor
+
+    def __len__(self) -> int: ...
+
+    def batches(self, batch_size: int, generator: random.Random | None = None) -> Iterator[list[int]]:
+        """Return all row numbers in batches, in random order if there is a generator."""
+
+    def batch(self, rows: Sequence[int], device: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Return the model's inputs and the labels (int64, rows) for these row numbers."""
+
+
 @dataclass
 class History:
-    """What happened in training: one loss per step, and held-out accuracy as (step, accuracy) pairs."""
+    """What happened in training: one loss per step, and held-out accuracy as (step, accuracy) pairs.
+
+    `logits` are those of the test rows after the last epoch.
+    """
 
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     accuracy: list[tuple[int, float]] = field(default_factory=list)
     train_seconds: float = 0.0
+    logits: torch.Tensor | None = None
 
     @property
     def median_step_seconds(self) -> float:
@@ -40,12 +59,12 @@ def learning_rate_factor(step: int, total: int) -> float:
 
 
 @torch.no_grad()
-def predict(model, rows: TokenizedRows, batch_size: int, device: str) -> torch.Tensor:
+def predict(model, rows: Rows, batch_size: int, device: str) -> torch.Tensor:
     """Return logits (float32, rows x labels) in the order of `rows`, with dropout off."""
     was_training = model.training
     model.eval()
     logits = None
-    for picked in batches(rows.lengths, batch_size):
+    for picked in rows.batches(batch_size):
         inputs, _ = rows.batch(picked, device)
         found = model(**inputs).logits.float().cpu()
         if logits is None:
@@ -60,10 +79,18 @@ def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return (logits.argmax(1) == labels).float().mean().item()
 
 
+def compare(trained: torch.Tensor, other: torch.Tensor) -> dict:
+    """Return how far two sets of logits are apart, and on how many rows they choose different labels."""
+    return {
+        "max_logit_difference": (trained - other).abs().max().item(),
+        "different_predictions": int((trained.argmax(1) != other.argmax(1)).sum()),
+    }
+
+
 def train(
     model,
-    train_rows: TokenizedRows,
-    test_rows: TokenizedRows,
+    train_rows: Rows,
+    test_rows: Rows,
     *,
     epochs: int,
     batch_size: int,
@@ -83,7 +110,7 @@ def train(
     with tqdm(total=total, desc="training", unit="step", disable=not progress) as bar:
         for _ in range(epochs):
             model.train()
-            for picked in batches(train_rows.lengths, batch_size, shuffler):
+            for picked in train_rows.batches(batch_size, shuffler):
                 start = time.perf_counter()
                 for group in optimizer.param_groups:
                     group["lr"] = lr * learning_rate_factor(len(history.losses), total)
@@ -98,7 +125,8 @@ def train(
                 bar.update()
                 recent = history.losses[-20:]
                 bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}")
-            held_out = accuracy(predict(model, test_rows, 2 * batch_size, device), test_rows.labels)
+            history.logits = predict(model, test_rows, 2 * batch_size, device)
+            held_out = accuracy(history.logits, test_rows.labels)
             history.accuracy.append((len(history.losses), held_out))
             bar.set_postfix(loss=f"{history.losses[-1]:.3f}", test_accuracy=f"{held_out:.3f}")
     history.train_seconds = sum(history.step_seconds)

@@ -10,7 +10,7 @@ from peft.utils.loftq_utils import _low_rank_decomposition
 from torch import nn
 
 import lowbit
-from lowbit_lora.init import DECOMPOSING_METHODS, RANDOM_METHODS, check_init, initial_factors
+from lowbit.lowrank import DECOMPOSING_METHODS, RANDOM_METHODS, check_init, initial_factors
 
 METHODS = (*RANDOM_METHODS, *DECOMPOSING_METHODS, "pissa_niter_2")
 U = UNIT_ROUNDOFF[torch.float32]
@@ -334,28 +334,13 @@ def test_decompositions_refuse_what_they_cannot_decompose(method, weight, rank, 
         (
             {"weight": torch.ones(2, 2, dtype=torch.int64)},
             TypeError,
-            "weight: expected a tensor of one of .* got torch.i",
+            "weight: expected a floating-point .* got torch.i",
         ),
-        ({"weight": [[1.0]]}, TypeError, "weight: expected a tensor of one of"),
+        ({"weight": [[1.0]]}, TypeError, "weight: expected a floating-point tensor"),
         ({"weight": torch.ones(2, 2, 1)}, ValueError, r"weight: expected a shape \[out, in\] .* got \(2, 2, 1\)"),
         ({"weight": torch.ones(0, 2)}, ValueError, r"weight: expected a shape \[out, in\] .* got \(0, 2\)"),
-        ({"rank": 0}, ValueError, "rank: expected at least 1, got 0"),
-        ({"rank": 1.0}, TypeError, "rank: expected an int, got 1.0"),
-        ({"rank": True}, TypeError, "rank: expected an int, got True"),
         ({"rank": 3, "method": "orthogonal"}, ValueError, "rank: expected an even number .* got 3"),
-        ({"scaling": 0.0}, ValueError, "scaling: expected a positive number, got 0.0"),
-        ({"scaling": float("nan")}, ValueError, "scaling: expected a positive number, got nan"),
-        ({"scaling": "1"}, TypeError, "scaling: expected a number, got '1'"),
         ({"method": "loft"}, ValueError, "method: expected one of"),
-        ({"method": "loftq"}, TypeError, "quantize: expected a function .* got None"),
-        (
-            {"method": "loftq", "quantize": abs, "loftq_iterations": 0},
-            ValueError,
-            "loftq_iterations: expected at least 1",
-        ),
-        ({"method": "loftq", "quantize": abs, "loftq_iterations": 1.0}, TypeError, "loftq_iterations: expected an int"),
-        ({"method": "loftq", "quantize": lambda w: w[:1]}, ValueError, r"quantize: .* shape \(4, 4\), got \(1, 4\)"),
-        ({"method": "loftq", "quantize": lambda w: None}, ValueError, r"quantize: .* shape \(4, 4\), got NoneType"),
         ({"method": "loftq", "quantize": lambda w: w / 0}, ValueError, "weight: expected numbers whose decomposition"),
         (
             {"method": "pissa", "weight": torch.full((4, 4), 3e38)},

@@ -1,0 +1,99 @@
+"""Single rows of an embedding that train, and layers that share its weight."""
+
+import pytest
+import torch
+from conftest_models import IDS, assert_untouched, llama, logits, randomize, snapshot, train
+from torch import nn
+
+from lowbit_lora import LoraConfig, LoraModel, QLoRAConfig, QLoRAModel
+from lowbit_lora.layers import TrainedTokens
+
+kinds = pytest.mark.parametrize(("model_type", "config_type"), [(LoraModel, LoraConfig), (QLoRAModel, QLoRAConfig)])
+TOKENS = sorted({int(token) for token in IDS.flatten()[:3]})
+
+
+@kinds
+@pytest.mark.parametrize("tied", [False, True])
+def test_only_the_rows_train(model_type, config_type, tied):
+    """Other tokens' vectors would move, or the output layer not know the new ones."""
+    config = config_type(target_modules=["q_proj"], trainable_token_indices=TOKENS)
+    wrapped = model_type(llama(tied=tied), config)
+    embedding = wrapped.get_input_embeddings()
+    table = embedding.weight.detach().clone()
+    losses = train(wrapped)
+    assert losses[-1] < losses[0]
+    assert torch.equal(embedding.weight, table)
+    rows = wrapped.get_input_embeddings()(torch.arange(len(table)))
+    changed = (rows != table).any(1).nonzero().flatten().tolist()
+    assert changed == TOKENS
+    trained, expected = rows.detach(), logits(wrapped)
+    merged = wrapped.merge_and_unload()
+    torch.testing.assert_close(merged.get_input_embeddings().weight, trained)
+    assert (merged.lm_head.weight is merged.get_input_embeddings().weight) is tied
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+
+
+@kinds
+@pytest.mark.parametrize("tied", [False, True])
+def test_files_both_ways(tmp_path, model_type, config_type, tied):
+    """PEFT's users would lose the new tokens, or we theirs."""
+    peft = pytest.importorskip("peft")
+    wrapped = randomize(
+        model_type(llama(tied=tied), config_type(target_modules=["q_proj"], trainable_token_indices=TOKENS))
+    )
+    wrapped.save_pretrained(tmp_path / "ours")
+    assert torch.equal(logits(model_type.from_pretrained(llama(tied=tied), tmp_path / "ours")), logits(wrapped))
+    if model_type is LoraModel:
+        theirs = peft.PeftModel.from_pretrained(llama(tied=tied), tmp_path / "ours")
+        torch.testing.assert_close(logits(theirs), logits(wrapped), rtol=1e-5, atol=1e-5)
+        theirs.save_pretrained(tmp_path / "theirs")
+        ours = LoraModel.from_pretrained(llama(tied=tied), tmp_path / "theirs")
+        torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_several_adapters_have_rows_of_their_own():
+    """A token of one adapter would leak into another, or into the base."""
+    base = llama()
+    expected = logits(base)
+    wrapped = LoraModel(base, LoraConfig(target_modules=["q_proj"], trainable_token_indices=TOKENS[:1]))
+    wrapped.add_adapter(
+        "other", LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": TOKENS[1:]})
+    )
+    randomize(wrapped)
+    first = logits(wrapped)
+    wrapped.set_adapter("other")
+    assert not torch.equal(logits(wrapped), first)
+    with wrapped.disable_adapter():
+        assert torch.equal(logits(wrapped), expected)
+    wrapped.set_adapter("default")
+    assert torch.equal(logits(wrapped), first)
+    wrapped.delete_adapter("other")
+    assert not any(".other" in name for name, _ in wrapped.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trainable_token_indices": [10**6]}, r"embed_tokens|1000000"),
+        ({"trainable_token_indices": {"quarry": [1]}}, "quarry"),
+        ({"trainable_token_indices": {"q_proj": [1]}}, "q_proj"),
+        ({"trainable_token_indices": TOKENS, "modules_to_save": ["embed_tokens"]}, "embed_tokens"),
+    ],
+)
+def test_wrong_tokens_are_told(options, message):
+    """Training would go on without them."""
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises((ValueError, TypeError), match=message):
+        LoraModel(model, LoraConfig(target_modules=["v_proj"], **options))
+    assert_untouched(model, before)
+
+
+def test_a_quantized_table_is_not_decoded():
+    """A row would cost the memory of the whole table."""
+    config = QLoRAConfig(target_modules=["q_proj"], trainable_token_indices=TOKENS, quantize_embeddings=True)
+    wrapped = QLoRAModel(llama(), config)
+    embedding = wrapped.get_input_embeddings()
+    assert isinstance(embedding, TrainedTokens) and isinstance(embedding.original_module, nn.Embedding)
+    train(wrapped)
+    assert embedding.weight.nbytes < embedding.weight.numel()
