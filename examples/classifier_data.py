@@ -20,11 +20,11 @@ def import_datasets(source: str):
     return datasets
 
 
-def load_hub_splits(source: str):
-    """Return the splits of a hub data set; it has a split named `train`."""
+def load_hub_splits(source: str, part: str | None = None):
+    """Return the splits of a hub data set, or of the part of it with this name; it has a split named `train`."""
     datasets = import_datasets(source)
     try:
-        splits = datasets.load_dataset(source)
+        splits = datasets.load_dataset(source, part)
     except Exception as error:  # the hub client raises many types; all mean the same to the user
         raise DataError(f"could not load '{source}' from the Hugging Face hub: {error}") from error
     if "train" not in splits:

@@ -8,7 +8,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -99,8 +99,13 @@ def train(
     seed: int,
     device: str,
     progress: bool = True,
+    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.nn.functional.cross_entropy,
+    score: Callable[[torch.Tensor, torch.Tensor], float] = accuracy,
 ) -> History:
-    """Train in place with AdamW. The test rows are measured after each epoch and choose nothing."""
+    """Train in place with AdamW. The test rows are measured after each epoch and choose nothing.
+
+    `loss_of` and `score` take logits (float32, rows x labels) and labels.
+    """
     history = History()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
@@ -115,7 +120,7 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = lr * learning_rate_factor(len(history.losses), total)
                 inputs, labels = train_rows.batch(picked, device)
-                loss = torch.nn.functional.cross_entropy(model(**inputs).logits.float(), labels)
+                loss = loss_of(model(**inputs).logits.float(), labels)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -126,7 +131,7 @@ def train(
                 recent = history.losses[-20:]
                 bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}")
             history.logits = predict(model, test_rows, 2 * batch_size, device)
-            held_out = accuracy(history.logits, test_rows.labels)
+            held_out = score(history.logits, test_rows.labels)
             history.accuracy.append((len(history.losses), held_out))
             bar.set_postfix(loss=f"{history.losses[-1]:.3f}", test_accuracy=f"{held_out:.3f}")
     history.train_seconds = sum(history.step_seconds)
