@@ -1,7 +1,7 @@
 """What an adapter's file keeps of the base: by what to know it again, and what training has changed in it."""
 
 import warnings
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -75,6 +75,19 @@ def warn_of_another_base(model: nn.Module, saved: dict[str, Any], folder: str) -
 def _close(values: list[float], saved: list[float]) -> bool:
     pairs = zip(values, saved, strict=False)
     return len(values) == len(saved) and all(abs(one - other) <= 1e-6 + 0.01 * abs(other) for one, other in pairs)
+
+
+def base_keys(module: nn.Module, name: str = "", key: str = "") -> Iterator[tuple[str, str]]:
+    """``(name, key)`` of each parameter and buffer of the base: its name without adapters, and its key with them."""
+    if isinstance(module, Adapted):
+        inner = next(inner for inner, child in module._modules.items() if child is module.base)
+        yield from base_keys(module.base, name, f"{key}{inner}.")
+        return
+    for own in (*module._parameters, *module._buffers):
+        yield name + own, key + own
+    for own, child in module._modules.items():
+        if child is not None:
+            yield from base_keys(child, f"{name}{own}.", f"{key}{own}.")
 
 
 def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -192,7 +192,7 @@ def _same(one: Any, other: Any) -> bool:
 
 _IN_PEFT = {"lora_dropout"}
 _NOT_IN_PEFT = {"quantization", "double_quant", "block_size", "scale", "quantize_head", "quantize_embeddings"}
-_NOT_IN_PEFT |= {"gradient_checkpointing", "paged_adamw"}
+_NOT_IN_PEFT |= {"gradient_checkpointing", "lora_dtype", "paged_adamw"}
 
 
 def _as_written(overrides: dict[str, Any]) -> dict[str, Any]:

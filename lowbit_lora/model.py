@@ -14,7 +14,7 @@ from lowbit.lowrank import is_decomposing
 from lowbit.modules import replace_modules
 
 from . import adapters, files, hf, merge
-from .base import buffers_of, of_base, warn_of_other_base
+from .base import base_keys, buffers_of, of_base, warn_of_other_base
 from .config import LoraConfig, QLoRAConfig
 from .layers import DEFAULT, Adapted, LoRABaseLayer, RowAdapters
 from .targets import adapted_modules
@@ -356,6 +356,26 @@ class LoraModel(nn.Module):
         tensors = adapters.tensors_of(self.model, name, self.configs[name].bias)
         return {files.PREFIX + key: tensor for key, tensor in tensors.items()}
 
+    def load_adapter_state_dict(self, tensors: dict[str, torch.Tensor], name: str | None = None) -> None:
+        """Give an adapter the values that :meth:`adapter_state_dict` returned, in the memory that it has.
+
+        Args:
+            tensors: by PEFT's keys, with or without their prefix, on any device.
+            name: the adapter; by default the active one.
+
+        Raises:
+            ValueError: no adapter of a name; a key is missing or unexpected; a shape does not fit. Nothing has changed
+                then.
+        """
+        (name,) = self._known([self._only_active() if name is None else name])
+        targets = adapters.tensors_of(self.model, name, self.configs[name].bias)
+        _fill(targets, files.fit(tensors, targets, self.model, "tensors"))
+
+    def base_state_dict(self) -> dict[str, torch.Tensor]:
+        """The base's parameters and buffers by the names that they have without adapters; the tensors are its own."""
+        tensors = self.model.state_dict()
+        return {name: tensors[key] for name, key in base_keys(self.model) if key in tensors}
+
     def _only_active(self) -> str:
         if len(self._active) != 1:
             raise ValueError(f"adapter: expected a name where {len(self._active)} are active")
@@ -422,6 +442,7 @@ class LoraModel(nn.Module):
         is_trainable: bool = False,
         strict: bool = True,
         settings_from: str | None = None,
+        lora_dtype: str = "float32",
     ) -> None:
         """Add a saved adapter, by lowbit or PEFT. It is not active: ``set_adapter(name)`` makes it so.
 
@@ -431,12 +452,14 @@ class LoraModel(nn.Module):
                 allocated anew, and what was captured in a CUDA graph or compiled computes with the new values.
             is_trainable: let it train, if it is active.
             strict, settings_from: see :meth:`from_pretrained`; hot-swapping is strict.
+            lora_dtype: of the factors, whatever the file's is; hot-swapping keeps that of the memory.
 
         Raises:
             OSError: files that are missing (FileNotFoundError) or broken, or that do not belong together.
             ValueError, TypeError: the adapter does not fit the model. Nothing has changed then.
         """
-        config, tensors, file = files.read_adapter(self.model, folder, LoraConfig, {}, settings_from)
+        options = {"lora_dtype": lora_dtype}
+        config, tensors, file = files.read_adapter(self.model, folder, LoraConfig, options, settings_from)
         if name in self.configs:
             adapters.swap_values(self.model, name, config, self.configs[name], tensors, file)
             return
@@ -479,7 +502,8 @@ class LoraModel(nn.Module):
             settings_from: "weights" or "config": which file to follow where the two do not belong together, as after an
                 interrupted save (the weights know their settings), or where adapter_config.json was edited on purpose.
             overrides: settings that the shapes of the adapter do not depend on: quantization, double_quant,
-                block_size, scale (an adapter by PEFT says nothing of them), lora_dropout, gradient_checkpointing.
+                block_size, scale (an adapter by PEFT says nothing of them), lora_dropout, lora_dtype (fp32, whatever
+                the file's is), gradient_checkpointing.
 
         Raises:
             OSError: files that are missing (FileNotFoundError) or broken, or that do not belong together.

@@ -110,8 +110,8 @@ class Plan:
             return {}
         if not isinstance(wanted, dict):
             embedding = hf.input_embedding(self.model)
-            names = [name for name, module in walk(self.model) if base_of(module) is embedding]
-            if embedding is None or not names:
+            names = [name for name, module in walk(self.model) if module is embedding]
+            if not names:
                 raise ValueError("trainable_token_indices: expected {name of an embedding: indices} for this model")
             wanted = {names[0]: wanted}
         found = {}

@@ -204,6 +204,45 @@ def test_saved_adapters_come_back(tmp_path, model_type, config_type):
     assert torch.equal(logits(loaded), logits(wrapped))
 
 
+@kinds
+def test_values_from_memory(model_type, config_type):
+    """Training loops and samplers hand adapters over without a disk between."""
+    wrapped = two(model_type, config_type)
+    fresh = model_type(bert(), config_type(target_modules=["query"], modules_to_save=[]))
+    values = {key: value.clone() for key, value in wrapped.adapter_state_dict("default").items()}
+    before, place = snapshot(fresh), fresh.adapter_state_dict()
+    key, value = values.popitem()
+    with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+        fresh.load_adapter_state_dict(values)
+    assert_untouched(fresh, before)
+    fresh.load_adapter_state_dict(values | {key: value})
+    assert torch.equal(logits(fresh), logits(wrapped))
+    assert all(tensor is place[key] for key, tensor in fresh.adapter_state_dict().items())
+
+
+@pytest.mark.parametrize("load", [LoraModel.from_pretrained, LoraModel.load_adapter])
+def test_factors_are_loaded_in_a_dtype(tmp_path, load):
+    """A served adapter in 16 bits would take twice the memory."""
+    two().save_pretrained(tmp_path)
+    if load == LoraModel.load_adapter:
+        wrapped = LoraModel(bert(), LoraConfig(target_modules=["query"], modules_to_save=[]))
+        wrapped.load_adapter(tmp_path / "other", "other", lora_dtype="bfloat16")
+    else:
+        wrapped = LoraModel.from_pretrained(bert(), tmp_path / "other", adapter_name="other", lora_dtype="bfloat16")
+    factors = [value for key, value in wrapped.adapter_state_dict("other").items() if ".lora_" in key]
+    assert {factor.dtype for factor in factors} == {torch.bfloat16} and all(f.any() for f in factors)
+
+
+def test_the_base_by_its_own_names():
+    """What was loaded into the base could not be compared with it, nor saved again."""
+    base = llama(tied=True)
+    expected = {key: value.clone() for key, value in base.state_dict().items()}
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["mlp"], "trainable_token_indices": [1]}
+    wrapped = randomize(LoraModel(base, LoraConfig(**options)))
+    found = wrapped.base_state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+
 def test_peft_loads_each_adapter(tmp_path):
     """PEFT finds further adapters in folders of their names."""
     peft = pytest.importorskip("peft")

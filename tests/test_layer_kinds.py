@@ -105,15 +105,19 @@ def test_a_convolution_in_groups_trains_and_does_not_merge():
     assert all(p.grad.abs().max() > 0 for p in layer.factors())
     with pytest.raises(ValueError, match="groups=2"):
         layer.merge()
+    assert layer.weight.shape == layer.base_layer.weight.shape  # read, not computed with
+    with pytest.raises(ValueError, match="groups=2"):
+        layer.weight.sum()
     with pytest.raises(ValueError, match="multiple of the convolution's groups=2, got 3"):
         LoRAConv2d(nn.Conv2d(4, 8, 3, groups=2), rank=3)
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_peft_computes_the_same_from_our_file(tmp_path, groups):
+def test_peft_computes_the_same_from_our_file(tmp_path, groups, use_dora):
     """Adapters move between the libraries, for each kind of layer."""
     peft = pytest.importorskip("peft")
-    config = LoraConfig(rank=4, target_modules=TARGETS, use_rslora=True)
+    config = LoraConfig(rank=4, target_modules=TARGETS, use_rslora=True, use_dora=use_dora)
     wrapped = randomized(LoraModel(mixed(groups=groups), config))
     wrapped.save_pretrained(tmp_path)
     theirs = peft.PeftModel.from_pretrained(mixed(groups=groups), tmp_path)

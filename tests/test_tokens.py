@@ -71,6 +71,46 @@ def test_several_adapters_have_rows_of_their_own():
     assert not any(".other" in name for name, _ in wrapped.named_parameters())
 
 
+@kinds
+def test_a_further_adapter_finds_the_embedding(model_type, config_type):
+    """Indices alone would mean the embedding only as long as no adapter is there."""
+    wrapped = model_type(llama(), config_type(target_modules=["q_proj"], trainable_token_indices=TOKENS[:1]))
+    wrapped.add_adapter("other", LoraConfig(target_modules=["q_proj"], trainable_token_indices=TOKENS[1:]))
+    assert wrapped.get_input_embeddings().adapters.keys() == {"default", "other"}
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_an_encoder_and_a_decoder_share_the_rows(tmp_path, model_type):
+    """Each has an embedding of its own on one weight: the decoder would not know the new tokens."""
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    small = {"vocab_size": 40, "d_model": 16, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2, "d_kv": 8}
+    small |= {"d_ff": 24, "encoder_layers": 1, "decoder_layers": 1, "decoder_start_token_id": 0}
+    small |= {
+        f"{part}_{size}": 2 if "heads" in size else 24
+        for part in ("encoder", "decoder")
+        for size in ("attention_heads", "ffn_dim")
+    }
+    kinds = {"t5": ("T5Config", "T5ForConditionalGeneration"), "bart": ("BartConfig", "BartForConditionalGeneration")}
+    config, kind = (getattr(transformers, name) for name in kinds[model_type])
+
+    def base():
+        torch.manual_seed(0)
+        return kind(
+            config(**{key: value for key, value in small.items() if key in vars(config()) or model_type == "t5"})
+        ).eval()
+
+    ids = torch.tensor([[3, 5, 3, 7]])
+    target = "q" if model_type == "t5" else "q_proj"
+    wrapped = randomize(LoraModel(base(), LoraConfig(target_modules=[target], trainable_token_indices=[3, 7])))
+    expected = wrapped(input_ids=ids, decoder_input_ids=ids).logits
+    wrapped.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base(), tmp_path)
+    torch.testing.assert_close(theirs(input_ids=ids, decoder_input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    merged = wrapped.merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=ids, decoder_input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .adapted_weight import AdaptedWeight
 from .base import Adapter, LoRABaseLayer
 
 
@@ -46,6 +47,25 @@ class LoRAConvNd(LoRABaseLayer):
         adapter, down, up = self.adapters[name], self.lora_A[name], self.lora_B[name]
         dropped = F.dropout(input, adapter.lora_dropout, self.training)
         return adapter.scaling * up(down(dropped.to(down.weight.dtype)))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight with the active adapters; in groups an error only where it is computed with, not where it is read."""
+        return AdaptedWeight(self) if self.base_layer.groups > 1 else super().weight
+
+    @torch.no_grad()
+    def row_norms(self, name: str) -> torch.Tensor:
+        """The norms [out] by which DoRA divides, fp32.
+
+        In groups they are PEFT's, so that its files compute the same: B A is taken there as if there were no groups, and
+        laid out anew in the weight's shape. No weight has these norms.
+        """
+        if self.base_layer.groups == 1:
+            return super().row_norms(name)
+        weight, rank = self.base_weight(torch.float32), self.adapters[name].rank
+        lora_a, lora_b = (factor.float() for factor in self.factors(name))
+        product = lora_b.view(-1, rank) @ lora_a.view(rank, -1)
+        return (weight + self.adapters[name].scaling * product.view(weight.shape)).flatten(1).norm(dim=1)
 
     def _feature_shape(self) -> tuple[int, ...]:
         return (-1, *[1] * (self.base_layer.weight.dim() - 2))

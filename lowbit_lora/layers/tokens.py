@@ -12,18 +12,19 @@ from .adapted import Adapted
 
 
 class TrainedTokens(Adapted):
-    """An embedding, or an output layer tied to one, in which each adapter has its own values for some rows.
+    """An embedding, or a layer tied to one, in which each adapter has its own values for some rows.
 
     The values are ``token_adapter.trainable_tokens_delta[adapter]`` [tokens, features]: the rows themselves, in fp32.
-    The table is neither copied nor decoded. An output layer that is tied to the embedding takes its rows from there.
+    The table is neither copied nor decoded. An output layer or another embedding (an encoder's and a decoder's) that is
+    tied to the embedding takes its rows from there.
 
     Args:
-        module: nn.Embedding, or nn.Linear where ``tied_to`` is given.
+        module: nn.Embedding; where ``tied_to`` is given, also nn.Linear.
         tied_to: the embedding's TrainedTokens.
     """
 
     def __init__(self, module: nn.Module, tied_to: "TrainedTokens | None" = None):
-        if not isinstance(module, nn.Embedding if tied_to is None else nn.Linear):
+        if not isinstance(module, nn.Embedding if tied_to is None else (nn.Embedding, nn.Linear)):
             raise TypeError(f"trainable_token_indices: expected a torch.nn.Embedding, got {type(module).__name__}")
         super().__init__()
         self.original_module = module
@@ -33,7 +34,7 @@ class TrainedTokens(Adapted):
 
     @property
     def tied_to(self) -> "TrainedTokens | None":
-        """The embedding's place, for an output layer that is tied to it."""
+        """The embedding's place, for a layer that is tied to it."""
         return self._tied_to[0] if self._tied_to else None
 
     @property
@@ -80,7 +81,7 @@ class TrainedTokens(Adapted):
         y = self.original_module(input)
         for name in owner.active:
             index, values = owner._rows(name)
-            if self._tied_to:
+            if isinstance(self.original_module, nn.Linear):
                 logits = F.linear(input, values.to(input.dtype))
                 bias = self.original_module.bias
                 y = y.index_copy(-1, index, (logits if bias is None else logits + bias[index]).to(y.dtype))
@@ -93,7 +94,7 @@ class TrainedTokens(Adapted):
 
     @torch.no_grad()
     def merged_tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """A dense weight in which the adapters' rows are. That of a tied output layer is its embedding's."""
+        """A dense weight in which the adapters' rows are. That of a tied layer is its embedding's."""
         names = [name for name in names if name in self.adapters]
         if not names:
             return {}

@@ -74,6 +74,12 @@ def install() -> None:
     Adapted.disable_adapters = property(lambda part: bool(part.adapters) and not part.active)
     Adapted.get_base_layer = lambda part: part.base
     Adapted._all_available_adapter_names = lambda part: list(part.adapters)
+    Adapted.set_adapter = lambda part, names: part.set_active([names] if isinstance(names, str) else names)
+    for conv in (LoRAConv1d, LoRAConv2d, LoRAConv3d):
+        conv.in_features = property(lambda layer: layer.in_channels)
+        conv.out_features = property(lambda layer: layer.out_channels)
+    LoRAEmbedding.in_features = property(lambda layer: layer.num_embeddings)
+    LoRAEmbedding.out_features = property(lambda layer: layer.embedding_dim)
     layer = LoRABaseLayer
     layer.adapter_layer_names = property(lambda layer: [key for key in layer._modules if key.startswith("lora_")])
     layer.other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout")

@@ -27,20 +27,11 @@ VACUOUS = {
     r"TestScalingAdapters": "rank_pattern, alpha_pattern, scaling: rescale_adapter_scale",
     r"TestTunerStateDictKeyPrefixes": "PEFT's inner names: others",
 }
-#: What a failure is where this text stands in its traceback: PEFT's names that lowbit_lora has under none.
+#: What a failure is where this text stands in its traceback.
 MISSING_TRACE = {
-    r"_get_module_names_tied_with|supports_lora_conversion|_check_target_module_exists|_get_kasa_loss|"
-    r"has no attribute 'modules_to_save'|test_transient_attribute_access": "PEFT's inner names: others",
-    r"'float' object has no attribute 'items'": "hot-swapping an adapter",
-    r"device\(type='meta'\)": "low_cpu_mem_usage (adapter on the meta device)",
-    r"TestCustomModelConfigWarning|test_warning_name": "PEFT's warnings",
-    r"check_modelcard|README\.md": "model card (README.md)",
-    r"base_layer": "PEFT's inner names: layer.base_layer",
-    r"disable_adapters|enable_adapters": "disable_adapter: layer.disable_adapters, enable_adapters()",
-    r"has no attribute 'push_to_hub'|hasattr\(model, \"push_to_hub\"\)": "push_to_hub",
-    r"has no attribute 'merged'|merged_adapters": "PEFT's inner names: layer.merged",
-    r"lora_A\[|lora_B\[|scaling\[|lora_A\.default|lora_A\.keys|lora_embedding|lora_dropout\[|\.r\[": "PEFT's inner names: layer.lora_A[name], scaling[name]",
-    r"modules_to_save\b.*\[|ModulesToSaveWrapper|AuxiliaryTrainingWrapper|original_module": "PEFT's inner names: ModulesToSaveWrapper",
+    r"has no attribute 'get_(layer|model)_status'": "layer and model status",
+    r"README\.md": "model card (README.md)",
+    r"disable_adapters|enable_adapters": "single layers switched off (layer.enable_adapters)",
 }
 
 _OPERATIONS = (

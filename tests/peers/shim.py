@@ -7,6 +7,7 @@ each method calls lowbit_lora, or raises FeatureMissing. ``names.py`` gives lowb
 import contextlib
 import dataclasses
 import os
+import re
 import types
 import weakref
 
@@ -46,11 +47,8 @@ class Tuner(lowbit_lora.LoraModel):
 
     @words.peft_errors
     def delete_adapter(self, adapter_name):
-        """PEFT makes the next adapter active where the active one is deleted."""
-        if adapter_name in self._active and len(self.configs) > 0:
-            merged = {name for part in names.parts(self.model) for name in part.merged}
-            if adapter_name in merged:
-                raise ValueError(f"adapter: expected one that is neither active nor merged, got {adapter_name!r}")
+        """PEFT makes the next adapter active where the active one is deleted; lowbit wants to be told so."""
+        if adapter_name in self._active:
             others = [name for name in self.configs if name != adapter_name]
             super().set_adapter([name for name in self._active if name != adapter_name] or others[:1])
         super().delete_adapter(adapter_name)
@@ -83,7 +81,8 @@ def translated(config: LoraConfig, model: nn.Module, autocast: bool = True) -> l
     """lowbit_lora's config for PEFT's, or FeatureMissing."""
     if config.target_modules is None and not config.target_parameters:
         config.target_modules = _default_targets(model)
-    return _refused(lambda: lowbit_lora.LoraConfig.from_peft(config, **_dtype(model, autocast)))
+    with _unsupported():
+        return lowbit_lora.LoraConfig.from_peft(config, **_dtype(model, autocast))
 
 
 def _dtype(model, autocast):
@@ -92,13 +91,17 @@ def _dtype(model, autocast):
     return {} if autocast or dtype not in _DTYPES else {"lora_dtype": _DTYPES[dtype]}
 
 
-def _refused(make):
+@contextlib.contextmanager
+def _unsupported():
+    """Context in which the refusal of a setting of PEFT's config is a missing feature."""
     try:
-        return make()
+        yield
     except ValueError as error:
-        if "not supported by lowbit" in str(error):
-            raise FeatureMissing(str(error).partition(":")[0]) from error
-        raise words.in_peft(error) from error
+        if found := re.search(r"(\w+): not supported by lowbit", str(error)):
+            raise FeatureMissing(found[1]) from error
+        if found := re.search(r"init_lora_weights: expected one of .*, got ('\w+')", str(error)):
+            raise FeatureMissing(f"init_lora_weights={found[1]}") from error
+        raise
 
 
 def _default_targets(model):
@@ -205,9 +208,8 @@ class PeftModel(nn.Module):
         _check_loading(kwargs)
         folder = os.path.join(model_id, subfolder) if subfolder else model_id
         options = _dtype(self.base_model, autocast_adapter_dtype)
-        if options:
-            raise FeatureMissing("dtype of the factors in load_adapter")
-        _refused(lambda: self.base_model.load_adapter(folder, adapter_name, is_trainable=is_trainable))
+        with _unsupported():
+            self.base_model.load_adapter(folder, adapter_name, is_trainable=is_trainable, **options)
         if adapter_name not in self.peft_config:
             config = LoraConfig.from_pretrained(os.fspath(folder))
             config.inference_mode = not is_trainable
@@ -227,11 +229,12 @@ class PeftModel(nn.Module):
         **kwargs,
     ):
         if not safe_serialization:
-            raise FeatureMissing("adapters in torch.save's files (safe_serialization=False)")
-        if save_embedding_layers is True:
-            raise FeatureMissing("save_embedding_layers")
+            raise FeatureMissing("adapters in pickles (safe_serialization=False)")
         self.base_model.save_pretrained(
-            save_directory, adapters_to_save=selected_adapters, is_main_process=is_main_process
+            save_directory,
+            adapters_to_save=selected_adapters,
+            save_embedding_layers=save_embedding_layers is True,
+            is_main_process=is_main_process,
         )
 
     @classmethod
@@ -249,19 +252,14 @@ class PeftModel(nn.Module):
     ):
         _check_loading(kwargs)
         folder = os.path.join(model_id, subfolder) if subfolder else model_id
-        if _dtype(model, autocast_adapter_dtype):
-            raise FeatureMissing("dtype of the factors in from_pretrained")
+        options = {"adapter_name": adapter_name, "is_trainable": is_trainable} | _dtype(model, autocast_adapter_dtype)
         config = LoraConfig.from_pretrained(os.fspath(folder)) if config is None else config
         config.inference_mode = not is_trainable
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         touched.append("LoraModel")
-        self._adopt(
-            _refused(
-                lambda: Tuner.from_pretrained(model, folder, adapter_name=adapter_name, is_trainable=is_trainable)
-            ),
-            config,
-        )
+        with _unsupported():
+            self._adopt(Tuner.from_pretrained(model, folder, **options), config)
         return self
 
 
@@ -324,7 +322,22 @@ def set_peft_model_state_dict(model, peft_model_state_dict, adapter_name="defaul
     tuner = _tuner(model)
     if tuner is None:
         return _real["set_peft_model_state_dict"](model, peft_model_state_dict, adapter_name, **kwargs)
-    raise FeatureMissing("set_peft_model_state_dict")
+    touched.append("LoraModel")
+    tuner.load_adapter_state_dict(peft_model_state_dict, adapter_name)
+    return types.SimpleNamespace(missing_keys=[], unexpected_keys=[])  # of which lowbit raises an error
+
+
+def get_base_model_state_dict(model):
+    return _tuner(model).base_state_dict()
+
+
+@torch.no_grad()
+def set_base_model_state_dict(model, state_dict, strict=True):
+    own = get_base_model_state_dict(model)
+    for key in own.keys() & state_dict.keys():
+        own[key].copy_(state_dict[key])
+    keys = own.keys(), state_dict.keys()
+    return types.SimpleNamespace(missing_keys=keys[0] - keys[1], unexpected_keys=keys[1] - keys[0])
 
 
 def _renamed(tensors, old, new):
@@ -351,8 +364,8 @@ def install():
         "get_peft_model_state_dict": get_peft_model_state_dict,
         "set_peft_model_state_dict": set_peft_model_state_dict,
         "inject_adapter_in_model": inject_adapter_in_model,
-        "get_base_model_state_dict": _absent("get_base_model_state_dict"),
-        "set_base_model_state_dict": _absent("set_base_model_state_dict"),
+        "get_base_model_state_dict": get_base_model_state_dict,
+        "set_base_model_state_dict": set_base_model_state_dict,
         "get_layer_status": _absent("layer and model status"),
         "get_model_status": _absent("layer and model status"),
         "convert_to_lora": _absent("convert_to_lora"),
