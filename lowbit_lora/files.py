@@ -90,6 +90,7 @@ def _replace_files(folder: str, weights: bytes, config: bytes) -> None:
         is_first = not os.path.exists(final[WEIGHTS_FILE])
         with contextlib.suppress(OSError):  # there is none, or the file system has no links
             os.link(final[WEIGHTS_FILE], backup)
+            os.utime(backup)  # so that another saver does not take it for one that was left
         # The weights first: they know the settings that they belong to, so that a reader sees where the config is old.
         os.replace(new[WEIGHTS_FILE], final[WEIGHTS_FILE])
         try:

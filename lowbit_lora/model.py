@@ -468,12 +468,12 @@ class LoraModel(nn.Module):
         try:
             targets, base = adapters.tensors_of(self.model, name), of_base(self.model, self._parts())
             values = files.fit(tensors, targets, self.model, file, optional=base, strict=strict)
+            _fill(targets, values)
         except BaseException:
             self.delete_adapter(name)
             replace_modules(self.model, {part: part.base for part in fresh if not part.adapters})
             raise
         warn_of_other_base(values, base, file)
-        _fill(targets, values)
         set_trainable(self.model, self._first, self._active, is_trainable or self._trains())
 
     def _trains(self) -> bool:
@@ -509,8 +509,8 @@ class LoraModel(nn.Module):
             OSError: files that are missing (FileNotFoundError) or broken, or that do not belong together.
             ValueError, TypeError: the adapter does not fit ``model``; nothing has been changed then.
         """
+        _check_model(model)
         config, tensors, file = files.read_adapter(model, folder, cls.config_class, overrides, settings_from)
-        _check_types(model, config, cls.config_class)
         config = adapters.with_saved_of_file(model, config, tensors)
         plan = Plan(model, config, adapter_name, listed=True)
         base = plan.of_base()
@@ -612,10 +612,16 @@ def _fill(targets: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> 
 
 
 def _check_types(model: Any, config: Any, config_class: type) -> None:
+    _check_model(model)
+    if not isinstance(config, config_class):
+        hint = f"; write {config_class.__name__}.from_peft(config)" if hasattr(config, "peft_type") else ""
+        raise TypeError(f"config: expected a {config_class.__name__}, got {type(config).__name__}{hint}")
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, LoraModel):
         raise ValueError(
             f"model: expected one without adapters, got a {type(model).__name__}; call merge_and_unload() first"
         )
-    if not isinstance(config, config_class):
-        hint = f"; write {config_class.__name__}.from_peft(config)" if hasattr(config, "peft_type") else ""
-        raise TypeError(f"config: expected a {config_class.__name__}, got {type(config).__name__}{hint}")

@@ -406,6 +406,15 @@ def test_no_such_folder(tmp_path):
         QLoRAModel.from_pretrained(mlp(), tmp_path / "not_there")
 
 
+def test_a_base_that_is_none(tmp_path):
+    """A name where a model is expected, or a model that has adapters, are told as such."""
+    trained().save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got str"):
+        QLoRAModel.from_pretrained("some/bert", tmp_path)
+    with pytest.raises(ValueError, match="without adapters"):
+        QLoRAModel.from_pretrained(trained(), tmp_path)
+
+
 def test_an_adapter_of_another_model(tmp_path):
     """Loading onto the wrong base fails before anything is changed."""
     trained().save_pretrained(tmp_path)
