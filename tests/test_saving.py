@@ -233,6 +233,17 @@ def test_a_file_that_does_not_fit_is_named_and_changes_nothing(tmp_path, spoil, 
     assert_untouched(base, before)
 
 
+def test_a_model_card_is_written_where_there_is_none(tmp_path):
+    """The hub would not know an uploaded folder as an adapter; what someone wrote there would be lost."""
+    wrapped = LoraModel(bert(), LoraConfig(target_modules=["query"]))
+    wrapped.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: peft\n") and "- lora\n" in card
+    (tmp_path / "README.md").write_text("mine", encoding="utf-8")
+    wrapped.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"
+
+
 def test_no_such_folder(tmp_path):
     """A typo in a path is an OSError that shows the path, and never a call to the network."""
     with pytest.raises(FileNotFoundError, match="not_there"):
