@@ -67,10 +67,13 @@ class LoraModel(nn.Module):
                 rows share one product with each weight of the base. Gradients reach each adapter from its rows.
 
         Raises:
-            ValueError: no adapter of a name, or adapters are merged.
+            ValueError: no adapter of a name; adapters are merged; the first tensor has another number of rows.
         """
         if adapter_names is None:
             return self.model(*args, **kwargs)
+        batch = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+        if batch is not None and len(batch) != len(adapter_names):
+            raise ValueError(f"adapter_names: expected {len(batch)}, one for each row, got {len(adapter_names)}")
         with self.adapters_by_row(adapter_names):
             return self.model(*args, **kwargs)
 

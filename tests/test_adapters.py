@@ -385,9 +385,35 @@ def test_adapters_train_in_one_pass(model_type, config_type):
                 torch.testing.assert_close(together[key], parameter.grad, rtol=1e-4, atol=1e-5)
 
 
+@kinds
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_beam_has_the_adapter_of_its_row(model_type, config_type, tied):
+    """A beam search has several rows for each of the batch: only the first ones would have adapters."""
+    options = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
+    if tied:
+        options = {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2, 5]}
+    wrapped = model_type(llama(tied=tied), config_type(**options))
+    wrapped.add_adapter("b", LoraConfig(**options | {"target_modules": ["v_proj"]}))
+    randomize(wrapped)
+    ids, rows = torch.tensor([[1, 2, 3], [5, 2, 9], [1, 7, 8], [2, 2, 1]]), ["b", "__base__", "default", "b"]
+
+    def answer(ids):
+        search = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        return wrapped.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **search)
+
+    with wrapped.adapters_by_row(rows):
+        together = answer(ids)
+    for row, name in enumerate(rows):
+        with wrapped.adapters_by_row([name]):
+            assert torch.equal(together[row], answer(ids[row : row + 1])[0])
+    assert len({tuple(row[3:]) for row in together.tolist()}) > 1
+
+
 def test_wrong_names_of_rows_are_told():
     """A typo would be answered by the base."""
     wrapped = three(LoraModel, LoraConfig)
+    with pytest.raises(ValueError, match="expected 3, one for each row, got 2"):
+        wrapped(input_ids=IDS, adapter_names=["default", "b"])
     with pytest.raises(ValueError, match="one of default, b, c, got 'd'"):
         wrapped(input_ids=IDS, adapter_names=["default", "d", "b"])
     wrapped.merge_adapter()

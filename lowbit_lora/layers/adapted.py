@@ -15,6 +15,16 @@ class RowAdapters:
     names: tuple[str, ...]
     index: torch.Tensor
 
+    def of(self, rows: int) -> torch.Tensor:
+        """The index for an input of so many rows: a row of the batch has several in a beam search, or one a token.
+
+        Raises:
+            ValueError: they do not come out even.
+        """
+        if rows % max(1, len(self.index)):
+            raise ValueError(f"adapter_names: expected one for each row of the batch, got {len(self.index)} for {rows}")
+        return self.index.repeat_interleave(rows // max(1, len(self.index)))
+
 
 class Adapted(nn.Module):
     """A module in whose place adapters compute: a layer with LoRA, one that is trained whole, or one with new rows.

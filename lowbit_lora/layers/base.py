@@ -209,8 +209,9 @@ class LoRABaseLayer(Adapted):
         """What the base computes, plus what the adapters add, in the dtype of the base's output."""
         y = self.base_layer(input)
         if self.rows is not None:
+            index = self.rows.of(len(input))
             for number, name in enumerate(self.rows.names):
-                chosen = (self.rows.index == number).nonzero().squeeze(1)
+                chosen = (index == number).nonzero().squeeze(1)
                 if name in self.adapters and len(chosen):
                     y = y.index_add(0, chosen, self._contribution(input[chosen], name, y[chosen]))
         elif not self.merged:

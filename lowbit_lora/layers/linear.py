@@ -143,7 +143,7 @@ class LoRALinear(LoRABaseLayer):
         if any(adapter and adapter.use_dora for adapter in known):
             raise ValueError("adapter_names: expected adapters without DoRA, whose norms are of the whole weight")
         tokens = input.reshape(-1, self.in_features)
-        index = rows.index.repeat_interleave(len(tokens) // max(1, len(rows.index)))
+        index = rows.of(len(tokens))
         order = index.argsort(stable=True)
         ends = torch.bincount(index, minlength=len(rows.names)).cumsum(0).to(torch.int32)
         dropped = self._dropped_by_row(tokens, index, known) if self.training else tokens

@@ -108,10 +108,16 @@ class SavedModule(Adapted):
         """Each row of the first argument through the copy of its adapter, or the original."""
         first, *rest = args
         y = None
+        index = self.rows.of(len(first))
         for number, name in enumerate(self.rows.names):
-            chosen = (self.rows.index == number).nonzero().squeeze(1)
+            chosen = (index == number).nonzero().squeeze(1)
             if len(chosen):
                 part = self._run(name if name in self.adapters else None, (first[chosen], *rest), kwargs)
+                if not isinstance(part, torch.Tensor):
+                    raise TypeError(
+                        "adapter_names: expected modules to save that return a tensor, but a "
+                        f"{type(self.base).__name__} returns a {type(part).__name__}"
+                    )
                 y = part.new_empty(len(first), *part.shape[1:]) if y is None else y
                 y = y.index_copy(0, chosen, part)
         return y
