@@ -12,7 +12,7 @@ from .combine import combine
 from .config import LoraConfig, QLoRAConfig
 from .files import PREFIX, fit
 from .init import is_decomposing
-from .layers import Adapter, LoRABaseLayer
+from .layers import Adapter, LoRABaseLayer, TrainedTokens
 from .targets import adapted_modules, base_of, module_names
 from .wrap import adapter_of, trainable_biases
 
@@ -149,17 +149,24 @@ def swap_values(
 
 
 @torch.no_grad()
-def add_weighted(
-    model: nn.Module, names: list[str], weights: list[float], new: str, **options
-) -> LoraConfig:
+def add_weighted(model: nn.Module, names: list[str], weights: list[float], new: str, **options) -> LoraConfig:
     """Add an adapter that stands for several to each layer that has one of them; returns its config.
 
-    A layer without an adapter leaves that out of its sum. ``options`` are those of :func:`lowbit_lora.combine.combine`.
+    A layer without an adapter leaves that out of its sum. What is no LoRA (a module to save, tokens) is copied from the
+    one adapter that has it. ``options`` are those of :func:`lowbit_lora.combine.combine`.
 
     Raises:
-        ValueError, TypeError: see there; the layer is named. Nothing has changed then.
+        ValueError, TypeError: see there; the layer is named; two adapters have the same module to save, or tokens of one
+            embedding. Nothing has changed then.
     """
-    layers = {name: part for name, part in adapted_modules(model).items() if isinstance(part, LoRABaseLayer)}
+    parts = adapted_modules(model)
+    layers = {name: part for name, part in parts.items() if isinstance(part, LoRABaseLayer)}
+    copied = {}
+    for part_name, part in parts.items():
+        own = [name for name in names if name in part.adapters and part_name not in layers]
+        if len(own) > 1:
+            raise ValueError(f"{part_name}: expected one adapter with values that are not LoRA, got {', '.join(own)}")
+        copied |= {part_name: name for name in own}
     made = {}
     for layer_name, layer in layers.items():
         own = [(name, weight) for name, weight in zip(names, weights, strict=True) if name in layer.adapters]
@@ -177,6 +184,18 @@ def add_weighted(
         for factor, value in zip(layer.factors(new), values, strict=True):
             factor.copy_(value.view(factor.shape))
             factor.requires_grad_(False)
+    tokens = {}
+    for part_name, own in copied.items():
+        part = parts[part_name]
+        if isinstance(part, TrainedTokens):
+            tokens[part_name] = part.adapters[own].tolist()
+            part.add_adapter(new, tokens[part_name])
+        else:
+            part.add_adapter(new)
+        values = part.adapter_tensors(own)
+        for key, tensor in part.adapter_tensors(new).items():
+            tensor.copy_(values[key])
+            tensor.requires_grad_(False)
     ranks = {name: len(lora_a) for name, (lora_a, _) in made.items()}
     rank = max(ranks.values())
     others = {name: value for name, value in ranks.items() if value != rank} or None
@@ -187,4 +206,6 @@ def add_weighted(
         target_modules=sorted(made),
         rank_pattern=others,
         alpha_pattern=others,
+        modules_to_save=[name for name in copied if name not in tokens],
+        trainable_token_indices=tokens or None,
     )

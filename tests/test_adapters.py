@@ -340,11 +340,11 @@ def test_adapters_survive_a_plain_model():
     assert wrapped(torch.randn(2, 40)).shape == (2, 3) and IDS.dim() == 2
 
 
-def three(model_type, config_type):
+def three(model_type, config_type, **options):
     """A model with three adapters of two ranks, on two kinds of layers."""
-    wrapped = model_type(bert(), config_type(rank=3, target_modules=["query"]))
-    wrapped.add_adapter("b", LoraConfig(rank=5, target_modules=["query", "value"], lora_alpha=2))
-    wrapped.add_adapter("c", LoraConfig(rank=3, target_modules=["dense"], exclude_modules=["pooler.dense"]))
+    wrapped = model_type(bert(), config_type(rank=3, target_modules=["query"], **options))
+    wrapped.add_adapter("b", LoraConfig(rank=5, target_modules=["query", "value"], lora_alpha=2, **options))
+    wrapped.add_adapter("c", LoraConfig(rank=3, target_modules=["dense"], exclude_modules=["pooler.dense"], **options))
     return randomize(wrapped)
 
 
@@ -425,7 +425,7 @@ def test_wrong_names_of_rows_are_told():
 @pytest.mark.parametrize("method", ["cat", "svd"])
 def test_a_combination_computes_the_sum(tmp_path, model_type, config_type, method):
     """A merged skill would be weaker or stronger than asked; saved, it has to come back with its ranks."""
-    wrapped = three(model_type, config_type)
+    wrapped = three(model_type, config_type, modules_to_save=[])
     with torch.no_grad():
         for layer in lora_layers(wrapped):
             for name in layer.adapters:
@@ -447,7 +447,9 @@ def test_a_combination_computes_the_sum(tmp_path, model_type, config_type, metho
 
 def test_a_wrong_combination_changes_nothing():
     """The layer and the ranks are named."""
-    wrapped = three(LoraModel, LoraConfig)
+    with pytest.raises(ValueError, match="classifier: expected one adapter"):  # whose head would it have?
+        three(LoraModel, LoraConfig).add_weighted_adapter(["default", "b"], [1, 1], "sum")
+    wrapped = three(LoraModel, LoraConfig, modules_to_save=[])
     before = snapshot(wrapped)
     with pytest.raises(ValueError, match=r"query: factors: expected equal ranks.*\[3, 5\]"):
         wrapped.add_weighted_adapter(["default", "b"], [1, 1], "sum", "linear")

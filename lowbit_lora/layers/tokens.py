@@ -68,6 +68,14 @@ class TrainedTokens(Adapted):
         key = "token_adapter.trainable_tokens_delta"
         return {key: self.token_adapter.trainable_tokens_delta[name]} if name in self.adapters else {}
 
+    def check_active(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The adapters among ``names`` that have rows here; an error where two have the same row."""
+        names = super().check_active(names)
+        indices = [index for name in names for index in self.adapters[name].tolist()]
+        if len(set(indices)) < len(indices):
+            raise ValueError(f"adapters: expected different trainable_token_indices in {', '.join(names)}, got the same")
+        return names
+
     def _rows(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """``(indices [tokens], values [tokens, features])`` of an adapter."""
         values = self.token_adapter.trainable_tokens_delta[name]
@@ -103,7 +111,7 @@ class TrainedTokens(Adapted):
     @torch.no_grad()
     def merged_tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """A dense weight in which the adapters' rows are. That of a tied layer is its embedding's."""
-        names = [name for name in names if name in self.adapters]
+        names = self.check_active(names)
         if not names:
             return {}
         weight = self.original_module.weight.detach()
