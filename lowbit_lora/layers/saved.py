@@ -112,6 +112,11 @@ class SavedModule(Adapted):
             chosen = (index == number).nonzero().squeeze(1)
             if len(chosen):
                 part = self._run(name if name in self.adapters else None, (first[chosen], *rest), kwargs)
+                if not isinstance(part, torch.Tensor):
+                    raise TypeError(
+                        "adapter_names: expected modules to save that return a tensor, but a "
+                        f"{type(self.base).__name__} returns a {type(part).__name__}"
+                    )
                 y = part.new_empty(len(first), *part.shape[1:]) if y is None else y
                 y = y.index_copy(0, chosen, part)
         return y

@@ -68,25 +68,43 @@ class TrainedTokens(Adapted):
         key = "token_adapter.trainable_tokens_delta"
         return {key: self.token_adapter.trainable_tokens_delta[name]} if name in self.adapters else {}
 
+    def check_active(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The adapters among ``names`` that have rows here; an error where two have the same row."""
+        names = super().check_active(names)
+        indices = [index for name in names for index in self.adapters[name].tolist()]
+        if len(set(indices)) < len(indices):
+            raise ValueError(
+                f"adapters: expected different trainable_token_indices in {', '.join(names)}, got the same"
+            )
+        return names
+
     def _rows(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """``(indices [tokens], values [tokens, features])`` of an adapter."""
         values = self.token_adapter.trainable_tokens_delta[name]
         return self.adapters[name].to(values.device), values
 
+    def _chosen(self, rows: int) -> list[tuple[str, torch.Tensor | None]]:
+        """The adapters that compute, each with the rows of the input that it computes for: bool [rows], None for all."""
+        if self.rows is None:
+            return [(name, None) for name in self.active]
+        index = self.rows.spread(rows)
+        return [(name, index == number) for number, name in enumerate(self.rows.names) if name in self.adapters]
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """What the original computes, with the active adapters' rows in the place of its own."""
         owner = self._tied_to[0] if self._tied_to else self
-        if owner.rows is not None and owner.adapters:
-            raise ValueError("adapter_names: expected adapters without trainable_token_indices")
         y = self.original_module(input)
-        for name in owner.active:
+        for name, chosen in owner._chosen(len(input)):
             index, values = owner._rows(name)
             if isinstance(self.original_module, nn.Linear):
                 logits = F.linear(input, values.to(input.dtype))
                 bias = self.original_module.bias
-                y = y.index_copy(-1, index, (logits if bias is None else logits + bias[index]).to(y.dtype))
+                own = y.index_copy(-1, index, (logits if bias is None else logits + bias[index]).to(y.dtype))
+                y = own if chosen is None else torch.where(chosen.view(-1, *[1] * (y.dim() - 1)), own, y)
             else:
                 same = input[..., None] == index
+                if chosen is not None:
+                    same = same & chosen.view(-1, *[1] * (y.dim() - 1))
                 scale = getattr(self.original_module, "embed_scale", 1.0)
                 own = F.embedding(same.int().argmax(-1), values) * scale
                 y = torch.where(same.any(-1, keepdim=True), own.to(y.dtype), y)
@@ -95,7 +113,7 @@ class TrainedTokens(Adapted):
     @torch.no_grad()
     def merged_tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """A dense weight in which the adapters' rows are. That of a tied layer is its embedding's."""
-        names = [name for name in names if name in self.adapters]
+        names = self.check_active(names)
         if not names:
             return {}
         weight = self.original_module.weight.detach()

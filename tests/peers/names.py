@@ -82,7 +82,7 @@ def install() -> None:
     LoRAEmbedding.out_features = property(lambda layer: layer.embedding_dim)
     layer = LoRABaseLayer
     layer.adapter_layer_names = property(lambda layer: [key for key in layer._modules if key.startswith("lora_")])
-    layer.other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout")
+    layer.other_param_names = ["r", "lora_alpha", "scaling", "lora_dropout"]
     layer.r = _view("rank")
     for name in ("lora_alpha", "lora_dropout", "scaling", "use_rslora", "use_dora"):
         setattr(layer, name, _view(name))

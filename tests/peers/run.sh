@@ -25,7 +25,7 @@ report=$out/$name.jsonl; rm -f "$report"
   # shellcheck disable=SC2046 (one argument a file)
   HF_HOME=$hub HF_HUB_OFFLINE=1 PYTHONPATH=$work:$here:$checkout/src:${PYTHONPATH:-} PEER_REPORT=$report \
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_VISIBLE_DEVICES='' "$python" -m pytest -p plugin -q --no-header --tb=native \
-    --continue-on-collection-errors -p no:cacheprovider -W ignore --timeout=60 "$@" $(printf 'tests/%s ' $files)
+    --continue-on-collection-errors -p no:cacheprovider -W ignore --timeout=60 "$@" $([[ $files == none ]] || printf "tests/%s " $files)
 ) >"$out/$name.log" 2>&1 || true
 tail -1 "$out/$name.log"
 baseline=$out/baseline.jsonl

@@ -56,7 +56,9 @@ class Tuner(lowbit_lora.LoraModel):
 
     @words.peft_errors
     def merge_adapter(self, adapter_names=None, safe_merge=False):
-        super().merge_adapter(adapter_names, safe=safe_merge)
+        """Of PEFT's layers each merges its own active adapters."""
+        own = [name for name in self.configs if any(name in part.active for part in names.parts(self.model))]
+        super().merge_adapter(own if adapter_names is None else adapter_names, safe=safe_merge)
 
     @words.peft_errors
     def merge_and_unload(self, progressbar=False, safe_merge=False, adapter_names=None):
@@ -340,6 +342,11 @@ def set_base_model_state_dict(model, state_dict, strict=True):
     return types.SimpleNamespace(missing_keys=keys[0] - keys[1], unexpected_keys=keys[1] - keys[0])
 
 
+def hotswap_adapter(model, model_name_or_path, adapter_name, **_):
+    touched.append("LoraModel")
+    _tuner(model).load_adapter(model_name_or_path, adapter_name)
+
+
 def _renamed(tensors, old, new):
     return {new + key.removeprefix(old): value for key, value in tensors.items()}
 
@@ -374,6 +381,8 @@ def install():
         "get_eva_state_dict": _absent("EVA"),
         "PeftMixedModel": _absent("PeftMixedModel"),
     }
+    peft.utils.hotswap.hotswap_adapter = hotswap_adapter
+    peft.utils.hotswap.prepare_model_for_compiled_hotswap = _absent("hot-swapping of larger ranks")
     for name in dir(peft):
         if name.startswith("AutoPeftModel"):
             new[name] = _absent("AutoPeftModel")
