@@ -9,6 +9,7 @@ from .layers import (
     LoRAEmbedding,
     LoRAExperts,
     LoRALinear,
+    LoRAMultiheadAttention,
     QLoRAEmbedding,
     QLoRALinear,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "LoRAExperts",
     "LoRALinear",
     "LoRAModel",
+    "LoRAMultiheadAttention",
     "LoraConfig",
     "LoraModel",
     "QLoRAConfig",

@@ -91,8 +91,8 @@ def find_targets(
     for module, name in targets.items():
         if layer_class(base_of(module)) is None:
             raise TypeError(
-                "target_modules: expected linear layers, embeddings and convolutions, such as torch.nn.Linear, but "
-                f"{name!r} is a {type(module).__name__}; {_what_there_is(linears)}"
+                "target_modules: expected layers such as torch.nn.Linear, embeddings, convolutions and "
+                f"torch.nn.MultiheadAttention, but {name!r} is a {type(module).__name__}; {_what_there_is(linears)}"
             )
     return targets
 

@@ -3,6 +3,7 @@
 from torch import nn
 
 from .adapted import Adapted, RowAdapters
+from .attention import LoRAMultiheadAttention
 from .base import DEFAULT, Adapter, LoRABaseLayer
 from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .embedding import LoRAEmbedding, QLoRAEmbedding
@@ -13,10 +14,10 @@ from .tokens import TrainedTokens
 
 #: The classes, each with ``takes(module)``. A new kind of layer is a class in a file of its own and a name here.
 LAYERS: tuple[type[LoRABaseLayer], ...] = (LoRALinear, LoRAEmbedding, LoRAConv1d, LoRAConv2d, LoRAConv3d)
-LAYERS += (LoRAExperts,)
+LAYERS += (LoRAMultiheadAttention, LoRAExperts)
 
 __all__ = ["DEFAULT", "LAYERS", "Adapted", "Adapter", "LoRABaseLayer", "LoRAConv1d", "LoRAConv2d", "LoRAConv3d"]
-__all__ += ["LoRAEmbedding", "LoRAExperts", "LoRALinear", "QLoRAEmbedding", "QLoRALinear"]
+__all__ += ["LoRAEmbedding", "LoRAExperts", "LoRALinear", "LoRAMultiheadAttention", "QLoRAEmbedding", "QLoRALinear"]
 __all__ += ["RowAdapters", "SavedModule", "TrainedTokens", "layer_class", "share_hooks"]
 
 
