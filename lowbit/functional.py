@@ -1,5 +1,7 @@
 """The public functions: arguments checked here, work done by the ops of the chosen backend."""
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 
@@ -149,6 +151,11 @@ def _check_ids(ids: torch.Tensor, count: int) -> None:
     low, high = ids.aminmax()
     if low < 0 or high >= count:
         raise IndexError(f"ids: expected indices from 0 to {count - 1}, got {int(low)} to {int(high)}")
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Context without autocast, which torch has not for the meta device."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def outside_autocast(product, x: torch.Tensor, *arguments) -> torch.Tensor:

@@ -12,7 +12,7 @@ from . import hf
 from .base import moved_buffers, of_base, warn_of_other_base, whole_embeddings
 from .config import LoraConfig, QLoRAConfig
 from .files import PREFIX, fit
-from .layers import Adapter, LoRABaseLayer, TrainedTokens
+from .layers import LoRABaseLayer, LoRAExperts, TrainedTokens
 from .targets import adapted_modules, base_of, module_names
 from .wrap import adapter_of, trainable_biases
 
@@ -129,13 +129,18 @@ def swap_values(
         for key, target in part.adapter_tensors(name).items():
             key, value = f"{layer_name}.{key}", values.get(f"{layer_name}.{key}")
             if value is not None and value.dim() == target.dim():
+                if isinstance(part, LoRAExperts) and value.shape != target.shape:
+                    raise ValueError(
+                        f"{file}: {key}: expected the rank of adapter {name!r}, {part.adapters[name].rank}, by which "
+                        f"the experts lie in it, got shape {tuple(value.shape)} for {tuple(target.shape)}"
+                    )
                 if any(size > space for size, space in zip(value.shape, target.shape, strict=True)):
                     raise ValueError(
                         f"{file}: {key}: expected at most the shape {tuple(target.shape)} of adapter {name!r}, whose "
                         f"memory it would take, got {tuple(value.shape)}"
                     )
                 shapes[key] = value
-        scalings[layer_name] = adapter_of(config, layer_name).scaling / part.adapters[name].scaling
+        scalings[layer_name] = adapter_of(config, layer_name, part).scaling / part.adapters[name].scaling
     base = of_base(model, adapted_modules(model))
     fitting = fit(tensors, shapes, model, file, optional=base)
     warn_of_other_base(fitting, base, file)
@@ -173,6 +178,8 @@ def add_weighted(
     for layer_name, layer in layers.items():
         own = [(name, weight) for name, weight in zip(names, weights, strict=True) if name in layer.adapters]
         if own:
+            if isinstance(layer, LoRAExperts):
+                raise ValueError(f"{layer_name}: expected adapters without target_parameters to combine, as in PEFT")
             if any(layer.adapters[name].use_dora or layer.adapters[name].lora_bias for name, _ in own):
                 raise ValueError(f"{layer_name}: expected adapters without DoRA and lora_bias to combine")
             factors = [(*(f.flatten(1) for f in layer.factors(name)), layer.adapters[name].scaling) for name, _ in own]
@@ -183,8 +190,9 @@ def add_weighted(
     for layer_name, values in made.items():
         layer, rank = layers[layer_name], len(values[0])
         dtype = next(factor.dtype for name in names if name in layer.adapters for factor in layer.factors(name))
-        layer.add_adapter(new, Adapter(rank, rank), dtype)  # a scaling of 1
-        for factor, value in zip(layer.factors(new), values, strict=True):
+        layer.add_adapter(new, layer.adapter_type(rank, rank), dtype)
+        lora_a, lora_b = values
+        for factor, value in zip(layer.factors(new), (lora_a, lora_b / layer.adapters[new].scaling), strict=True):
             factor.copy_(value.view(factor.shape))
             factor.requires_grad_(False)
     saved, rows = [], {}
@@ -198,14 +206,16 @@ def add_weighted(
             part.add_adapter(new)
         for key, target in part.adapter_tensors(new).items():
             target.copy_(part.adapter_tensors(source)[key]).requires_grad_(False)
-    ranks = {name: len(lora_a) for name, (lora_a, _) in made.items()}
+    # The config names an attention layer once, for both of its parts.
+    nested = {f"{name}.{key}" for name, layer in layers.items() for key in layer.nested()}
+    ranks = {name: len(lora_a) for name, (lora_a, _) in made.items() if name not in nested}
     rank = max(ranks.values())
     others = {name: value for name, value in ranks.items() if value != rank} or None
     return dataclasses.replace(
         LoraConfig(),
         rank=rank,
         lora_alpha=rank,
-        target_modules=sorted(made),
+        target_modules=sorted(ranks),
         rank_pattern=others,
         alpha_pattern=others,
         modules_to_save=saved or None,

@@ -34,8 +34,10 @@ class LoraConfig:
         target_modules: which layers get LoRA (linear layers, embeddings, convolutions, nn.MultiheadAttention): a list
             of names or dotted suffixes ("query", "attention.self.query"), one string as a regular expression that the
             whole name has to match, or "all-linear" (every linear layer but the output head).
-        target_parameters: names or suffixes of 3-D stacks of experts' weights that get LoRA, each expert its own
-            ("experts.gate_up_proj").
+        target_parameters: names or suffixes of parameters that get LoRA: stacks of experts' weights, each expert its
+            own ("mlp.experts.gate_up_proj"), and matrices of modules that are no layer, such as a router's weight. As
+            in PEFT there is no lora_dropout, use_dora or lora_bias then, and exclude_modules and layers_to_transform do
+            not count for them.
         exclude_modules: of the layers that target_modules names, those that get no LoRA: names or suffixes in a list,
             or a regular expression.
         layers_to_transform: numbers of the blocks that get LoRA; the number is the first one in a layer's name
@@ -112,6 +114,8 @@ class LoraConfig:
             raise ValueError(f"bias: expected one of {', '.join(BIAS_MODES)}, got {self.bias!r}")
         if self.lora_dtype not in FACTOR_DTYPES:
             raise ValueError(f"lora_dtype: expected one of {', '.join(FACTOR_DTYPES)}, got {self.lora_dtype!r}")
+        if self.target_parameters:
+            check_unset(self, ("lora_dropout", "use_dora", "lora_bias"), "target_parameters")
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias: expected False together with use_dora=True")
         targets = self.target_modules
@@ -288,6 +292,13 @@ def check_lora_options(rank: int, lora_alpha: float, lora_dropout: float) -> Non
         raise TypeError(f"lora_dropout: expected a number, got {lora_dropout!r}")
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout: expected a probability in [0, 1), got {lora_dropout!r}")
+
+
+def check_unset(options: Any, names: Iterable[str], where: str) -> None:
+    """ValueError if one of these attributes of ``options`` is set; ``where`` says what does not have it."""
+    for name in names:
+        if getattr(options, name):
+            raise ValueError(f"{name}: expected none with {where}, as in PEFT, got {getattr(options, name)}")
 
 
 def lora_scaling(rank: int, lora_alpha: float, use_rslora: bool) -> float:

@@ -81,13 +81,13 @@ def merge_all(
             tensors = {key: trained.setdefault(sources[key], tensor) for key, tensor in tensors.items()}
         if safe and not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError(f"{name}: expected finite merged weights, got NaN or inf")
-        if isinstance(part, LoRABaseLayer) and "weight" in tensors:
-            old = part.base_layer.weight
+        if isinstance(part, LoRABaseLayer) and part.weight_name in tensors:
+            key, old = part.weight_name, part.stored_weight
             if quantizer is not None and isinstance(old, QuantizedTensor):
-                tensors["weight"], survival = _requantized(name, part, names, old, quantizer)
+                tensors[key], survival = _requantized(name, part, names, old, quantizer)
                 survivals.append(survival)
             elif dtype is not None:
-                tensors["weight"] = nn.Parameter(tensors["weight"].to(dtype), requires_grad=False)
+                tensors[key] = nn.Parameter(tensors[key].to(dtype), requires_grad=False)
         merged[part] = tensors
     for part in merged:
         if isinstance(part, TrainedTokens) and part.tied_to:
@@ -139,9 +139,9 @@ def _warn_of_untying(model: nn.Module, merged: dict[Adapted, dict[str, torch.Ten
     """Warn of each weight that a layer with LoRA shares with another module."""
     owners = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
     for name, part in adapted_modules(model).items():
-        if isinstance(part, LoRABaseLayer) and merged[part] and owners[part.base_layer._parameters.get("weight")] > 1:
+        if isinstance(part, LoRABaseLayer) and merged[part] and owners[part.base._parameters.get(part.weight_name)] > 1:
             warnings.warn(
-                f"{name}.weight is tied to that of another layer; merging unties them. Set "
+                f"{name}.{part.weight_name} is tied to that of another layer; merging unties them. Set "
                 "config.tie_word_embeddings = False before saving the merged model",
                 stacklevel=5,
             )

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -42,8 +43,11 @@ def module_names(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
-    """What holds adapters in a model, by canonical name."""
-    return {names[0]: module for module, names in module_names(model).items() if isinstance(module, Adapted)}
+    """What holds adapters in a model, by canonical name: also what is nested in another's place."""
+    found = {names[0]: module for module, names in module_names(model).items() if isinstance(module, Adapted)}
+    for name, module in list(found.items()):
+        found |= {f"{name}.{key}": inner for key, inner in module.nested().items()}
+    return found
 
 
 def find_targets(
@@ -83,13 +87,54 @@ def find_targets(
             targets |= found
         if not targets and not config.target_parameters:
             raise ValueError(f"target_modules: {wanted!r} matches nothing; {_what_there_is(linears)}")
-    targets = _narrowed(targets, config)
+    targets = _narrowed(targets, config) if targets else {}
     for module, name in targets.items():
         if layer_class(base_of(module)) is None:
             raise TypeError(
-                "target_modules: expected linear layers, embeddings and convolutions, such as torch.nn.Linear, but "
-                f"{name!r} is a {type(module).__name__}; {_what_there_is(linears)}"
+                "target_modules: expected layers such as torch.nn.Linear, embeddings, convolutions and "
+                f"torch.nn.MultiheadAttention, but {name!r} is a {type(module).__name__}; {_what_there_is(linears)}"
             )
+    return targets
+
+
+def find_parameters(
+    model: nn.Module, config: LoraConfig, excluded: set[nn.Module], *, may_be_missing: bool = False
+) -> dict[nn.Module, tuple[str, list[str]]]:
+    """The modules of the parameters that get LoRA: module -> (its canonical name, the parameters' names in its order).
+
+    Args:
+        config: target_parameters counts.
+        excluded: modules that never are targets (those to save).
+        may_be_missing: an entry may match nothing.
+
+    Raises:
+        ValueError: an entry matches nothing.
+        TypeError: a parameter is the weight of a layer that target_modules is for.
+    """
+    modules = {module: names for module, names in module_names(model).items() if module not in excluded}
+    here = {  # (module, parameter's name) -> all names of the parameter
+        (module, key): [f"{name}.{key}" for name in names]
+        for module, names in modules.items()
+        for key, parameter in base_of(module)._parameters.items()
+        if parameter is not None
+    }
+    chosen = set()
+    for entry in config.target_parameters or ():
+        found = {place for place, names in here.items() if any(map(_suffix(entry), names))}
+        if not found and not may_be_missing:
+            stacks = {(m, key): names for (m, key), names in here.items() if base_of(m)._parameters[key].dim() == 3}
+            what = _what_there_is(stacks, "stack of experts' weights")
+            raise ValueError(f"target_parameters: {entry!r} matches nothing; {what}")
+        chosen |= found
+    targets: dict[nn.Module, tuple[str, list[str]]] = {}
+    for module, key in [place for place in here if place in chosen]:
+        name = modules[module][0]
+        if layer_class(base_of(module)) is not None:
+            raise TypeError(
+                f"target_parameters: expected parameters of modules that are no layers, got {name}.{key}; name "
+                f"{name!r} in target_modules"
+            )
+        targets.setdefault(module, (name, []))[1].append(key)
     return targets
 
 
@@ -182,10 +227,10 @@ def _few(names) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
 
 
-def _what_there_is(linears: dict[nn.Module, list[str]]) -> str:
+def _what_there_is(places: dict[Any, list[str]], kind: str = "torch.nn.Linear layer") -> str:
     # Layers repeat: their names without the numbers say the same in a few lines.
-    short = sorted({re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", names[0]) for names in linears.values()})
+    short = sorted({re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", names[0]) for names in places.values()})
     if not short:
-        return "the model has no torch.nn.Linear layer"
+        return f"the model has no {kind}"
     more = f" and {len(short) - _MAX_LISTED} more" if len(short) > _MAX_LISTED else ""
     return f"what could be matched (* stands for a number): {', '.join(short[:_MAX_LISTED])}{more}"

@@ -27,8 +27,27 @@ from lowbit.quantizers.quantize import quantize_to
 from . import hf
 from .base import of_base
 from .config import LoraConfig, QLoRAConfig
-from .layers import DEFAULT, Adapted, Adapter, LoRABaseLayer, SavedModule, TrainedTokens, layer_class, share_hooks
-from .targets import adapted_modules, base_of, check_patterns, find_saved, find_targets, pattern_value, walk
+from .layers import (
+    DEFAULT,
+    Adapted,
+    Adapter,
+    LoRABaseLayer,
+    LoRAExperts,
+    SavedModule,
+    TrainedTokens,
+    layer_class,
+    share_hooks,
+)
+from .targets import (
+    adapted_modules,
+    base_of,
+    check_patterns,
+    find_parameters,
+    find_saved,
+    find_targets,
+    pattern_value,
+    walk,
+)
 
 #: Dense weights of so many bytes are named by the line that wrapping prints.
 _LARGE = 2**20
@@ -79,7 +98,17 @@ class Plan:
         head_modules = {base_of(module) for module in [hf.output_embedding(model)] if module is not None}
         head_modules |= {sub for head in heads for sub in base_of(hf.unwrapped(model).get_submodule(head)).modules()}
         targets = find_targets(model, config, inside_saved | set(saved), head_modules, may_be_missing=listed)
-        check_patterns(config, list(targets.values()))
+        stacks = find_parameters(model, config, inside_saved | set(saved), may_be_missing=listed)
+        if not targets and not stacks:
+            raise ValueError(f"target_parameters: {config.target_parameters} match nothing")
+        stack_names = [f"{module_name}.{key}" for module_name, keys in stacks.values() for key in keys]
+        check_patterns(config, [*targets.values(), *stack_names])
+        several = [*stacks, *(module for module in targets if not hasattr(base_of(module), "weight"))]
+        if is_decomposing(config.init_lora_weights) and several:
+            raise ValueError(
+                "init_lora_weights: expected one that leaves the base alone for target_parameters and "
+                f"torch.nn.MultiheadAttention, got {config.init_lora_weights!r}"
+            )
         tokens = self._token_rows(config)
         self.config = dataclasses.replace(
             config,
@@ -94,6 +123,8 @@ class Plan:
         try:
             for module, layer_name in targets.items():
                 self._add_lora(module, layer_name)
+            for module, (module_name, keys) in stacks.items():
+                self._add_experts(module, module_name, keys)
             for module, module_name in saved.items():
                 self._part(module, module_name, SavedModule).add_adapter(name)
             for module, (module_name, indices) in tokens.items():
@@ -159,14 +190,34 @@ class Plan:
         kind = type(module) if isinstance(module, LoRABaseLayer) else layer_class(base_of(module))
         options = {} if isinstance(module, Adapted) else {"rank": None, "freeze": False}
         layer = self._part(module, name, kind, **options)
-        adapter, init = adapter_of(config, name), config.init_lora_weights
+        adapter, init = adapter_of(config, name, layer), config.init_lora_weights
         if not is_decomposing(init):
             layer.add_adapter(self.name, adapter, config.factor_dtype, init)
+            for key, inner in layer.nested().items():
+                inner_name = f"{name}.{key}"
+                self.parts[inner_name] = inner
+                inner.add_adapter(self.name, adapter_of(config, inner_name, inner), config.factor_dtype, init)
             return
         if not self.is_first or isinstance(layer.base_layer.weight, QuantizedTensor):
             raise ValueError(f"init_lora_weights: {init!r} changes dense weights, and {name} is quantized or adapted")
         layer.add_adapter(self.name, adapter, config.factor_dtype)
         self._decompose(layer, adapter, init, name)
+
+    def _add_experts(self, module: nn.Module, name: str, keys: list[str]) -> None:
+        """LoRA on these parameters of a module."""
+        config, options = self.config, {} if isinstance(module, Adapted) else {"rank": None, "freeze": False}
+        outer = self._part(module, name, LoRAExperts, parameter_names=keys, **options)
+        layers = {name: outer} | {f"{name}.{key}": inner for key, inner in outer.nested().items()}
+        theirs = [layer.weight_name for layer in layers.values()][::-1]
+        if theirs != keys:  # PEFT's keys tell the parameters of a module apart by their number only
+            raise ValueError(
+                f"target_parameters: expected those of {name} that another adapter has, {', '.join(theirs)}, got "
+                f"{', '.join(keys)}"
+            )
+        for layer_name, layer in layers.items():
+            self.parts[layer_name] = layer
+            adapter = adapter_of(config, layer_name, layer)
+            layer.add_adapter(self.name, adapter, config.factor_dtype, config.init_lora_weights)
 
     @torch.no_grad()
     def _decompose(self, layer: LoRABaseLayer, adapter: Adapter, init: str, name: str) -> None:
@@ -312,15 +363,17 @@ def trainable_biases(
     """
     if bias == "none":
         return {}
+    if layers is None:
+        layers = {part.base: name for name, part in adapted_modules(model).items() if isinstance(part, LoRABaseLayer)}
     found = {}
-    for name, module in walk(model):
+    for name, module in [*walk(model), *((name, base) for base, name in layers.items())]:
         base = base_of(module)
-        has_lora = isinstance(module, LoRABaseLayer) or base in (layers or {})
-        if isinstance(module, (SavedModule, TrainedTokens)) or base in skipped or not (bias == "all" or has_lora):
+        if isinstance(module, (SavedModule, TrainedTokens)) or base in skipped or not (bias == "all" or base in layers):
             continue
-        for key, parameter in base._parameters.items():
-            if parameter is not None and "bias" in key:
-                found.setdefault(parameter, f"{name}.base_layer.{key}" if has_lora else f"{name}.{key}")
+        prefix = f"{layers[base]}.base_layer" if base in layers else name
+        parameter = base._parameters.get("bias")
+        if parameter is not None:
+            found.setdefault(parameter, f"{prefix}.bias")
     return {name: parameter for parameter, name in found.items()}
 
 
@@ -332,11 +385,12 @@ def unique(named: Iterable[tuple[str, nn.Module]]) -> Iterable[tuple[nn.Module, 
     return first.items()
 
 
-def adapter_of(config: LoraConfig, name: str) -> Adapter:
-    """The settings of a config's adapter in the layer of a name."""
+def adapter_of(config: LoraConfig, name: str, layer: LoRABaseLayer) -> Adapter:
+    """The settings of a config's adapter in a layer and its name."""
+    name = layer.config_name(name)
     rank = pattern_value(config.rank_pattern or {}, name, config.rank)
     alpha = pattern_value(config.alpha_pattern or {}, name, config.lora_alpha)
-    return Adapter(rank, alpha, config.lora_dropout, config.use_rslora, config.use_dora, config.lora_bias)
+    return layer.adapter_type(rank, alpha, config.lora_dropout, config.use_rslora, config.use_dora, config.lora_bias)
 
 
 def spelled_out(config: LoraConfig, targets: dict[nn.Module, str]) -> str | list[str]:
@@ -379,7 +433,7 @@ def storage_summary(model: nn.Module) -> str:
     stored, large = {}, {}
     heads = {base_of(module) for module in [hf.output_embedding(model)] if module is not None}
     kept = hf.kept_in_fp32(model)
-    for module, name in unique(walk(model)):
+    for module, name in unique([*walk(model), *adapted_modules(model).items()]):
         base = base_of(module)
         for key, parameter in [*base._parameters.items()] if not isinstance(module, SavedModule) else []:
             if isinstance(parameter, QuantizedTensor):
@@ -387,7 +441,7 @@ def storage_summary(model: nn.Module) -> str:
             elif parameter is not None and parameter.nbytes >= _LARGE:
                 why = "embedding" if isinstance(base, nn.Embedding) else f"of a {type(base).__name__}"
                 why = "head" if base in heads else "kept in fp32" if base in kept else why
-                large[id(parameter)] = f"{name}.{key} ({parameter.nbytes / 2**20:,.0f} MiB, {why})"
+                large.setdefault(id(parameter), f"{name}.{key} ({parameter.nbytes / 2**20:,.0f} MiB, {why})")
         if isinstance(module, SavedModule):
             large[id(module)] = f"{name} (trains whole)"
     wide = sum(parameter.numel() * parameter.dtype.itemsize for parameter in stored.values())

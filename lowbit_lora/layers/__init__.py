@@ -3,19 +3,22 @@
 from torch import nn
 
 from .adapted import Adapted, RowAdapters
+from .attention import LoRAMultiheadAttention
 from .base import DEFAULT, Adapter, LoRABaseLayer
 from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .embedding import LoRAEmbedding, QLoRAEmbedding
+from .experts import LoRAExperts
 from .linear import LoRALinear, QLoRALinear
 from .saved import SavedModule, share_hooks
 from .tokens import TrainedTokens
 
 #: The classes, each with ``takes(module)``. A new kind of layer is a class in a file of its own and a name here.
 LAYERS: tuple[type[LoRABaseLayer], ...] = (LoRALinear, LoRAEmbedding, LoRAConv1d, LoRAConv2d, LoRAConv3d)
+LAYERS += (LoRAMultiheadAttention, LoRAExperts)
 
 __all__ = ["DEFAULT", "LAYERS", "Adapted", "Adapter", "LoRABaseLayer", "LoRAConv1d", "LoRAConv2d", "LoRAConv3d"]
-__all__ += ["LoRAEmbedding", "LoRALinear", "QLoRAEmbedding", "QLoRALinear", "RowAdapters", "SavedModule"]
-__all__ += ["TrainedTokens", "layer_class", "share_hooks"]
+__all__ += ["LoRAEmbedding", "LoRAExperts", "LoRALinear", "LoRAMultiheadAttention", "QLoRAEmbedding", "QLoRALinear"]
+__all__ += ["RowAdapters", "SavedModule", "TrainedTokens", "layer_class", "share_hooks"]
 
 
 def layer_class(module: nn.Module) -> type[LoRABaseLayer] | None:

@@ -70,6 +70,10 @@ class Adapted(nn.Module):
                 raise
             return getattr(self.current(), name)
 
+    def nested(self) -> dict[str, "Adapted"]:
+        """What else holds adapters for parts of the same module, by PEFT's names below this one's."""
+        return {}
+
     def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """What an adapter's file holds for this module, by PEFT's keys below the module's name; empty without it."""
         raise NotImplementedError

@@ -1,6 +1,5 @@
 """What all LoRA layers share: a frozen base layer, adapters by name, which of them are active, and merging."""
 
-import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 from lowbit import QuantizedTensor
+from lowbit.functional import without_autocast
 from lowbit.lowrank import RANDOM_METHODS, initial_factors
 from lowbit.quantizers.quantize import quantize_to
 
@@ -60,6 +60,10 @@ class LoRABaseLayer(Adapted):
 
     #: What the class takes, for errors.
     base_type: type[nn.Module] = nn.Module
+    #: The class of the settings of its adapters.
+    adapter_type: type[Adapter] = Adapter
+    #: The name of the weight among the base's parameters.
+    weight_name = "weight"
     #: The dimension of the weight that is the output's features.
     out_dim = 0
 
@@ -82,10 +86,10 @@ class LoRABaseLayer(Adapted):
         self.lora_magnitude_vector = nn.ParameterDict()
         self._setup()
         if rank is not None:
-            self.add_adapter(DEFAULT, Adapter(rank, **options), lora_dtype)
+            self.add_adapter(DEFAULT, self.adapter_type(rank, **options), lora_dtype)
             self.set_active([DEFAULT])
         if freeze:
-            base_layer.requires_grad_(False)
+            self.base.requires_grad_(False)
 
     # ---- what a class for a kind of layer defines
 
@@ -103,6 +107,10 @@ class LoRABaseLayer(Adapted):
 
     def _setup(self) -> None:
         """Read the base's sizes."""
+
+    def config_name(self, name: str) -> str:
+        """What rank_pattern and alpha_pattern call this layer, which is ``name`` in the model."""
+        return name
 
     def _new_factors(self, adapter: Adapter, **options) -> dict[str, nn.Module | nn.Parameter]:
         """A and B under the names of their dictionaries ("lora_A", ...), uninitialised; dtype and device as given."""
@@ -122,8 +130,12 @@ class LoRABaseLayer(Adapted):
         """scaling * B A of an adapter in fp32, in the weight's shape; differentiable in A and B."""
         lora_a, lora_b = self.factors(name)
         product = self.adapters[name].scaling * (lora_b.float().flatten(1) @ lora_a.float().flatten(1))
-        shape = self.base_layer.weight.shape
-        return product.T if self.out_dim else product.view(shape)
+        return product.T if self.out_dim else product.view(self.stored_weight.shape)
+
+    def sides(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(left, right)`` of an adapter: the weight, a matrix, gains scaling * left right. They are views."""
+        lora_a, lora_b = self.factors(name)
+        return (lora_a.T, lora_b.T) if self.out_dim else (lora_b, lora_a)
 
     # ---- adapters
 
@@ -136,7 +148,7 @@ class LoRABaseLayer(Adapted):
             ValueError: there is one of that name, or no such beginning.
         """
         self._check_new(name)
-        for kind, factor in self._new_factors(adapter, dtype=dtype, device=self.base_layer.weight.device).items():
+        for kind, factor in self._new_factors(adapter, dtype=dtype, device=self.stored_weight.device).items():
             getattr(self, kind)[name] = factor.train(self.training) if isinstance(factor, nn.Module) else factor
         self.adapters[name] = adapter
         self.reset_lora_parameters(name, init)
@@ -252,7 +264,7 @@ class LoRABaseLayer(Adapted):
 
     def _times_weight(self, rows: torch.Tensor) -> torch.Tensor:
         """rows [n, in, fp32] W^T, in fp32 [n, out]."""
-        weight = self.base_layer.weight
+        weight = self.stored_weight
         if isinstance(weight, QuantizedTensor) and weight.dim() == 2:
             return rows @ weight if self.out_dim else nn.functional.linear(rows, weight)
         weight = self.base_weight(torch.float32)
@@ -270,6 +282,11 @@ class LoRABaseLayer(Adapted):
     # ---- the weight
 
     @property
+    def stored_weight(self) -> nn.Parameter:
+        """The base's weight as it is stored, dense or quantized."""
+        return getattr(self.base, self.weight_name)
+
+    @property
     def bias(self) -> nn.Parameter | None:
         """The base's bias."""
         return getattr(self.base_layer, "bias", None)
@@ -281,7 +298,7 @@ class LoRABaseLayer(Adapted):
 
     def base_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The frozen weight, decoded, in ``dtype`` (default: its own)."""
-        weight = self.base_layer.weight.detach()
+        weight = self.stored_weight.detach()
         if isinstance(weight, QuantizedTensor):
             return weight.dequantize(dtype)
         return weight if dtype is None else weight.to(dtype)
@@ -307,7 +324,7 @@ class LoRABaseLayer(Adapted):
         """
         names = [name for name in self.active if name not in self.merged] if names is None else list(names)
         self._check_names(names)
-        weight = self.base_layer.weight
+        weight = self.stored_weight
         with without_autocast(weight.device):
             merged = self.base_weight(torch.float32)
             for name in names:
@@ -316,12 +333,12 @@ class LoRABaseLayer(Adapted):
 
     @torch.no_grad()
     def merged_tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The base's parameters that change with the adapters merged in: "weight", and "bias" with lora_bias."""
+        """The base's parameters that change with the adapters merged in: its weight, and "bias" with lora_bias."""
         names = [name for name in names if name in self.adapters]
         if not names:
             return {}
         weight = self.merged_weight(names)
-        merged = {"weight": nn.Parameter(weight, requires_grad=False)}
+        merged = {self.weight_name: nn.Parameter(weight, requires_grad=False)}
         biases = [self.adapters[n].scaling * self.lora_B[n].bias.float() for n in names if self.adapters[n].lora_bias]
         if biases:
             bias = sum(biases) if self.bias is None else sum(biases) + self.bias.float()
@@ -349,14 +366,14 @@ class LoRABaseLayer(Adapted):
         merged = self.merged_tensors(names)
         if safe and not all(value.isfinite().all() for value in merged.values()):
             raise ValueError(f"adapters: expected finite merged weights, got NaN or inf from {', '.join(names)}")
-        self._unmerged = {key: self.base_layer._parameters[key] for key in merged}
-        self.base_layer._parameters.update(merged)
+        self._unmerged = {key: self.base._parameters[key] for key in merged}
+        self.base._parameters.update(merged)
         self.merged = names
         return self.base_layer
 
     def unmerge(self) -> None:
         """Put the base's own weight back, the very tensor. Does nothing where no adapter is merged."""
-        self.base_layer._parameters.update(self._unmerged)
+        self.base._parameters.update(self._unmerged)
         self._unmerged, self.merged = {}, ()
 
     @torch.no_grad()
@@ -380,8 +397,3 @@ def stored(module: nn.Module, options: dict[str, Any]) -> tuple[nn.Module, dict[
     weight = quantize_to(module.weight.detach(), config.spec, config.scale)
     module.weight = nn.Parameter(weight, requires_grad=False)
     return module, {name: value for name, value in options.items() if name not in how}
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Context without autocast, which torch has not for the meta device."""
-    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .adapted_weight import AdaptedWeight
+from lowbit.adapted import AdaptedWeight
+
 from .base import Adapter, LoRABaseLayer
 
 
@@ -50,15 +51,15 @@ class LoRAConvNd(LoRABaseLayer):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight with the active adapters; in groups an error only where it is computed with, not where it is read."""
+        """The weight with the active adapters; in groups, an error where it is computed with."""
         return AdaptedWeight(self) if self.base_layer.groups > 1 else super().weight
 
     @torch.no_grad()
     def row_norms(self, name: str) -> torch.Tensor:
         """The norms [out] by which DoRA divides, fp32.
 
-        In groups they are PEFT's, so that its files compute the same: B A is taken there as if there were no groups, and
-        laid out anew in the weight's shape. No weight has these norms.
+        In groups they are PEFT's, so that its files compute the same: B A is taken as if there were no groups, and laid
+        out anew in the weight's shape. No weight has these norms.
         """
         if self.base_layer.groups == 1:
             return super().row_norms(name)

@@ -9,12 +9,13 @@ from torch import nn
 
 import lowbit
 from lowbit import QuantizedTensor
+from lowbit.adapted import AdaptedWeight
+from lowbit.functional import without_autocast
 from lowbit.modules import FrozenLinear
 from lowbit.ops.dense import frozen_linear
 
 from .adapted import RowAdapters
-from .adapted_weight import AdaptedWeight
-from .base import Adapter, LoRABaseLayer, stored, without_autocast
+from .base import Adapter, LoRABaseLayer, stored
 
 
 class LoRALinear(LoRABaseLayer):

@@ -84,7 +84,7 @@ class TrainedTokens(Adapted):
         return self.adapters[name].to(values.device), values
 
     def _chosen(self, rows: int) -> list[tuple[str, torch.Tensor | None]]:
-        """The adapters that compute, each with the rows of the input that it computes for: bool [rows], None for all."""
+        """The adapters that compute, each with the rows of the input it is for: bool [rows], None for all."""
         if self.rows is None:
             return [(name, None) for name in self.active]
         index = self.rows.spread(rows)

@@ -20,17 +20,21 @@ class AdaptedWeight(torch.Tensor):
         self.layer = layer
         return self
 
+    def merged(self) -> torch.Tensor:
+        """The dense sum, differentiable in A and B."""
+        return self.layer.merged_weight()
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func in _MEMORY:
             raise RuntimeError(
                 "weight: expected the layer to be called, but its memory was asked for, which LoRA is not in; leave "
-                "the layer out of target_modules"
+                "the layer out of target_modules (or the parameter out of target_parameters)"
             )
         if func in _DESCRIPTION:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        args, kwargs = tree_map_only(cls, lambda weight: weight.layer.merged_weight(), (args, kwargs or {}))
+        args, kwargs = tree_map_only(cls, lambda weight: weight.merged(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
     __torch_dispatch__ = __torch_function__

@@ -1,0 +1,90 @@
+"""LoRA on nn.MultiheadAttention, whose weights may be dense or quantized."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import check_unset, lora_scaling
+from .base import Adapter
+from .linear import LoRALinear
+from .parameter import LoRAParameter, product_weight, standing_in
+
+
+class Twice(Adapter):
+    """The settings of an adapter whose scaling counts twice."""
+
+    @property
+    def scaling(self) -> float:
+        """The factor on B A."""
+        return 2 * lora_scaling(self.rank, self.lora_alpha, self.use_rslora)
+
+
+class OutputProjection(LoRALinear):
+    """The projection of an attention's output with LoRA: W + 2 * scaling * B A.
+
+    PEFT, up to 0.21.2, adds this part twice (github.com/huggingface/peft/pull/3774), in what it computes and merges.
+    Its adapters were trained so: here they compute the same, and ours do in PEFT.
+    """
+
+    adapter_type = Twice
+
+    def config_name(self, name: str) -> str:
+        """The attention's name, by which rank_pattern and alpha_pattern mean both of its layers."""
+        return name.removesuffix(".base_layer.out_proj")
+
+
+class LoRAMultiheadAttention(LoRAParameter):
+    """nn.MultiheadAttention with LoRA on its packed projection (A [rank, embed_dim], B [3 * embed_dim, rank]) and on
+    its output's projection, as in PEFT.
+
+    torch's own forward computes: it takes what it took, masks and keywords too, and both projections are products with
+    W and with the factors. The fused paths of inference, which know no LoRA, decline. The output's projection is a
+    layer of its own, ``out_proj``, with adapters of the same names. Unlike in PEFT lora_dropout counts, except in
+    compiled code, which merges.
+
+    Args:
+        base_layer: the attention.
+        options: those of :class:`LoRABaseLayer`, without use_dora and lora_bias.
+
+    Raises:
+        TypeError: the base is no nn.MultiheadAttention.
+        ValueError: it has separate projections of keys and values (``kdim``, ``vdim``); an option out of range.
+    """
+
+    base_type = nn.MultiheadAttention
+    weight_name = "in_proj_weight"
+
+    def __init__(self, base_layer: nn.MultiheadAttention, **options: Any):
+        super().__init__(base_layer, **options)
+        self.out_proj = OutputProjection(base_layer.out_proj, **options)
+
+    @classmethod
+    def _check_base(cls, module: nn.Module) -> None:
+        if not isinstance(module, nn.MultiheadAttention):
+            raise TypeError(f"base_layer: expected a torch.nn.MultiheadAttention, got a {type(module).__name__}")
+        if module.in_proj_weight is None:
+            raise ValueError(
+                f"base_layer: expected keys and values of embed_dim={module.embed_dim}, whose projections are one "
+                f"weight, got kdim={module.kdim} and vdim={module.vdim}"
+            )
+
+    def nested(self) -> dict[str, OutputProjection]:
+        """The layer of the output's projection, by PEFT's name for it below this one."""
+        return {"base_layer.out_proj": self.out_proj}
+
+    def _new_factors(self, adapter: Adapter, **options) -> dict[str, nn.Module | nn.Parameter]:
+        check_unset(adapter, ("use_dora", "lora_bias"), "a torch.nn.MultiheadAttention")
+        width = self.base_layer.embed_dim
+        down = nn.Linear(width, adapter.rank, bias=False, **options)
+        return {"lora_A": down, "lora_B": nn.Linear(adapter.rank, 3 * width, bias=False, **options)}
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What nn.MultiheadAttention's forward takes and returns."""
+        if torch.compiler.is_compiling():
+            weights = {self.weight_name: self.merged_weight(), "out_proj.weight": self.out_proj.merged_weight()}
+            return torch.func.functional_call(self.base_layer, weights, args, kwargs)
+        packed, projection = product_weight(self), self.base_layer.out_proj
+        standing = standing_in(projection, "weight", product_weight(self.out_proj))
+        with standing, standing_in(self.base_layer, self.weight_name, packed):
+            return self.base_layer.forward(*args, **kwargs)
