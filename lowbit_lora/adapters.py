@@ -1,20 +1,228 @@
-"""Operations on the adapters of a model: their names, their tensors, and weighted sums of them."""
+"""Operations on the adapters of a model: adding, choosing, renaming, combining and merging them in place."""
 
+import contextlib
 import dataclasses
-import math
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
-from lowbit.lowrank import combine, is_decomposing
+from lowbit.lowrank import combine
 
-from . import hf
-from .base import moved_buffers, of_base, warn_of_other_base, whole_embeddings
-from .config import LoraConfig, QLoRAConfig
-from .files import PREFIX, fit
-from .layers import LoRABaseLayer, LoRAExperts, TrainedTokens
-from .targets import adapted_modules, base_of, module_names
-from .wrap import adapter_of, trainable_biases
+from .config import LoraConfig
+from .layers import Adapted, LoRABaseLayer, LoRAExperts, RowAdapters, TrainedTokens
+from .targets import adapted_modules
+from .wrap import Plan, set_trainable
+
+#: What ``adapter_names`` calls a row without an adapter, as in PEFT.
+BASE = "__base__"
+
+
+class AdapterOperations(nn.Module):
+    """A module with a ``model`` on which there are adapters; what :class:`~lowbit_lora.LoraModel` can do with these."""
+
+    model: nn.Module
+    #: The config of each adapter.
+    configs: dict[str, LoraConfig]
+    _active: tuple[str, ...]
+
+    @contextlib.contextmanager
+    def adapters_by_row(self, adapter_names: list[str]) -> Iterator[None]:
+        """Context in which each row of a batch has an adapter of its own, also in ``generate``; see :meth:`forward`."""
+        names = self._known(sorted({name for name in adapter_names if name != BASE}))
+        parts = self._unmerged_parts().values()
+        names = (*names, BASE)
+        index = torch.tensor([names.index(name) for name in adapter_names], device=next(self.parameters()).device)
+        for part in parts:
+            part.rows = RowAdapters(names, index)
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.rows = None
+
+    @property
+    def lora_config(self) -> LoraConfig:
+        """The config of the first active adapter; of the first one if none is active."""
+        return self.configs[self._active[0] if self._active else next(iter(self.configs))]
+
+    @property
+    def active_adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that the model computes with."""
+        return self._active
+
+    def add_adapter(self, name: str, config: LoraConfig) -> None:
+        """Add an adapter that changes nothing yet. It is not active: ``set_adapter(name)`` makes it so.
+
+        Args:
+            name: a new one.
+            config: what to adapt, also modules that have no adapter yet. ``bias`` belongs to the first adapter; here it
+                has to be "none".
+
+        Raises:
+            ValueError, TypeError: as for the constructor; the name is taken; the config says how to store the base, and
+                differently from how it is stored. Nothing has changed then.
+        """
+        self._add(name, config)
+
+    def _add(self, name: str, config: LoraConfig, listed: bool = False) -> list[nn.Module]:
+        """The modules that have a place for adapters only now."""
+        check_new_name(name, self.configs)
+        before = set(self._parts().values())
+        plan = Plan(self.model, config, name, first=self._first, listed=listed)
+        plan.apply()
+        self.configs[name] = plan.config
+        return [part for part in self._parts().values() if part not in before]
+
+    @property
+    def _first(self) -> LoraConfig:
+        return next(iter(self.configs.values()))
+
+    def add_weighted_adapter(
+        self,
+        names: list[str],
+        weights: list[float],
+        name: str,
+        method: str = "cat",
+        *,
+        saved_from: str | None = None,
+        **options: Any,
+    ) -> None:
+        """Add an adapter that stands for several, each times its weight. It is not active.
+
+        Args:
+            names: the adapters.
+            weights: a number for each; may be negative.
+            name: a new one.
+            method: "cat" (exact; the ranks add up), "svd", "linear", "ties", "dare_linear", "dare_ties",
+                "magnitude_prune", or one of the last four with "_svd": see :mod:`lowbit.lowrank`.
+            saved_from: the one of them whose modules to save (the head) the new one gets copies of; by default the
+                first that has any. Such modules are trained whole, and have no weighted sum that fits.
+            options: rank, density, majority_sign and generator, as in :mod:`lowbit.lowrank`.
+
+        Raises:
+            ValueError, TypeError: an argument out of range; no adapter of a name. Nothing has changed then.
+        """
+        self._parts()
+        names = list(self._known(list(names)))
+        check_new_name(name, self.configs)
+        if len(names) != len(weights):
+            raise ValueError(f"weights: expected {len(names)}, one for each adapter, got {len(weights)}")
+        if saved_from is not None and saved_from not in names:
+            raise ValueError(f"saved_from: expected one of {', '.join(names)}, got {saved_from!r}")
+        self.configs[name] = add_weighted(self.model, names, list(weights), name, saved_from, method=method, **options)
+
+    def set_adapter(self, names: str | Iterable[str]) -> None:
+        """Compute and train with these adapters, and no others; their parts are added.
+
+        Raises:
+            ValueError: there is no adapter of a name, or adapters are merged.
+        """
+        names = self._known([names] if isinstance(names, str) else list(names))
+        parts = self._unmerged_parts().values()
+        for part in parts:
+            part.check_active(names)
+        trains = any(p.requires_grad for part in parts for name in part.adapters for p in part.adapter_parameters(name))
+        for part in parts:
+            part.set_active(names)
+        set_trainable(self.model, self._first, names, trains)
+        self._active = names
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an adapter that is not active.
+
+        Raises:
+            ValueError: there is none of that name, it is active, or it is the first one and trains biases.
+        """
+        self._known([name])
+        if name in self._active:
+            others = ", ".join(other for other in self.configs if other != name) or "none"
+            raise ValueError(f"adapter: expected one that is not active, got {name!r}; set_adapter one of: {others}")
+        if self.configs[name].bias != "none":
+            raise ValueError(f"adapter: {name!r} trained biases, which stay in the model; keep it")
+        for part in self._parts().values():
+            if name in part.adapters:
+                part.delete_adapter(name)
+        del self.configs[name]
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give an adapter another name. Its parameters stay the same objects.
+
+        Raises:
+            ValueError: there is no ``old``, or there is a ``new``.
+        """
+        self._known([old])
+        check_new_name(new, self.configs)
+        for part in self._parts().values():
+            if old in part.adapters:
+                part.rename_adapter(old, new)
+        self.configs = {new if name == old else name: config for name, config in self.configs.items()}
+        self._active = tuple(new if name == old else name for name in self._active)
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Context in which the model computes what its base does. Trained biases stay in it.
+
+        Raises:
+            ValueError: adapters are merged.
+        """
+        active = [(part, part.active) for part in self._unmerged_parts().values()]
+        try:
+            for part, _ in active:
+                part.set_active(())
+            yield
+        finally:
+            for part, names in active:
+                part.set_active(names)
+
+    def merge_adapter(self, names: Iterable[str] | None = None, *, safe: bool = False) -> None:
+        """Put the merged, dense weights into the base layers, until :meth:`unmerge_adapter`.
+
+        Args:
+            names: the adapters; by default the active ones.
+            safe: refuse weights with NaN or inf.
+
+        Raises:
+            ValueError: adapters are merged already; no adapter of a name; a weight that is not finite. Nothing has
+                changed then.
+        """
+        names = self._active if names is None else self._known(list(names))
+        done = []
+        try:
+            for part in self._parts().values():
+                if isinstance(part, LoRABaseLayer):
+                    part.merge([name for name in names if name in part.adapters], safe=safe)
+                    done.append(part)
+        except BaseException:
+            for part in done:
+                part.unmerge()
+            raise
+
+    def unmerge_adapter(self) -> None:
+        """Put the base's own weights back: the very tensors, so that stored bytes are what they were."""
+        for part in self._parts().values():
+            if isinstance(part, LoRABaseLayer):
+                part.unmerge()
+
+    def _parts(self) -> dict[str, Adapted]:
+        """What holds adapters, by canonical name."""
+        if not self.configs:
+            raise ValueError("the adapters have been merged into the model, or unloaded: there are none any more")
+        return adapted_modules(self.model)
+
+    def _unmerged_parts(self) -> dict[str, Adapted]:
+        parts = self._parts()
+        for part in parts.values():
+            if part.merged:
+                raise ValueError(f"adapters: expected none that is merged, got {', '.join(part.merged)}; unmerge first")
+        return parts
+
+    def _known(self, names: list[str]) -> tuple[str, ...]:
+        for name in names:
+            if name not in self.configs:
+                raise ValueError(f"adapter: expected one of {', '.join(self.configs)}, got {name!r}")
+        return tuple(dict.fromkeys(names))
 
 
 def check_new_name(name: str, configs: dict[str, LoraConfig]) -> None:
@@ -25,132 +233,6 @@ def check_new_name(name: str, configs: dict[str, LoraConfig]) -> None:
         raise ValueError(f"adapter: expected a new name, got {name!r}, which is there")
     if not name or any(character in name for character in "./\\"):
         raise ValueError(f"adapter: expected a name without dots and slashes, got {name!r}")
-
-
-def tensors_of(model: nn.Module, name: str, bias: str = "none") -> dict[str, torch.Tensor]:
-    """What an adapter's file holds, by PEFT's keys without their prefix; the tensors are the model's own."""
-    tensors: dict[str, torch.Tensor] = dict(trainable_biases(model, bias))
-    for module_name, part in adapted_modules(model).items():
-        tensors |= {f"{module_name}.{key}": tensor for key, tensor in part.adapter_tensors(name).items()}
-    return tensors
-
-
-def to_save(
-    model: nn.Module, name: str, config: LoraConfig, start: dict[str, torch.Tensor], embeddings: bool = False
-) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """The config and the tensors, by PEFT's keys without their prefix, of an adapter's files.
-
-    ``start``: the base's buffers before training; those that have moved are saved. ``embeddings``: save the embedding
-    and the output layer whole.
-
-    Where the factors were taken out of a dense base (PiSSA, OLoRA), what is saved is the difference to the first ones:
-    plain LoRA of twice the rank, which fits the base as it was.
-    """
-    tensors = moved_buffers(model, start) | (whole_embeddings(model) if embeddings else {})
-    tensors = {key: _whole(key, tensor) for key, tensor in (tensors | tensors_of(model, name, config.bias)).items()}
-    if not is_decomposing(config.init_lora_weights) or isinstance(config, QLoRAConfig):
-        return config, tensors
-    for layer_name, part in adapted_modules(model).items():
-        if isinstance(part, LoRABaseLayer) and name in part.initial:
-            (key_a, a), (key_b, b) = list(part.adapter_tensors(name).items())[:2]
-            first_a, first_b = part.initial[name]
-            tensors[f"{layer_name}.{key_a}"] = torch.cat([a.detach(), first_a.view(a.shape).to(a)])
-            tensors[f"{layer_name}.{key_b}"] = torch.cat([b.detach(), -first_b.view(b.shape).to(b)], 1)
-    doubled = {key: 2 * rank for key, rank in (config.rank_pattern or {}).items()}
-    factor = math.sqrt(2) if config.use_rslora else 2
-    alphas = {key: factor * alpha for key, alpha in (config.alpha_pattern or {}).items()}
-    config = dataclasses.replace(
-        config,
-        rank=2 * config.rank,
-        lora_alpha=factor * config.lora_alpha,
-        rank_pattern=doubled or None,
-        alpha_pattern=alphas or None,
-        init_lora_weights="default",
-    )
-    return config, tensors
-
-
-def _whole(key: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that FSDP2 has spread over ranks, gathered: all ranks have to ask. ValueError for one that cannot be."""
-    tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):
-        return tensor.full_tensor()
-    if ".lora_" in key and (tensor.numel() == 0 or (tensor.dim() < 2 and ("_A." in key or "_B.weight" in key))):
-        raise ValueError(
-            f"{key}: expected a whole parameter, got one rank's part of shape {tuple(tensor.shape)}; save inside "
-            "FSDP.summon_full_params(model) or deepspeed.zero.GatheredParameters(...)"
-        )
-    return tensor
-
-
-def with_saved_of_file(model: nn.Module, config: LoraConfig, tensors: dict[str, torch.Tensor]) -> LoraConfig:
-    """``config`` with those modules to save whose values are in an adapter's file.
-
-    PEFT's files list ends of names ("classifier" also means "pre_classifier") and names that a model does not have, and
-    may hold whole embeddings that no list names (``save_embedding_layers``).
-    """
-    keys = {key.removeprefix(PREFIX) for key in tensors}
-    listed = tuple(config.modules_to_save or ())
-    embeddings = {base_of(m) for m in (hf.input_embedding(model), hf.output_embedding(model)) if m is not None}
-    saved = []
-    for module, names in module_names(model).items():
-        name = next((name for name in names if any(key.startswith(f"{name}.") for key in keys)), None)
-        ends = name is not None and name.endswith(listed) and bool(listed)
-        own = name is not None and {f"{name}.{key}" for key in base_of(module).state_dict()}
-        if name and (ends or base_of(module) in embeddings) and own and own <= keys:
-            saved.append(name)
-    return dataclasses.replace(config, modules_to_save=saved or None)
-
-
-@torch.no_grad()
-def swap_values(
-    model: nn.Module,
-    name: str,
-    config: LoraConfig,
-    old: LoraConfig,
-    tensors: dict[str, torch.Tensor],
-    file: str,
-) -> None:
-    """Put a saved adapter's values in the place of another's, in its memory.
-
-    Its ranks may be smaller: the rest becomes zeros. Each layer's scaling stays, so that nothing that was captured with
-    it (a CUDA graph) changes; B takes up the difference.
-
-    Raises:
-        ValueError: a module is missing or unexpected, or a rank is larger. Nothing has changed then.
-    """
-    expected = tensors_of(model, name, old.bias)
-    shapes = dict(expected)
-    values = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
-    scalings = {}
-    for layer_name, part in adapted_modules(model).items():
-        if not isinstance(part, LoRABaseLayer) or name not in part.adapters:
-            continue
-        for key, target in part.adapter_tensors(name).items():
-            key, value = f"{layer_name}.{key}", values.get(f"{layer_name}.{key}")
-            if value is not None and value.dim() == target.dim():
-                if isinstance(part, LoRAExperts) and value.shape != target.shape:
-                    raise ValueError(
-                        f"{file}: {key}: expected the rank of adapter {name!r}, {part.adapters[name].rank}, by which "
-                        f"the experts lie in it, got shape {tuple(value.shape)} for {tuple(target.shape)}"
-                    )
-                if any(size > space for size, space in zip(value.shape, target.shape, strict=True)):
-                    raise ValueError(
-                        f"{file}: {key}: expected at most the shape {tuple(target.shape)} of adapter {name!r}, whose "
-                        f"memory it would take, got {tuple(value.shape)}"
-                    )
-                shapes[key] = value
-        scalings[layer_name] = adapter_of(config, layer_name, part).scaling / part.adapters[name].scaling
-    base = of_base(model, adapted_modules(model))
-    fitting = fit(tensors, shapes, model, file, optional=base)
-    warn_of_other_base(fitting, base, file)
-    for key, target in expected.items():
-        value = fitting[key]
-        layer_name, _, kind = key.partition(".lora_")
-        if kind.startswith(("B", "embedding_B")):
-            value = value * scalings[layer_name]
-        target.zero_()
-        target[tuple(slice(size) for size in value.shape)].copy_(value)
 
 
 @torch.no_grad()

@@ -1,10 +1,6 @@
 """LoraModel and QLoRAModel: a model with adapters on it."""
 
-import contextlib
-import dataclasses
-import os
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,18 +9,17 @@ from torch import nn
 from lowbit.lowrank import is_decomposing
 from lowbit.modules import replace_modules
 
-from . import adapters, files, hf, merge
-from .base import base_keys, buffers_of, of_base, warn_of_other_base
+from . import hf, merge
+from .adapters import check_new_name
+from .base import buffers_of
 from .config import LoraConfig, QLoRAConfig
-from .layers import DEFAULT, Adapted, LoRABaseLayer, RowAdapters
+from .exchange import StoredAdapters, check_types
+from .layers import DEFAULT, LoRABaseLayer
 from .targets import adapted_modules
-from .wrap import Plan, print_storage, set_trainable
-
-#: What ``adapter_names`` calls a row without an adapter, as in PEFT.
-BASE = "__base__"
+from .wrap import Plan, print_storage
 
 
-class LoraModel(nn.Module):
+class LoraModel(StoredAdapters):
     """A model with LoRA on layers of its dense, frozen base.
 
     The base is changed in place, all of it or, on an error, nothing. Calls, ``generate`` and attributes go
@@ -45,8 +40,8 @@ class LoraModel(nn.Module):
     config_class = LoraConfig
 
     def __init__(self, model: nn.Module, config: LoraConfig, adapter_name: str = DEFAULT):
-        _check_types(model, config, self.config_class)
-        adapters.check_new_name(adapter_name, {})
+        check_types(model, config, self.config_class)
+        check_new_name(adapter_name, {})
         super().__init__()
         self._adopt(Plan(model, config, adapter_name))
 
@@ -81,21 +76,6 @@ class LoraModel(nn.Module):
         with self.adapters_by_row(adapter_names):
             return self.model(*args, **kwargs)
 
-    @contextlib.contextmanager
-    def adapters_by_row(self, adapter_names: list[str]) -> Iterator[None]:
-        """Context in which each row of a batch has an adapter of its own, also in ``generate``; see :meth:`forward`."""
-        names = self._known(sorted({name for name in adapter_names if name != BASE}))
-        parts = self._unmerged_parts().values()
-        names = (*names, BASE)
-        index = torch.tensor([names.index(name) for name in adapter_names], device=next(self.parameters()).device)
-        for part in parts:
-            part.rows = RowAdapters(names, index)
-        try:
-            yield
-        finally:
-            for part in parts:
-                part.rows = None
-
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -106,192 +86,6 @@ class LoraModel(nn.Module):
                 text = f"{type(self).__name__} has no attribute {name!r}; get_base_model().{name} is the base's own"
                 raise AttributeError(text) from None
             return getattr(self.model, name)
-
-    # ---- adapters
-
-    @property
-    def lora_config(self) -> LoraConfig:
-        """The config of the first active adapter; of the first one if none is active."""
-        return self.configs[self._active[0] if self._active else next(iter(self.configs))]
-
-    @property
-    def active_adapters(self) -> tuple[str, ...]:
-        """The names of the adapters that the model computes with."""
-        return self._active
-
-    def add_adapter(self, name: str, config: LoraConfig) -> None:
-        """Add an adapter that changes nothing yet. It is not active: ``set_adapter(name)`` makes it so.
-
-        Args:
-            name: a new one.
-            config: what to adapt, also modules that have no adapter yet. ``bias`` belongs to the first adapter; here it
-                has to be "none".
-
-        Raises:
-            ValueError, TypeError: as for the constructor; the name is taken; the config says how to store the base, and
-                differently from how it is stored. Nothing has changed then.
-        """
-        self._add(name, config)
-
-    def _add(self, name: str, config: LoraConfig, listed: bool = False) -> list[nn.Module]:
-        """The modules that have a place for adapters only now."""
-        adapters.check_new_name(name, self.configs)
-        before = set(self._parts().values())
-        plan = Plan(self.model, config, name, first=self._first, listed=listed)
-        plan.apply()
-        self.configs[name] = plan.config
-        return [part for part in self._parts().values() if part not in before]
-
-    @property
-    def _first(self) -> LoraConfig:
-        return next(iter(self.configs.values()))
-
-    def add_weighted_adapter(
-        self,
-        names: list[str],
-        weights: list[float],
-        name: str,
-        method: str = "cat",
-        *,
-        saved_from: str | None = None,
-        **options: Any,
-    ) -> None:
-        """Add an adapter that stands for several, each times its weight. It is not active.
-
-        Args:
-            names: the adapters.
-            weights: a number for each; may be negative.
-            name: a new one.
-            method: "cat" (exact; the ranks add up), "svd", "linear", "ties", "dare_linear", "dare_ties",
-                "magnitude_prune", or one of the last four with "_svd": see :mod:`lowbit.lowrank`.
-            saved_from: the one of them whose modules to save (the head) the new one gets copies of; by default the
-                first that has any. Such modules are trained whole, and have no weighted sum that fits.
-            options: rank, density, majority_sign and generator, as in :mod:`lowbit.lowrank`.
-
-        Raises:
-            ValueError, TypeError: an argument out of range; no adapter of a name. Nothing has changed then.
-        """
-        self._parts()
-        names = list(self._known(list(names)))
-        adapters.check_new_name(name, self.configs)
-        if len(names) != len(weights):
-            raise ValueError(f"weights: expected {len(names)}, one for each adapter, got {len(weights)}")
-        if saved_from is not None and saved_from not in names:
-            raise ValueError(f"saved_from: expected one of {', '.join(names)}, got {saved_from!r}")
-        self.configs[name] = adapters.add_weighted(
-            self.model, names, list(weights), name, saved_from, method=method, **options
-        )
-
-    def set_adapter(self, names: str | Iterable[str]) -> None:
-        """Compute and train with these adapters, and no others; their parts are added.
-
-        Raises:
-            ValueError: there is no adapter of a name, or adapters are merged.
-        """
-        names = self._known([names] if isinstance(names, str) else list(names))
-        parts = self._unmerged_parts().values()
-        for part in parts:
-            part.check_active(names)
-        trains = any(p.requires_grad for part in parts for name in part.adapters for p in part.adapter_parameters(name))
-        for part in parts:
-            part.set_active(names)
-        set_trainable(self.model, self._first, names, trains)
-        self._active = names
-
-    def delete_adapter(self, name: str) -> None:
-        """Remove an adapter that is not active.
-
-        Raises:
-            ValueError: there is none of that name, it is active, or it is the first one and trains biases.
-        """
-        self._known([name])
-        if name in self._active:
-            others = ", ".join(other for other in self.configs if other != name) or "none"
-            raise ValueError(f"adapter: expected one that is not active, got {name!r}; set_adapter one of: {others}")
-        if self.configs[name].bias != "none":
-            raise ValueError(f"adapter: {name!r} trained biases, which stay in the model; keep it")
-        for part in self._parts().values():
-            if name in part.adapters:
-                part.delete_adapter(name)
-        del self.configs[name]
-
-    def rename_adapter(self, old: str, new: str) -> None:
-        """Give an adapter another name. Its parameters stay the same objects.
-
-        Raises:
-            ValueError: there is no ``old``, or there is a ``new``.
-        """
-        self._known([old])
-        adapters.check_new_name(new, self.configs)
-        for part in self._parts().values():
-            if old in part.adapters:
-                part.rename_adapter(old, new)
-        self.configs = {new if name == old else name: config for name, config in self.configs.items()}
-        self._active = tuple(new if name == old else name for name in self._active)
-
-    @contextlib.contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Context in which the model computes what its base does. Trained biases stay in it.
-
-        Raises:
-            ValueError: adapters are merged.
-        """
-        active = [(part, part.active) for part in self._unmerged_parts().values()]
-        try:
-            for part, _ in active:
-                part.set_active(())
-            yield
-        finally:
-            for part, names in active:
-                part.set_active(names)
-
-    def merge_adapter(self, names: Iterable[str] | None = None, *, safe: bool = False) -> None:
-        """Put the merged, dense weights into the base layers, until :meth:`unmerge_adapter`.
-
-        Args:
-            names: the adapters; by default the active ones.
-            safe: refuse weights with NaN or inf.
-
-        Raises:
-            ValueError: adapters are merged already; no adapter of a name; a weight that is not finite. Nothing has
-                changed then.
-        """
-        names = self._active if names is None else self._known(list(names))
-        done = []
-        try:
-            for part in self._parts().values():
-                if isinstance(part, LoRABaseLayer):
-                    part.merge([name for name in names if name in part.adapters], safe=safe)
-                    done.append(part)
-        except BaseException:
-            for part in done:
-                part.unmerge()
-            raise
-
-    def unmerge_adapter(self) -> None:
-        """Put the base's own weights back: the very tensors, so that stored bytes are what they were."""
-        for part in self._parts().values():
-            if isinstance(part, LoRABaseLayer):
-                part.unmerge()
-
-    def _parts(self) -> dict[str, Adapted]:
-        """What holds adapters, by canonical name."""
-        if not self.configs:
-            raise ValueError("the adapters have been merged into the model, or unloaded: there are none any more")
-        return adapted_modules(self.model)
-
-    def _unmerged_parts(self) -> dict[str, Adapted]:
-        parts = self._parts()
-        for part in parts.values():
-            if part.merged:
-                raise ValueError(f"adapters: expected none that is merged, got {', '.join(part.merged)}; unmerge first")
-        return parts
-
-    def _known(self, names: list[str]) -> tuple[str, ...]:
-        for name in names:
-            if name not in self.configs:
-                raise ValueError(f"adapter: expected one of {', '.join(self.configs)}, got {name!r}")
-        return tuple(dict.fromkeys(names))
 
     # ---- the model
 
@@ -344,185 +138,6 @@ class LoraModel(nn.Module):
         }
         tensors = {id(tensor): tensor.nbytes for tensor in [*self.model.parameters(), *self.model.buffers()]}
         return sum(size for key, size in tensors.items() if key not in own)
-
-    # ---- files
-
-    def adapter_state_dict(self, name: str | None = None) -> dict[str, torch.Tensor]:
-        """What the file of an adapter holds, by PEFT's keys; the tensors are the model's own.
-
-        ``name``: the adapter; by default the active one.
-        """
-        (name,) = self._known([self._only_active() if name is None else name])
-        tensors = adapters.tensors_of(self.model, name, self.configs[name].bias)
-        return {files.PREFIX + key: tensor for key, tensor in tensors.items()}
-
-    def load_adapter_state_dict(self, tensors: dict[str, torch.Tensor], name: str | None = None) -> None:
-        """Give an adapter the values that :meth:`adapter_state_dict` returned, in the memory that it has.
-
-        Args:
-            tensors: by PEFT's keys, with or without their prefix, on any device.
-            name: the adapter; by default the active one.
-
-        Raises:
-            ValueError: no adapter of a name; a key is missing or unexpected; a shape does not fit. Nothing has changed
-                then.
-        """
-        (name,) = self._known([self._only_active() if name is None else name])
-        targets = adapters.tensors_of(self.model, name, self.configs[name].bias)
-        _fill(targets, files.fit(tensors, targets, self.model, "tensors"))
-
-    def base_state_dict(self) -> dict[str, torch.Tensor]:
-        """The base's parameters and buffers by the names that they have without adapters; the tensors are its own."""
-        tensors = self.model.state_dict()
-        return {name: tensors[key] for name, key in base_keys(self.model) if key in tensors}
-
-    def _only_active(self) -> str:
-        if len(self._active) != 1:
-            raise ValueError(f"adapter: expected a name where {len(self._active)} are active")
-        return self._active[0]
-
-    def save_pretrained(
-        self,
-        folder: str | os.PathLike,
-        *,
-        adapters_to_save: Iterable[str] | None = None,
-        is_main_process: bool = True,
-        save_embedding_layers: bool = False,
-        **_: Any,
-    ) -> None:
-        """Write the adapters (LoRA, modules to save, trained biases), not the base, in PEFT's two files each.
-
-        The adapter "default" goes into ``folder``, any other into a folder of its name in it, as PEFT's do. Buffers of
-        the base that training has moved (batch norm's statistics) are saved too, and a README.md if there is none, by
-        whose head the hub knows an adapter. Several processes may save into one
-        folder. A save that fails leaves what was there before. One that is killed leaves that or the new files; or,
-        where the config is new too and the kill comes between two renames, files that do not belong together, as
-        loading them says.
-
-        Args:
-            adapters_to_save: their names; by default all.
-            is_main_process: False writes nothing, for the other ranks of a distributed run. Under FSDP2 all ranks have
-                to call this: their parts are gathered.
-            save_embedding_layers: save the embedding and the output layer whole: for those that were resized.
-            _: other keywords, of which Hugging Face's Trainer passes some, are ignored.
-
-        Raises:
-            OSError: the files cannot be written.
-            ValueError: the adapters have been merged; a parameter is spread over ranks by ZeRO-3 or FSDP1.
-        """
-        self._parts()
-        for name in list(self.configs) if adapters_to_save is None else self._known(list(adapters_to_save)):
-            own = adapters.to_save(self.model, name, self.configs[name], self._start, save_embedding_layers)
-            if is_main_process:
-                files.save_adapter(self.model, *own, folder if name == DEFAULT else os.path.join(folder, name))
-        if is_main_process and os.path.isdir(folder):
-            hf.write_card(folder, hf.model_card(self.model, os.path.basename(os.path.abspath(folder))))
-
-    def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **options: Any
-    ) -> Any:
-        """Upload the adapters, and a model card if the repository has none, to the hub. The base stays here.
-
-        Args:
-            repo_id: "owner/name"; made if it is not there.
-            private, token: as ``huggingface_hub.HfApi.create_repo`` takes them.
-            options: of :meth:`save_pretrained` (adapters_to_save, save_embedding_layers) and of ``HfApi.upload_folder``
-                (commit_message, revision, create_pr...).
-
-        Returns:
-            what ``HfApi.upload_folder`` returns: where the commit is.
-        """
-        ours = {key: options.pop(key) for key in ("adapters_to_save", "save_embedding_layers") if key in options}
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **ours)
-            return hf.upload(self.model, folder, repo_id, private, token, **options)
-
-    def load_adapter(
-        self,
-        folder: str | os.PathLike,
-        name: str,
-        *,
-        is_trainable: bool = False,
-        strict: bool = True,
-        settings_from: str | None = None,
-        lora_dtype: str = "float32",
-    ) -> None:
-        """Add a saved adapter, by lowbit or PEFT. It is not active: ``set_adapter(name)`` makes it so.
-
-        Args:
-            folder: what save_pretrained wrote, or a hub name.
-            name: a new one, or one that is there, whose values it takes in place (hot-swapping): no memory is
-                allocated anew, and what was captured in a CUDA graph or compiled computes with the new values.
-            is_trainable: let it train, if it is active.
-            strict, settings_from: see :meth:`from_pretrained`; hot-swapping is strict.
-            lora_dtype: of the factors, whatever the file's is; hot-swapping keeps that of the memory.
-
-        Raises:
-            OSError: files that are missing (FileNotFoundError) or broken, or that do not belong together.
-            ValueError, TypeError: the adapter does not fit the model. Nothing has changed then.
-        """
-        options = {"lora_dtype": lora_dtype}
-        config, tensors, file = files.read_adapter(self.model, folder, LoraConfig, options, settings_from)
-        if name in self.configs:
-            adapters.swap_values(self.model, name, config, self.configs[name], tensors, file)
-            return
-        config = adapters.with_saved_of_file(self.model, dataclasses.replace(config, bias="none"), tensors)
-        fresh = self._add(name, config, listed=True)
-        try:
-            targets, base = adapters.tensors_of(self.model, name), of_base(self.model, self._parts())
-            values = files.fit(tensors, targets, self.model, file, optional=base, strict=strict)
-            _fill(targets, values)
-        except BaseException:
-            self.delete_adapter(name)
-            replace_modules(self.model, {part: part.base for part in fresh if not part.adapters})
-            raise
-        warn_of_other_base(values, base, file)
-        set_trainable(self.model, self._first, self._active, is_trainable or self._trains())
-
-    def _trains(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.parameters())
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: nn.Module,
-        folder: str | os.PathLike,
-        *,
-        adapter_name: str = DEFAULT,
-        is_trainable: bool = False,
-        strict: bool = True,
-        settings_from: str | None = None,
-        **overrides: Any,
-    ) -> "LoraModel":
-        """Put a saved adapter, by lowbit or PEFT, onto ``model``.
-
-        Args:
-            model: a fresh dense base; QLoRAModel quantizes it as it was when the adapter was saved.
-            folder: what save_pretrained wrote, or a hub name.
-            adapter_name: the adapter's name in the model.
-            is_trainable: train on; otherwise every parameter is frozen, and the model is left in eval mode.
-            strict: False: keys that are missing or unexpected in the file are a warning, and no error.
-            settings_from: "weights" or "config": which file to follow where the two do not belong together, as after an
-                interrupted save (the weights know their settings), or where adapter_config.json was edited on purpose.
-            overrides: settings that the shapes of the adapter do not depend on: quantization, double_quant,
-                block_size, scale (an adapter by PEFT says nothing of them), lora_dropout, lora_dtype (fp32, whatever
-                the file's is), gradient_checkpointing.
-
-        Raises:
-            OSError: files that are missing (FileNotFoundError) or broken, or that do not belong together.
-            ValueError, TypeError: the adapter does not fit ``model``; nothing has been changed then.
-        """
-        _check_model(model)
-        config, tensors, file = files.read_adapter(model, folder, cls.config_class, overrides, settings_from)
-        config = adapters.with_saved_of_file(model, config, tensors)
-        plan = Plan(model, config, adapter_name, listed=True)
-        base = plan.of_base()
-        values = files.fit(tensors, plan.tensors(), model, file, optional=base, strict=strict)
-        wrapper = cls.__new__(cls)
-        nn.Module.__init__(wrapper)
-        wrapper._adopt(plan, is_trainable)
-        _fill(base | adapters.tensors_of(model, adapter_name, config.bias), values)
-        return wrapper if is_trainable else wrapper.eval()
 
     def merge_and_unload(
         self,
@@ -605,26 +220,3 @@ class QLoRAModel(LoraModel):
     """
 
     config_class = QLoRAConfig
-
-
-@torch.no_grad()
-def _fill(targets: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
-    """Copy the values into those targets that they have values for."""
-    for key in targets.keys() & values.keys():
-        targets[key].copy_(values[key])
-
-
-def _check_types(model: Any, config: Any, config_class: type) -> None:
-    _check_model(model)
-    if not isinstance(config, config_class):
-        hint = f"; write {config_class.__name__}.from_peft(config)" if hasattr(config, "peft_type") else ""
-        raise TypeError(f"config: expected a {config_class.__name__}, got {type(config).__name__}{hint}")
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, LoraModel):
-        raise ValueError(
-            f"model: expected one without adapters, got a {type(model).__name__}; call merge_and_unload() first"
-        )
