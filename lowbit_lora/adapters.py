@@ -13,7 +13,8 @@ from lowbit.lowrank import combine
 from .config import LoraConfig
 from .layers import Adapted, LoRABaseLayer, LoRAExperts, RowAdapters, TrainedTokens
 from .targets import adapted_modules
-from .wrap import Plan, set_trainable
+from .training import set_trainable
+from .wrap import Plan
 
 #: What ``adapter_names`` calls a row without an adapter, as in PEFT.
 BASE = "__base__"

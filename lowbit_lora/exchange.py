@@ -20,7 +20,8 @@ from .config import LoraConfig, QLoRAConfig
 from .files import PREFIX, fit
 from .layers import DEFAULT, LoRABaseLayer, LoRAExperts
 from .targets import adapted_modules, base_of, module_names
-from .wrap import Plan, adapter_of, set_trainable, trainable_biases
+from .training import set_trainable, trainable_biases
+from .wrap import Plan, adapter_of
 
 
 class StoredAdapters(AdapterOperations):

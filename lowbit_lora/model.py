@@ -16,7 +16,8 @@ from .config import LoraConfig, QLoRAConfig
 from .exchange import StoredAdapters, check_types
 from .layers import DEFAULT, LoRABaseLayer
 from .targets import adapted_modules
-from .wrap import Plan, print_storage
+from .training import print_storage
+from .wrap import Plan
 
 
 class LoraModel(StoredAdapters):
