@@ -335,6 +335,7 @@ def test_the_module_is_the_same_outside_of_its_forward():
     with pytest.raises(TypeError):
         layer("no tensor", None, None)
     assert type(experts.gate_up_proj) is nn.Parameter and type(experts.down_proj) is nn.Parameter
+    assert model.base_state_dict().keys() == moe().state_dict().keys()
     again = copy.deepcopy(model)
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
     seen = []

@@ -69,7 +69,7 @@ class LoRALinear(LoRABaseLayer):
         if self.rows is not None:
             return self._each_row_with_its_adapter(input, self.rows)
         if not self.active or self.merged:
-            return base(input)
+            return base.forward(input)  # not the base itself, whose hooks are this layer's
         if input.shape[-1] != self.in_features:
             raise ValueError(
                 f"input: expected a last dimension of in_features={self.in_features}, got {tuple(input.shape)}"
@@ -92,7 +92,7 @@ class LoRALinear(LoRABaseLayer):
             return lowbit.lora_linear(input, weight, lora_a, lora_b, scaling, bias, dropout, self.training)
         if not isinstance(weight, QuantizedTensor) and not is_hooked:
             return lowbit.lora_linear(input, weight.T, lora_a, lora_b, scaling, bias, dropout, self.training)
-        y = self.base_layer(input) if is_hooked else input @ weight
+        y = self.base_layer.forward(input) if is_hooked else input @ weight
         with without_autocast(input.device):
             t = F.linear(F.dropout(input, dropout, self.training).to(lora_a.dtype), lora_a)
             y = y + (scaling * F.linear(t, lora_b)).to(y.dtype)
@@ -144,7 +144,7 @@ class LoRALinear(LoRABaseLayer):
 
     def _each_row_with_its_adapter(self, input: torch.Tensor, rows: RowAdapters) -> torch.Tensor:
         """One product with the base for all rows, and one grouped product with each factor of the adapters."""
-        y = self.base_layer(input)
+        y = self.base_layer.forward(input)
         known = [self.adapters.get(name) for name in rows.names]
         if any(adapter and adapter.use_dora for adapter in known):
             raise ValueError("adapter_names: expected adapters without DoRA, whose norms are of the whole weight")
