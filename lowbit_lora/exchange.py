@@ -20,7 +20,7 @@ from .config import LoraConfig, QLoRAConfig
 from .files import PREFIX, fit
 from .layers import DEFAULT, LoRABaseLayer, LoRAExperts
 from .targets import adapted_modules, base_of, module_names
-from .training import set_trainable, trainable_biases
+from .training import trainable_biases
 from .wrap import Plan, adapter_of
 
 
@@ -135,7 +135,7 @@ class StoredAdapters(AdapterOperations):
             folder: what save_pretrained wrote, or a hub name.
             name: a new one, or one that is there, whose values it takes in place (hot-swapping): no memory is
                 allocated anew, and what was captured in a CUDA graph or compiled computes with the new values.
-            is_trainable: let it train, if it is active.
+            is_trainable: let it train once it is active. What trains besides is left as it is.
             strict, settings_from: see :meth:`from_pretrained`; hot-swapping is strict.
             lora_dtype: of the factors, whatever the file's is; hot-swapping keeps that of the memory.
 
@@ -159,10 +159,9 @@ class StoredAdapters(AdapterOperations):
             replace_modules(self.model, {part: part.base for part in fresh if not part.adapters})
             raise
         warn_of_other_base(values, base, file)
-        set_trainable(self.model, self._first, self._active, is_trainable or self._trains())
-
-    def _trains(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.parameters())
+        for part in self._parts().values():
+            for parameter in part.adapter_parameters(name):
+                parameter.requires_grad_(is_trainable and parameter.is_floating_point())
 
     @classmethod
     def from_pretrained(

@@ -204,6 +204,22 @@ def test_saved_adapters_come_back(tmp_path, model_type, config_type):
     assert torch.equal(logits(loaded), logits(wrapped))
 
 
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_loading_leaves_what_trains(tmp_path, is_trainable):
+    """What someone froze would train on, or what is served would train."""
+    two().save_pretrained(tmp_path)
+    wrapped = two()
+    lora_layers(wrapped)[0].lora_A["default"].requires_grad_(False)
+    before = {name: p.requires_grad for name, p in wrapped.named_parameters()}
+    wrapped.load_adapter(tmp_path / "other", "new", is_trainable=is_trainable)
+    assert all(p.requires_grad is before.get(name, is_trainable) for name, p in wrapped.named_parameters())
+    served = LoraModel.from_pretrained(bert(), tmp_path)
+    served.load_adapter(tmp_path / "other", "new", is_trainable=is_trainable)
+    served.set_adapter("new")
+    trained = {name for name, p in served.named_parameters() if p.requires_grad}
+    assert bool(trained) is is_trainable and all(".new." in name for name in trained)
+
+
 @kinds
 def test_values_from_memory(model_type, config_type):
     """Training loops and samplers hand adapters over without a disk between."""
