@@ -38,6 +38,10 @@ class StoredAdapters(AdapterOperations):
         tensors = tensors_of(self.model, name, self.configs[name].bias)
         return {files.PREFIX + key: tensor for key, tensor in tensors.items()}
 
+    def _check_not_merged(self, name: str) -> None:
+        if any(name in part.merged for part in self._parts().values()):
+            raise ValueError(f"adapter: expected one that is not merged, got {name!r}; unmerge first")
+
     def load_adapter_state_dict(self, tensors: dict[str, torch.Tensor], name: str | None = None) -> None:
         """Give an adapter the values that :meth:`adapter_state_dict` returned, in the memory that it has.
 
@@ -50,6 +54,7 @@ class StoredAdapters(AdapterOperations):
                 then.
         """
         (name,) = self._known([self._only_active() if name is None else name])
+        self._check_not_merged(name)
         targets = tensors_of(self.model, name, self.configs[name].bias)
         _fill(targets, files.fit(tensors, targets, self.model, "tensors"))
 
@@ -146,6 +151,7 @@ class StoredAdapters(AdapterOperations):
         options = {"lora_dtype": lora_dtype}
         config, tensors, file = files.read_adapter(self.model, folder, LoraConfig, options, settings_from)
         if name in self.configs:
+            self._check_not_merged(name)
             swap_values(self.model, name, config, self.configs[name], tensors, file)
             return
         config = with_saved_of_file(self.model, dataclasses.replace(config, bias="none"), tensors)

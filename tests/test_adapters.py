@@ -497,6 +497,20 @@ def test_hot_swapping_keeps_the_memory(tmp_path, model_type, config_type):
     assert scalings == [layer.adapters["default"] for layer in lora_layers(wrapped) if "default" in layer.adapters]
 
 
+def test_a_merged_adapter_takes_no_values(tmp_path):
+    """The model would go on computing with those that are merged."""
+    wrapped = two()
+    wrapped.save_pretrained(tmp_path)
+    wrapped.merge_adapter()
+    for load in (
+        lambda: wrapped.load_adapter(tmp_path, "default"),
+        lambda: wrapped.load_adapter_state_dict(wrapped.adapter_state_dict()),
+    ):
+        with pytest.raises(ValueError, match="expected one that is not merged, got 'default'"):
+            load()
+    wrapped.load_adapter(tmp_path / "other", "other")
+
+
 def test_hot_swapping_what_does_not_fit_changes_nothing(tmp_path):
     """Half of another adapter would answer."""
     wrapped = two()
