@@ -20,7 +20,7 @@ from .config import LoraConfig, QLoRAConfig
 from .files import PREFIX, fit
 from .layers import DEFAULT, LoRABaseLayer, LoRAExperts
 from .targets import adapted_modules, base_of, module_names
-from .training import set_trainable, trainable_biases
+from .training import trainable_biases
 from .wrap import Plan, adapter_of
 
 
@@ -38,6 +38,10 @@ class StoredAdapters(AdapterOperations):
         tensors = tensors_of(self.model, name, self.configs[name].bias)
         return {files.PREFIX + key: tensor for key, tensor in tensors.items()}
 
+    def _check_not_merged(self, name: str) -> None:
+        if any(name in part.merged for part in self._parts().values()):
+            raise ValueError(f"adapter: expected one that is not merged, got {name!r}; unmerge first")
+
     def load_adapter_state_dict(self, tensors: dict[str, torch.Tensor], name: str | None = None) -> None:
         """Give an adapter the values that :meth:`adapter_state_dict` returned, in the memory that it has.
 
@@ -50,6 +54,7 @@ class StoredAdapters(AdapterOperations):
                 then.
         """
         (name,) = self._known([self._only_active() if name is None else name])
+        self._check_not_merged(name)
         targets = tensors_of(self.model, name, self.configs[name].bias)
         _fill(targets, files.fit(tensors, targets, self.model, "tensors"))
 
@@ -135,7 +140,7 @@ class StoredAdapters(AdapterOperations):
             folder: what save_pretrained wrote, or a hub name.
             name: a new one, or one that is there, whose values it takes in place (hot-swapping): no memory is
                 allocated anew, and what was captured in a CUDA graph or compiled computes with the new values.
-            is_trainable: let it train, if it is active.
+            is_trainable: let it train once it is active. What trains besides is left as it is.
             strict, settings_from: see :meth:`from_pretrained`; hot-swapping is strict.
             lora_dtype: of the factors, whatever the file's is; hot-swapping keeps that of the memory.
 
@@ -146,6 +151,7 @@ class StoredAdapters(AdapterOperations):
         options = {"lora_dtype": lora_dtype}
         config, tensors, file = files.read_adapter(self.model, folder, LoraConfig, options, settings_from)
         if name in self.configs:
+            self._check_not_merged(name)
             swap_values(self.model, name, config, self.configs[name], tensors, file)
             return
         config = with_saved_of_file(self.model, dataclasses.replace(config, bias="none"), tensors)
@@ -159,10 +165,9 @@ class StoredAdapters(AdapterOperations):
             replace_modules(self.model, {part: part.base for part in fresh if not part.adapters})
             raise
         warn_of_other_base(values, base, file)
-        set_trainable(self.model, self._first, self._active, is_trainable or self._trains())
-
-    def _trains(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.parameters())
+        for part in self._parts().values():
+            for parameter in part.adapter_parameters(name):
+                parameter.requires_grad_(is_trainable and parameter.is_floating_point())
 
     @classmethod
     def from_pretrained(

@@ -204,6 +204,22 @@ def test_saved_adapters_come_back(tmp_path, model_type, config_type):
     assert torch.equal(logits(loaded), logits(wrapped))
 
 
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_loading_leaves_what_trains(tmp_path, is_trainable):
+    """What someone froze would train on, or what is served would train."""
+    two().save_pretrained(tmp_path)
+    wrapped = two()
+    lora_layers(wrapped)[0].lora_A["default"].requires_grad_(False)
+    before = {name: p.requires_grad for name, p in wrapped.named_parameters()}
+    wrapped.load_adapter(tmp_path / "other", "new", is_trainable=is_trainable)
+    assert all(p.requires_grad is before.get(name, is_trainable) for name, p in wrapped.named_parameters())
+    served = LoraModel.from_pretrained(bert(), tmp_path)
+    served.load_adapter(tmp_path / "other", "new", is_trainable=is_trainable)
+    served.set_adapter("new")
+    trained = {name for name, p in served.named_parameters() if p.requires_grad}
+    assert bool(trained) is is_trainable and all(".new." in name for name in trained)
+
+
 @kinds
 def test_values_from_memory(model_type, config_type):
     """Training loops and samplers hand adapters over without a disk between."""
@@ -479,6 +495,20 @@ def test_hot_swapping_keeps_the_memory(tmp_path, model_type, config_type):
     torch.testing.assert_close(logits(wrapped), logits(smaller), rtol=1e-5, atol=1e-6)
     assert {name: p.data_ptr() for name, p in wrapped.named_parameters() if ".lora_" in name} == pointers
     assert scalings == [layer.adapters["default"] for layer in lora_layers(wrapped) if "default" in layer.adapters]
+
+
+def test_a_merged_adapter_takes_no_values(tmp_path):
+    """The model would go on computing with those that are merged."""
+    wrapped = two()
+    wrapped.save_pretrained(tmp_path)
+    wrapped.merge_adapter()
+    for load in (
+        lambda: wrapped.load_adapter(tmp_path, "default"),
+        lambda: wrapped.load_adapter_state_dict(wrapped.adapter_state_dict()),
+    ):
+        with pytest.raises(ValueError, match="expected one that is not merged, got 'default'"):
+            load()
+    wrapped.load_adapter(tmp_path / "other", "other")
 
 
 def test_hot_swapping_what_does_not_fit_changes_nothing(tmp_path):

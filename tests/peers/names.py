@@ -55,6 +55,16 @@ def _merge(layer, names=None, *, safe=False, adapter_names=None, safe_merge=Fals
 _lowbits_merge = LoRABaseLayer.merge
 
 
+def _with_original(init):
+    """TrainedTokens.__init__, after which PEFT's name of the table's own rows says which adapters there are."""
+
+    def wrapped(part, *args, **kwargs):
+        init(part, *args, **kwargs)
+        part.token_adapter.__dict__["trainable_tokens_original"] = View(part, lambda index: index)
+
+    return wrapped
+
+
 def install() -> None:
     """Give lowbit's classes the names."""
     for cls, own in (
@@ -69,7 +79,7 @@ def install() -> None:
         cls.register(own)
     Adapted._adapters = property(lambda part: set(part.adapters))
     Adapted.merged_adapters = property(lambda part: list(part.merged))
-    Adapted.active_adapters = property(lambda part: list(part.active))
+    Adapted.active_adapters = property(lambda part: list((getattr(part, "tied_to", None) or part).active))
     Adapted.active_adapter = property(lambda part: part.active[0] if len(part.active) == 1 else list(part.active))
     Adapted.disable_adapters = property(lambda part: bool(part.adapters) and not part.active)
     Adapted.get_base_layer = lambda part: part.base
@@ -80,6 +90,8 @@ def install() -> None:
         conv.out_features = property(lambda layer: layer.out_channels)
     LoRAEmbedding.in_features = property(lambda layer: layer.num_embeddings)
     LoRAEmbedding.out_features = property(lambda layer: layer.embedding_dim)
+    TrainedTokens.__init__ = _with_original(TrainedTokens.__init__)
+    SavedModule.adapter_layer_names = ["modules_to_save"]
     layer = LoRABaseLayer
     layer.adapter_layer_names = property(lambda layer: [key for key in layer._modules if key.startswith("lora_")])
     layer.other_param_names = ["r", "lora_alpha", "scaling", "lora_dropout"]

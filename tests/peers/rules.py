@@ -1,37 +1,87 @@
-"""How PEFT's tests are counted."""
+"""How PEFT's tests are counted: tables from regular expressions for their names to what they say of lowbit_lora."""
 
 import re
 
-PROVIDER = {}
-#: Failures looked into: lowbit_lora does it otherwise, and may.
-EXPLAINED = {
-    r"EncoderDecoder.*test_generate_pos_args": "takes positional arguments of generate, which PEFT refuses here",
-    r"test_modules_to_save_targets_module_dict_raises": "trains a ModuleDict, which PEFT refuses",
-    r"test_lora_with_bias_argument|test_no_modules_matched|test_targeting_module_to_save_raises|"
-    r"test_modules_to_save_targets_tuner_layer_raises|test_get_peft_model_repeated_invocation": "refuses in other words",
-    r"test_from_pretrained_missing_keys_warning": "refuses an adapter with missing keys, of which PEFT only warns",
-    r"test_get_peft_model_applies_find_target_modules": "writes full names where PEFT writes the shortest suffixes",
-}
-MISSING = {
-    r"test_loading_model.*requires_grad_set_correctly\[True": "PEFT's inner names: parameters named by adapter (.default)",
-    r"(test_training_custom_models|test_only_params_are_updated)\[Vanilla MLP 5": "modules_to_save as a trained copy beside "
-    "the frozen original (its names)",
-    r"test_existing_model_card": "model card (README.md)",
-    r"TestLayerRepr": "repr of PEFT's layers",
-    r"TestDynamicDispatch": "LoRA classes of one's own for a layer type (_register_custom_module)",
+#: Passes that the shim itself, or PEFT's own code, provides: they do not count.
+PROVIDER = {
+    r"test_from_pretrained_config_construction": "peft_config, which is the shim's",
 }
 #: Passes that check nothing here.
 VACUOUS = {
-    r"test_disable_adapters_exiting_context_irregular_state": "disable_adapter",
-    r"TestHotSwapping": "hot-swapping an adapter",
-    r"TestScalingAdapters": "rank_pattern, alpha_pattern, scaling: rescale_adapter_scale",
-    r"TestTunerStateDictKeyPrefixes": "PEFT's inner names: others",
+    r"irregular_state.*(MLP [123]|Conv1D [12]|Conv[123]d [13]|Conv1d)": "a model of one layer: the test returns early",
+    r"TestTunerStateDictKeyPrefixes": "PEFT's own names of keys",
+}
+#: Failures looked into: lowbit_lora does it otherwise, and may.
+EXPLAINED = {
+    r"test_merge_layers_is_idempotent|test_sequential_merge|test_unmerge_after_sequential": "refuses to merge while "
+    "adapters are merged, where PEFT adds to them, or warns",
+    r"fsdp_wrapped_learnable_bias": "refuses trained biases where the config trains none",
+    r"test_adapter_dtype_autocast.*(DoRA|Dora)": "keeps DoRA's magnitudes in fp32 beside factors in 16 bits",
+    r"irregular_state": "restores each layer as it was, where PEFT warns and switches all of them on",
+    r"(pissa|olora)_conversion": "saves what fits the base as it was, without being asked for it",
+    r"(pissa|olora)_(rank|alpha)_pattern_and_rslora_raises": "converts these too, which PEFT refuses",
+    r"load_pissa_olora_with_other_adapter_warns": "saves what fits the base as it was, so that no warning is needed",
+    r"TestRequiresGrad::test_requires_grad_(lora|modules_to_save_disabling)": "leaves requires_grad where adapters are "
+    "switched off; they get no gradients",
+    r"mixed_adapter_batches_training_mode_raises": "trains the adapters of a mixed batch, which PEFT refuses",
+    r"mixed_adapter_batches_disabled": "takes adapter_names also where the active adapters are switched off",
+    r"wrong_adapter_name_raises": "names the first unknown adapter, where PEFT names all",
+    r"unmatched_(alpha|rank)_pattern|partially_matched_pattern|patterns?_no_matching|misconfigured_second_adapter|"
+    r"test_rank_and_alpha_pattern_no_matching_keys": "refuses a pattern that matches nothing, of which PEFT warns",
+    r"test_exclude_modules_not_used|TestExcludedModuleNames::test_realistic_example": "refuses an exclude_modules that "
+    "excludes nothing, of which PEFT warns",
+    r"targeted_module_names_unique": "lists layers in the order of the model",
+    r"test_only_params_are_updated.*Conv1D 2 LoRA|test_lora_embedding_default": "passes with other random numbers only; "
+    "so does PEFT",
+    r"test_lora_embedding_gaussian": "draws A of an embedding too where the config says gaussian",
+    r"lora_bias_when_base_layer_has_no_bias|with_bias_when_base_layer_has_no_bias_warns": "gives the base a bias where "
+    "B's is merged, which PEFT refuses",
+    r"invalid_target_(parameters|modules)_warns": "refuses a target that matches nothing, of which PEFT warns",
+    r"safe_merge_does_not_mutate_base_layer_on_non_finite_bias": "refuses in other words",
+    r"test_set_adapter_non_overlapping_modules": "shows as a layer's active adapters only those that it has",
+    r"fixes_tie_word_embeddings_config": "leaves config.tie_word_embeddings to the caller, and says so",
+    r"targeting_lora_to_embedding_layer": "saves an adapted embedding's own weight on request only, or targets nothing",
+    r"hotswap_extra_key": "refuses it as a ValueError, with the keys of the file",
+    r"mixed_adapter_batches_mha_raises": "refuses it as a ValueError",
+    r"hotswap_missing_key|hotswap_unexpected": "refuses an adapter that lacks keys, which PEFT fills with zeros",
+    r"hotswap_works_different_ranks_alphas": "refuses a rank above that of the memory",
+    r"load_resized_embedding": "refuses an adapter for another vocabulary",
+    r"delete_adapter_multiple_adapters_with_trainable_token_indices|targets_head_and_embedding": "has rows of a tied "
+    "output layer at the embedding only",
+    r"test_non_existing_model_card|test_existing_model_card": "writes a short card, and none where there is one",
+    r"EncoderDecoder.*test_generate_pos_args": "takes positional arguments of generate, which PEFT refuses here",
+    r"test_modules_to_save_targets_module_dict_raises": "trains a ModuleDict, which PEFT refuses",
+    r"test_lora_with_bias_argument|test_no_modules_matched|test_targeting_module_to_save_raises|targets_lora_layer_raises|"
+    r"test_modules_to_save_targets_tuner_layer_raises|test_get_peft_model_repeated_invocation|"
+    r"second_adapter_only_modules_to_save_raises|test_targeting_trainable_tokens_raises|"
+    r"test_valid_no_target_module_nor_target_parameter": "refuses in other words",
+    r"test_from_pretrained_missing_keys_warning": "refuses an adapter with missing keys, of which PEFT only warns",
+    r"test_get_peft_model_applies_find_target_modules": "writes full names where PEFT writes the shortest suffixes",
+    r"same_modules_to_save_merging_adapters_raises": "copies the first adapter's module to save, or the one it is told",
+    r"weight_tying.*(warn|false|no_embed)|test_alt_weight_tying": "warns in other words, or not",
+}
+#: Failures of which the first cause is a feature that lowbit_lora has not.
+MISSING = {
+    r"TestWeightTying": "LoRA on layers that share a weight, tied too (ensure_weight_tying with target_modules)",
+    r"TestDoraCaching": "a cache of DoRA's norms (DoraCaching)",
+    r"lora_conversion|LoraConversion": "adapters of other methods as LoRA (convert_to_lora)",
+    r"TestCustomModelConfigWarning": "PEFT's warning of a base by another name",
+    r"TestLowCpuMemUsage": "adapters on the meta device (low_cpu_mem_usage)",
+    r"TestLayerRepr": "repr of PEFT's layers",
+    r"TestDynamicDispatch": "LoRA classes of one's own for a layer type (_register_custom_module)",
+    r"test_set_requires_grad": "requires_grad of chosen adapters (set_requires_grad)",
+    r"test_loading_model_with.*requires_grad": "requires_grad of chosen adapters (set_requires_grad)",
+    r"TestModelAndLayerStatus": "layer and model status",
+    r"target_multiple_parameters_on_same|under_autocast|existing_parametrization|result_caching|reuses_param_wrapper|"
+    r"rank_pattern_for_moe|parameter_on_top_level": "PEFT's ParamWrapper, and weights of no stack in target_parameters",
+    r"mha_gradients_set|mha_exposes_attributes": "PEFT's inner names of a MultiheadAttention",
+    r"test_dora_(unmerge|params|save_and_load_remapping)|get_modules_tied_to_embedding|transient_attribute_access|"
+    r"embed_scale_is_applied_mixed|unsharded_state_dict": "PEFT's inner names and messages",
 }
 #: What a failure is where this text stands in its traceback.
 MISSING_TRACE = {
     r"has no attribute 'get_(layer|model)_status'": "layer and model status",
-    r"README\.md": "model card (README.md)",
-    r"disable_adapters|enable_adapters": "single layers switched off (layer.enable_adapters)",
+    r"enable_adapters|layer\.disable_adapters": "single layers switched off (layer.enable_adapters)",
 }
 
 _OPERATIONS = (
@@ -42,16 +92,31 @@ _OPERATIONS = (
     (r"weighted", "weighted combination of adapters"),
     (r"Corda|corda", "initialisation: CorDA"),
     (r"Eva|_eva", "initialisation: EVA"),
-    (r"pissa|olora|loftq|orthogonal|gaussian|mica|lora_ga|LoraInitialization|Initialization|init_", "initialisation: others"),
+    (
+        r"pissa|olora|loftq|orthogonal|gaussian|mica|lora_ga|LoraInitialization|Initialization|init_",
+        "initialisation: others",
+    ),
     (r"WeightTying|tied|tie_word", "tied weights"),
-    (r"RankAndAlpha|rank_pattern|TestScaling|multirank|MultiRank|use_rslora|scale_layer", "rank_pattern, alpha_pattern, scaling"),
+    (
+        r"RankAndAlpha|rank_pattern|TestScaling|multirank|MultiRank|use_rslora|scale_layer",
+        "rank_pattern, alpha_pattern, scaling",
+    ),
     (r"target_parameter|TargetParameter", "target_parameters"),
-    (r"Exclude|TargetedModule|module_matching|all_linear|FindMinimal|layers_to_transform|layer_indexing|DefaultTarget|TestAdapterTargeting|TargetingAux|find_target|replication", "choice of target modules"),
+    (
+        r"Exclude|TargetedModule|module_matching|all_linear|FindMinimal|layers_to_transform|layer_indexing|DefaultTarget|TestAdapterTargeting|TargetingAux|find_target|replication",
+        "choice of target modules",
+    ),
     (r"Status|status", "layer and model status"),
     (r"StateDict|state_dict|InjectAdapter|inject|low_level|LowLevel", "state dict API, inject_adapter_in_model"),
     (r"delete", "several adapters: delete"),
-    (r"multiple_active|MultipleActive|sequential_merge|merge_layers_multi|unmerge_after", "several adapters: active together"),
-    (r"load_multiple|add_adapter|multiple_adapter|set_adapter|second_adapter|adding_multiple|active_adapter|selected_adapter|adapter_name|substring", "several adapters: add, load, set, names"),
+    (
+        r"multiple_active|MultipleActive|sequential_merge|merge_layers_multi|unmerge_after",
+        "several adapters: active together",
+    ),
+    (
+        r"load_multiple|add_adapter|multiple_adapter|set_adapter|second_adapter|adding_multiple|active_adapter|selected_adapter|adapter_name|substring",
+        "several adapters: add, load, set, names",
+    ),
     (r"disable|disabled", "disable_adapter"),
     (r"unload_adapter|unload_with", "unload"),
     (r"merge", "merge, unmerge, safe_merge"),

@@ -23,6 +23,21 @@ _WORDS = {
     r"lora_bias: expected False for an embedding": "lora_bias=True is not supported for Embedding",
     r"bias: expected 'none' in a further adapter": "LoraModel supports only 1 adapter with bias. When using multiple "
     "adapters, set bias to 'none' for all adapters.",
+    r"adapter_names: expected (?:\d+, )?one for each (?:of the \d+ )?rows?": "Length of `adapter_names` should be the same as the number of "
+    "inputs, but got another",
+    r"adapter_names: expected modules to save that return a tensor": "Mixed batching is only supported for the following "
+    "modules: Linear, Embedding, Conv1d, Conv2d, Conv3d.",
+    r"expected at most one active adapter that trains a whole": "Only one adapter can be set at a time for "
+    "ModulesToSaveWrapper",
+    r"expected different trainable_token_indices": "Only one adapter can be set at a time for TrainableTokensWrapper",
+    r"adapter_names: expected adapters without \w+ of a": "lora.ParamWrapper does not support mixed adapter batches yet.",
+    r"expected adapters without target_parameters to combine": "add_weighted_adapter does not support targeting "
+    "nn.Parameter",
+    r"expected keys and values of embed_dim": "Only same embed for query/key/value is supported as of now for "
+    "MultiheadAttention",
+    r"use_dora: expected none with a torch.nn.MultiheadAttention": "MultiheadAttention does not support DoRA (yet), "
+    "please set use_dora to False",
+    r"trainable_token_indices: expected .*, which is tied": "trainable_token_indices cannot be applied to modules",
     r"exclude_modules=\[.*\] and layers_to_transform=None leave none": "All modules were excluded",
     r"target_modules: '.*' matches nothing": "No modules were targeted for adaptation. Target modules not found in the "
     "base model. Please check the target modules and try again.",
