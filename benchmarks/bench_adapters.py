@@ -97,7 +97,7 @@ def call(model, x, names: list[str] | None, backward: bool):
 
 
 def contenders(options: argparse.Namespace, base: str, dtype: str, backward: bool) -> dict:
-    """Return the calls to time. With bitsandbytes' base PEFT takes many times as long: it is timed if asked for."""
+    """Return the calls to time, by name."""
     import torch
 
     names = [f"a{number}" for number in range(options.adapters)]
@@ -136,7 +136,7 @@ def times(options: argparse.Namespace) -> list[dict]:
             one = results[f"{name.split(',')[0]}, one adapter"]
             theirs = results.get(name.replace("lowbit", "PEFT"))
             row["vs_one"] = sample.median / one.median
-            if isinstance(theirs, Sample):
+            if isinstance(theirs, Sample) and theirs is not sample:
                 row["faster_than_peft"] = theirs.median / sample.median
     return rows
 
@@ -152,13 +152,15 @@ def swaps(options: argparse.Namespace) -> list[dict]:
 
     from lowbit_lora import LoraConfig, LoraModel
 
+    size = "tiny" if options.quick else SWAPPED_MODEL
+
     def base():
         torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**MODELS["tiny" if options.quick else SWAPPED_MODEL]))
+        return LlamaForCausalLM(LlamaConfig(**MODELS[size]))
 
-    def load_again(model, folder, name):
-        model.delete_adapter(name)
-        model.load_adapter(folder, name)
+    def load_again(model, folder):
+        model.delete_adapter("other")
+        model.load_adapter(folder, "other")
 
     config = LoraConfig(rank=options.rank, init_lora_weights="random", task_type="CAUSAL_LM")
     with tempfile.TemporaryDirectory() as folder:
@@ -167,18 +169,16 @@ def swaps(options: argparse.Namespace) -> list[dict]:
         ours.load_adapter(folder, "other")
         theirs = PeftModel.from_pretrained(base(), folder)
         theirs.load_adapter(folder, "other")
-        results = interleaved(
-            {
-                "lowbit, load_adapter into the name": lambda: ours.load_adapter(folder, "other"),
-                "lowbit, delete_adapter, load_adapter": lambda: load_again(ours, folder, "other"),
-                "PEFT, hotswap_adapter": lambda: hotswap_adapter(theirs, folder, "default"),
-                "PEFT, delete_adapter, load_adapter": lambda: load_again(theirs, folder, "other"),
-            },
-            options.rounds,
-        )
+        calls = {
+            "lowbit, load_adapter into a name that is there": lambda: ours.load_adapter(folder, "other"),
+            "lowbit, delete_adapter and load_adapter": lambda: load_again(ours, folder),
+            "PEFT, hotswap_adapter": lambda: hotswap_adapter(theirs, folder, "default"),
+            "PEFT, delete_adapter and load_adapter": lambda: load_again(theirs, folder),
+        }
+        results = interleaved(calls, options.rounds)
     rows = []
     for name, sample in results.items():
-        rows.append({"base": "dense", "dtype": "float32", "pass": "swap", "name": name})
+        rows.append({"model": size, "pass": "swap", "name": name})
         if isinstance(sample, Sample):
             p20, p80 = sample.percentile(0.2), sample.percentile(0.8)
             rows[-1] |= {"median_ms": sample.median, "p20_ms": p20, "p80_ms": p80}
@@ -191,28 +191,25 @@ def print_tables(console, rows: list[dict], options: argparse.Namespace) -> None
     """Print the table of passes, and that of swaps."""
     from rich.table import Table
 
-    titles = {
-        "passes": f"{options.n} x {options.k}, {options.rows} rows of {options.tokens} token(s), rank {options.rank}",
-        "swap": f"loading a saved adapter of rank {options.rank} for every linear layer of a Llama {SWAPPED_MODEL}",
-    }
-    columns = (
-        ("median ms", "median_ms", "{:.3f}"), ("p20", "p20_ms", "{:.3f}"), ("p80", "p80_ms", "{:.3f}"),
-        ("x one adapter", "vs_one", "{:.2f}"), ("times faster than PEFT", "faster_than_peft", "{:.2f}"),
-    )  # fmt: skip
-    for kind, title in titles.items():
-        chosen = [row for row in rows if (row["pass"] == "swap") == (kind == "swap")]
-        table = Table("base", "dtype", "pass", "contender", *(name for name, _, _ in columns), title=title)
-        for row in chosen:
-            if "failed" not in row:
-                cells = [form.format(row[key]) if key in row else "" for _, key, form in columns]
-                table.add_row(row["base"], row["dtype"], row["pass"], row["name"], *cells)
-        if chosen:
+    columns = {"median ms": "median_ms", "p20": "p20_ms", "p80": "p80_ms"}
+    ratios = {"x one adapter": "vs_one", "times faster than PEFT": "faster_than_peft"}
+    passes = Table("base", "dtype", "pass", "contender", *columns, *ratios)
+    passes.title = f"{options.n} x {options.k}, {options.rows} rows of {options.tokens} token(s), rank {options.rank}"
+    swaps = Table("Llama", "contender", *columns)
+    swaps.title = f"loading an adapter of rank {options.rank} for every linear layer but the head"
+    for row in rows:
+        if "failed" in row:
+            console.print(f"not timed: {row}")
+            continue
+        times = [f"{row[key]:.3f}" for key in columns.values()]
+        if row["pass"] == "swap":
+            swaps.add_row(row["model"], row["name"], *times)
+        else:
+            shares = [f"{row[key]:.2f}" if key in row else "" for key in ratios.values()]
+            passes.add_row(row["base"], row["dtype"], row["pass"], row["name"], *times, *shares)
+    for table in (passes, swaps):
+        if table.row_count:
             console.print(table)
-        for row in chosen:
-            if "failed" in row:
-                console.print(
-                    f"not timed: {row['name']}, {row['base']}, {row['dtype']}: {row['failed'].splitlines()[0]}"
-                )
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
