@@ -1,6 +1,7 @@
 """Several adapters on one model: which one computes, trains, is saved, and merges."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 import lowbit
 from lowbit import QuantizedTensor
 from lowbit_lora import LoRABaseLayer, LoraConfig, LoRALinear, LoraModel, QLoRAConfig, QLoRAModel
+from lowbit_lora.layers import linear
 
 kinds = pytest.mark.parametrize(("model_type", "config_type"), [(LoraModel, LoraConfig), (QLoRAModel, QLoRAConfig)])
 
@@ -310,8 +312,10 @@ def three(model_type, config_type):
 
 
 @kinds
-def test_each_row_has_its_adapter(model_type, config_type):
+@pytest.mark.parametrize("few_ranks", [0, 128])
+def test_each_row_has_its_adapter(model_type, config_type, few_ranks, monkeypatch):
     """Requests for several tasks share a batch: each must be answered as it would be alone."""
+    monkeypatch.setattr(linear, "_FEW_RANKS", few_ranks)
     wrapped = three(model_type, config_type)
     rows = ["c", "default", "__base__", "b", "default", "c"]
     ids = torch.randint(50, (6, 7), generator=torch.Generator().manual_seed(0))
@@ -327,9 +331,24 @@ def test_each_row_has_its_adapter(model_type, config_type):
             torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("few_ranks", [0, 128])
+def test_a_broken_adapter_stays_in_its_rows(few_ranks, monkeypatch):
+    """One adapter with NaN would spoil the answers of all others in the batch."""
+    monkeypatch.setattr(linear, "_FEW_RANKS", few_ranks)
+    wrapped = three(LoraModel, LoraConfig)
+    with torch.no_grad():
+        for layer in lora_layers(wrapped):
+            if "b" in layer.adapters:
+                layer.factors("b")[0].fill_(math.nan)
+    answers = wrapped(input_ids=IDS, adapter_names=["default", "b", "c"]).logits.isfinite().all(1)
+    assert answers.tolist() == [True, False, True]
+
+
 @kinds
-def test_adapters_train_in_one_pass(model_type, config_type):
+@pytest.mark.parametrize("few_ranks", [0, 128])
+def test_adapters_train_in_one_pass(model_type, config_type, few_ranks, monkeypatch):
     """Several adapters are trained over one pass of the base: each gets the gradients of its own rows."""
+    monkeypatch.setattr(linear, "_FEW_RANKS", few_ranks)
     wrapped = three(model_type, config_type)
     rows, ids = ["c", "default", "b", "default"], torch.arange(28).reshape(4, 7) % 50
     for name, p in wrapped.named_parameters():

@@ -16,7 +16,7 @@ class RowAdapters:
     index: torch.Tensor
 
     def spread(self, count: int) -> torch.Tensor:
-        """``index`` for an input of ``count`` rows, int64 [count]: a model may split each row of the batch into several.
+        """``index`` for an input of ``count`` rows, int64 [count]: a model may split each row of a batch into several.
 
         Raises:
             ValueError: ``count`` is not a multiple of the number of names.

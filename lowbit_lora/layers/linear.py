@@ -9,13 +9,15 @@ from torch import nn
 
 import lowbit
 from lowbit import QuantizedTensor
-
 from lowbit.ops.dense import frozen_linear
 
 from ..dense import FrozenLinear
 from .adapted import RowAdapters
 from .adapted_weight import AdaptedWeight
 from .base import Adapter, LoRABaseLayer, stored, without_autocast
+
+#: Up to so many ranks in all, the products of every row with every adapter of a batch cost less than sorting the rows.
+_FEW_RANKS = 128
 
 
 class LoRALinear(LoRABaseLayer):
@@ -93,7 +95,9 @@ class LoRALinear(LoRABaseLayer):
 
     def _with_several(self, input: torch.Tensor) -> torch.Tensor:
         """The active adapters together. Those without DoRA and dropout are one, with their ranks side by side."""
-        apart = [n for n in self.active if self.adapters[n].use_dora or (self.training and self.adapters[n].lora_dropout)]
+        apart = [
+            n for n in self.active if self.adapters[n].use_dora or (self.training and self.adapters[n].lora_dropout)
+        ]
         together = [name for name in self.active if name not in apart]
         if together:
             factors = [self.factors(name) for name in together]
@@ -135,24 +139,44 @@ class LoRALinear(LoRABaseLayer):
         return bias
 
     def _each_row_with_its_adapter(self, input: torch.Tensor, rows: RowAdapters) -> torch.Tensor:
-        """One product with the base for all rows, and one grouped product with each factor of the adapters."""
+        """One product with the base for all rows, and one with each factor of all adapters."""
         y = self.base_layer(input)
         known = [self.adapters.get(name) for name in rows.names]
         if any(adapter and adapter.use_dora for adapter in known):
             raise ValueError("adapter_names: expected adapters without DoRA, whose norms are of the whole weight")
         tokens = input.reshape(-1, self.in_features)
         index = rows.spread(len(tokens))
-        order = index.argsort(stable=True)
-        ends = torch.bincount(index, minlength=len(rows.names)).cumsum(0).to(torch.int32)
         dropped = self._dropped_by_row(tokens, index, known) if self.training else tokens
+        few = sum(adapter.rank for adapter in known if adapter) <= _FEW_RANKS
         with without_autocast(input.device):
-            lora_a, lora_b = self._stacked(rows.names)
-            delta = lowbit.grouped_matmul(lowbit.grouped_matmul(dropped[order], lora_a, ends), lora_b, ends)
-            delta = torch.empty_like(delta).index_copy(0, order, delta)
+            delta = (self._side_by_side if few else self._grouped)(dropped, index, rows.names)
             if any(adapter and adapter.lora_bias for adapter in known):
                 nothing = delta.new_zeros(self.out_features)
                 delta = delta + torch.stack([self._own_bias(name, nothing) for name in rows.names])[index]
             return y + delta.view(y.shape).to(y.dtype)
+
+    def _side_by_side(self, tokens: torch.Tensor, index: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
+        """What each token's adapter adds, fp32: every token times every A, and zeros where the A is another's."""
+        stack_a, stack_b, owners = [], [], []
+        for number, name in enumerate(names):
+            if name in self.adapters:
+                lora_a, lora_b = self.factors(name)
+                stack_a.append(lora_a.float())
+                stack_b.append(self.adapters[name].scaling * lora_b.float())
+                owners += [number] * len(lora_a)
+        if not owners:
+            return tokens.new_zeros(len(tokens), self.out_features, dtype=torch.float32)
+        others = torch.tensor(owners, device=index.device) != index[:, None]
+        t = F.linear(tokens.float(), torch.cat(stack_a)).masked_fill(others, 0)
+        return F.linear(t, torch.cat(stack_b, 1))
+
+    def _grouped(self, tokens: torch.Tensor, index: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
+        """The same, with the tokens sorted by their adapter: no token meets another one's factors."""
+        order = index.argsort(stable=True)
+        ends = torch.bincount(index, minlength=len(names)).cumsum(0).to(torch.int32)
+        lora_a, lora_b = self._stacked(names)
+        delta = lowbit.grouped_matmul(lowbit.grouped_matmul(tokens[order], lora_a, ends), lora_b, ends)
+        return torch.empty_like(delta).index_copy(0, order, delta)
 
     def _own_bias(self, name: str, nothing: torch.Tensor) -> torch.Tensor:
         adapter = self.adapters.get(name)
