@@ -99,15 +99,16 @@ def train(
     seed: int,
     device: str,
     progress: bool = True,
+    description: str = "training",
 ) -> History:
-    """Train in place with AdamW. The test rows are measured after each epoch and choose nothing."""
+    """Train in place with AdamW; return what happened. The test rows are measured each epoch and choose nothing."""
     history = History()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     steps_per_epoch = math.ceil(len(train_rows) / batch_size)
     total = epochs * steps_per_epoch
     shuffler = random.Random(seed)
-    with tqdm(total=total, desc="training", unit="step", disable=not progress) as bar:
+    with tqdm(total=total, desc=description, unit="step", disable=not progress) as bar:
         for _ in range(epochs):
             model.train()
             for picked in train_rows.batches(batch_size, shuffler):
