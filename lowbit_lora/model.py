@@ -6,15 +6,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit import models
 from lowbit.lowrank import is_decomposing
 from lowbit.modules import replace_modules
+from lowbit.quantizers.requantize import Quantizer, search_quantizer
 
-from . import hf, merge
 from .adapters import check_new_name
-from .base import buffers_of
+from .base_tensors import buffers_of
 from .config import LoraConfig, QLoRAConfig
 from .exchange import StoredAdapters, check_types
 from .layers import DEFAULT, LoRABaseLayer
+from .merge import merge_all
 from .targets import adapted_modules
 from .training import print_storage
 from .wrap import Plan
@@ -83,7 +85,7 @@ class LoraModel(StoredAdapters):
         except AttributeError:
             if name == "model":  # not there yet (unpickling), or no longer: do not look for it inside itself
                 raise
-            if not hf.passes_on(self.model, name):
+            if not models.passes_on(self.model, name):
                 text = f"{type(self).__name__} has no attribute {name!r}; get_base_model().{name} is the base's own"
                 raise AttributeError(text) from None
             return getattr(self.model, name)
@@ -148,7 +150,7 @@ class LoraModel(StoredAdapters):
         dtype: torch.dtype | None = None,
         safe: bool = False,
         minimum_cosine: float = 0.5,
-        quantizer: merge.Quantizer = merge.search_quantizer,
+        quantizer: Quantizer = search_quantizer,
     ) -> nn.Module:
         """The plain model, without places for adapters, that computes W + scaling * B A.
 
@@ -173,7 +175,7 @@ class LoraModel(StoredAdapters):
         self._unmerged_parts()
         if into not in ("dense", "quantized"):
             raise ValueError(f"into: expected 'dense' or 'quantized', got {into!r}")
-        self.merge_report = merge.merge_all(
+        self.merge_report = merge_all(
             self.model,
             names,
             decode=isinstance(self._first, QLoRAConfig),

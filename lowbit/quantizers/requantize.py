@@ -1,0 +1,45 @@
+"""A weight that has changed, quantized again, and how much of its change is left then."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..tensor import QuantizedTensor
+from .quantize import quantize_to
+
+#: From a weight's new fp32 values and the old weight to the new quantized one.
+Quantizer = Callable[[torch.Tensor, QuantizedTensor], QuantizedTensor]
+
+
+@dataclass(frozen=True)
+class Survival:
+    """How much of the change of a weight is left once it is quantized again.
+
+    Attributes:
+        name: of the weight's layer.
+        cosine: between the change that was wanted and the change of the decoded weight; 1 is all of it.
+        norm_ratio: the norm of the change of the decoded weight, over that of the change that was wanted.
+    """
+
+    name: str
+    cosine: float
+    norm_ratio: float
+
+
+def search_quantizer(values: torch.Tensor, old: QuantizedTensor) -> QuantizedTensor:
+    """The values in the old weight's format, with the scales of the smallest error."""
+    scale = "search" if old.spec.record.scales.double_quant else "absmax"
+    return quantize_to(values.to(old.dtype), old.spec, scale)
+
+
+def requantize(
+    name: str, old: QuantizedTensor, before: torch.Tensor, change: torch.Tensor, quantizer: Quantizer
+) -> tuple[QuantizedTensor, Survival]:
+    """``before`` (the old weight decoded, fp32) plus a change of it, quantized again, and how much of it is left."""
+    new = quantizer(before + change, old)
+    got = new.dequantize(torch.float32) - before
+    wanted_norm, got_norm = change.norm(), got.norm()
+    product = wanted_norm * got_norm
+    cosine = float((change * got).sum() / product) if product > 0 else float(wanted_norm == got_norm)
+    return new, Survival(name, cosine, float(got_norm / wanted_norm) if wanted_norm > 0 else 1.0)
