@@ -18,7 +18,7 @@ from lowbit.modules import replace_modules
 from .adapters import AdapterOperations
 from .base_tensors import base_keys, buffers_of, changed, of_base, warn_of_other_base, whole_embeddings
 from .config import LoraConfig, QLoRAConfig
-from .files import PREFIX, fit, model_card, read_adapter, save_adapter
+from .files import PREFIX, by_own_keys, fit, model_card, read_adapter, save_adapter
 from .layers import DEFAULT, LoRABaseLayer, LoRAExperts
 from .targets import adapted_modules, base_of, module_names
 from .training import trainable_biases
@@ -33,22 +33,16 @@ class StoredAdapters(AdapterOperations):
     _start: dict[str, torch.Tensor]
 
     def adapter_state_dict(self, name: str | None = None) -> dict[str, torch.Tensor]:
-        """What the file of an adapter holds, by PEFT's keys; the tensors are the model's own.
-
-        ``name``: the adapter; by default the active one.
-        """
+        """What the file of an adapter (default: the active one) holds, by PEFT's keys; the tensors are the model's."""
         return {PREFIX + key: tensor for key, tensor in self._tensors(self._named(name)).items()}
 
     def load_adapter_state_dict(self, tensors: dict[str, torch.Tensor], name: str | None = None) -> None:
-        """Give an adapter the values that :meth:`adapter_state_dict` returned, in the memory that it has.
+        """Give an adapter (default: the active one) the values of :meth:`adapter_state_dict`, in the memory it has.
 
-        Args:
-            tensors: by PEFT's keys, with or without their prefix, on any device.
-            name: the adapter; by default the active one.
+        ``tensors``: by PEFT's keys, with or without their prefix, on any device.
 
         Raises:
-            ValueError: no adapter of a name; a key is missing or unexpected; a shape does not fit. Nothing has changed
-                then.
+            ValueError: no adapter of a name; a key or a shape does not fit. Nothing has changed then.
         """
         name = self._named(name)
         self._check_not_merged(name)
@@ -122,12 +116,9 @@ class StoredAdapters(AdapterOperations):
 
         Args:
             repo_id: "owner/name"; made if it is not there.
-            private, token: as ``huggingface_hub.HfApi.create_repo`` takes them.
-            options: of :meth:`save_pretrained` (adapters_to_save, save_embedding_layers) and of ``HfApi.upload_folder``
-                (commit_message, revision, create_pr...).
-
-        Returns:
-            what ``HfApi.upload_folder`` returns: where the commit is.
+            private, token: as huggingface_hub's HfApi takes them.
+            options: adapters_to_save, save_embedding_layers; and those of ``HfApi.upload_folder`` (commit_message,
+                revision, create_pr...), whose result, where the commit is, is returned.
         """
         ours = {key: options.pop(key) for key in ("adapters_to_save", "save_embedding_layers") if key in options}
         options = {"commit_message": "Upload adapter"} | options
@@ -163,7 +154,11 @@ class StoredAdapters(AdapterOperations):
         config, tensors, file = read_adapter(self.model, folder, LoraConfig, options, settings_from)
         if name in self.configs:
             self._check_not_merged(name)
-            swap_values(self.model, name, config, self._tensors(name), tensors, file)
+            targets, base = self._tensors(name), of_base(self.model, self._parts())
+            values = padded(self.model, name, config, by_own_keys(tensors, targets, self.model), file)
+            values = fit(values, targets, self.model, file, optional=base)
+            warn_of_other_base(values, base, file)
+            _fill(targets, values)
             return
         config = with_saved_of_file(self.model, dataclasses.replace(config, bias="none"), tensors)
         fresh = self._add(name, config, listed=True)
@@ -313,52 +308,33 @@ def with_saved_of_file(model: nn.Module, config: LoraConfig, tensors: dict[str, 
     return dataclasses.replace(config, modules_to_save=saved or None)
 
 
-@torch.no_grad()
-def swap_values(
-    model: nn.Module,
-    name: str,
-    config: LoraConfig,
-    targets: dict[str, torch.Tensor],
-    tensors: dict[str, torch.Tensor],
-    file: str,
-) -> None:
-    """Put a saved adapter's values in the place of those of adapter ``name``: into its tensors, the ``targets``.
+def padded(
+    model: nn.Module, name: str, config: LoraConfig, values: dict[str, torch.Tensor], file: str
+) -> dict[str, torch.Tensor]:
+    """The values of a saved adapter with this config, by own keys, as the memory of adapter ``name`` takes them.
 
-    Its ranks may be smaller: the rest becomes zeros. Each layer's scaling stays, so that nothing that was captured with
-    it (a CUDA graph) changes; B takes up the difference.
-
-    Raises:
-        ValueError: a module is missing or unexpected, or a rank is larger. Nothing has changed then.
+    Where the ranks are smaller, the rest is zeros. Each layer's scaling stays, so that nothing that was captured with
+    it (a CUDA graph) changes; B takes up the difference. ValueError where a rank is larger.
     """
-    parts = adapted_modules(model)
-    shapes, scalings = dict(targets), {}
-    values = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
-    for layer_name, part in parts.items():
+    values = dict(values)
+    for layer_name, part in adapted_modules(model).items():
         if not isinstance(part, LoRABaseLayer) or name not in part.adapters:
             continue
-        for key in (f"{layer_name}.{own}" for own in part.adapter_tensors(name)):
-            if key in values and values[key].dim() == targets[key].dim():
-                _check_space(file, key, values[key], targets[key], name, exactly=isinstance(part, LoRAExperts))
-                shapes[key] = values[key]
-        scalings[layer_name] = adapter_of(config, layer_name, part).scaling / part.adapters[name].scaling
-    base = of_base(model, parts)
-    fitting = fit(tensors, shapes, model, file, optional=base)
-    warn_of_other_base(fitting, base, file)
-    for key, target in targets.items():
-        value = fitting[key]
-        layer_name, _, kind = key.partition(".lora_")
-        if kind.startswith(("B", "embedding_B")):
-            value = value * scalings[layer_name]
-        target.zero_()
-        target[tuple(slice(size) for size in value.shape)].copy_(value)
-
-
-def _check_space(file: str, key: str, value: torch.Tensor, target: torch.Tensor, name: str, *, exactly: bool) -> None:
-    """ValueError unless a value fits into a tensor of adapter ``name``; ``exactly``: as the experts lie by its rank."""
-    fits = all(size <= space for size, space in zip(value.shape, target.shape, strict=True))
-    if not fits or (exactly and value.shape != target.shape):
-        what = "exactly" if exactly else "at most"
-        raise ValueError(
-            f"{file}: {key}: expected {what} the shape {tuple(target.shape)} of adapter {name!r}, whose memory it "
-            f"would take, got {tuple(value.shape)}"
-        )
+        rank, scaling = part.adapters[name].rank, part.adapters[name].scaling
+        for own, target in part.adapter_tensors(name).items():
+            key = f"{layer_name}.{own}"
+            value = values.get(key)
+            if value is None or value.dim() != target.dim():
+                continue
+            fits = all(size <= space for size, space in zip(value.shape, target.shape, strict=True))
+            is_exact = isinstance(part, LoRAExperts)  # by whose rank the experts lie in the memory
+            if not fits or (is_exact and value.shape != target.shape):
+                raise ValueError(
+                    f"{file}: {key}: expected {'exactly' if is_exact else 'at most'} the shape {tuple(target.shape)}, "
+                    f"by the rank of adapter {name!r}, {rank}, whose memory it would take, got {tuple(value.shape)}"
+                )
+            if own.startswith(("lora_B", "lora_embedding_B")):
+                value = value * (adapter_of(config, layer_name, part).scaling / scaling)
+            values[key] = value.new_zeros(target.shape)
+            values[key][tuple(slice(size) for size in value.shape)] = value
+    return values

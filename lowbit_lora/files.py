@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lowbit import models
-from lowbit.files.checked import read_json, read_tensors, tensors_to_bytes
+from lowbit.files.checked import check_fit, read_json, read_tensors, tensors_to_bytes
 from lowbit.files.fingerprint import differences, fingerprint
 from lowbit.files.hub import local_folder
 from lowbit.files.pair import replace_pair
@@ -140,41 +140,29 @@ def fit(
     optional: dict[str, torch.Tensor] | None = None,
     strict: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """The file's tensors under the keys of ``expected``, which are PEFT's without their prefix.
+    """The file's tensors under the keys of ``expected``, and of what is ``optional``, if they are those.
 
-    Args:
-        optional: what the file may hold besides, by the same kind of keys.
-        strict: False: missing and unexpected keys are a warning.
-
-    Raises:
-        ValueError: a key is missing or unexpected, or a shape or dtype does not fit: all of them are named.
+    See :func:`lowbit.files.checked.check_fit`; unless ``strict``, unexpected ones keep their keys.
     """
-    known = (optional or {}) | expected
+    optional = optional or {}
+    values = by_own_keys(tensors, optional | expected, model)
+    check_fit(values, expected, file, optional=optional, strict=strict, prefix=PREFIX)
+    return values
+
+
+def by_own_keys(
+    tensors: dict[str, torch.Tensor], known: dict[str, torch.Tensor], model: nn.Module
+) -> dict[str, torch.Tensor]:
+    """The file's tensors under the keys of ``known``, PEFT's without their prefix; others keep theirs."""
     canonical = {alias: names[0] for names in module_names(model).values() for alias in names[1:]}
-    values, unexpected = {}, []
+    values = {}
     for key, tensor in tensors.items():
         own = key.removeprefix(PREFIX)
         own = own if own in known else _canonical_key(own, canonical)
         if own in known:
             values[own] = tensor
-        elif _peft_duplicate(own) not in expected:
-            unexpected.append(key)
-    misshapen = [
-        f"{PREFIX}{key} (expected {target.dtype} {tuple(target.shape)}, got {value.dtype} {tuple(value.shape)})"
-        for key, value in values.items()
-        if value.shape != (target := known[key]).shape or value.is_floating_point() != target.is_floating_point()
-    ]
-    wrong = {
-        "missing": [PREFIX + key for key in expected if key not in values],
-        "unexpected": unexpected,
-        "of another shape or kind": misshapen,
-    }
-    listed = "; ".join(f"{what}: {_few(keys)}" for what, keys in wrong.items() if keys)
-    message = f"{file}: expected {len(expected)} tensors for this model and rank; {listed}"
-    if misshapen or (listed and strict):
-        raise ValueError(message)
-    if listed:
-        warnings.warn(message, stacklevel=3)
+        elif _peft_duplicate(own) not in known:
+            values[key] = tensor
     return values
 
 
@@ -191,10 +179,6 @@ def _canonical_key(key: str, canonical: dict[str, str]) -> str:
 def _peft_duplicate(key: str) -> str:
     """With bias="all" PEFT 0.21 writes biases of modules to save thrice, twice under its wrapper's names."""
     return re.sub(r"\.(original_module|modules_to_save)\.", ".", key)
-
-
-def _few(keys: list[str]) -> str:
-    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 
 def model_card(model: nn.Module, repo_id: str) -> str:

@@ -20,27 +20,18 @@ from .targets import adapted_modules
 def merge_all(
     model: nn.Module,
     names: Iterable[str],
-    *,
     decode: bool,
-    safe: bool = False,
-    dtype: torch.dtype | None = None,
-    quantizer: Quantizer | None = None,
-    minimum_cosine: float = 0.0,
+    safe: bool,
+    dtype: torch.dtype | None,
+    quantizer: Quantizer | None,
+    minimum_cosine: float,
 ) -> list[Survival]:
     """Put the base back in the place of each module with adapters, with these adapters merged in.
 
-    Args:
-        decode: decode the quantized weights of all other layers too. A shared one becomes a shared dense one.
-        safe: refuse merged weights with NaN or inf.
-        dtype: of the dense merged weights (default: of the base's).
-        quantizer: store the merged weights of quantized layers by it again, instead of leaving them dense.
-        minimum_cosine: with a quantizer, refuse where a layer keeps less of its change.
+    See :meth:`lowbit_lora.LoraModel.merge_and_unload` for the rest. Returns, with a quantizer, what is left of the
+    change of each layer. Where it raises an error, nothing has changed.
 
-    Returns:
-        with a quantizer, what is left of the adapters' change of each layer.
-
-    Raises:
-        ValueError: ``safe`` and a merged weight is not finite; a cosine is too small. Nothing has changed.
+    ``decode``: decode the quantized weights of all other layers too. A shared one becomes a shared dense one.
     """
     names = tuple(names)
     parts = adapted_modules(model)

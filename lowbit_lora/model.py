@@ -133,14 +133,11 @@ class LoraModel(StoredAdapters):
 
     def memory_footprint(self) -> int:
         """Bytes of the base as it is stored: parameters and buffers without the adapters' own, shared ones once."""
-        own = {
-            id(t)
-            for p in adapted_modules(self.model).values()
-            for n in p.adapters
-            for t in p.adapter_tensors(n).values()
-        }
-        tensors = {id(tensor): tensor.nbytes for tensor in [*self.model.parameters(), *self.model.buffers()]}
-        return sum(size for key, size in tensors.items() if key not in own)
+        stored = {*self.model.parameters(), *self.model.buffers()}
+        for part in adapted_modules(self.model).values():
+            for name in part.adapters:
+                stored -= set(part.adapter_tensors(name).values())
+        return sum(tensor.nbytes for tensor in stored)
 
     def merge_and_unload(
         self,
@@ -163,13 +160,11 @@ class LoraModel(StoredAdapters):
                 was trained; ``merge_report`` of this wrapper then says how much is left in each layer.
             dtype: of the merged dense weights; by default the base's.
             safe: refuse merged weights with NaN or inf.
-            minimum_cosine: of into="quantized": refuse where less is left of a layer's change.
-            quantizer: of into="quantized": from merged fp32 values and the old weight to the new one; by default with
-                the scales that a search finds.
+            minimum_cosine, quantizer: of into="quantized": refuse where less is left of a layer's change; from merged
+                fp32 values and the old weight to the new one, by default with the scales that a search finds.
 
         Raises:
-            ValueError: no adapter of a name, adapters are merged already, an unknown ``into``, a weight that is not
-                finite, a cosine that is too small.
+            ValueError: no adapter of a name, adapters are merged already, or what is refused. Nothing has changed then.
         """
         names = self._active if names is None else self._known(list(names))
         self._unmerged_parts()
@@ -178,11 +173,11 @@ class LoraModel(StoredAdapters):
         self.merge_report = merge_all(
             self.model,
             names,
-            decode=isinstance(self._first, QLoRAConfig),
-            safe=safe,
-            dtype=dtype,
-            quantizer=quantizer if into == "quantized" else None,
-            minimum_cosine=minimum_cosine,
+            isinstance(self._first, QLoRAConfig),
+            safe,
+            dtype,
+            quantizer if into == "quantized" else None,
+            minimum_cosine,
         )
         return self._released()
 

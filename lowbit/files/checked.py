@@ -1,8 +1,9 @@
-"""Files that say when they are truncated or corrupt: safetensors with a checksum, and JSON."""
+"""Files that say when they are truncated or corrupt (safetensors with a checksum, JSON) or hold the wrong tensors."""
 
 import contextlib
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,6 +46,48 @@ def read_json(path: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError(f"expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def check_fit(
+    tensors: dict[str, torch.Tensor],
+    expected: dict[str, torch.Tensor],
+    file: str,
+    *,
+    optional: dict[str, torch.Tensor],
+    strict: bool,
+    prefix: str = "",
+) -> None:
+    """Compare a file's tensors with those that are expected, and those that it may hold besides.
+
+    Args:
+        strict: False: missing and unexpected keys are a warning.
+        prefix: to put before expected keys in errors.
+
+    Raises:
+        ValueError: a key is missing or unexpected, or a shape or dtype does not fit: all of them are named.
+    """
+    known = optional | expected
+    misshapen = [
+        f"{prefix}{key} (expected {target.dtype} {tuple(target.shape)}, got {value.dtype} {tuple(value.shape)})"
+        for key, value in tensors.items()
+        if (target := known.get(key)) is not None
+        and (value.shape != target.shape or value.is_floating_point() != target.is_floating_point())
+    ]
+    wrong = {
+        "missing": [prefix + key for key in expected if key not in tensors],
+        "unexpected": [key for key in tensors if key not in known],
+        "of another shape or kind": misshapen,
+    }
+    listed = "; ".join(f"{what}: {_few(keys)}" for what, keys in wrong.items() if keys)
+    message = f"{file}: expected {len(expected)} tensors for this model and rank; {listed}"
+    if misshapen or (listed and strict):
+        raise ValueError(message)
+    if listed:
+        warnings.warn(message, stacklevel=4)
+
+
+def _few(keys: list[str]) -> str:
+    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 
 def checksum(tensors: dict[str, torch.Tensor]) -> str:
