@@ -29,21 +29,15 @@ def base_keys(module: nn.Module, name: str = "", key: str = "") -> Iterator[tupl
             yield from base_keys(child, f"{name}{own}.", f"{key}{own}.")
 
 
-def dense_weights(model: nn.Module, *, adapted: bool) -> dict[str, torch.Tensor]:
-    """The base's weights whose values can be read, with or without those that adapters change; no biases."""
+def weights_of(model: nn.Module, *, adapted: bool) -> dict[str, torch.Tensor]:
+    """The base's parameters but biases, which may have trained; with or without those of modules with adapters."""
     found = {}
     for name, module in walk(model):
         if adapted or not isinstance(module, Adapted):
             for key, weight in base_of(module)._parameters.items():
-                if weight is not None and "bias" not in key and _is_readable(weight):
+                if weight is not None and "bias" not in key:
                     found[f"{name}.{key}".removeprefix(".")] = weight
     return found
-
-
-def _is_readable(weight: torch.Tensor) -> bool:
-    if isinstance(weight, QuantizedTensor) or weight.is_meta or hasattr(weight, "full_tensor"):  # the last: sharded
-        return False
-    return weight.is_floating_point() and weight.numel() > 0
 
 
 def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -82,9 +82,8 @@ class StoredAdapters(AdapterOperations):
 
         The adapter "default" goes into ``folder``, any other into a folder of its name in it. Buffers that training has
         moved (batch norm's statistics) are saved too, and a README.md if there is none. Several processes may save into
-        one folder. A save that fails leaves what was there before. One that is killed leaves that or the new files; or,
-        where the config is new too and the kill comes between two renames, files that do not belong together, as
-        loading them says.
+        one folder. A save that fails leaves what was there; one that is killed leaves that, the new files, or (between
+        two renames) files that do not belong together, as loading them says.
 
         Args:
             adapters_to_save: their names; by default all.
@@ -195,11 +194,10 @@ class StoredAdapters(AdapterOperations):
             adapter_name: the adapter's name in the model.
             is_trainable: train on; otherwise every parameter is frozen, and the model is left in eval mode.
             strict: False: keys that are missing or unexpected in the file are a warning, and no error.
-            settings_from: "weights" or "config": which file to follow where the two do not belong together, as after an
-                interrupted save (the weights know their settings), or where adapter_config.json was edited on purpose.
-            overrides: settings that the shapes of the adapter do not depend on: quantization, double_quant,
-                block_size, scale (an adapter by PEFT says nothing of them), lora_dropout, lora_dtype (fp32, whatever
-                the file's is), gradient_checkpointing.
+            settings_from: "weights" or "config": which file to follow where the two do not belong together: a save was
+                interrupted (the weights know their settings), or adapter_config.json was edited on purpose.
+            overrides: quantization, double_quant, block_size, scale (an adapter by PEFT says nothing of them),
+                lora_dropout, lora_dtype (fp32, whatever the file's is), gradient_checkpointing.
 
         Raises:
             OSError: files that are missing (FileNotFoundError) or broken, or that do not belong together.

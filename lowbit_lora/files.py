@@ -21,7 +21,7 @@ from lowbit.files.fingerprint import differences, fingerprint
 from lowbit.files.hub import local_folder
 from lowbit.files.pair import replace_pair
 
-from .base_tensors import dense_weights
+from .base_tensors import weights_of
 from .config import LoraConfig, QLoRAConfig
 from .targets import module_names
 
@@ -33,8 +33,8 @@ PREFIX = "base_model.model."
 _EDITABLE = {"base_model_name_or_path", "inference_mode", "task_type", "lora_dropout", "init_lora_weights"}
 #: What may be set anew on loading: PEFT's settings, and those of ours.
 _PEFT_OVERRIDES = {"lora_dropout"}
-_OWN_OVERRIDES = {"quantization", "double_quant", "block_size", "scale", "quantize_head", "quantize_embeddings"}
-_OWN_OVERRIDES |= {"gradient_checkpointing", "lora_dtype", "paged_adamw"}
+_OWN_OVERRIDES = QLoRAConfig.__dataclass_fields__.keys() - LoraConfig.__dataclass_fields__.keys()
+_OWN_OVERRIDES |= {"gradient_checkpointing", "lora_dtype"}
 
 
 def save_adapter(
@@ -44,7 +44,7 @@ def save_adapter(
 
     ``tensors``: the adapter's, by PEFT's keys without their prefix.
     """
-    weights = {name: w for name, w in dense_weights(model, adapted=False).items() if name not in tensors}
+    weights = {name: w for name, w in weights_of(model, adapted=False).items() if name not in tensors}
     written = config.to_peft() | {"base_model_name_or_path": models.base_name(model)}
     about = config.quantization_settings() if isinstance(config, QLoRAConfig) else {}
     about["base"] = fingerprint(model, weights)
@@ -91,7 +91,7 @@ def read_adapter(
         config = config_class.from_peft(written, **ours)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{config_path}: {error}") from error
-    differing = differences(model, dense_weights(model, adapted=True), base)
+    differing = differences(model, weights_of(model, adapted=True), base)
     if differing:
         warnings.warn(
             f"{folder}: the adapter was trained on {base.get('name')}, and this base, {models.described(model)}, is "

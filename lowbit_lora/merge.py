@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from lowbit import QuantizedTensor
 from lowbit.modules import decoded_weights, replace_modules, replace_weights
-from lowbit.quantizers.requantize import Quantizer, Survival, requantize
+from lowbit.quantizers.requantize import Quantizer, Survival, check_survivals, requantize
 
 from .layers import Adapted, LoRABaseLayer, SavedModule, TrainedTokens
 from .targets import adapted_modules
@@ -58,7 +58,7 @@ def merge_all(
     for part in merged:
         if isinstance(part, TrainedTokens) and part.tied_to:
             merged[part] = merged[part.tied_to]
-    _check_survivals(survivals, minimum_cosine)
+    check_survivals(survivals, minimum_cosine)
     bases = {inner for part in parts.values() for inner in part.base.modules()}
     others = [p for m in model.modules() if m not in bases for p in m._parameters.values()]
     decode = decode and quantizer is None
@@ -77,17 +77,6 @@ def _put(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         owner, _, key = name.rpartition(".")
         owner = module.get_submodule(owner)
         (owner._buffers if key in owner._buffers else owner._parameters)[key] = tensor
-
-
-def _check_survivals(survivals: list[Survival], minimum_cosine: float) -> None:
-    lost = sorted((s for s in survivals if s.cosine < minimum_cosine), key=lambda s: s.cosine)
-    if lost:
-        worst = ", ".join(f"{s.name} (cosine {s.cosine:.2f}, norm ratio {s.norm_ratio:.2f})" for s in lost[:3])
-        raise ValueError(
-            f"into='quantized': expected a cosine of at least {minimum_cosine} between the adapter's change and what "
-            f"is left of it, got less in {len(lost)} of {len(survivals)} layers: {worst}. Merge into='dense', or lower "
-            "minimum_cosine"
-        )
 
 
 def _warn_of_untying(model: nn.Module, merged: dict[Adapted, dict[str, torch.Tensor]]) -> None:

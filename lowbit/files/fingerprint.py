@@ -6,11 +6,15 @@ import torch
 from torch import nn
 
 from .. import models
+from ..tensor import QuantizedTensor
 
 
 def fingerprint(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """What tells ``model`` from others, ready for JSON: with values of five of these ``weights`` of it, by name."""
-    named = list(weights.items())
+    """What tells ``model`` from others, ready for JSON: with values of five of these ``weights`` of it, by name.
+
+    Weights whose values cannot be read (quantized, sharded, on meta) are passed over, here and in :func:`differences`.
+    """
+    named = [(name, weight) for name, weight in weights.items() if _is_readable(weight)]
     chosen = sorted({round(part / 4 * (len(named) - 1)) for part in range(5)}) if named else []
     return {
         "name": models.described(model),
@@ -28,9 +32,15 @@ def differences(model: nn.Module, weights: dict[str, torch.Tensor], saved: dict[
         if own.get(key, value) != value
     ]
     for name, values in saved.get("weights", {}).items():
-        if name in weights and not _close(_corners(weights[name]), values):
+        if name in weights and _is_readable(weights[name]) and not _close(_corners(weights[name]), values):
             differing.append(f"{name} has other values")
     return differing
+
+
+def _is_readable(weight: torch.Tensor) -> bool:
+    if isinstance(weight, QuantizedTensor) or weight.is_meta or hasattr(weight, "full_tensor"):  # the last: sharded
+        return False
+    return weight.is_floating_point() and weight.numel() > 0
 
 
 def _corners(weight: torch.Tensor) -> list[float]:

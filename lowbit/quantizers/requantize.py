@@ -43,3 +43,15 @@ def requantize(
     product = wanted_norm * got_norm
     cosine = float((change * got).sum() / product) if product > 0 else float(wanted_norm == got_norm)
     return new, Survival(name, cosine, float(got_norm / wanted_norm) if wanted_norm > 0 else 1.0)
+
+
+def check_survivals(survivals: list[Survival], minimum_cosine: float) -> None:
+    """ValueError if a cosine is smaller: less is left of a change than that. The worst layers are named."""
+    lost = sorted((s for s in survivals if s.cosine < minimum_cosine), key=lambda s: s.cosine)
+    if lost:
+        worst = ", ".join(f"{s.name} (cosine {s.cosine:.2f}, norm ratio {s.norm_ratio:.2f})" for s in lost[:3])
+        raise ValueError(
+            f"minimum_cosine: expected a cosine of at least {minimum_cosine} between a weight's change and what is left "
+            f"of it, got less in {len(lost)} of {len(survivals)} layers: {worst}. Keep the weights dense "
+            "(into='dense'), or lower minimum_cosine"
+        )
