@@ -51,7 +51,7 @@ def check_survivals(survivals: list[Survival], minimum_cosine: float) -> None:
     if lost:
         worst = ", ".join(f"{s.name} (cosine {s.cosine:.2f}, norm ratio {s.norm_ratio:.2f})" for s in lost[:3])
         raise ValueError(
-            f"minimum_cosine: expected a cosine of at least {minimum_cosine} between a weight's change and what is left "
-            f"of it, got less in {len(lost)} of {len(survivals)} layers: {worst}. Keep the weights dense "
+            f"minimum_cosine: expected a cosine of at least {minimum_cosine} between a weight's change and what is "
+            f"left of it, got less in {len(lost)} of {len(survivals)} layers: {worst}. Keep the weights dense "
             "(into='dense'), or lower minimum_cosine"
         )
