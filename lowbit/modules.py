@@ -7,6 +7,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .format import WeightSpec
+from .models import output_embedding
 from .ops.dense import frozen_linear
 from .quantizers.quantize import check_scale, quantize_to
 from .tensor import QuantizedTensor
@@ -81,8 +82,7 @@ def find_weights(
 
     ``embeddings`` adds those of nn.Embedding, and ``head`` the layer that ``model.get_output_embeddings()`` names.
     """
-    get_output = getattr(model, "get_output_embeddings", None)
-    kept_head = get_output() if callable(get_output) and not head else None
+    kept_head = None if head else output_embedding(model)
     found, kept = {}, set()
     for prefix, module in model.named_modules():
         is_adapter = any(part.startswith("lora_") for part in prefix.split("."))

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit import models
+from lowbit.files import hub
 from lowbit.lowrank import is_decomposing
 from lowbit.modules import replace_modules
 
-from . import files, hf
 from .adapters import AdapterOperations
-from .base import base_keys, moved_buffers, of_base, warn_of_other_base, whole_embeddings
+from .base_tensors import base_keys, buffers_of, changed, of_base, warn_of_other_base, whole_embeddings
 from .config import LoraConfig, QLoRAConfig
-from .files import PREFIX, fit
+from .files import PREFIX, by_own_keys, fit, model_card, read_adapter, save_adapter
 from .layers import DEFAULT, LoRABaseLayer, LoRAExperts
 from .targets import adapted_modules, base_of, module_names
 from .training import trainable_biases
@@ -28,45 +29,45 @@ class StoredAdapters(AdapterOperations):
     """What :class:`~lowbit_lora.LoraModel` does with files and state dicts of its adapters."""
 
     config_class: type[LoraConfig] = LoraConfig
+    #: The base's buffers before training.
+    _start: dict[str, torch.Tensor]
 
     def adapter_state_dict(self, name: str | None = None) -> dict[str, torch.Tensor]:
-        """What the file of an adapter holds, by PEFT's keys; the tensors are the model's own.
-
-        ``name``: the adapter; by default the active one.
-        """
-        (name,) = self._known([self._only_active() if name is None else name])
-        tensors = tensors_of(self.model, name, self.configs[name].bias)
-        return {files.PREFIX + key: tensor for key, tensor in tensors.items()}
-
-    def _check_not_merged(self, name: str) -> None:
-        if any(name in part.merged for part in self._parts().values()):
-            raise ValueError(f"adapter: expected one that is not merged, got {name!r}; unmerge first")
+        """What the file of an adapter (default: the active one) holds, by PEFT's keys; the tensors are the model's."""
+        return {PREFIX + key: tensor for key, tensor in self._tensors(self._named(name)).items()}
 
     def load_adapter_state_dict(self, tensors: dict[str, torch.Tensor], name: str | None = None) -> None:
-        """Give an adapter the values that :meth:`adapter_state_dict` returned, in the memory that it has.
+        """Give an adapter (default: the active one) the values of :meth:`adapter_state_dict`, in the memory it has.
 
-        Args:
-            tensors: by PEFT's keys, with or without their prefix, on any device.
-            name: the adapter; by default the active one.
+        ``tensors``: by PEFT's keys, with or without their prefix, on any device.
 
         Raises:
-            ValueError: no adapter of a name; a key is missing or unexpected; a shape does not fit. Nothing has changed
-                then.
+            ValueError: no adapter of a name; a key or a shape does not fit. Nothing has changed then.
         """
-        (name,) = self._known([self._only_active() if name is None else name])
+        name = self._named(name)
         self._check_not_merged(name)
-        targets = tensors_of(self.model, name, self.configs[name].bias)
-        _fill(targets, files.fit(tensors, targets, self.model, "tensors"))
+        targets = self._tensors(name)
+        _fill(targets, fit(tensors, targets, self.model, "tensors"))
 
     def base_state_dict(self) -> dict[str, torch.Tensor]:
         """The base's parameters and buffers by the names that they have without adapters; the tensors are its own."""
         tensors = self.model.state_dict()
         return {name: tensors[key] for name, key in base_keys(self.model) if key in tensors}
 
-    def _only_active(self) -> str:
+    def _named(self, name: str | None) -> str:
+        """The name, if there is such an adapter, or that of the only active one."""
+        if name is not None:
+            return self._known([name])[0]
         if len(self._active) != 1:
             raise ValueError(f"adapter: expected a name where {len(self._active)} are active")
         return self._active[0]
+
+    def _tensors(self, name: str) -> dict[str, torch.Tensor]:
+        return tensors_of(self.model, name, self.configs[name].bias)
+
+    def _check_not_merged(self, name: str) -> None:
+        if any(name in part.merged for part in self._parts().values()):
+            raise ValueError(f"adapter: expected one that is not merged, got {name!r}; unmerge first")
 
     def save_pretrained(
         self,
@@ -79,12 +80,10 @@ class StoredAdapters(AdapterOperations):
     ) -> None:
         """Write the adapters (LoRA, modules to save, trained biases), not the base, in PEFT's two files each.
 
-        The adapter "default" goes into ``folder``, any other into a folder of its name in it, as PEFT's do. Buffers of
-        the base that training has moved (batch norm's statistics) are saved too, and a README.md if there is none, by
-        whose head the hub knows an adapter. Several processes may save into one
-        folder. A save that fails leaves what was there before. One that is killed leaves that or the new files; or,
-        where the config is new too and the kill comes between two renames, files that do not belong together, as
-        loading them says.
+        The adapter "default" goes into ``folder``, any other into a folder of its name in it. Buffers that training has
+        moved (batch norm's statistics) are saved too, and a README.md if there is none. Several processes may save into
+        one folder. A save that fails leaves what was there; one that is killed leaves that, the new files, or (between
+        two renames) files that do not belong together, as loading them says.
 
         Args:
             adapters_to_save: their names; by default all.
@@ -99,11 +98,15 @@ class StoredAdapters(AdapterOperations):
         """
         self._parts()
         for name in list(self.configs) if adapters_to_save is None else self._known(list(adapters_to_save)):
-            own = to_save(self.model, name, self.configs[name], self._start, save_embedding_layers)
+            tensors = changed(self._start, buffers_of(self.model))
+            tensors |= whole_embeddings(self.model) if save_embedding_layers else {}
+            tensors |= self._tensors(name)
+            whole = {key: _whole(key, tensor) for key, tensor in tensors.items()}
+            config = as_plain_lora(self.model, name, self.configs[name], whole)
             if is_main_process:
-                files.save_adapter(self.model, *own, folder if name == DEFAULT else os.path.join(folder, name))
+                save_adapter(self.model, config, whole, folder if name == DEFAULT else os.path.join(folder, name))
         if is_main_process and os.path.isdir(folder):
-            hf.write_card(folder, hf.model_card(self.model, os.path.basename(os.path.abspath(folder))))
+            hub.write_card(folder, model_card(self.model, os.path.basename(os.path.abspath(folder))))
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **options: Any
@@ -112,17 +115,15 @@ class StoredAdapters(AdapterOperations):
 
         Args:
             repo_id: "owner/name"; made if it is not there.
-            private, token: as ``huggingface_hub.HfApi.create_repo`` takes them.
-            options: of :meth:`save_pretrained` (adapters_to_save, save_embedding_layers) and of ``HfApi.upload_folder``
-                (commit_message, revision, create_pr...).
-
-        Returns:
-            what ``HfApi.upload_folder`` returns: where the commit is.
+            private, token: as huggingface_hub's HfApi takes them.
+            options: adapters_to_save, save_embedding_layers; and those of ``HfApi.upload_folder`` (commit_message,
+                revision, create_pr...), whose result, where the commit is, is returned.
         """
         ours = {key: options.pop(key) for key in ("adapters_to_save", "save_embedding_layers") if key in options}
+        options = {"commit_message": "Upload adapter"} | options
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **ours)
-            return hf.upload(self.model, folder, repo_id, private, token, **options)
+            return hub.upload(folder, repo_id, lambda name: model_card(self.model, name), private, token, **options)
 
     def load_adapter(
         self,
@@ -149,16 +150,20 @@ class StoredAdapters(AdapterOperations):
             ValueError, TypeError: the adapter does not fit the model. Nothing has changed then.
         """
         options = {"lora_dtype": lora_dtype}
-        config, tensors, file = files.read_adapter(self.model, folder, LoraConfig, options, settings_from)
+        config, tensors, file = read_adapter(self.model, folder, LoraConfig, options, settings_from)
         if name in self.configs:
             self._check_not_merged(name)
-            swap_values(self.model, name, config, self.configs[name], tensors, file)
+            targets, base = self._tensors(name), of_base(self.model, self._parts())
+            values = padded(self.model, name, config, by_own_keys(tensors, targets, self.model), file)
+            values = fit(values, targets, self.model, file, optional=base)
+            warn_of_other_base(values, base, file)
+            _fill(targets, values)
             return
         config = with_saved_of_file(self.model, dataclasses.replace(config, bias="none"), tensors)
         fresh = self._add(name, config, listed=True)
         try:
-            targets, base = tensors_of(self.model, name), of_base(self.model, self._parts())
-            values = files.fit(tensors, targets, self.model, file, optional=base, strict=strict)
+            targets, base = self._tensors(name), of_base(self.model, self._parts())
+            values = fit(tensors, targets, self.model, file, optional=base, strict=strict)
             _fill(targets, values)
         except BaseException:
             self.delete_adapter(name)
@@ -189,30 +194,29 @@ class StoredAdapters(AdapterOperations):
             adapter_name: the adapter's name in the model.
             is_trainable: train on; otherwise every parameter is frozen, and the model is left in eval mode.
             strict: False: keys that are missing or unexpected in the file are a warning, and no error.
-            settings_from: "weights" or "config": which file to follow where the two do not belong together, as after an
-                interrupted save (the weights know their settings), or where adapter_config.json was edited on purpose.
-            overrides: settings that the shapes of the adapter do not depend on: quantization, double_quant,
-                block_size, scale (an adapter by PEFT says nothing of them), lora_dropout, lora_dtype (fp32, whatever
-                the file's is), gradient_checkpointing.
+            settings_from: "weights" or "config": which file to follow where the two do not belong together: a save was
+                interrupted (the weights know their settings), or adapter_config.json was edited on purpose.
+            overrides: quantization, double_quant, block_size, scale (an adapter by PEFT says nothing of them),
+                lora_dropout, lora_dtype (fp32, whatever the file's is), gradient_checkpointing.
 
         Raises:
             OSError: files that are missing (FileNotFoundError) or broken, or that do not belong together.
             ValueError, TypeError: the adapter does not fit ``model``; nothing has been changed then.
         """
         _check_model(model)
-        config, tensors, file = files.read_adapter(model, folder, cls.config_class, overrides, settings_from)
-        config = with_saved_of_file(model, config, tensors)
-        plan = Plan(model, config, adapter_name, listed=True)
+        config, tensors, file = read_adapter(model, folder, cls.config_class, overrides, settings_from)
+        plan = Plan(model, with_saved_of_file(model, config, tensors), adapter_name, listed=True)
         base = plan.of_base()
-        values = files.fit(tensors, plan.tensors(), model, file, optional=base, strict=strict)
+        values = fit(tensors, plan.tensors(), model, file, optional=base, strict=strict)
         wrapper = cls.__new__(cls)
         nn.Module.__init__(wrapper)
         wrapper._adopt(plan, is_trainable)
-        _fill(base | tensors_of(model, adapter_name, config.bias), values)
+        _fill(base | wrapper._tensors(adapter_name), values)
         return wrapper if is_trainable else wrapper.eval()
 
 
 def check_types(model: Any, config: Any, config_class: type) -> None:
+    """An error unless an adapter of this kind of config can be put onto ``model``."""
     _check_model(model)
     if not isinstance(config, config_class):
         hint = f"; write {config_class.__name__}.from_peft(config)" if hasattr(config, "peft_type") else ""
@@ -235,7 +239,7 @@ def _fill(targets: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> 
         targets[key].copy_(values[key])
 
 
-def tensors_of(model: nn.Module, name: str, bias: str = "none") -> dict[str, torch.Tensor]:
+def tensors_of(model: nn.Module, name: str, bias: str) -> dict[str, torch.Tensor]:
     """What an adapter's file holds, by PEFT's keys without their prefix; the tensors are the model's own."""
     tensors: dict[str, torch.Tensor] = dict(trainable_biases(model, bias))
     for module_name, part in adapted_modules(model).items():
@@ -243,39 +247,29 @@ def tensors_of(model: nn.Module, name: str, bias: str = "none") -> dict[str, tor
     return tensors
 
 
-def to_save(
-    model: nn.Module, name: str, config: LoraConfig, start: dict[str, torch.Tensor], embeddings: bool = False
-) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """The config and the tensors, by PEFT's keys without their prefix, of an adapter's files.
-
-    ``start``: the base's buffers before training; those that have moved are saved. ``embeddings``: save the embedding
-    and the output layer whole.
+def as_plain_lora(model: nn.Module, name: str, config: LoraConfig, tensors: dict[str, torch.Tensor]) -> LoraConfig:
+    """The config to save of an adapter; ``tensors``, those to save, change where it is not the adapter's own.
 
     Where the factors were taken out of a dense base (PiSSA, OLoRA), what is saved is the difference to the first ones:
     plain LoRA of twice the rank, which fits the base as it was.
     """
-    tensors = moved_buffers(model, start) | (whole_embeddings(model) if embeddings else {})
-    tensors = {key: _whole(key, tensor) for key, tensor in (tensors | tensors_of(model, name, config.bias)).items()}
     if not is_decomposing(config.init_lora_weights) or isinstance(config, QLoRAConfig):
-        return config, tensors
+        return config
     for layer_name, part in adapted_modules(model).items():
         if isinstance(part, LoRABaseLayer) and name in part.initial:
             (key_a, a), (key_b, b) = list(part.adapter_tensors(name).items())[:2]
             first_a, first_b = part.initial[name]
             tensors[f"{layer_name}.{key_a}"] = torch.cat([a.detach(), first_a.view(a.shape).to(a)])
             tensors[f"{layer_name}.{key_b}"] = torch.cat([b.detach(), -first_b.view(b.shape).to(b)], 1)
-    doubled = {key: 2 * rank for key, rank in (config.rank_pattern or {}).items()}
     factor = math.sqrt(2) if config.use_rslora else 2
-    alphas = {key: factor * alpha for key, alpha in (config.alpha_pattern or {}).items()}
-    config = dataclasses.replace(
+    return dataclasses.replace(
         config,
         rank=2 * config.rank,
         lora_alpha=factor * config.lora_alpha,
-        rank_pattern=doubled or None,
-        alpha_pattern=alphas or None,
+        rank_pattern={key: 2 * rank for key, rank in (config.rank_pattern or {}).items()},
+        alpha_pattern={key: factor * alpha for key, alpha in (config.alpha_pattern or {}).items()},
         init_lora_weights="default",
     )
-    return config, tensors
 
 
 def _whole(key: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -299,63 +293,46 @@ def with_saved_of_file(model: nn.Module, config: LoraConfig, tensors: dict[str, 
     """
     keys = {key.removeprefix(PREFIX) for key in tensors}
     listed = tuple(config.modules_to_save or ())
-    embeddings = {base_of(m) for m in (hf.input_embedding(model), hf.output_embedding(model)) if m is not None}
+    embeddings = {base_of(module) for module in models.embeddings(model)}
     saved = []
     for module, names in module_names(model).items():
-        name = next((name for name in names if any(key.startswith(f"{name}.") for key in keys)), None)
-        ends = name is not None and name.endswith(listed) and bool(listed)
-        own = name is not None and {f"{name}.{key}" for key in base_of(module).state_dict()}
-        if name and (ends or base_of(module) in embeddings) and own and own <= keys:
-            saved.append(name)
+        base = base_of(module)
+        for name in names:
+            if base in embeddings or name.endswith(listed):
+                own = {f"{name}.{key}" for key in base.state_dict()}
+                if own and own <= keys:
+                    saved.append(name)
+                    break
     return dataclasses.replace(config, modules_to_save=saved or None)
 
 
-@torch.no_grad()
-def swap_values(
-    model: nn.Module,
-    name: str,
-    config: LoraConfig,
-    old: LoraConfig,
-    tensors: dict[str, torch.Tensor],
-    file: str,
-) -> None:
-    """Put a saved adapter's values in the place of another's, in its memory.
+def padded(
+    model: nn.Module, name: str, config: LoraConfig, values: dict[str, torch.Tensor], file: str
+) -> dict[str, torch.Tensor]:
+    """The values of a saved adapter with this config, by own keys, as the memory of adapter ``name`` takes them.
 
-    Its ranks may be smaller: the rest becomes zeros. Each layer's scaling stays, so that nothing that was captured with
-    it (a CUDA graph) changes; B takes up the difference.
-
-    Raises:
-        ValueError: a module is missing or unexpected, or a rank is larger. Nothing has changed then.
+    Where the ranks are smaller, the rest is zeros. Each layer's scaling stays, so that nothing that was captured with
+    it (a CUDA graph) changes; B takes up the difference. ValueError where a rank is larger.
     """
-    expected = tensors_of(model, name, old.bias)
-    shapes = dict(expected)
-    values = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
-    scalings = {}
+    values = dict(values)
     for layer_name, part in adapted_modules(model).items():
         if not isinstance(part, LoRABaseLayer) or name not in part.adapters:
             continue
-        for key, target in part.adapter_tensors(name).items():
-            key, value = f"{layer_name}.{key}", values.get(f"{layer_name}.{key}")
-            if value is not None and value.dim() == target.dim():
-                if isinstance(part, LoRAExperts) and value.shape != target.shape:
-                    raise ValueError(
-                        f"{file}: {key}: expected the rank of adapter {name!r}, {part.adapters[name].rank}, by which "
-                        f"the experts lie in it, got shape {tuple(value.shape)} for {tuple(target.shape)}"
-                    )
-                if any(size > space for size, space in zip(value.shape, target.shape, strict=True)):
-                    raise ValueError(
-                        f"{file}: {key}: expected at most the shape {tuple(target.shape)} of adapter {name!r}, whose "
-                        f"memory it would take, got {tuple(value.shape)}"
-                    )
-                shapes[key] = value
-        scalings[layer_name] = adapter_of(config, layer_name, part).scaling / part.adapters[name].scaling
-    base = of_base(model, adapted_modules(model))
-    fitting = fit(tensors, shapes, model, file, optional=base)
-    warn_of_other_base(fitting, base, file)
-    for key, target in expected.items():
-        value = fitting[key]
-        layer_name, _, kind = key.partition(".lora_")
-        if kind.startswith(("B", "embedding_B")):
-            value = value * scalings[layer_name]
-        target.zero_()
-        target[tuple(slice(size) for size in value.shape)].copy_(value)
+        rank, scaling = part.adapters[name].rank, part.adapters[name].scaling
+        for own, target in part.adapter_tensors(name).items():
+            key = f"{layer_name}.{own}"
+            value = values.get(key)
+            if value is None or value.dim() != target.dim():
+                continue
+            fits = all(size <= space for size, space in zip(value.shape, target.shape, strict=True))
+            is_exact = isinstance(part, LoRAExperts)  # by whose rank the experts lie in the memory
+            if not fits or (is_exact and value.shape != target.shape):
+                raise ValueError(
+                    f"{file}: {key}: expected {'exactly' if is_exact else 'at most'} the shape {tuple(target.shape)}, "
+                    f"by the rank of adapter {name!r}, {rank}, whose memory it would take, got {tuple(value.shape)}"
+                )
+            if own.startswith(("lora_B", "lora_embedding_B")):
+                value = value * (adapter_of(config, layer_name, part).scaling / scaling)
+            values[key] = value.new_zeros(target.shape)
+            values[key][tuple(slice(size) for size in value.shape)] = value
+    return values

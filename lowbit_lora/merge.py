@@ -2,72 +2,36 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-import lowbit
 from lowbit import QuantizedTensor
 from lowbit.modules import decoded_weights, replace_modules, replace_weights
+from lowbit.quantizers.requantize import Quantizer, Survival, check_survivals, requantize
 
 from .layers import Adapted, LoRABaseLayer, SavedModule, TrainedTokens
 from .targets import adapted_modules
-
-#: How a merged weight is stored again: from its fp32 values and the old weight to a new quantized one.
-Quantizer = Callable[[torch.Tensor, QuantizedTensor], QuantizedTensor]
-
-
-@dataclass(frozen=True)
-class Survival:
-    """How much of an adapter's change of one weight is left once the merged weight is quantized again.
-
-    Attributes:
-        name: of the layer.
-        cosine: between the change that was wanted and the change of the decoded weight; 1 is all of it.
-        norm_ratio: the norm of the change of the decoded weight, over that of the change that was wanted.
-    """
-
-    name: str
-    cosine: float
-    norm_ratio: float
-
-
-def search_quantizer(merged: torch.Tensor, old: QuantizedTensor) -> QuantizedTensor:
-    """The merged weight in the old one's format, with the scales of the smallest error."""
-    spec = old.spec
-    options = {"format": spec.format, "block_size": spec.block_size, "double_quant": spec.double_quant}
-    scale = "absmax" if spec.format == "int8" else "search"
-    return lowbit.quantize(merged.to(old.dtype), scale=scale, **options)
 
 
 @torch.no_grad()
 def merge_all(
     model: nn.Module,
     names: Iterable[str],
-    *,
     decode: bool,
-    safe: bool = False,
-    dtype: torch.dtype | None = None,
-    quantizer: Quantizer | None = None,
-    minimum_cosine: float = 0.0,
+    safe: bool,
+    dtype: torch.dtype | None,
+    quantizer: Quantizer | None,
+    minimum_cosine: float,
 ) -> list[Survival]:
     """Put the base back in the place of each module with adapters, with these adapters merged in.
 
-    Args:
-        decode: decode the quantized weights of all other layers too. A shared one becomes a shared dense one.
-        safe: refuse merged weights with NaN or inf.
-        dtype: of the dense merged weights (default: of the base's).
-        quantizer: store the merged weights of quantized layers by it again, instead of leaving them dense.
-        minimum_cosine: with a quantizer, refuse where a layer keeps less of its change.
+    See :meth:`lowbit_lora.LoraModel.merge_and_unload` for the rest. Returns, with a quantizer, what is left of the
+    change of each layer. Where it raises an error, nothing has changed.
 
-    Returns:
-        with a quantizer, what is left of the adapters' change of each layer.
-
-    Raises:
-        ValueError: ``safe`` and a merged weight is not finite; a cosine is too small. Nothing has changed.
+    ``decode``: decode the quantized weights of all other layers too. A shared one becomes a shared dense one.
     """
     names = tuple(names)
     parts = adapted_modules(model)
@@ -76,63 +40,43 @@ def merge_all(
     survivals: list[Survival] = []
     for name, part in tqdm(parts.items(), "Merging", leave=False, disable=None):
         tensors = {} if isinstance(part, TrainedTokens) and part.tied_to else part.merged_tensors(names)
+        if safe and not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError(f"{name}: expected finite merged weights, got NaN or inf")
         if isinstance(part, SavedModule) and tensors:
             sources = part.adapter_tensors(part.check_active(names)[0])
             tensors = {key: trained.setdefault(sources[key], tensor) for key, tensor in tensors.items()}
-        if safe and not all(tensor.isfinite().all() for tensor in tensors.values()):
-            raise ValueError(f"{name}: expected finite merged weights, got NaN or inf")
-        if isinstance(part, LoRABaseLayer) and part.weight_name in tensors:
-            key, old = part.weight_name, part.stored_weight
+        elif isinstance(part, LoRABaseLayer) and part.weight_name in tensors:
+            weight, old = tensors[part.weight_name], part.stored_weight
             if quantizer is not None and isinstance(old, QuantizedTensor):
-                tensors[key], survival = _requantized(name, part, names, old, quantizer)
+                change = sum(part.delta(adapter) for adapter in names if adapter in part.adapters)
+                weight, survival = requantize(name, old, part.base_weight(torch.float32), change, quantizer)
                 survivals.append(survival)
             elif dtype is not None:
-                tensors[key] = nn.Parameter(tensors[key].to(dtype), requires_grad=False)
+                weight = weight.to(dtype)
+            tensors[part.weight_name] = nn.Parameter(weight, requires_grad=False)
         merged[part] = tensors
     for part in merged:
         if isinstance(part, TrainedTokens) and part.tied_to:
             merged[part] = merged[part.tied_to]
-    _check_survivals(survivals, minimum_cosine)
+    check_survivals(survivals, minimum_cosine)
     bases = {inner for part in parts.values() for inner in part.base.modules()}
     others = [p for m in model.modules() if m not in bases for p in m._parameters.values()]
-    others = [p for p in others if isinstance(p, QuantizedTensor)] if decode and quantizer is None else []
-    dense_weights = decoded_weights(others)
+    decode = decode and quantizer is None
+    dense_weights = decoded_weights(p for p in others if decode and isinstance(p, QuantizedTensor))
     _warn_of_untying(model, merged)
     for part, tensors in merged.items():
-        put(part.base, tensors)
+        _put(part.base, tensors)
     replace_weights(model, dense_weights)
     replace_modules(model, {part: part.base for part in merged})
     return survivals
 
 
-def put(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+def _put(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Let a module hold these parameters and buffers, given by their dotted names."""
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition(".")
         owner = module.get_submodule(owner)
         (owner._buffers if key in owner._buffers else owner._parameters)[key] = tensor
-
-
-def _requantized(name, part, names, old, quantizer) -> tuple[nn.Parameter, Survival]:
-    before = part.base_weight(torch.float32)
-    wanted = sum(part.delta(adapter) for adapter in names if adapter in part.adapters)
-    new = quantizer(before + wanted, old)
-    got = new.dequantize(torch.float32) - before
-    product = wanted.norm() * got.norm()
-    cosine = float((wanted * got).sum() / product) if product > 0 else float(wanted.norm() == got.norm())
-    ratio = float(got.norm() / wanted.norm()) if wanted.norm() > 0 else 1.0
-    return nn.Parameter(new, requires_grad=False), Survival(name, cosine, ratio)
-
-
-def _check_survivals(survivals: list[Survival], minimum_cosine: float) -> None:
-    lost = sorted((s for s in survivals if s.cosine < minimum_cosine), key=lambda s: s.cosine)
-    if lost:
-        worst = ", ".join(f"{s.name} (cosine {s.cosine:.2f}, norm ratio {s.norm_ratio:.2f})" for s in lost[:3])
-        raise ValueError(
-            f"into='quantized': expected a cosine of at least {minimum_cosine} between the adapter's change and what "
-            f"is left of it, got less in {len(lost)} of {len(survivals)} layers: {worst}. Merge into='dense', or lower "
-            "minimum_cosine"
-        )
 
 
 def _warn_of_untying(model: nn.Module, merged: dict[Adapted, dict[str, torch.Tensor]]) -> None:

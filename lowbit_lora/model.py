@@ -6,15 +6,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit import models
 from lowbit.lowrank import is_decomposing
 from lowbit.modules import replace_modules
+from lowbit.quantizers.requantize import Quantizer, search_quantizer
 
-from . import hf, merge
 from .adapters import check_new_name
-from .base import buffers_of
+from .base_tensors import buffers_of
 from .config import LoraConfig, QLoRAConfig
 from .exchange import StoredAdapters, check_types
 from .layers import DEFAULT, LoRABaseLayer
+from .merge import merge_all
 from .targets import adapted_modules
 from .training import print_storage
 from .wrap import Plan
@@ -83,7 +85,7 @@ class LoraModel(StoredAdapters):
         except AttributeError:
             if name == "model":  # not there yet (unpickling), or no longer: do not look for it inside itself
                 raise
-            if not hf.passes_on(self.model, name):
+            if not models.passes_on(self.model, name):
                 text = f"{type(self).__name__} has no attribute {name!r}; get_base_model().{name} is the base's own"
                 raise AttributeError(text) from None
             return getattr(self.model, name)
@@ -131,14 +133,11 @@ class LoraModel(StoredAdapters):
 
     def memory_footprint(self) -> int:
         """Bytes of the base as it is stored: parameters and buffers without the adapters' own, shared ones once."""
-        own = {
-            id(t)
-            for p in adapted_modules(self.model).values()
-            for n in p.adapters
-            for t in p.adapter_tensors(n).values()
-        }
-        tensors = {id(tensor): tensor.nbytes for tensor in [*self.model.parameters(), *self.model.buffers()]}
-        return sum(size for key, size in tensors.items() if key not in own)
+        stored = {*self.model.parameters(), *self.model.buffers()}
+        for part in adapted_modules(self.model).values():
+            for name in part.adapters:
+                stored -= set(part.adapter_tensors(name).values())
+        return sum(tensor.nbytes for tensor in stored)
 
     def merge_and_unload(
         self,
@@ -148,7 +147,7 @@ class LoraModel(StoredAdapters):
         dtype: torch.dtype | None = None,
         safe: bool = False,
         minimum_cosine: float = 0.5,
-        quantizer: merge.Quantizer = merge.search_quantizer,
+        quantizer: Quantizer = search_quantizer,
     ) -> nn.Module:
         """The plain model, without places for adapters, that computes W + scaling * B A.
 
@@ -161,26 +160,24 @@ class LoraModel(StoredAdapters):
                 was trained; ``merge_report`` of this wrapper then says how much is left in each layer.
             dtype: of the merged dense weights; by default the base's.
             safe: refuse merged weights with NaN or inf.
-            minimum_cosine: of into="quantized": refuse where less is left of a layer's change.
-            quantizer: of into="quantized": from merged fp32 values and the old weight to the new one; by default with
-                the scales that a search finds.
+            minimum_cosine, quantizer: of into="quantized": refuse where less is left of a layer's change; from merged
+                fp32 values and the old weight to the new one, by default with the scales that a search finds.
 
         Raises:
-            ValueError: no adapter of a name, adapters are merged already, an unknown ``into``, a weight that is not
-                finite, a cosine that is too small.
+            ValueError: no adapter of a name, adapters are merged already, or what is refused. Nothing has changed then.
         """
         names = self._active if names is None else self._known(list(names))
         self._unmerged_parts()
         if into not in ("dense", "quantized"):
             raise ValueError(f"into: expected 'dense' or 'quantized', got {into!r}")
-        self.merge_report = merge.merge_all(
+        self.merge_report = merge_all(
             self.model,
             names,
-            decode=isinstance(self._first, QLoRAConfig),
-            safe=safe,
-            dtype=dtype,
-            quantizer=quantizer if into == "quantized" else None,
-            minimum_cosine=minimum_cosine,
+            isinstance(self._first, QLoRAConfig),
+            safe,
+            dtype,
+            quantizer if into == "quantized" else None,
+            minimum_cosine,
         )
         return self._released()
 

@@ -6,10 +6,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lowbit import QuantizedTensor
+from lowbit import QuantizedTensor, models
 from lowbit.modules import release_frozen
 
-from . import hf
 from .config import LoraConfig
 from .layers import LoRABaseLayer, SavedModule, TrainedTokens
 from .targets import adapted_modules, base_of, walk
@@ -83,7 +82,7 @@ class Restore:
         for module, value in self.nested.items():
             module.use_nested_tensor = value
         if self.checkpointing:
-            hf.disable_checkpointing(model)
+            models.disable_checkpointing(model)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if not isinstance(parameter, QuantizedTensor):  # which is frozen
                 parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
@@ -92,8 +91,8 @@ class Restore:
 def storage_summary(model: nn.Module) -> str:
     """One line: how many bytes hold quantized weights, and which large weights are dense, and why."""
     stored, large = {}, {}
-    heads = {base_of(module) for module in [hf.output_embedding(model)] if module is not None}
-    kept = hf.kept_in_fp32(model)
+    heads = {base_of(module) for module in [models.output_embedding(model)] if module is not None}
+    kept = models.kept_in_fp32(model)
     for module, name in unique([*walk(model), *adapted_modules(model).items()]):
         base = base_of(module)
         for key, parameter in [*base._parameters.items()] if not isinstance(module, SavedModule) else []:

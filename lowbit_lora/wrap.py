@@ -10,7 +10,7 @@ import warnings
 import torch
 from torch import nn
 
-from lowbit import QuantizedTensor
+from lowbit import QuantizedTensor, models
 from lowbit.lowrank import initial_factors, is_decomposing
 from lowbit.modules import (
     adopt_frozen,
@@ -21,8 +21,7 @@ from lowbit.modules import (
 )
 from lowbit.quantizers.quantize import quantize_to
 
-from . import hf
-from .base import of_base
+from .base_tensors import of_base
 from .config import LoraConfig, QLoRAConfig
 from .layers import (
     DEFAULT,
@@ -79,18 +78,20 @@ class Plan:
         if first is None:
             _check_convertible(model)
             if config.gradient_checkpointing:
-                hf.check_can_checkpoint(model)
+                models.check_can_checkpoint(model)
         else:
             _check_further(config, first)
         self.model, self.name, self.is_first = model, name, first is None
-        task_type, heads = hf.task_head(model, config.task_type)
+        task_type, heads = models.task_head(model, config.task_type)
         wanted = list(config.modules_to_save or [])
         if not listed and config.modules_to_save != []:
             wanted += [head for head in heads if head not in wanted]
-        saved = find_saved(model, wanted, may_be_missing=None if listed else hf.automatic_names(config.task_type))
+        saved = find_saved(model, wanted, may_be_missing=None if listed else models.automatic_names(config.task_type))
         inside_saved = {sub for module in saved for sub in base_of(module).modules()}
-        head_modules = {base_of(module) for module in [hf.output_embedding(model)] if module is not None}
-        head_modules |= {sub for head in heads for sub in base_of(hf.unwrapped(model).get_submodule(head)).modules()}
+        head_modules = {base_of(module) for module in [models.output_embedding(model)] if module is not None}
+        head_modules |= {
+            sub for head in heads for sub in base_of(models.unwrapped(model).get_submodule(head)).modules()
+        }
         targets = find_targets(model, config, inside_saved | set(saved), head_modules, may_be_missing=listed)
         stacks = find_parameters(model, config, inside_saved | set(saved), may_be_missing=listed)
         if not targets and not stacks:
@@ -134,7 +135,7 @@ class Plan:
         if not wanted:
             return {}
         if not isinstance(wanted, dict):
-            embedding = hf.input_embedding(self.model)
+            embedding = models.input_embedding(self.model)
             names = [name for name, module in walk(self.model) if module is embedding]
             if not names:
                 raise ValueError("trainable_token_indices: expected {name of an embedding: indices} for this model")
@@ -149,9 +150,9 @@ class Plan:
         """A quantized parameter for each weight that the config stores so."""
         if not isinstance(config, QLoRAConfig) or not self.is_first:
             return {}
-        fused = hf.read_by_fused_kernels(self.model)
+        fused = models.read_by_fused_kernels(self.model)
         _check_not_fused(targets, fused)
-        skipped = inside_saved | hf.kept_in_fp32(self.model) | fused.keys()
+        skipped = inside_saved | models.kept_in_fp32(self.model) | fused.keys()
         skipped |= set() if config.quantize_head else heads
         weights = find_weights(self.model, skipped, embeddings=config.quantize_embeddings, head=config.quantize_head)
         if is_decomposing(config.init_lora_weights):  # these are quantized once what LoRA takes is out of them
@@ -296,7 +297,7 @@ class Plan:
         return tensors | trainable_biases(self.model, self.config.bias, layers, inside)
 
     def of_base(self) -> dict[str, torch.Tensor]:
-        """What the adapter's file may hold of the base itself; see :func:`lowbit_lora.base.of_base`."""
+        """What the adapter's file may hold of the base itself; see :func:`lowbit_lora.base_tensors.of_base`."""
         tensors = of_base(self.model, self.parts)
         return {key: tensor for key, tensor in tensors.items() if tensor not in self._weights}
 
@@ -323,7 +324,7 @@ class Plan:
                     # It looks at its first layer alone; nested tensors fail in those whose fused path LoRA turns off.
                     module.use_nested_tensor = False
             if config.gradient_checkpointing:
-                hf.enable_checkpointing(model)
+                models.enable_checkpointing(model)
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
             for part in self.parts.values():

@@ -1,4 +1,4 @@
-"""lowbit_lora/base.py: what an adapter's file keeps of the base."""
+"""lowbit_lora/base_tensors.py: what an adapter's file keeps of the base."""
 
 import copy
 import json

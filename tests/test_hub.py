@@ -1,4 +1,4 @@
-"""lowbit_lora/hf.py: uploading an adapter, and which attributes of the base a wrapper shows."""
+"""Uploading an adapter, and which attributes of the base a wrapper shows (lowbit/models.py)."""
 
 import os
 from types import SimpleNamespace
@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest_models import IDS, Mlp, bert, llama, mlp
 
-from lowbit_lora import LoraConfig, LoraModel, QLoRAConfig, QLoRAModel, hf
+from lowbit import models
+from lowbit_lora import LoraConfig, LoraModel, QLoRAConfig, QLoRAModel
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
@@ -136,7 +137,7 @@ def test_attributes_of_a_transformers_model(wrap):
 def test_what_passes_on_exists():
     """A name of the list that transformers no longer has is one to look for under its new name."""
     transformers = pytest.importorskip("transformers")
-    assert [name for name in hf._PASSED_ON if not hasattr(transformers.PreTrainedModel, name)] == []
+    assert [name for name in models._PASSED_ON if not hasattr(transformers.PreTrainedModel, name)] == []
 
 
 @pytest.mark.parametrize("storage", [{}, {"quantization": "int8"}, {"quantize_head": True}])

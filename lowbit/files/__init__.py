@@ -1,4 +1,7 @@
-"""Other people's key names for quantized weights, and nothing else: state dicts are torch's own."""
+"""Other people's key names for quantized weights; and, in modules of their own, files on disk and on the hub.
+
+State dicts are torch's own, and need nothing of this.
+"""
 
 from .bitsandbytes import from_state, state_keys, to_state
 

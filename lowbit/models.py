@@ -1,13 +1,9 @@
-"""The Hugging Face glue: heads, names, checkpointing and the hub. Everything here also accepts a plain nn.Module.
+"""What is asked of any model, above all of one of transformers. Everything here also accepts a plain nn.Module.
 
 transformers itself is never imported: what is asked of a model is asked through the methods it has.
 """
 
-import contextlib
 import inspect
-import os
-import re
-from typing import Any
 
 from torch import nn
 
@@ -62,6 +58,11 @@ def input_embedding(model: nn.Module) -> nn.Module | None:
         return get() if callable(get) else None
     except NotImplementedError:
         return None
+
+
+def embeddings(model: nn.Module) -> list[nn.Module]:
+    """The layers that map ids to vectors, and hidden states to the vocabulary: those of the two that the model has."""
+    return [module for module in (input_embedding(model), output_embedding(model)) if module is not None]
 
 
 def task_head(model: nn.Module, task_type: str | None = None) -> tuple[str | None, list[str]]:
@@ -169,28 +170,6 @@ def disable_checkpointing(model: nn.Module) -> None:
         model.gradient_checkpointing_disable()
 
 
-def local_folder(folder: str | os.PathLike) -> str:
-    """``folder`` itself, or the local copy of a hub repository of that name.
-
-    Raises:
-        FileNotFoundError: it is neither.
-    """
-    folder = os.fspath(folder)
-    if os.path.isdir(folder):
-        return folder
-    # Only "owner/name" can be a repository; anything else is a path that does not exist.
-    if not os.path.isabs(folder) and folder.count("/") == 1 and not folder.startswith("."):
-        try:
-            from huggingface_hub import snapshot_download
-
-            return snapshot_download(folder, allow_patterns=["adapter_*"])
-        except Exception as error:  # no network, no such repository, no huggingface_hub: all the same to the caller
-            raise FileNotFoundError(
-                f"{folder}: expected a folder or a hub repository with an adapter, got {error}"
-            ) from error
-    raise FileNotFoundError(f"{folder}: expected a folder with an adapter, found none")
-
-
 def passes_on(model: nn.Module, name: str) -> bool:
     """Whether a wrapper shows an attribute of the model as its own: data, and methods that respect the adapters.
 
@@ -204,38 +183,3 @@ def passes_on(model: nn.Module, name: str) -> bool:
     if package == "transformers" and not rest.startswith(("models.", "generation.")):
         return name in _PASSED_ON
     return not name.startswith(("save", "push_to"))
-
-
-def upload(model: nn.Module, folder: str, repo_id: str, private: bool | None, token: Any, **options: Any) -> Any:
-    """Upload a folder with an adapter for ``model`` to the hub; returns what ``HfApi.upload_folder`` does.
-
-    The repository is made if it is not there, and gets a model card if it has none.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(os.path.join(folder, "README.md"))  # of the save, which knows no repository
-    if not api.file_exists(repo_id, "README.md"):
-        write_card(folder, model_card(model, repo_id))
-    return api.upload_folder(repo_id=repo_id, folder_path=folder, **{"commit_message": "Upload adapter"} | options)
-
-
-def write_card(folder: str | os.PathLike, card: str) -> None:
-    """Write ``card`` as the README.md of a folder that has none."""
-    with contextlib.suppress(FileExistsError), open(os.path.join(folder, "README.md"), "x", encoding="utf-8") as file:
-        file.write(card)
-
-
-def model_card(model: nn.Module, repo_id: str) -> str:
-    """The README.md of an adapter's repository."""
-    base = base_name(model)
-    on_hub = base and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", base) and not os.path.exists(base)
-    of_base = f"base_model: {base}\n" if on_hub else ""
-    return (
-        f"---\n{of_base}library_name: peft\ntags:\n- lora\n- lowbit\n---\n\n# {repo_id}\n\n"
-        f"A LoRA adapter for {described(model)}, trained with lowbit. PEFT and lowbit load it:\n\n"
-        f"```python\nmodel = peft.PeftModel.from_pretrained(base, {repo_id!r})\n"
-        f"model = lowbit_lora.LoraModel.from_pretrained(base, {repo_id!r})\n```\n"
-    )
