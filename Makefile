@@ -7,19 +7,21 @@ TORCH ?= torch==2.13.0
 BUILD_TOOLS = "setuptools>=77" ninja
 DEMO_ARGS ?= --output out/demo
 VISION_ARGS ?= --output out/demo-vision
+ADAPTERS_ARGS ?= --output out/demo-adapters
 TEST_ARGS ?= -q
 
 # All that is compiled or installed. A change in one of these makes the next call install the package again.
 SOURCES := setup.py pyproject.toml $(shell find lowbit lowbit_lora csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo demo-vision test test-fast prove prove-native native-test run-native run-sanitized neon-test run-neon
-.PHONY: avx512-test run-avx512 headers-test wheel-cuda lint format clean
+.PHONY: help demo demo-vision demo-adapters test test-fast prove prove-native native-test run-native run-sanitized
+.PHONY: neon-test run-neon avx512-test run-avx512 headers-test wheel-cuda lint format clean
 .DELETE_ON_ERROR:
 .SECONDARY:  # keep the stamps that pattern rules make
 
 help:
 	@echo "make demo   fine-tune the bundled encoder with QLoRA on the bundled reviews (DEMO_ARGS=...)"
 	@echo "make demo-vision  fine-tune the bundled vision transformer with LoRA on the bundled digits (VISION_ARGS=...)"
+	@echo "make demo-adapters  train two adapters over one base, and answer mixed requests in one batch (ADAPTERS_ARGS=...)"
 	@echo "make test   run every test (TEST_ARGS=..., JOBS=2)"
 	@echo "make test-fast  run the quick tests, in 2 minutes"
 	@echo "make prove  execute every emulated proof, and record them"
@@ -38,6 +40,9 @@ demo: .venv-demo/package.stamp .venv-demo/data.stamp
 
 demo-vision: .venv-demo/package.stamp .venv-demo/vision.stamp
 	.venv-demo/bin/python examples/train_vit_image_classifier.py $(VISION_ARGS)
+
+demo-adapters: .venv-demo/package.stamp .venv-demo/data.stamp
+	.venv-demo/bin/python examples/serve_many_adapters.py $(ADAPTERS_ARGS)
 
 # `pytest`, not `python -m pytest`: the latter would import the source folder instead of what was installed.
 # JOBS processes share the tests; a process that has none left takes some of another's. Each has one thread, where a test

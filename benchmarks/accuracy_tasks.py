@@ -184,7 +184,7 @@ def _glue(name: str, model: str, train_rows: int | None, test_rows: int | None, 
     def rows(split, most: int | None, shuffle: bool) -> PairRows:
         split = split.shuffle(seed=classifier_data.SPLIT_SEED) if shuffle else split
         split = split.select(range(min(most or len(split), len(split))))
-        labels = torch.tensor(split["label"], dtype=torch.int64 if names else torch.float32)
+        labels = torch.tensor(list(split["label"]), dtype=torch.int64 if names else torch.float32)
         return PairRows(tokenizer, [list(split[column]) for column in columns], labels, max_length)
 
     return Task(

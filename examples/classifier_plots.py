@@ -5,6 +5,8 @@ import matplotlib
 matplotlib.use("Agg")  # draws into files; needs no display
 import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
 
+METHOD_NAMES = {"full": "Full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
+
 
 def plot_history(
     path, losses: list[float], accuracy: list[tuple[int, float]], title: str, probe: float | None = None

@@ -33,12 +33,17 @@ def run_facts(options: argparse.Namespace, dense: BaseBytes, model: torch.nn.Mod
         "median_step_seconds": history.median_step_seconds,
         "train_seconds": history.train_seconds,
         "losses": history.losses,
-        "machine": {
-            "platform": platform.platform(),
-            "device": options.device,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        },
+        "machine": machine_facts(options.device),
+    }
+
+
+def machine_facts(device: str) -> dict:
+    """Return what the times of a run depend on."""
+    return {
+        "platform": platform.platform(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
     }
 
 

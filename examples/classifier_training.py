@@ -99,10 +99,11 @@ def train(
     seed: int,
     device: str,
     progress: bool = True,
+    description: str = "training",
     loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.nn.functional.cross_entropy,
     score: Callable[[torch.Tensor, torch.Tensor], float] = accuracy,
 ) -> History:
-    """Train in place with AdamW. The test rows are measured after each epoch and choose nothing.
+    """Train in place with AdamW; return what happened. The test rows are measured each epoch and choose nothing.
 
     `loss_of` and `score` take logits (float32, rows x labels) and labels.
     """
@@ -112,7 +113,7 @@ def train(
     steps_per_epoch = math.ceil(len(train_rows) / batch_size)
     total = epochs * steps_per_epoch
     shuffler = random.Random(seed)
-    with tqdm(total=total, desc="training", unit="step", disable=not progress) as bar:
+    with tqdm(total=total, desc=description, unit="step", disable=not progress) as bar:
         for _ in range(epochs):
             model.train()
             for picked in train_rows.batches(batch_size, shuffler):

@@ -1,11 +1,12 @@
-"""Labelled texts for the text-classification example: finding, splitting and batching them.
+"""Labelled texts for the examples on texts: finding, splitting and batching them.
 
-Three sources give the same `Dataset`: the movie-review snippets that travel inside the vaderSentiment
-source archive, a local csv/tsv/jsonl file with the columns `text` and `label`, and a Hugging Face hub
-data set. Nothing here knows about models or training.
+Three sources give the same `Dataset`: the texts that travel inside the vaderSentiment source archive, a local
+csv/tsv/jsonl file with the columns `text` and `label`, and a Hugging Face hub data set. Nothing here knows
+about models or training.
 """
 
 import csv
+import html
 import io
 import json
 import os
@@ -19,11 +20,20 @@ import torch
 from classifier_data import SPLIT_SEED, DataError, check_columns, import_datasets, load_hub_splits, sorted_labels
 
 BUNDLED = "movie-snippets"
+SOURCES = "text-sources"
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 TEST_ROWS = 2000
 
 _INNER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
-_SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+_TEXTS = "hutto_ICWSM_2014/{}_GroundTruth.txt"
+_SNIPPETS = "movieReviewSnippets"
+# Label -> the archive's name of the texts from there.
+_SOURCES = {
+    "editorial": "nytEditorialSnippets",
+    "film": _SNIPPETS,
+    "product": "amazonReviewSnippets",
+    "tweet": "tweets",
+}
 # Snippets that people rated near zero have no clear sentiment; they are left out.
 _MIN_RATING = 0.5
 
@@ -45,9 +55,12 @@ class Dataset:
 
 
 def load(source: str, text_column: str = "text", label_column: str = "label") -> Dataset:
-    """Return a data set: `movie-snippets`, a path (file, or folder with train and test files) or a hub name."""
-    if source == BUNDLED:
-        return _from_tables(source, _movie_snippets(find_snippet_archive()), None)
+    """Return a data set: a bundled one, a path (file, or folder with train and test files) or a hub name.
+
+    Bundled are `movie-snippets` (negative or positive) and `text-sources` (where a text is from).
+    """
+    if source in _BUNDLED:
+        return _from_tables(source, _BUNDLED[source](find_snippet_archive()), None)
     path = Path(source)
     if path.is_file():
         return _from_tables(source, _read_table(path, text_column, label_column), None)
@@ -63,7 +76,7 @@ def load(source: str, text_column: str = "text", label_column: str = "label") ->
 
 def check_source(source: str) -> None:
     """Raise `DataError` if `load` is bound to fail, without reading the data."""
-    if source == BUNDLED:
+    if source in _BUNDLED:
         find_snippet_archive()
         return
     path = Path(source)
@@ -90,7 +103,7 @@ def find_snippet_archive() -> Path:
         if found:
             return found[-1]
     raise DataError(
-        "the movie snippets are not here. Get the archive that holds them with\n"
+        "the bundled texts are not here. Get the archive that holds them with\n"
         "    pip download --no-deps --no-binary :all: --dest data vaderSentiment==3.3.2\n"
         "or run `make demo`. Looked in: " + ", ".join(str(folder) for folder in folders)
     )
@@ -144,26 +157,43 @@ class TokenizedRows:
 
 
 def _movie_snippets(archive: Path) -> list[tuple[str, str]]:
-    """Return (text, "negative" or "positive") for every movie-review snippet with a clear rating.
+    """Return (text, "negative" or "positive") for every movie-review snippet with a clear rating."""
+    rated = _rated_texts(archive, _SNIPPETS)
+    return [(text, "positive" if rating > 0 else "negative") for text, rating in rated if abs(rating) >= _MIN_RATING]
+
+
+def _text_sources(archive: Path) -> list[tuple[str, str]]:
+    """Return (text, where it is from) for equally many film reviews, product reviews, editorials and tweets."""
+    texts = {label: [text for text, _ in _rated_texts(archive, name)] for label, name in _SOURCES.items()}
+    fewest = min(map(len, texts.values()))
+    pick = random.Random(SPLIT_SEED).sample
+    return [(html.unescape(text), label) for label, found in texts.items() for text in pick(found, fewest)]
+
+
+_BUNDLED = {BUNDLED: _movie_snippets, SOURCES: _text_sources}
+
+
+def _rated_texts(archive: Path, name: str) -> list[tuple[str, float]]:
+    """Return (text, mean human rating in -4..4) for the texts of one of the archive's files.
 
     Source: Hutto & Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
-    Text", ICWSM 2014 (MIT licence). Each line holds an id, the mean human rating in -4..4 and the text.
+    Text", ICWSM 2014 (MIT licence). Each line holds an id, the rating and the text.
     """
+    member = _TEXTS.format(name)
     try:
         with tarfile.open(archive) as outer:
             inner_name = next(name for name in outer.getnames() if name.endswith(_INNER_ARCHIVE))
             inner = outer.extractfile(inner_name).read()
         with tarfile.open(fileobj=io.BytesIO(inner)) as tar:
-            raw = tar.extractfile(_SNIPPETS).read()
+            raw = tar.extractfile(member).read()
     except (OSError, tarfile.TarError, StopIteration, KeyError, AttributeError) as error:
-        raise DataError(f"{archive} does not hold {_INNER_ARCHIVE} with {_SNIPPETS}: {error}") from error
+        raise DataError(f"{archive} does not hold {_INNER_ARCHIVE} with {member}: {error}") from error
     try:
         lines = raw.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         lines = raw.decode("cp1252").splitlines()
     fields = [line.split("\t", 2) for line in lines if line.strip()]
-    rated = [(text.strip(), float(rating)) for _, rating, text in (row for row in fields if len(row) == 3)]
-    return [(text, "positive" if rating > 0 else "negative") for text, rating in rated if abs(rating) >= _MIN_RATING]
+    return [(text.strip(), float(rating)) for _, rating, text in (row for row in fields if len(row) == 3)]
 
 
 def _read_table(path: Path, text_column: str, label_column: str) -> list[tuple[str, str]]:

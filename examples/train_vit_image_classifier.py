@@ -26,7 +26,7 @@ import vision_bundled
 import vision_data
 from classifier_data import DataError
 from classifier_options import add_training_options, check_training_options, local_or_hub_model
-from classifier_plots import plot_history
+from classifier_plots import METHOD_NAMES, plot_history
 from classifier_report import print_results, run_facts
 from model_memory import base_bytes, peak_memory_bytes
 from vision_plots import plot_predictions
@@ -188,7 +188,7 @@ def run(options: argparse.Namespace) -> dict:
         "reload": compared(again),
         "merge": compared(again.merge_and_unload()),
     }
-    title = f"{options.method} on {Path(options.dataset).name}, seed {options.seed}"
+    title = f"{METHOD_NAMES[options.method]} on {Path(options.dataset).name}, seed {options.seed}"
     plot_history(options.output / "training.png", history.losses, history.accuracy, title, probe)
     heading = f"{title}: accuracy {results['accuracy_after']:.3f}, linear probe {probe:.3f}"
     plot_predictions(

@@ -31,12 +31,11 @@ class AdapterOperations(nn.Module):
     @contextlib.contextmanager
     def adapters_by_row(self, adapter_names: list[str]) -> Iterator[None]:
         """Context in which each row of a batch has an adapter of its own, also in ``generate``; see :meth:`forward`."""
-        names = self._known(sorted({name for name in adapter_names if name != BASE}))
+        self._known([name for name in adapter_names if name != BASE])
         parts = self._unmerged_parts().values()
-        names = (*names, BASE)
-        index = torch.tensor([names.index(name) for name in adapter_names], device=next(self.parameters()).device)
+        rows = RowAdapters.of(adapter_names, next(self.parameters()).device)
         for part in parts:
-            part.rows = RowAdapters(names, index)
+            part.rows = rows
         try:
             yield
         finally:

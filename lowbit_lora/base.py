@@ -80,8 +80,9 @@ def _close(values: list[float], saved: list[float]) -> bool:
 def base_keys(module: nn.Module, name: str = "", key: str = "") -> Iterator[tuple[str, str]]:
     """``(name, key)`` of each parameter and buffer of the base: its name without adapters, and its key with them."""
     if isinstance(module, Adapted):
-        inner = next(inner for inner, child in module._modules.items() if child is module.base)
-        yield from base_keys(module.base, name, f"{key}{inner}.")
+        for own, child in module._modules.items():  # the base, or a nested layer that holds it
+            if child is module.base or isinstance(child, Adapted) and child.base is module.base:
+                yield from base_keys(child, name, f"{key}{own}.")
         return
     for own in (*module._parameters, *module._buffers):
         yield name + own, key + own

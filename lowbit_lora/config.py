@@ -35,7 +35,7 @@ class LoraConfig:
             of names or dotted suffixes ("query", "attention.self.query"), one string as a regular expression that the
             whole name has to match, or "all-linear" (every linear layer but the output head).
         target_parameters: names or suffixes of parameters that get LoRA: stacks of experts' weights, each expert its
-            own ("mlp.experts.gate_up_proj"), and matrices of modules that are no layer, such as a router's weight. As
+            own ("mlp.experts.gate_up_proj"), and matrices, such as a router's weight. As
             in PEFT there is no lora_dropout, use_dora or lora_bias then, and exclude_modules and layers_to_transform do
             not count for them.
         exclude_modules: of the layers that target_modules names, those that get no LoRA: names or suffixes in a list,

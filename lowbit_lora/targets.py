@@ -109,7 +109,6 @@ def find_parameters(
 
     Raises:
         ValueError: an entry matches nothing.
-        TypeError: a parameter is the weight of a layer that target_modules is for.
     """
     modules = {module: names for module, names in module_names(model).items() if module not in excluded}
     here = {  # (module, parameter's name) -> all names of the parameter
@@ -128,13 +127,7 @@ def find_parameters(
         chosen |= found
     targets: dict[nn.Module, tuple[str, list[str]]] = {}
     for module, key in [place for place in here if place in chosen]:
-        name = modules[module][0]
-        if layer_class(base_of(module)) is not None:
-            raise TypeError(
-                f"target_parameters: expected parameters of modules that are no layers, got {name}.{key}; name "
-                f"{name!r} in target_modules"
-            )
-        targets.setdefault(module, (name, []))[1].append(key)
+        targets.setdefault(module, (modules[module][0], []))[1].append(key)
     return targets
 
 

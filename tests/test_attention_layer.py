@@ -279,6 +279,7 @@ def test_what_code_around_it_reads():
     wrapped.decoder.layers[0].self_attn.register_forward_hook(lambda *_: seen.append(1))
     wrapped(x)
     assert len(seen) == 1
+    assert wrapped.base_state_dict().keys() == translator().state_dict().keys()
     torch.testing.assert_close(copy.deepcopy(wrapped)(x), wrapped(x), rtol=0, atol=0)
     with pytest.raises(TypeError):
         layer(x)

@@ -97,3 +97,32 @@ def test_bench_train_notices_another_loss(monkeypatch):
     assert "first loss" in bench_train.wrong_losses(rows)[0]
     rows[1]["first_loss"] = 6.00001
     assert bench_train.wrong_losses(rows) == []
+
+
+def test_bench_adapters_writes_its_report(tmp_path):
+    """Serving many adapters is bought for this ratio, and swapping them for this time."""
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    done = run("bench_adapters.py", "--quick", "--swap", "--dtype", "float32", "--json", tmp_path / "a.json")
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert not [row for row in rows if "failed" in row]
+    passes = {(row["base"], row["pass"], row["name"]): row for row in rows if row["pass"] != "swap"}
+    assert len(passes) == 2 * 2 * 4
+    ours = passes["nf4", "forward, backward", "lowbit, 8 adapters"]
+    assert ours["vs_one"] > 0 and ours["faster_than_peft"] > 0
+    assert len([row for row in rows if row["pass"] == "swap" and row["median_ms"] > 0]) == 4
+
+
+def test_table_parameters_counts_exactly(monkeypatch, tmp_path, capsys):
+    """These are the figures that PEFT and the LoRA paper print for the same choice of layers."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import table_parameters
+
+    models = ["BERT base", "LLaMA 7B"]
+    assert table_parameters.main(["--models", *models, "--ranks", "8", "--json", str(tmp_path / "p.json")]) == 0
+    assert "4,194,304" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "p.json").read_text())["rows"]
+    assert [row["lora"] for row in rows] == [294912, 1339392, 4194304, 19988480]
+    assert [row["head"] for row in rows] == [1538, 1538, 0, 0]
+    assert [row["parameters"] for row in rows] == [109483778] * 2 + [6738415616] * 2

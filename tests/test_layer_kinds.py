@@ -241,3 +241,18 @@ def test_random_factors_change_the_model():
         LoraConfig(init_lora_weights="pisa")
     with pytest.raises(ValueError, match="even ranks"):
         LoraConfig(rank=3, init_lora_weights="orthogonal")
+
+
+def test_hooks_fire_once():
+    """A hook that changes an output would change it twice: base and layer share their hooks."""
+    model, seen = mixed(), []
+    for name in TARGETS:
+        getattr(model, name).register_forward_hook(lambda module, args, y, name=name: seen.append(name))
+    wrapped = LoraModel(model, LoraConfig(rank=4, target_modules=TARGETS))
+    wrapped(IDS)
+    wrapped(IDS, adapter_names=["default", "__base__"])
+    with wrapped.disable_adapter():
+        wrapped(IDS)
+    wrapped.merge_adapter()
+    wrapped(IDS)
+    assert seen == TARGETS * 4

@@ -240,7 +240,11 @@ A, B = torch.ones(4, 64), torch.ones(32, 4)
         ({"lora_a": torch.ones(0, 64)}, ValueError, "lora_a: expected a rank of at least 1"),
         ({"lora_b": torch.ones(32, 5)}, ValueError, r"lora_b: expected shape \(32, 4\), got \(32, 5\)"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p: expected a probability in \[0, 1\), got 1.0"),
-        ({"q": torch.ones(32, 64)}, TypeError, "q: expected a lowbit.QuantizedTensor"),
+        ({"q": torch.ones(32)}, TypeError, r"q: expected a weight of shape .* got shape \(32,\)"),
+        ({"q": torch.ones(32, 63)}, ValueError, "x: expected a last dimension of 63"),
+        ({"q": [[1.0]]}, TypeError, "q: expected a weight of shape .* got list"),
+        ({"q": torch.ones(32, 64), "lora_b": torch.ones(32, 5)}, ValueError, r"lora_b: expected shape \(32, 4\)"),
+        ({"q": torch.ones(32, 64), "precision": "int8"}, ValueError, "precision: expected 'exact' for a dense weight"),
         ({"q": lowbit.quantize(torch.ones(64))}, ValueError, "q: expected a weight of 2 dimensions"),
     ],
 )

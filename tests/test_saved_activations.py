@@ -129,3 +129,19 @@ def test_a_step_of_a_llama_adds_only_x_and_t_to_what_its_base_saves(model_type, 
     inputs, _, of_t = watched(model, step)
     assert len(inputs) == 14
     assert of_base < bytes_of(saved_by(model, step)) <= of_base + bytes_of(inputs) + of_t
+
+
+@kinds
+@dtypes
+def test_rows_of_several_adapters_save_x_once(model_type, config_type, dtype):
+    """Sorting rows by adapter makes a copy of x in each layer, which must not be what is kept."""
+    model = block(model_type, config_type, dtype)
+    model.add_adapter("other", LoraConfig(rank=RANK))
+    model.set_adapter(["default", "other"])
+    layers, x = model.model, torch.randn(4, 16, 64, dtype=dtype, requires_grad=True)
+
+    def step():
+        with model.adapters_by_row(["other", "default"] * 2):
+            return layers.q(x) + layers.k(x) + layers.v(x)
+
+    assert bytes_of(saved_by(model, step)) == x.nbytes + 3 * 4 * 64 * RANK

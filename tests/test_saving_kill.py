@@ -133,7 +133,7 @@ def test_what_killed_savers_leave_is_removed(tmp_path):
         time = (tmp_path / name).stat().st_mtime - age
         os.utime(tmp_path / name, (time, time))
     wrapped(1.0).save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, CONFIG, ".adapter_config.json.1.saving"}
+    assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, CONFIG, "README.md", ".adapter_config.json.1.saving"}
 
 
 @pytest.fixture
@@ -200,4 +200,4 @@ def test_several_processes_save_into_one_folder(tmp_path):
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
     torch.set_num_threads(threads)
     assert seen(tmp_path) in (1.0, 2.0, 3.0, 4.0)
-    assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, CONFIG}
+    assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, CONFIG, "README.md"}

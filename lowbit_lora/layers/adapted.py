@@ -1,5 +1,6 @@
 """What stands in the place of a module that adapters change: which adapters it has, and which of them compute."""
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -7,13 +8,36 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit.ops.rows import Groups
+
 
 @dataclass(frozen=True)
 class RowAdapters:
-    """Which adapter each row of a batch has: ``names`` and, for each row, an index into them, int64 [batch]."""
+    """Which adapter each row of a batch has, sorted once for all layers.
+
+    Attributes:
+        names: of the adapters, each once.
+        index: for each row an index into them, int64 [batch].
+        groups: the rows of each adapter.
+    """
 
     names: tuple[str, ...]
     index: torch.Tensor
+    groups: Groups
+
+    @classmethod
+    def of(cls, row_names: list[str], device: torch.device) -> "RowAdapters":
+        """From a name for each row of the batch."""
+        names = tuple(sorted(set(row_names)))
+        numbers = [names.index(name) for name in row_names]
+        order = sorted(range(len(numbers)), key=numbers.__getitem__)
+        ends = list(itertools.accumulate(numbers.count(number) for number in range(len(names))))
+        is_sorted = order == list(range(len(order)))
+        index, ends_there, order = (
+            torch.tensor(values, dtype=torch.int64, device=device) for values in (numbers, ends, order)
+        )
+        orders = (None, None) if is_sorted else (order, order.argsort())
+        return cls(names, index, Groups(ends, ends_there.to(torch.int32), *orders))
 
     def spread(self, first: int) -> torch.Tensor:
         """The index for an input whose first dimension is the batch, or a multiple of it (beams, tokens) in its order.

@@ -218,7 +218,7 @@ class LoRABaseLayer(Adapted):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """What the base computes, plus what the adapters add, in the dtype of the base's output."""
-        y = self.base_layer(input)
+        y = self.base_layer.forward(input)  # not the base itself, whose hooks are this layer's
         if self.rows is not None:
             index = self.rows.spread(len(input))
             for number, name in enumerate(self.rows.names):

@@ -13,6 +13,7 @@ from lowbit.adapted import AdaptedWeight
 from lowbit.functional import without_autocast
 from lowbit.modules import FrozenLinear
 from lowbit.ops.dense import frozen_linear
+from lowbit.ops.rows import lora_by_row
 
 from .adapted import RowAdapters
 from .base import Adapter, LoRABaseLayer, stored
@@ -69,7 +70,7 @@ class LoRALinear(LoRABaseLayer):
         if self.rows is not None:
             return self._each_row_with_its_adapter(input, self.rows)
         if not self.active or self.merged:
-            return base(input)
+            return base.forward(input)  # not the base itself, whose hooks are this layer's
         if input.shape[-1] != self.in_features:
             raise ValueError(
                 f"input: expected a last dimension of in_features={self.in_features}, got {tuple(input.shape)}"
@@ -92,7 +93,7 @@ class LoRALinear(LoRABaseLayer):
             return lowbit.lora_linear(input, weight, lora_a, lora_b, scaling, bias, dropout, self.training)
         if not isinstance(weight, QuantizedTensor) and not is_hooked:
             return lowbit.lora_linear(input, weight.T, lora_a, lora_b, scaling, bias, dropout, self.training)
-        y = self.base_layer(input) if is_hooked else input @ weight
+        y = self.base_layer.forward(input) if is_hooked else input @ weight
         with without_autocast(input.device):
             t = F.linear(F.dropout(input, dropout, self.training).to(lora_a.dtype), lora_a)
             y = y + (scaling * F.linear(t, lora_b)).to(y.dtype)
@@ -144,47 +145,46 @@ class LoRALinear(LoRABaseLayer):
 
     def _each_row_with_its_adapter(self, input: torch.Tensor, rows: RowAdapters) -> torch.Tensor:
         """One product with the base for all rows, and one grouped product with each factor of the adapters."""
-        y = self.base_layer(input)
+        y = self.base_layer.forward(input)
         known = [self.adapters.get(name) for name in rows.names]
+        if not any(known):
+            return y
         if any(adapter and adapter.use_dora for adapter in known):
             raise ValueError("adapter_names: expected adapters without DoRA, whose norms are of the whole weight")
         tokens = input.reshape(-1, self.in_features)
-        index = rows.spread(len(input)).repeat_interleave(len(tokens) // max(1, len(input)))
-        order = index.argsort(stable=True)
-        ends = torch.bincount(index, minlength=len(rows.names)).cumsum(0).to(torch.int32)
+        index = rows.index.repeat_interleave(rows.groups.tokens(tokens))
         dropped = self._dropped_by_row(tokens, index, known) if self.training else tokens
         with without_autocast(input.device):
-            lora_a, lora_b = self._stacked(rows.names)
-            delta = lowbit.grouped_matmul(lowbit.grouped_matmul(dropped[order], lora_a, ends), lora_b, ends)
-            delta = torch.empty_like(delta).index_copy(0, order, delta)
+            delta = lora_by_row(dropped, rows.groups, *self._factors_by_row(rows.names))
             if any(adapter and adapter.lora_bias for adapter in known):
                 nothing = delta.new_zeros(self.out_features)
                 delta = delta + torch.stack([self._own_bias(name, nothing) for name in rows.names])[index]
-            return y + delta.view(y.shape).to(y.dtype)
+            return (y + delta.view(y.shape)).to(y.dtype)
 
     def _own_bias(self, name: str, nothing: torch.Tensor) -> torch.Tensor:
         adapter = self.adapters.get(name)
         return adapter.scaling * self.lora_B[name].bias.float() if adapter and adapter.lora_bias else nothing
 
-    def _stacked(self, names: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(A [adapters, rank, in], scaling * B [adapters, out, rank])``, with zeros up to the largest rank.
+    def _factors_by_row(self, names: tuple[str, ...]) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
+        """The factors A and B and the scaling of each adapter, with zeros up to the largest rank.
 
         A name that this layer has no adapter of, such as that of the base, stands for zeros.
         """
         known = [self.adapters.get(name) for name in names]
-        rank = max((adapter.rank for adapter in known if adapter), default=1)
-        nothing = torch.zeros(rank, self.in_features, device=self.base_layer.weight.device)
-        stack_a, stack_b = [], []
+        rank = max(adapter.rank for adapter in known if adapter)
+        nothing = torch.zeros((), device=self.base_layer.weight.device)
+        of_a, of_b = [], []
         for name, adapter in zip(names, known, strict=True):
             if adapter is None:
-                stack_a.append(nothing)
-                stack_b.append(nothing.new_zeros(self.out_features, rank))
-                continue
-            lora_a, lora_b = self.factors(name)
-            missing = rank - adapter.rank
-            stack_a.append(F.pad(lora_a.float(), (0, 0, 0, missing)))
-            stack_b.append(F.pad(adapter.scaling * lora_b.float(), (0, missing)))
-        return torch.stack(stack_a), torch.stack(stack_b)
+                lora_a, lora_b = nothing.expand(rank, self.in_features), nothing.expand(self.out_features, rank)
+            else:
+                lora_a, lora_b = self.factors(name)
+                if adapter.rank < rank:
+                    missing = rank - adapter.rank
+                    lora_a, lora_b = F.pad(lora_a, (0, 0, 0, missing)), F.pad(lora_b, (0, missing))
+            of_a.append(lora_a)
+            of_b.append(lora_b)
+        return of_a, of_b, [adapter.scaling if adapter else 0.0 for adapter in known]
 
     def _dropped_by_row(self, tokens: torch.Tensor, index: torch.Tensor, known: list[Adapter | None]) -> torch.Tensor:
         chances = [adapter.lora_dropout if adapter else 0.0 for adapter in known]
