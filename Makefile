@@ -14,7 +14,7 @@ TEST_ARGS ?= -q
 SOURCES := setup.py pyproject.toml $(shell find lowbit lowbit_lora csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo demo-vision demo-adapters test test-fast prove prove-native native-test run-native run-sanitized
-.PHONY: neon-test run-neon avx512-test run-avx512 headers-test wheel-cuda lint format clean
+.PHONY: neon-test run-neon avx512-test run-avx512 headers-test wheel-cuda peft-tests both-ways lint format clean
 .DELETE_ON_ERROR:
 .SECONDARY:  # keep the stamps that pattern rules make
 
@@ -31,6 +31,7 @@ help:
 	@echo "make headers-test compile the bindings against the headers of every torch that is supported (fetches their wheels)"
 	@echo "make wheel-cuda   build a wheel for every GPU generation into dist/ (needs nvcc; a plain build serves one)"
 	@echo "make peft-tests   run PEFT's own LoRA tests against lowbit_lora, and count them (fetches PEFT's source; PEER_ARGS=...)"
+	@echo "make both-ways    load adapters of 16 kinds of models by PEFT and by lowbit_lora, each those of the other"
 	@echo "make lint   run the pre-commit checks on every file; changes nothing"
 	@echo "make format rewrite FILES=... with ruff and clang-format (default: every file git tracks)"
 	@echo "make clean  remove the environments, the build and what the demo wrote"
@@ -149,6 +150,9 @@ PEER_ARGS ?=
 peft-tests: .venv-peers/package.stamp build/$(PEFT)/PKG-INFO
 	@[ -f build/peers/baseline.jsonl ] || PEER_BASELINE=1 tests/peers/run.sh build/$(PEFT) .venv-peers/bin/python
 	@tests/peers/run.sh build/$(PEFT) .venv-peers/bin/python $(PEER_ARGS)
+
+both-ways: .venv-peers/package.stamp
+	@OMP_NUM_THREADS=1 .venv-peers/bin/python tests/peers/both_ways.py
 
 lint: .venv-lint/tools.stamp
 	.venv-lint/bin/pre-commit run --all-files --show-diff-on-failure

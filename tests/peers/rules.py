@@ -5,10 +5,13 @@ import re
 #: Passes that the shim itself, or PEFT's own code, provides: they do not count.
 PROVIDER = {
     r"test_from_pretrained_config_construction": "peft_config, which is the shim's",
+    r"test_no_infinite_recursion": "a class of the shim",
 }
 #: Passes that check nothing here.
 VACUOUS = {
-    r"irregular_state.*(MLP [123]|Conv1D [12]|Conv[123]d [13]|Conv1d)": "a model of one layer: the test returns early",
+    r"irregular_state": "a model of one layer: the test returns early",
+    r"test_no_warning_by_default|test_variant_is_applied": "looks for what lowbit never has",
+    r"test_wrong_scaling_datatype": "PEFT's own function refuses",
     r"TestTunerStateDictKeyPrefixes": "PEFT's own names of keys",
 }
 #: Failures looked into: lowbit_lora does it otherwise, and may.
@@ -31,8 +34,8 @@ EXPLAINED = {
     r"test_exclude_modules_not_used|TestExcludedModuleNames::test_realistic_example": "refuses an exclude_modules that "
     "excludes nothing, of which PEFT warns",
     r"targeted_module_names_unique": "lists layers in the order of the model",
-    r"test_only_params_are_updated.*Conv1D 2 LoRA|test_lora_embedding_default": "passes with other random numbers only; "
-    "so does PEFT",
+    r"test_only_params_are_updated.*Conv1D 2 LoRA|test_lora_embedding_default": "passes with other random numbers "
+    "only; so does PEFT",
     r"test_lora_embedding_gaussian": "draws A of an embedding too where the config says gaussian",
     r"lora_bias_when_base_layer_has_no_bias|with_bias_when_base_layer_has_no_bias_warns": "gives the base a bias where "
     "B's is merged, which PEFT refuses",
@@ -51,8 +54,8 @@ EXPLAINED = {
     r"test_non_existing_model_card|test_existing_model_card": "writes a short card, and none where there is one",
     r"EncoderDecoder.*test_generate_pos_args": "takes positional arguments of generate, which PEFT refuses here",
     r"test_modules_to_save_targets_module_dict_raises": "trains a ModuleDict, which PEFT refuses",
-    r"test_lora_with_bias_argument|test_no_modules_matched|test_targeting_module_to_save_raises|targets_lora_layer_raises|"
-    r"test_modules_to_save_targets_tuner_layer_raises|test_get_peft_model_repeated_invocation|"
+    r"test_lora_with_bias_argument|test_no_modules_matched|test_targeting_module_to_save_raises|"
+    r"targets_lora_layer_raises|test_modules_to_save_targets_tuner_layer_raises|test_get_peft_model_repeated_invocation|"
     r"second_adapter_only_modules_to_save_raises|test_targeting_trainable_tokens_raises|"
     r"test_valid_no_target_module_nor_target_parameter": "refuses in other words",
     r"test_from_pretrained_missing_keys_warning": "refuses an adapter with missing keys, of which PEFT only warns",
@@ -103,7 +106,8 @@ _OPERATIONS = (
     ),
     (r"target_parameter|TargetParameter", "target_parameters"),
     (
-        r"Exclude|TargetedModule|module_matching|all_linear|FindMinimal|layers_to_transform|layer_indexing|DefaultTarget|TestAdapterTargeting|TargetingAux|find_target|replication",
+        r"Exclude|TargetedModule|module_matching|all_linear|FindMinimal|layers_to_transform|layer_indexing|"
+        r"DefaultTarget|TestAdapterTargeting|TargetingAux|find_target|replication",
         "choice of target modules",
     ),
     (r"Status|status", "layer and model status"),
@@ -114,7 +118,8 @@ _OPERATIONS = (
         "several adapters: active together",
     ),
     (
-        r"load_multiple|add_adapter|multiple_adapter|set_adapter|second_adapter|adding_multiple|active_adapter|selected_adapter|adapter_name|substring",
+        r"load_multiple|add_adapter|multiple_adapter|set_adapter|second_adapter|adding_multiple|active_adapter|"
+        r"selected_adapter|adapter_name|substring",
         "several adapters: add, load, set, names",
     ),
     (r"disable|disabled", "disable_adapter"),

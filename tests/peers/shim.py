@@ -26,8 +26,6 @@ from plugin import FeatureMissing, touched
 from torch import nn
 
 import lowbit_lora
-from lowbit_lora.layers import layer_class
-from lowbit_lora.targets import base_of
 
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -85,20 +83,8 @@ def translated(config: LoraConfig, model: nn.Module, autocast: bool = True) -> l
     """lowbit_lora's config for PEFT's, or FeatureMissing."""
     if config.target_modules is None and not config.target_parameters:
         config.target_modules = _default_targets(model)
-    config = _weights_as_modules(config, model)
     with _unsupported():
         return lowbit_lora.LoraConfig.from_peft(config, **_dtype(model, autocast))
-
-
-def _weights_as_modules(config, model):
-    """The config with weights of plain layers, which PEFT also takes as parameters, named as layers."""
-    layers = {name for name, module in model.named_modules() if layer_class(base_of(module))}
-    wanted = config.target_parameters or ()
-    moved = {n for n in wanted if n.endswith(".weight") and any(f".{x}".endswith(f".{n[:-7]}") for x in layers)}
-    if not moved or not isinstance(config.target_modules or [], (list, set)):
-        return config
-    targets = {*(config.target_modules or ()), *(name.removesuffix(".weight") for name in moved)}
-    return dataclasses.replace(config, target_modules=targets, target_parameters=[n for n in wanted if n not in moved])
 
 
 def _dtype(model, autocast):

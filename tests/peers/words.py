@@ -18,19 +18,20 @@ _WORDS = {
     r"rank: expected a multiple of the convolution's groups=(\d+), got (\d+)": r"Targeting a Conv2d with groups=\1 and "
     r"rank \2. Currently, support is limited to conv layers where the rank is divisible by groups. Either choose a "
     "different rank or do not target this specific layer.",
-    r"rank: expected even ranks for init_lora_weights='orthogonal', got \[(\d+)\]": "Orthogonal initialization requires "
-    r"the LoRA rank to be even, got \1 instead.",
+    r"rank: expected even ranks for init_lora_weights='orthogonal', got \[(\d+)\]": "Orthogonal initialization "
+    r"requires the LoRA rank to be even, got \1 instead.",
     r"lora_bias: expected False for an embedding": "lora_bias=True is not supported for Embedding",
     r"bias: expected 'none' in a further adapter": "LoraModel supports only 1 adapter with bias. When using multiple "
     "adapters, set bias to 'none' for all adapters.",
-    r"adapter_names: expected (?:\d+, )?one for each (?:of the \d+ )?rows?": "Length of `adapter_names` should be the same as the number of "
-    "inputs, but got another",
-    r"adapter_names: expected modules to save that return a tensor": "Mixed batching is only supported for the following "
-    "modules: Linear, Embedding, Conv1d, Conv2d, Conv3d.",
+    r"adapter_names: expected (?:\d+, )?one for each (?:of the \d+ )?rows?": "Length of `adapter_names` should be the "
+    "same as the number of inputs, but got another",
+    r"adapter_names: expected modules to save that return a tensor": "Mixed batching is only supported for the "
+    "following modules: Linear, Embedding, Conv1d, Conv2d, Conv3d.",
     r"expected at most one active adapter that trains a whole": "Only one adapter can be set at a time for "
     "ModulesToSaveWrapper",
     r"expected different trainable_token_indices": "Only one adapter can be set at a time for TrainableTokensWrapper",
-    r"adapter_names: expected adapters without \w+ of a": "lora.ParamWrapper does not support mixed adapter batches yet.",
+    r"adapter_names: expected adapters without \w+ of a": "lora.ParamWrapper does not support mixed adapter batches "
+    "yet.",
     r"expected adapters without target_parameters to combine": "add_weighted_adapter does not support targeting "
     "nn.Parameter",
     r"expected keys and values of embed_dim": "Only same embed for query/key/value is supported as of now for "
