@@ -1,36 +1,25 @@
 """Which modules of a model a config means: the targets of LoRA and the modules to save."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 from torch import nn
 
+from lowbit.names import block_number, ends_with_pattern, few, find, matcher, what_there_is
+from lowbit.names import walk as walk_to
+
+from . import hf
 from .config import LoraConfig
-from .layers import Adapted, LoRALinear, layer_class
-
-ALL_LINEAR = "all-linear"
-_MAX_LISTED = 30
+from .layers import Adapted, LoRABaseLayer, LoRALinear, layer_class
 
 
-#: The names under which wrappers hold a module: of torch.compile, FSDP and torch's checkpoint wrapper.
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module below ``model``, and it, with each of its names, as in :func:`lowbit.names.walk`.
 
-
-def walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module below ``module``, and it, with each of its names.
-
-    The names are without those that wrappers (compile, DDP, FSDP, checkpointing) put in. What holds adapters stands for
-    its base; nothing inside it has a name.
+    What holds adapters stands for its base; nothing inside it has a name.
     """
-    yield name, module
-    if isinstance(module, Adapted):
-        return
-    is_ddp = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    for key, child in module._modules.items():
-        if child is not None:
-            wrapped = key in _WRAPPED or (is_ddp and key == "module")
-            yield from walk(child, name if wrapped else f"{name}.{key}" if name else key)
+    return walk_to(model, Adapted)
 
 
 def module_names(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -42,21 +31,41 @@ def module_names(model: nn.Module) -> dict[nn.Module, list[str]]:
     return names
 
 
+def with_nested(part: Adapted, name: str) -> dict[str, Adapted]:
+    """What holds adapters in the place of a module of that name: ``part`` and what is nested in it."""
+    return {name: part} | {f"{name}.{key}": inner for key, inner in part.nested().items()}
+
+
 def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
-    """What holds adapters in a model, by canonical name: also what is nested in another's place."""
+    """What holds adapters in a model, by canonical name; what is nested in another's place comes last."""
     found = {names[0]: module for module, names in module_names(model).items() if isinstance(module, Adapted)}
-    for name, module in list(found.items()):
-        found |= {f"{name}.{key}": inner for key, inner in module.nested().items()}
+    for name, part in list(found.items()):
+        found |= with_nested(part, name)
     return found
 
 
+def lora_layers(parts: dict[str, Adapted]) -> dict[str, LoRABaseLayer]:
+    """Those of the modules with adapters that have LoRA."""
+    return {name: part for name, part in parts.items() if isinstance(part, LoRABaseLayer)}
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The base of what holds adapters; any other module itself."""
+    return module.base if isinstance(module, Adapted) else module
+
+
+def output_layers(model: nn.Module) -> set[nn.Module]:
+    """The base of the layer that maps hidden states to the vocabulary, if there is one."""
+    return {base_of(module) for module in [hf.output_embedding(model)] if module is not None}
+
+
+def is_all_linear(wanted: str | list[str]) -> bool:
+    """Whether target_modules means every linear layer."""
+    return isinstance(wanted, str) and wanted.lower() == "all-linear"
+
+
 def find_targets(
-    model: nn.Module,
-    config: LoraConfig,
-    excluded: set[nn.Module],
-    heads: set[nn.Module],
-    *,
-    may_be_missing: bool = False,
+    model: nn.Module, config: LoraConfig, excluded: set[nn.Module], heads: set[nn.Module], may_be_missing: bool
 ) -> dict[nn.Module, str]:
     """The layers that get LoRA, with their canonical names.
 
@@ -71,99 +80,83 @@ def find_targets(
         TypeError: a matched module is of a kind that LoRA is not for.
     """
     wanted = config.target_modules
-    names = {module: all_names for module, all_names in module_names(model).items() if module not in excluded}
-    linears = {module: all_names for module, all_names in names.items() if LoRALinear.takes(base_of(module))}
-    if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
-        targets = {module: all_names[0] for module, all_names in linears.items() if base_of(module) not in heads}
-        if not targets:
-            raise ValueError(f"target_modules: 'all-linear' matches nothing; {_what_there_is(linears)}")
+    places = {module: names for module, names in module_names(model).items() if module not in excluded}
+    linears = {module: names[0] for module, names in places.items() if LoRALinear.takes(base_of(module))}
+    hint = what_there_is(linears.values(), "torch.nn.Linear layer")
+    if is_all_linear(wanted):
+        targets = {module: name for module, name in linears.items() if base_of(module) not in heads}
     else:
-        targets = {}
-        for pattern in [wanted] if isinstance(wanted, str) else wanted:
-            matches = _matcher("target_modules", wanted if isinstance(wanted, str) else [pattern])
-            found = {m: all_names[0] for m, all_names in names.items() if any(map(matches, all_names))}
-            if not found and not (may_be_missing and not isinstance(wanted, str)):
-                raise ValueError(f"target_modules: {pattern!r} matches nothing; {_what_there_is(linears)}")
-            targets |= found
-        if not targets and not config.target_parameters:
-            raise ValueError(f"target_modules: {wanted!r} matches nothing; {_what_there_is(linears)}")
+        is_list = not isinstance(wanted, str)
+        targets = find("target_modules", wanted, places, hint, wanted if may_be_missing and is_list else ())
+    if not targets and (is_all_linear(wanted) or not config.target_parameters):
+        raise ValueError(f"target_modules: {wanted!r} matches nothing; {hint}")
     targets = _narrowed(targets, config) if targets else {}
     for module, name in targets.items():
         if layer_class(base_of(module)) is None:
             raise TypeError(
                 "target_modules: expected layers such as torch.nn.Linear, embeddings, convolutions and "
-                f"torch.nn.MultiheadAttention, but {name!r} is a {type(module).__name__}; {_what_there_is(linears)}"
+                f"torch.nn.MultiheadAttention, but {name!r} is a {type(module).__name__}; {hint}"
             )
     return targets
 
 
-def find_parameters(
-    model: nn.Module, config: LoraConfig, excluded: set[nn.Module], *, may_be_missing: bool = False
-) -> dict[nn.Module, tuple[str, list[str]]]:
-    """The modules of the parameters that get LoRA: module -> (its canonical name, the parameters' names in its order).
-
-    Args:
-        config: target_parameters counts.
-        excluded: modules that never are targets (those to save).
-        may_be_missing: an entry may match nothing.
-
-    Raises:
-        ValueError: an entry matches nothing.
-    """
-    modules = {module: names for module, names in module_names(model).items() if module not in excluded}
-    here = {  # (module, parameter's name) -> all names of the parameter
-        (module, key): [f"{name}.{key}" for name in names]
-        for module, names in modules.items()
-        for key, parameter in base_of(module)._parameters.items()
-        if parameter is not None
-    }
-    chosen = set()
-    for entry in config.target_parameters or ():
-        found = {place for place, names in here.items() if any(map(_suffix(entry), names))}
-        if not found and not may_be_missing:
-            stacks = {(m, key): names for (m, key), names in here.items() if base_of(m)._parameters[key].dim() == 3}
-            what = _what_there_is(stacks, "stack of experts' weights")
-            raise ValueError(f"target_parameters: {entry!r} matches nothing; {what}")
-        chosen |= found
-    targets: dict[nn.Module, tuple[str, list[str]]] = {}
-    for module, key in [place for place in here if place in chosen]:
-        targets.setdefault(module, (modules[module][0], []))[1].append(key)
-    return targets
-
-
-def base_of(module: nn.Module) -> nn.Module:
-    """The base of what holds adapters; any other module itself."""
-    return module.base if isinstance(module, Adapted) else module
-
-
 def _narrowed(targets: dict[nn.Module, str], config: LoraConfig) -> dict[nn.Module, str]:
     """The targets that exclude_modules and layers_to_transform leave; ValueError if those leave none."""
-    left = targets
+    left, blocks = targets, config.layers_to_transform
     if config.exclude_modules:
-        excludes = _matcher("exclude_modules", config.exclude_modules)
+        excludes = matcher("exclude_modules", config.exclude_modules)
         left = {module: name for module, name in left.items() if not excludes(name)}
         if len(left) == len(targets):
-            raise ValueError(f"exclude_modules: {config.exclude_modules!r} matches none of {_few(targets.values())}")
-    if config.layers_to_transform is not None:
-        left = {m: name for m, name in left.items() if _block(name, config) in config.layers_to_transform}
+            raise ValueError(f"exclude_modules: {config.exclude_modules!r} matches none of {few(targets.values())}")
+    if blocks is not None:
+        left = {m: name for m, name in left.items() if block_number(name, config.layers_pattern or ()) in blocks}
     if not left:
         raise ValueError(
-            f"target_modules: exclude_modules={config.exclude_modules} and layers_to_transform="
-            f"{config.layers_to_transform} leave none of {_few(targets.values())}"
+            f"target_modules: exclude_modules={config.exclude_modules} and layers_to_transform={blocks} leave none of "
+            f"{few(targets.values())}"
         )
     return left
 
 
-def _block(name: str, config: LoraConfig) -> int | None:
-    """The number of the block that a layer is in: the first in its name, or the first behind a layers_pattern."""
-    lists = [re.escape(pattern) for pattern in config.layers_pattern or []]
-    found = re.match(rf"(?:.*?\.)??(?:{'|'.join(lists) or '[^.]+'})\.(\d+)\.", name)
-    return int(found[1]) if found else None
+def find_parameters(
+    model: nn.Module, config: LoraConfig, excluded: set[nn.Module], may_be_missing: bool
+) -> dict[nn.Module, tuple[str, list[str]]]:
+    """The modules of the parameters that get LoRA: module -> (its canonical name, the parameters' names in its order).
+
+    The arguments and errors are those of :func:`find_targets`, with target_parameters.
+    """
+    wanted = config.target_parameters or []
+    modules = {module: names for module, names in module_names(model).items() if module not in excluded}
+    places, stacks = {}, []  # (module, parameter's name) -> all names of the parameter
+    for module, names in modules.items():
+        for key, parameter in base_of(module)._parameters.items():
+            if parameter is not None:
+                places[module, key] = [f"{name}.{key}" for name in names]
+                stacks += places[module, key][:1] if parameter.dim() == 3 else []
+    hint = what_there_is(stacks, "stack of experts' weights")
+    chosen = find("target_parameters", wanted, places, hint, wanted if may_be_missing else ())
+    targets: dict[nn.Module, tuple[str, list[str]]] = {}
+    for module, key in places:
+        if (module, key) in chosen:
+            targets.setdefault(module, (modules[module][0], []))[1].append(key)
+    return targets
 
 
-def pattern_value(patterns: dict, name: str, default):
+def find_saved(model: nn.Module, wanted: list[str], may_be_missing: Container[str] = ()) -> dict[nn.Module, str]:
+    """The modules that train in full and are saved, outermost ones only, with their canonical names.
+
+    Raises:
+        ValueError: an entry outside ``may_be_missing`` matches nothing.
+    """
+    hint = f"the model's own parts are: {', '.join(name for name, _ in model.named_children())}"
+    saved = find("modules_to_save", wanted, module_names(model), hint, may_be_missing)
+    inner = {sub for module in saved for _, sub in walk(module) if sub is not module}
+    return {module: name for module, name in saved.items() if module not in inner}
+
+
+def pattern_value(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
     """The value of the first key of rank_pattern or alpha_pattern that matches a layer's name, else ``default``."""
-    return next((value for key, value in patterns.items() if _ends_with(key, name)), default)
+    return next((value for key, value in (patterns or {}).items() if ends_with_pattern(name, key)), default)
 
 
 def check_patterns(config: LoraConfig, names: list[str]) -> None:
@@ -171,59 +164,8 @@ def check_patterns(config: LoraConfig, names: list[str]) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field) or {}:
             try:
-                unused = not any(_ends_with(key, name) for name in names)
+                unused = not any(ends_with_pattern(name, key) for name in names)
             except re.error as error:
                 raise ValueError(f"{field}: expected names or regular expressions, got {key!r} ({error})") from error
             if unused:
-                raise ValueError(f"{field}: {key!r} matches none of the layers with LoRA: {_few(names)}")
-
-
-def _ends_with(key: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", name) is not None
-
-
-def find_saved(model: nn.Module, wanted: list[str], may_be_missing: tuple[str, ...] | None) -> dict[nn.Module, str]:
-    """The modules that train in full and are saved, outermost ones only, with their canonical names.
-
-    Raises:
-        ValueError: an entry outside ``may_be_missing`` (None: any may be) matches nothing.
-    """
-    names = module_names(model)
-    saved = {}
-    for entry in wanted:
-        found = {m: all_names[0] for m, all_names in names.items() if any(map(_suffix(entry), all_names))}
-        if not found and may_be_missing is not None and entry not in may_be_missing:
-            top = ", ".join(name for name, _ in model.named_children())
-            raise ValueError(f"modules_to_save: {entry!r} matches nothing; the model's own parts are: {top}")
-        saved |= found
-    inner = {sub for module in saved for _, sub in walk(module) if sub is not module}
-    return {module: name for module, name in saved.items() if module not in inner}
-
-
-def _suffix(entry: str):
-    return lambda name: name == entry or name.endswith("." + entry)
-
-
-def _matcher(argument: str, wanted: str | list[str]):
-    """What tells whether a name is meant: by one regular expression, or by a list of names and suffixes."""
-    if not isinstance(wanted, str):
-        matchers = [_suffix(entry) for entry in wanted]
-        return lambda name: any(matches(name) for matches in matchers)
-    try:
-        return re.compile(wanted).fullmatch
-    except re.error as error:
-        raise ValueError(f"{argument}: expected a regular expression, got {wanted!r} ({error})") from error
-
-
-def _few(names) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
-
-
-def _what_there_is(places: dict[Any, list[str]], kind: str = "torch.nn.Linear layer") -> str:
-    # Layers repeat: their names without the numbers say the same in a few lines.
-    short = sorted({re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", names[0]) for names in places.values()})
-    if not short:
-        return f"the model has no {kind}"
-    more = f" and {len(short) - _MAX_LISTED} more" if len(short) > _MAX_LISTED else ""
-    return f"what could be matched (* stands for a number): {', '.join(short[:_MAX_LISTED])}{more}"
+                raise ValueError(f"{field}: {key!r} matches none of the layers with LoRA: {few(names)}")

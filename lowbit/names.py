@@ -1,0 +1,107 @@
+"""Names of a model's modules and parameters: without those of wrappers, found by what a user wrote, and in errors."""
+
+import re
+from collections.abc import Callable, Container, Iterable, Iterator
+from typing import TypeVar
+
+from torch import nn
+
+Place = TypeVar("Place")
+
+#: The names under which wrappers hold a module: of torch.compile, FSDP and torch's checkpoint wrapper.
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_MAX_LISTED = 30
+
+
+def walk(module: nn.Module, leaves: type | tuple = (), name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module below ``module``, and it, with each of its names; none below a module of the classes ``leaves``.
+
+    The names are without those that wrappers (compile, DDP, FSDP, checkpointing) put in.
+    """
+    yield name, module
+    if isinstance(module, leaves):
+        return
+    is_ddp = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    for key, child in module._modules.items():
+        if child is not None:
+            wrapped = key in _WRAPPED or (is_ddp and key == "module")
+            yield from walk(child, leaves, name if wrapped else f"{name}.{key}" if name else key)
+
+
+def first_names(named: Iterable[tuple[str, nn.Module]]) -> dict[nn.Module, str]:
+    """Each module once, with its first name."""
+    first: dict[nn.Module, str] = {}
+    for name, module in named:
+        first.setdefault(module, name)
+    return first
+
+
+def has_suffix(name: str, entry: str) -> bool:
+    """Whether ``entry`` is ``name``, or what follows one of its dots."""
+    return name == entry or name.endswith(f".{entry}")
+
+
+def ends_with_pattern(name: str, pattern: str) -> bool:
+    """Whether a regular expression matches all of ``name``, or all that follows one of its dots."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def block_number(name: str, lists: Iterable[str] = ()) -> int | None:
+    """The first number in a layer's name, or the first that follows one of ``lists``: of the block that it is in."""
+    before = "|".join(re.escape(entry) for entry in lists) or "[^.]+"
+    found = re.match(rf"(?:.*?\.)??(?:{before})\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def matcher(argument: str, wanted: str | list[str]) -> Callable[[str], bool]:
+    """What tells whether a name is meant: by one regular expression for all of it, or by a list of names and suffixes.
+
+    Raises:
+        ValueError: no regular expression; ``argument`` is what the error calls it.
+    """
+    if not isinstance(wanted, str):
+        return lambda name: any(has_suffix(name, entry) for entry in wanted)
+    try:
+        pattern = re.compile(wanted)
+    except re.error as error:
+        raise ValueError(f"{argument}: expected a regular expression, got {wanted!r} ({error})") from error
+    return lambda name: pattern.fullmatch(name) is not None
+
+
+def find(
+    argument: str,
+    wanted: str | list[str],
+    places: dict[Place, list[str]],
+    hint: str,
+    may_be_missing: Container[str] = (),
+) -> dict[Place, str]:
+    """The places of which a name is meant, with the first name of each; ``wanted`` as in :func:`matcher`.
+
+    Raises:
+        ValueError: the regular expression, or an entry of the list outside ``may_be_missing``, matches nothing; the
+            error ends in ``hint``.
+    """
+    found = {}
+    for entry in [wanted] if isinstance(wanted, str) else wanted:
+        matches = matcher(argument, wanted if isinstance(wanted, str) else [entry])
+        of_entry = {place: names[0] for place, names in places.items() if any(map(matches, names))}
+        if not of_entry and entry not in may_be_missing:
+            raise ValueError(f"{argument}: {entry!r} matches nothing; {hint}")
+        found |= of_entry
+    return found
+
+
+def few(names: Iterable[str]) -> str:
+    """The first three names, and how many others there are."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
+
+
+def what_there_is(names: Iterable[str], kind: str) -> str:
+    """A hint for errors: names that could have been meant, or that the model has none of this ``kind``."""
+    # Layers repeat: their names without the numbers say the same in a few lines.
+    short = sorted({re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name) for name in names})
+    if not short:
+        return f"the model has no {kind}"
+    more = f" and {len(short) - _MAX_LISTED} more" if len(short) > _MAX_LISTED else ""
+    return f"what could be matched (* stands for a number): {', '.join(short[:_MAX_LISTED])}{more}"
