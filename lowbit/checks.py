@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 
@@ -75,3 +75,15 @@ def check_indices(name: str, value: Any) -> list[int]:
     if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
         raise ValueError(f"{name}: expected numbers from 0 on, got {numbers!r}")
     return numbers
+
+
+def check_names_or_pattern(name: str, value: Any) -> str | list[str]:
+    """A string, which is a regular expression, as it is; else what :func:`check_names` makes of it."""
+    return value if isinstance(value, str) else check_names(name, value or [])
+
+
+def check_by_name(check_value: Callable[[str, Any], Any], name: str, value: Any) -> dict[str, Any]:
+    """``value``, a dictionary from names to numbers; ``check_value`` checks each. TypeError for anything else."""
+    if not isinstance(value or {}, dict):
+        raise TypeError(f"{name}: expected a dictionary from names of layers to numbers, got {value!r}")
+    return {key: check_value(f"{name}[{key!r}]", number) for key, number in (value or {}).items()}

@@ -1,8 +1,7 @@
 """``quantize_`` and ``dequantize_``: a whole model's linear weights, in place. Modules keep their classes."""
 
 import dataclasses
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -215,13 +214,14 @@ class BeforeFreezing:
 
     requires_grad: dict[str, bool]
     nested: dict[nn.Module, bool]
+    also: Callable[[nn.Module], None] | None
 
     @classmethod
-    def of(cls, model: nn.Module, **more: Any) -> "BeforeFreezing":
-        """What has to be put back in a model that has not been changed yet; ``more`` are fields of a subclass."""
+    def of(cls, model: nn.Module, also: Callable[[nn.Module], None] | None = None) -> "BeforeFreezing":
+        """What has to be put back in a model that has not been changed yet; ``also`` puts back something else."""
         requires_grad = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
         nested = {m: m.use_nested_tensor for m in model.modules() if isinstance(m, nn.TransformerEncoder)}
-        return cls(requires_grad, nested, **more)
+        return cls(requires_grad, nested, also)
 
     def freeze(self, model: nn.Module) -> None:
         """Freeze all parameters. nn.TransformerEncoder does without nested tensors.
@@ -236,6 +236,8 @@ class BeforeFreezing:
     def apply(self, model: nn.Module) -> None:
         """Put it back; quantized weights stay frozen."""
         release_frozen(model)
+        if self.also:
+            self.also(model)
         for module, value in self.nested.items():
             module.use_nested_tensor = value
         for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -28,6 +28,15 @@ def walk(module: nn.Module, leaves: type | tuple = (), name: str = "") -> Iterat
             yield from walk(child, leaves, name if wrapped else f"{name}.{key}" if name else key)
 
 
+def all_names(named: Iterable[tuple[str, nn.Module]]) -> dict[nn.Module, list[str]]:
+    """Each module with all of its names, without that of the model itself, which is empty."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in named:
+        if name:
+            names.setdefault(module, []).append(name)
+    return names
+
+
 def first_names(named: Iterable[tuple[str, nn.Module]]) -> dict[nn.Module, str]:
     """Each module once, with its first name."""
     first: dict[nn.Module, str] = {}

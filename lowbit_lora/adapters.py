@@ -1,27 +1,32 @@
 """Operations on the adapters of a model: adding, choosing, renaming, combining and merging them in place."""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from lowbit.checks import named_errors
 from lowbit.lowrank import combine
 
 from .config import LoraConfig
 from .layers import Adapted, LoRABaseLayer, LoRAExperts, RowAdapters, TrainedTokens
-from .targets import adapted_modules
+from .targets import adapted_modules, lora_layers
 from .training import set_trainable
-from .wrap import Plan
+from .wrap import Plan, fill_factors
 
 #: What ``adapter_names`` calls a row without an adapter, as in PEFT.
 BASE = "__base__"
 
 
 class AdapterOperations(nn.Module):
-    """A module with a ``model`` on which there are adapters; what :class:`~lowbit_lora.LoraModel` can do with these."""
+    """A module with a ``model`` on which there are adapters; what :class:`~lowbit_lora.LoraModel` can do with these.
+
+    Raises:
+        ValueError: in each method, for a name of no adapter, and once the adapters are merged into the model for good.
+            What an error stops has changed nothing.
+    """
 
     model: nn.Module
     #: The config of each adapter.
@@ -63,7 +68,7 @@ class AdapterOperations(nn.Module):
 
         Raises:
             ValueError, TypeError: as for the constructor; the name is taken; the config says how to store the base, and
-                differently from how it is stored. Nothing has changed then.
+                differently from how it is stored.
         """
         self._add(name, config)
 
@@ -103,7 +108,7 @@ class AdapterOperations(nn.Module):
             options: rank, density, majority_sign and generator, as in :mod:`lowbit.lowrank`.
 
         Raises:
-            ValueError, TypeError: an argument out of range; no adapter of a name. Nothing has changed then.
+            ValueError, TypeError: an argument out of range.
         """
         self._parts()
         names = list(self._known(list(names)))
@@ -118,7 +123,7 @@ class AdapterOperations(nn.Module):
         """Compute and train with these adapters, and no others; their parts are added.
 
         Raises:
-            ValueError: there is no adapter of a name, or adapters are merged.
+            ValueError: adapters are merged.
         """
         names = self._known([names] if isinstance(names, str) else list(names))
         parts = self._unmerged_parts().values()
@@ -134,7 +139,7 @@ class AdapterOperations(nn.Module):
         """Remove an adapter that is not active.
 
         Raises:
-            ValueError: there is none of that name, it is active, or it is the first one and trains biases.
+            ValueError: it is active, or it is the first one and trains biases.
         """
         self._known([name])
         if name in self._active:
@@ -148,11 +153,7 @@ class AdapterOperations(nn.Module):
         del self.configs[name]
 
     def rename_adapter(self, old: str, new: str) -> None:
-        """Give an adapter another name. Its parameters stay the same objects.
-
-        Raises:
-            ValueError: there is no ``old``, or there is a ``new``.
-        """
+        """Give an adapter another name, a new one. Its parameters stay the same objects."""
         self._known([old])
         check_new_name(new, self.configs)
         for part in self._parts().values():
@@ -163,11 +164,7 @@ class AdapterOperations(nn.Module):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Context in which the model computes what its base does. Trained biases stay in it.
-
-        Raises:
-            ValueError: adapters are merged.
-        """
+        """Context in which the model computes what its base does. Trained biases stay in it. No adapter is merged."""
         active = [(part, part.active) for part in self._unmerged_parts().values()]
         try:
             for part, _ in active:
@@ -185,26 +182,23 @@ class AdapterOperations(nn.Module):
             safe: refuse weights with NaN or inf.
 
         Raises:
-            ValueError: adapters are merged already; no adapter of a name; a weight that is not finite. Nothing has
-                changed then.
+            ValueError: adapters are merged already; ``safe`` and a weight is not finite.
         """
         names = self._active if names is None else self._known(list(names))
         done = []
         try:
-            for part in self._parts().values():
-                if isinstance(part, LoRABaseLayer):
-                    part.merge([name for name in names if name in part.adapters], safe=safe)
-                    done.append(part)
+            for layer in lora_layers(self._parts()).values():
+                layer.merge([name for name in names if name in layer.adapters], safe=safe)
+                done.append(layer)
         except BaseException:
-            for part in done:
-                part.unmerge()
+            for layer in done:
+                layer.unmerge()
             raise
 
     def unmerge_adapter(self) -> None:
         """Put the base's own weights back: the very tensors, so that stored bytes are what they were."""
-        for part in self._parts().values():
-            if isinstance(part, LoRABaseLayer):
-                part.unmerge()
+        for layer in lora_layers(self._parts()).values():
+            layer.unmerge()
 
     def _parts(self) -> dict[str, Adapted]:
         """What holds adapters, by canonical name."""
@@ -242,45 +236,27 @@ def add_weighted(
 ) -> LoraConfig:
     """Add an adapter that stands for several to each layer that has one of them; returns its config.
 
-    A layer without an adapter leaves that out of its sum. What is trained whole (modules to save, single rows) is
-    copied from ``saved_from``, by default from the first of ``names`` that has it. ``options`` are those of
-    :func:`lowbit.lowrank.combine`.
-
-    Raises:
-        ValueError, TypeError: see there; the layer is named. Nothing has changed then.
+    A layer without an adapter leaves that out of its sum. The arguments and errors are those of
+    :meth:`AdapterOperations.add_weighted_adapter`; errors name the layer.
     """
     parts = adapted_modules(model)
-    layers = {name: part for name, part in parts.items() if isinstance(part, LoRABaseLayer)}
-    sources = {}
-    for module_name, part in parts.items():
-        owners = [name for name in ([saved_from] if saved_from else names) if name in part.adapters]
-        if module_name in layers or not owners:
-            continue
-        sources[module_name] = owners[0]
+    layers = lora_layers(parts)
     made = {}
     for layer_name, layer in layers.items():
-        own = [(name, weight) for name, weight in zip(names, weights, strict=True) if name in layer.adapters]
+        own = {name: weight for name, weight in zip(names, weights, strict=True) if name in layer.adapters}
         if own:
-            if isinstance(layer, LoRAExperts):
-                raise ValueError(f"{layer_name}: expected adapters without target_parameters to combine, as in PEFT")
-            if any(layer.adapters[name].use_dora or layer.adapters[name].lora_bias for name, _ in own):
-                raise ValueError(f"{layer_name}: expected adapters without DoRA and lora_bias to combine")
-            factors = [(*(f.flatten(1) for f in layer.factors(name)), layer.adapters[name].scaling) for name, _ in own]
-            try:
-                made[layer_name] = combine(factors, [weight for _, weight in own], **options)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{layer_name}: {error}") from error
-    for layer_name, values in made.items():
-        layer, rank = layers[layer_name], len(values[0])
-        dtype = next(factor.dtype for name in names if name in layer.adapters for factor in layer.factors(name))
+            with named_errors(layer_name):
+                made[layer_name] = _combined(layer, own, options)
+    for layer_name, (lora_a, lora_b) in made.items():
+        layer, rank = layers[layer_name], len(lora_a)
+        dtype = next(layer.factors(name)[0].dtype for name in names if name in layer.adapters)
         layer.add_adapter(new, layer.adapter_type(rank, rank), dtype)
-        lora_a, lora_b = values
-        for factor, value in zip(layer.factors(new), (lora_a, lora_b / layer.adapters[new].scaling), strict=True):
-            factor.copy_(value.view(factor.shape))
-            factor.requires_grad_(False)
+        fill_factors(layer, new, lora_a, lora_b / layer.adapters[new].scaling)
     saved, rows = [], {}
-    for module_name, source in sources.items():
-        part = parts[module_name]
+    for module_name, part in parts.items():
+        source = next((name for name in ([saved_from] if saved_from else names) if name in part.adapters), None)
+        if module_name in layers or source is None:
+            continue
         if isinstance(part, TrainedTokens):
             rows[module_name] = part.adapters[source].tolist()
             part.add_adapter(new, rows[module_name])
@@ -288,14 +264,16 @@ def add_weighted(
             saved.append(module_name)
             part.add_adapter(new)
         for key, target in part.adapter_tensors(new).items():
-            target.copy_(part.adapter_tensors(source)[key]).requires_grad_(False)
+            target.copy_(part.adapter_tensors(source)[key])
+    for part in parts.values():
+        for parameter in part.adapter_parameters(new):
+            parameter.requires_grad_(False)
     # The config names an attention layer once, for both of its parts.
     nested = {f"{name}.{key}" for name, layer in layers.items() for key in layer.nested()}
     ranks = {name: len(lora_a) for name, (lora_a, _) in made.items() if name not in nested}
     rank = max(ranks.values())
-    others = {name: value for name, value in ranks.items() if value != rank} or None
-    return dataclasses.replace(
-        LoraConfig(),
+    others = {name: value for name, value in ranks.items() if value != rank}
+    return LoraConfig(
         rank=rank,
         lora_alpha=rank,
         target_modules=sorted(ranks),
@@ -304,3 +282,13 @@ def add_weighted(
         modules_to_save=saved or None,
         trainable_token_indices=rows or None,
     )
+
+
+def _combined(layer: LoRABaseLayer, weights: dict[str, float], options: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """``(A, B)`` for a layer's adapters, each times its weight."""
+    if isinstance(layer, LoRAExperts):
+        raise ValueError("expected adapters without target_parameters to combine, as in PEFT")
+    if any(layer.adapters[name].use_dora or layer.adapters[name].lora_bias for name in weights):
+        raise ValueError("expected adapters without DoRA and lora_bias to combine")
+    factors = [(*(f.flatten(1) for f in layer.factors(name)), layer.adapters[name].scaling) for name in weights]
+    return combine(factors, [*weights.values()], **options)

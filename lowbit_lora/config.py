@@ -3,7 +3,7 @@
 import enum
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,25 +23,13 @@ class QuantizationType(str, enum.Enum):
     FP4 = "fp4"
     INT8 = "int8"
 
-
-def _names_or_pattern(name: str, value: Any) -> str | list[str]:
-    return value if isinstance(value, str) else checks.check_names(name, value or [])
-
-
-def _one_or_more_names(name: str, value: Any) -> list[str] | None:
-    names = [value] if isinstance(value, str) and value else value or []
-    return checks.check_names(name, names) or None
-
-
-def _init_method(name: str, value: Any) -> str:
-    check_init(value, name)
-    return value
-
-
-def _by_layer(check_value: Callable[[str, Any], Any], name: str, value: Any) -> dict[str, Any] | None:
-    if not isinstance(value or {}, dict):
-        raise TypeError(f"{name}: expected a dictionary from names of layers to numbers, got {value!r}")
-    return {key: check_value(f"{name}[{key!r}]", number) for key, number in (value or {}).items()} or None
+    @classmethod
+    def _missing_(cls, value: Any) -> "QuantizationType":
+        """The member of a name in any case."""
+        for member in cls:
+            if isinstance(value, str) and member.value == value.lower():
+                return member
+        raise ValueError(f"quantization: expected one of {', '.join(member.name for member in cls)}, got {value!r}")
 
 
 def _token_indices(name: str, value: Any) -> list[int] | dict[str, list[int]]:
@@ -55,18 +43,16 @@ _CHECKS = {
     "rank": checks.check_count,
     "lora_alpha": checks.check_positive,
     "lora_dropout": checks.check_probability_below_1,
-    "init_lora_weights": _init_method,
     "loftq_iterations": checks.check_count,
     "bias": functools.partial(checks.check_choice, choices=("none", "all", "lora_only")),
     "lora_dtype": functools.partial(checks.check_choice, choices=FACTOR_DTYPES),
-    "target_modules": _names_or_pattern,
+    "target_modules": checks.check_names_or_pattern,
     "target_parameters": checks.check_names,
-    "exclude_modules": _names_or_pattern,
+    "exclude_modules": checks.check_names_or_pattern,
     "modules_to_save": checks.check_names,
     "layers_to_transform": checks.check_indices,
-    "layers_pattern": _one_or_more_names,
-    "rank_pattern": functools.partial(_by_layer, checks.check_count),
-    "alpha_pattern": functools.partial(_by_layer, checks.check_positive),
+    "rank_pattern": functools.partial(checks.check_by_name, checks.check_count),
+    "alpha_pattern": functools.partial(checks.check_by_name, checks.check_positive),
     "trainable_token_indices": _token_indices,
 }
 
@@ -155,10 +141,15 @@ class LoraConfig:
             value = getattr(self, name)
             if check is not None and not (value is None and field.default is None):
                 self._set(name, check(name, value))
+        check_init(self.init_lora_weights, "init_lora_weights")
+        for name in ("rank_pattern", "alpha_pattern", "layers_pattern"):
+            self._set(name, getattr(self, name) or None)
         if not self.target_modules and not self.target_parameters:
             raise ValueError("target_modules: expected names, a regular expression or 'all-linear', got nothing")
         if self.target_parameters:
             check_unset(self, ("lora_dropout", "use_dora", "lora_bias"), "target_parameters")
+        if isinstance(self.layers_pattern, str):
+            self._set("layers_pattern", [self.layers_pattern])
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern: expected only together with layers_to_transform")
         if self.lora_bias and self.use_dora:
@@ -270,12 +261,7 @@ class QLoRAConfig(LoraConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        given = self.quantization
-        try:
-            self._set("quantization", QuantizationType(given.lower() if isinstance(given, str) else given))
-        except ValueError:
-            names = ", ".join(member.name for member in QuantizationType)
-            raise ValueError(f"quantization: expected one of {names}, got {given!r}") from None
+        self._set("quantization", QuantizationType(self.quantization))
         check_scale(self.scale, self.spec)
         if self.paged_adamw:
             raise NotImplementedError("paged_adamw: the paged optimizer is not implemented yet; expected False")

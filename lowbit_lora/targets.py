@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from lowbit.names import block_number, ends_with_pattern, few, find, matcher, what_there_is
+from lowbit.lowrank import is_decomposing
+from lowbit.names import all_names, block_number, ends_with_pattern, few, find, matcher, what_there_is
 from lowbit.names import walk as walk_to
 
 from . import hf
@@ -24,11 +25,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def module_names(model: nn.Module) -> dict[nn.Module, list[str]]:
     """Every module below ``model`` with its names; a shared module has several, the first is canonical."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in walk(model):
-        if name:
-            names.setdefault(module, []).append(name)
-    return names
+    return all_names(walk(model))
 
 
 def with_nested(part: Adapted, name: str) -> dict[str, Adapted]:
@@ -159,8 +156,11 @@ def pattern_value(patterns: dict[str, Any] | None, name: str, default: Any) -> A
     return next((value for key, value in (patterns or {}).items() if ends_with_pattern(name, key)), default)
 
 
-def check_patterns(config: LoraConfig, names: list[str]) -> None:
-    """ValueError if a key of rank_pattern or alpha_pattern matches no layer that gets LoRA."""
+def check_found(config: LoraConfig, targets: dict[nn.Module, str], stacks: dict[nn.Module, tuple]) -> None:
+    """ValueError if there is nothing to adapt, or a key of a pattern, or init_lora_weights, does not fit it."""
+    if not targets and not stacks:
+        raise ValueError(f"target_parameters: {config.target_parameters} match nothing")
+    names = [*targets.values(), *(f"{name}.{key}" for name, keys in stacks.values() for key in keys)]
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field) or {}:
             try:
@@ -169,3 +169,9 @@ def check_patterns(config: LoraConfig, names: list[str]) -> None:
                 raise ValueError(f"{field}: expected names or regular expressions, got {key!r} ({error})") from error
             if unused:
                 raise ValueError(f"{field}: {key!r} matches none of the layers with LoRA: {few(names)}")
+    without_weight = [*stacks, *(module for module in targets if not hasattr(base_of(module), "weight"))]
+    if is_decomposing(config.init_lora_weights) and without_weight:
+        raise ValueError(
+            "init_lora_weights: expected one that leaves the base alone for target_parameters and "
+            f"torch.nn.MultiheadAttention, got {config.init_lora_weights!r}"
+        )

@@ -1,12 +1,11 @@
-"""What of a model trains, how it is stored, and what wrapping it changed that merging puts back."""
+"""What of a model trains, and how it is stored."""
 
-import dataclasses
 import sys
 from collections.abc import Container
 
 from torch import nn
 
-from lowbit.modules import BeforeFreezing, storage_summary
+from lowbit.modules import storage_summary
 from lowbit.names import first_names
 
 from . import hf
@@ -47,19 +46,6 @@ def trainable_biases(
         if parameter is not None:
             found.setdefault(parameter, f"{prefix}.bias")
     return {name: parameter for parameter, name in found.items()}
-
-
-@dataclasses.dataclass
-class Restore(BeforeFreezing):
-    """What wrapping changed besides the layers, so that merging can put it back."""
-
-    checkpointing: bool
-
-    def apply(self, model: nn.Module) -> None:
-        """Put it back."""
-        super().apply(model)
-        if self.checkpointing:
-            hf.disable_checkpointing(model)
 
 
 def print_storage(model: nn.Module) -> None:

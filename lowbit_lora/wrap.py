@@ -11,48 +11,19 @@ import warnings
 import torch
 from torch import nn
 
-from lowbit import QuantizedTensor
+from lowbit import QuantizedTensor, modules
 from lowbit.checks import named_errors
 from lowbit.lowrank import factors_of_weight, is_decomposing
-from lowbit.modules import (
-    adopt_frozen,
-    check_weights_at_hand,
-    find_weights,
-    quantized_weights,
-    replace_modules,
-    replace_weights,
-)
-from lowbit.names import first_names
+from lowbit.modules import BeforeFreezing
+from lowbit.names import few, first_names
 from lowbit.quantizers.quantize import quantize_to
 
-from . import hf
+from . import hf, targets
 from .base import of_base
 from .config import LoraConfig, QLoRAConfig
-from .layers import (
-    DEFAULT,
-    Adapted,
-    Adapter,
-    LoRABaseLayer,
-    LoRAExperts,
-    SavedModule,
-    TrainedTokens,
-    layer_class,
-    share_hooks,
-)
-from .targets import (
-    base_of,
-    check_patterns,
-    find_parameters,
-    find_saved,
-    find_targets,
-    is_all_linear,
-    lora_layers,
-    output_layers,
-    pattern_value,
-    walk,
-    with_nested,
-)
-from .training import Restore, set_trainable, trainable_biases
+from .layers import Adapted, Adapter, LoRABaseLayer, LoRAExperts, SavedModule, TrainedTokens, layer_class, share_hooks
+from .targets import base_of, lora_layers, walk, with_nested
+from .training import set_trainable, trainable_biases
 
 
 class Plan:
@@ -71,18 +42,11 @@ class Plan:
         parts: canonical name -> module with a place for the adapter.
 
     Raises:
-        ValueError, TypeError: see :func:`~lowbit_lora.targets.find_targets`; also for NaN or inf in a weight to
-            quantize.
+        ValueError, TypeError: also for NaN or inf in a weight to quantize; see :mod:`lowbit_lora.targets`.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        config: LoraConfig,
-        name: str = DEFAULT,
-        *,
-        first: LoraConfig | None = None,
-        listed: bool = False,
+        self, model: nn.Module, config: LoraConfig, name: str, *, first: LoraConfig | None = None, listed: bool = False
     ):
         if first is None:
             _check_convertible(model)
@@ -95,27 +59,25 @@ class Plan:
         wanted = list(config.modules_to_save or [])
         if not listed and config.modules_to_save != []:
             wanted += [head for head in heads if head not in wanted]
-        saved = find_saved(model, wanted, wanted if listed else hf.automatic_names(config.task_type))
+        saved = targets.find_saved(model, wanted, wanted if listed else hf.automatic_names(config.task_type))
         inside_saved = {sub for module in saved for sub in base_of(module).modules()}
-        head_modules = output_layers(model)
-        head_modules |= {sub for head in heads for sub in base_of(hf.unwrapped(model).get_submodule(head)).modules()}
-        targets = find_targets(model, config, inside_saved | set(saved), head_modules, listed)
-        stacks = find_parameters(model, config, inside_saved | set(saved), listed)
-        _check_found(config, targets, stacks)
+        heads_inside = [base_of(hf.unwrapped(model).get_submodule(head)).modules() for head in heads]
+        head_modules = targets.output_layers(model).union(*heads_inside)
+        found = targets.find_targets(model, config, inside_saved | set(saved), head_modules, listed)
+        stacks = targets.find_parameters(model, config, inside_saved | set(saved), listed)
+        targets.check_found(config, found, stacks)
         tokens = self._token_rows(config)
-        self.config = dataclasses.replace(
-            config,
-            # Names where it is "all-linear", of which PEFT's idea may differ, and a later one of ours.
-            target_modules=sorted(targets.values()) if is_all_linear(config.target_modules) else config.target_modules,
-            modules_to_save=list(saved.values()) or None,
-            # With a task PEFT would look for a head in the file.
-            task_type=None if config.modules_to_save == [] else config.task_type if listed else task_type,
-        )
-        self._weights = self._stored(config, targets, inside_saved, head_modules)
+        if targets.is_all_linear(config.target_modules):
+            # Spelled out: PEFT's idea of it may differ, and a later one of ours.
+            config = dataclasses.replace(config, target_modules=sorted(found.values()))
+        # With a task PEFT would look for a head in the file.
+        task_type = None if config.modules_to_save == [] else config.task_type if listed else task_type
+        self.config = dataclasses.replace(config, modules_to_save=list(saved.values()) or None, task_type=task_type)
+        self._weights = self._stored(found, inside_saved, head_modules)
         self._fresh: dict[nn.Module, Adapted] = {}
         self.parts: dict[str, Adapted] = {}
         try:
-            for module, layer_name in targets.items():
+            for module, layer_name in found.items():
                 self._add_lora(module, layer_name)
             for module, (module_name, keys) in stacks.items():
                 self._add_experts(module, module_name, keys)
@@ -144,22 +106,26 @@ class Plan:
         return {
             module: (name, list(indices))
             for entry, indices in wanted.items()
-            for module, name in find_saved(self.model, [entry]).items()
+            for module, name in targets.find_saved(self.model, [entry]).items()
         }
 
-    def _stored(self, config, targets, inside_saved, heads) -> dict[nn.Parameter, nn.Parameter]:
+    def _stored(
+        self, found: dict[nn.Module, str], inside_saved: set[nn.Module], heads: set[nn.Module]
+    ) -> dict[nn.Parameter, nn.Parameter]:
         """A quantized parameter for each weight that the config stores so."""
+        config = self.config
         if not isinstance(config, QLoRAConfig) or not self.is_first:
             return {}
         fused = hf.read_by_fused_kernels(self.model)
-        _check_not_fused(targets, fused)
+        _check_not_fused(found, fused)
         skipped = inside_saved | hf.kept_in_fp32(self.model) | fused.keys()
         skipped |= set() if config.quantize_head else heads
-        weights = find_weights(self.model, skipped, embeddings=config.quantize_embeddings, head=config.quantize_head)
+        options = {"embeddings": config.quantize_embeddings, "head": config.quantize_head}
+        weights = modules.find_weights(self.model, skipped, **options)
         if is_decomposing(config.init_lora_weights):  # these are quantized once what LoRA takes is out of them
-            taken = {base_of(module).weight for module in targets}
+            taken = {base_of(module).weight for module in found}
             weights = {weight: name for weight, name in weights.items() if weight not in taken}
-        return quantized_weights(weights, config.spec, config.scale)
+        return modules.quantized_weights(weights, config.spec, config.scale)
 
     def _part(self, module: nn.Module, name: str, kind: type[Adapted], **options) -> Adapted:
         """The place for the adapter at a module: what is there already, or a new one."""
@@ -278,12 +244,14 @@ class Plan:
             if part not in self._fresh.values() and self.name in part.adapters:
                 part.delete_adapter(self.name)
 
-    def apply(self, trainable: bool = True) -> Restore | None:
+    def apply(self, trainable: bool = True) -> BeforeFreezing | None:
         """Change the model; returns what undoes the parts that merging does not, for the first adapter."""
         model, config = self.model, self.config
-        restore = Restore.of(model, checkpointing=config.gradient_checkpointing) if self.is_first else None
-        replace_modules(model, self._fresh)
-        replace_weights(model, self._weights)
+        restore = None
+        if self.is_first:
+            restore = BeforeFreezing.of(model, hf.disable_checkpointing if config.gradient_checkpointing else None)
+        modules.replace_modules(model, self._fresh)
+        modules.replace_weights(model, self._weights)
         if config.use_dora and self._weights:
             for layer in lora_layers(self.parts).values():
                 layer.reset_magnitude(self.name)
@@ -298,7 +266,7 @@ class Plan:
             for part in self.parts.values():
                 for parameter in part.adapter_parameters(self.name):
                     parameter.requires_grad_(False)
-        adopt_frozen(model)
+        modules.adopt_frozen(model)
         return restore
 
 
@@ -311,22 +279,9 @@ def fill_factors(layer: LoRABaseLayer, name: str, lora_a: torch.Tensor, lora_b: 
 def adapter_of(config: LoraConfig, name: str, layer: LoRABaseLayer) -> Adapter:
     """The settings of a config's adapter in a layer and its name."""
     name = layer.config_name(name)
-    rank = pattern_value(config.rank_pattern, name, config.rank)
-    alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+    rank = targets.pattern_value(config.rank_pattern, name, config.rank)
+    alpha = targets.pattern_value(config.alpha_pattern, name, config.lora_alpha)
     return layer.adapter_type(rank, alpha, config.lora_dropout, config.use_rslora, config.use_dora, config.lora_bias)
-
-
-def _check_found(config: LoraConfig, targets: dict[nn.Module, str], stacks: dict[nn.Module, tuple]) -> None:
-    if not targets and not stacks:
-        raise ValueError(f"target_parameters: {config.target_parameters} match nothing")
-    stack_names = [f"{name}.{key}" for name, keys in stacks.values() for key in keys]
-    check_patterns(config, [*targets.values(), *stack_names])
-    without_weight = [*stacks, *(module for module in targets if not hasattr(base_of(module), "weight"))]
-    if is_decomposing(config.init_lora_weights) and without_weight:
-        raise ValueError(
-            "init_lora_weights: expected one that leaves the base alone for target_parameters and "
-            f"torch.nn.MultiheadAttention, got {config.init_lora_weights!r}"
-        )
 
 
 def _check_further(config: LoraConfig, first: LoraConfig) -> None:
@@ -345,14 +300,14 @@ def _check_further(config: LoraConfig, first: LoraConfig) -> None:
         )
 
 
-def _check_not_fused(targets: dict[nn.Module, str], fused: dict[nn.Module, str]) -> None:
-    refused = [name for module, name in targets.items() if module in fused]
+def _check_not_fused(found: dict[nn.Module, str], fused: dict[nn.Module, str]) -> None:
+    refused = [name for module, name in found.items() if module in fused]
     if refused:
-        others = sorted({name.rpartition(".")[2] for module, name in targets.items() if module not in fused})
+        others = sorted({name.rpartition(".")[2] for module, name in found.items() if module not in fused})
         raise ValueError(
             f"target_modules: expected layers that the model calls, but its fused kernels read the weights of "
-            f"{', '.join(refused[:3])}{' and others' if len(refused) > 3 else ''} from memory, which 4-bit weights do "
-            f"not have. Name other layers, as in target_modules={others}; these then stay dense (LoraModel adapts them)"
+            f"{few(refused)} from memory, which 4-bit weights do not have. Name other layers, as in "
+            f"target_modules={others}; these then stay dense (LoraModel adapts them)"
         )
 
 
@@ -367,4 +322,4 @@ def _check_convertible(model: nn.Module) -> None:
                 f"model: expected one without adapters, but {name or 'it'!r} is a {type(module).__name__}; "
                 "call merge_and_unload() first"
             )
-    check_weights_at_hand(model)
+    modules.check_weights_at_hand(model)
