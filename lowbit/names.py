@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Container, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -98,6 +98,49 @@ def find(
             raise ValueError(f"{argument}: {entry!r} matches nothing; {hint}")
         found |= of_entry
     return found
+
+
+def narrowed(
+    found: dict[Place, str],
+    exclude_modules: str | list[str] | None = None,
+    layers_to_transform: Container[int] | None = None,
+    layers_pattern: Iterable[str] = (),
+) -> dict[Place, str]:
+    """Those of the layers found that are not excluded (by names as in :func:`matcher`) and are in one of the blocks.
+
+    Raises:
+        ValueError: none is left, or none was excluded.
+    """
+    left = found
+    if exclude_modules:
+        excludes = matcher("exclude_modules", exclude_modules)
+        left = {place: name for place, name in left.items() if not excludes(name)}
+        if len(left) == len(found):
+            raise ValueError(f"exclude_modules: {exclude_modules!r} matches none of {few(found.values())}")
+    if layers_to_transform is not None:
+        left = {p: name for p, name in left.items() if block_number(name, layers_pattern) in layers_to_transform}
+    if not left:
+        raise ValueError(
+            f"target_modules: exclude_modules={exclude_modules} and layers_to_transform={layers_to_transform} leave "
+            f"none of {few(found.values())}"
+        )
+    return left
+
+
+def pattern_value(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    """The value of the first pattern, as in :func:`ends_with_pattern`, that ``name`` ends with; else ``default``."""
+    return next((value for pattern, value in patterns.items() if ends_with_pattern(name, pattern)), default)
+
+
+def check_patterns(argument: str, patterns: Iterable[str], names: list[str]) -> None:
+    """ValueError if one of the patterns is no regular expression, or none of ``names`` ends with it."""
+    for pattern in patterns:
+        try:
+            unused = not any(ends_with_pattern(name, pattern) for name in names)
+        except re.error as error:
+            raise ValueError(f"{argument}: expected names or regular expressions, got {pattern!r} ({error})") from error
+        if unused:
+            raise ValueError(f"{argument}: {pattern!r} matches none of the layers with LoRA: {few(names)}")
 
 
 def few(names: Iterable[str]) -> str:

@@ -59,16 +59,12 @@ class AdapterOperations(nn.Module):
         return self._active
 
     def add_adapter(self, name: str, config: LoraConfig) -> None:
-        """Add an adapter that changes nothing yet. It is not active: ``set_adapter(name)`` makes it so.
+        """Add an adapter that changes nothing yet, by a new name. It is not active: ``set_adapter(name)`` makes it so.
 
-        Args:
-            name: a new one.
-            config: what to adapt, also modules that have no adapter yet. ``bias`` belongs to the first adapter; here it
-                has to be "none".
+        ``config`` may name modules that have no adapter yet. Its ``bias`` has to be "none": biases belong to the first.
 
         Raises:
-            ValueError, TypeError: as for the constructor; the name is taken; the config says how to store the base, and
-                differently from how it is stored.
+            ValueError, TypeError: as for the constructor; the name is taken; the config stores the base in another way.
         """
         self._add(name, config)
 
@@ -111,7 +107,7 @@ class AdapterOperations(nn.Module):
             ValueError, TypeError: an argument out of range.
         """
         self._parts()
-        names = list(self._known(list(names)))
+        names = list(self._known(names))
         check_new_name(name, self.configs)
         if len(names) != len(weights):
             raise ValueError(f"weights: expected {len(names)}, one for each adapter, got {len(weights)}")
@@ -120,12 +116,8 @@ class AdapterOperations(nn.Module):
         self.configs[name] = add_weighted(self.model, names, list(weights), name, saved_from, method=method, **options)
 
     def set_adapter(self, names: str | Iterable[str]) -> None:
-        """Compute and train with these adapters, and no others; their parts are added.
-
-        Raises:
-            ValueError: adapters are merged.
-        """
-        names = self._known([names] if isinstance(names, str) else list(names))
+        """Compute and train with these adapters, and no others; their parts are added. ValueError while merged."""
+        names = self._known([names] if isinstance(names, str) else names)
         parts = self._unmerged_parts().values()
         for part in parts:
             part.check_active(names)
@@ -136,11 +128,7 @@ class AdapterOperations(nn.Module):
         self._active = names
 
     def delete_adapter(self, name: str) -> None:
-        """Remove an adapter that is not active.
-
-        Raises:
-            ValueError: it is active, or it is the first one and trains biases.
-        """
+        """Remove an adapter. ValueError if it is active, or is the first one and trains biases."""
         self._known([name])
         if name in self._active:
             others = ", ".join(other for other in self.configs if other != name) or "none"
@@ -164,7 +152,7 @@ class AdapterOperations(nn.Module):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Context in which the model computes what its base does. Trained biases stay in it. No adapter is merged."""
+        """Context in which the model computes what its base does, with trained biases. ValueError while merged."""
         active = [(part, part.active) for part in self._unmerged_parts().values()]
         try:
             for part, _ in active:
@@ -179,12 +167,9 @@ class AdapterOperations(nn.Module):
 
         Args:
             names: the adapters; by default the active ones.
-            safe: refuse weights with NaN or inf.
-
-        Raises:
-            ValueError: adapters are merged already; ``safe`` and a weight is not finite.
+            safe: refuse weights with NaN or inf (ValueError, as where adapters are merged already).
         """
-        names = self._active if names is None else self._known(list(names))
+        names = self._active if names is None else self._known(names)
         done = []
         try:
             for layer in lora_layers(self._parts()).values():
@@ -213,11 +198,12 @@ class AdapterOperations(nn.Module):
                 raise ValueError(f"adapters: expected none that is merged, got {', '.join(part.merged)}; unmerge first")
         return parts
 
-    def _known(self, names: list[str]) -> tuple[str, ...]:
+    def _known(self, names: Iterable[str]) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(names))
         for name in names:
             if name not in self.configs:
                 raise ValueError(f"adapter: expected one of {', '.join(self.configs)}, got {name!r}")
-        return tuple(dict.fromkeys(names))
+        return names
 
 
 def check_new_name(name: str, configs: dict[str, LoraConfig]) -> None:

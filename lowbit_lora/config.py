@@ -144,12 +144,12 @@ class LoraConfig:
         check_init(self.init_lora_weights, "init_lora_weights")
         for name in ("rank_pattern", "alpha_pattern", "layers_pattern"):
             self._set(name, getattr(self, name) or None)
+        if isinstance(self.layers_pattern, str):
+            self._set("layers_pattern", [self.layers_pattern])
         if not self.target_modules and not self.target_parameters:
             raise ValueError("target_modules: expected names, a regular expression or 'all-linear', got nothing")
         if self.target_parameters:
             check_unset(self, ("lora_dropout", "use_dora", "lora_bias"), "target_parameters")
-        if isinstance(self.layers_pattern, str):
-            self._set("layers_pattern", [self.layers_pattern])
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern: expected only together with layers_to_transform")
         if self.lora_bias and self.use_dora:

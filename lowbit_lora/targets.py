@@ -1,13 +1,11 @@
 """Which modules of a model a config means: the targets of LoRA and the modules to save."""
 
-import re
 from collections.abc import Container, Iterator
-from typing import Any
 
 from torch import nn
 
 from lowbit.lowrank import is_decomposing
-from lowbit.names import all_names, block_number, ends_with_pattern, few, find, matcher, what_there_is
+from lowbit.names import all_names, check_patterns, find, narrowed, what_there_is
 from lowbit.names import walk as walk_to
 
 from . import hf
@@ -87,7 +85,8 @@ def find_targets(
         targets = find("target_modules", wanted, places, hint, wanted if may_be_missing and is_list else ())
     if not targets and (is_all_linear(wanted) or not config.target_parameters):
         raise ValueError(f"target_modules: {wanted!r} matches nothing; {hint}")
-    targets = _narrowed(targets, config) if targets else {}
+    if targets:
+        targets = narrowed(targets, config.exclude_modules, config.layers_to_transform, config.layers_pattern or ())
     for module, name in targets.items():
         if layer_class(base_of(module)) is None:
             raise TypeError(
@@ -95,24 +94,6 @@ def find_targets(
                 f"torch.nn.MultiheadAttention, but {name!r} is a {type(module).__name__}; {hint}"
             )
     return targets
-
-
-def _narrowed(targets: dict[nn.Module, str], config: LoraConfig) -> dict[nn.Module, str]:
-    """The targets that exclude_modules and layers_to_transform leave; ValueError if those leave none."""
-    left, blocks = targets, config.layers_to_transform
-    if config.exclude_modules:
-        excludes = matcher("exclude_modules", config.exclude_modules)
-        left = {module: name for module, name in left.items() if not excludes(name)}
-        if len(left) == len(targets):
-            raise ValueError(f"exclude_modules: {config.exclude_modules!r} matches none of {few(targets.values())}")
-    if blocks is not None:
-        left = {m: name for m, name in left.items() if block_number(name, config.layers_pattern or ()) in blocks}
-    if not left:
-        raise ValueError(
-            f"target_modules: exclude_modules={config.exclude_modules} and layers_to_transform={blocks} leave none of "
-            f"{few(targets.values())}"
-        )
-    return left
 
 
 def find_parameters(
@@ -151,24 +132,13 @@ def find_saved(model: nn.Module, wanted: list[str], may_be_missing: Container[st
     return {module: name for module, name in saved.items() if module not in inner}
 
 
-def pattern_value(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
-    """The value of the first key of rank_pattern or alpha_pattern that matches a layer's name, else ``default``."""
-    return next((value for key, value in (patterns or {}).items() if ends_with_pattern(name, key)), default)
-
-
 def check_found(config: LoraConfig, targets: dict[nn.Module, str], stacks: dict[nn.Module, tuple]) -> None:
     """ValueError if there is nothing to adapt, or a key of a pattern, or init_lora_weights, does not fit it."""
     if not targets and not stacks:
         raise ValueError(f"target_parameters: {config.target_parameters} match nothing")
     names = [*targets.values(), *(f"{name}.{key}" for name, keys in stacks.values() for key in keys)]
     for field in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, field) or {}:
-            try:
-                unused = not any(ends_with_pattern(name, key) for name in names)
-            except re.error as error:
-                raise ValueError(f"{field}: expected names or regular expressions, got {key!r} ({error})") from error
-            if unused:
-                raise ValueError(f"{field}: {key!r} matches none of the layers with LoRA: {few(names)}")
+        check_patterns(field, getattr(config, field) or {}, names)
     without_weight = [*stacks, *(module for module in targets if not hasattr(base_of(module), "weight"))]
     if is_decomposing(config.init_lora_weights) and without_weight:
         raise ValueError(

@@ -15,7 +15,7 @@ from lowbit import QuantizedTensor, modules
 from lowbit.checks import named_errors
 from lowbit.lowrank import factors_of_weight, is_decomposing
 from lowbit.modules import BeforeFreezing
-from lowbit.names import few, first_names
+from lowbit.names import few, first_names, pattern_value
 from lowbit.quantizers.quantize import quantize_to
 
 from . import hf, targets
@@ -279,8 +279,8 @@ def fill_factors(layer: LoRABaseLayer, name: str, lora_a: torch.Tensor, lora_b: 
 def adapter_of(config: LoraConfig, name: str, layer: LoRABaseLayer) -> Adapter:
     """The settings of a config's adapter in a layer and its name."""
     name = layer.config_name(name)
-    rank = targets.pattern_value(config.rank_pattern, name, config.rank)
-    alpha = targets.pattern_value(config.alpha_pattern, name, config.lora_alpha)
+    rank = pattern_value(config.rank_pattern or {}, name, config.rank)
+    alpha = pattern_value(config.alpha_pattern or {}, name, config.lora_alpha)
     return layer.adapter_type(rank, alpha, config.lora_dropout, config.use_rslora, config.use_dora, config.lora_bias)
 
 
