@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 
@@ -77,13 +77,33 @@ def check_indices(name: str, value: Any) -> list[int]:
     return numbers
 
 
+def check_one_or_more_names(name: str, value: Any) -> list[str] | None:
+    """A name, or several, as a list; None for an empty one. TypeError for anything else."""
+    names = [value] if isinstance(value, str) and value else value or []
+    return check_names(name, names) or None
+
+
 def check_names_or_pattern(name: str, value: Any) -> str | list[str]:
     """A string, which is a regular expression, as it is; else what :func:`check_names` makes of it."""
     return value if isinstance(value, str) else check_names(name, value or [])
 
 
-def check_by_name(check_value: Callable[[str, Any], Any], name: str, value: Any) -> dict[str, Any]:
-    """``value``, a dictionary from names to numbers; ``check_value`` checks each. TypeError for anything else."""
+def check_by_name(check_value: Callable[[str, Any], Any], name: str, value: Any) -> dict[str, Any] | None:
+    """A dictionary from names to numbers, of which ``check_value`` checks each; None for an empty one.
+
+    Raises:
+        TypeError: it is no dictionary.
+    """
     if not isinstance(value or {}, dict):
         raise TypeError(f"{name}: expected a dictionary from names of layers to numbers, got {value!r}")
-    return {key: check_value(f"{name}[{key!r}]", number) for key, number in (value or {}).items()}
+    return {key: check_value(f"{name}[{key!r}]", number) for key, number in (value or {}).items()} or None
+
+
+def check_new_name(what: str, name: Any, taken: Container[str]) -> None:
+    """TypeError/ValueError unless ``name`` can be that of a new submodule, and of a folder; ``what``: of what thing."""
+    if not isinstance(name, str):
+        raise TypeError(f"{what}: expected a name, got {name!r}")
+    if name in taken:
+        raise ValueError(f"{what}: expected a new name, got {name!r}, which is there")
+    if not name or any(character in name for character in "./\\"):
+        raise ValueError(f"{what}: expected a name without dots and slashes, got {name!r}")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.checks import named_errors
+from lowbit.checks import check_new_name, named_errors
 from lowbit.lowrank import combine
 
 from .config import LoraConfig
@@ -69,13 +69,13 @@ class AdapterOperations(nn.Module):
         self._add(name, config)
 
     def _add(self, name: str, config: LoraConfig, listed: bool = False) -> list[nn.Module]:
-        """The modules that have a place for adapters only now."""
-        check_new_name(name, self.configs)
-        before = set(self._parts().values())
+        """As :meth:`add_adapter`; returns the places for adapters that are new."""
+        check_new_name("adapter", name, self.configs)
+        self._parts()
         plan = Plan(self.model, config, name, first=self._first, listed=listed)
         plan.apply()
         self.configs[name] = plan.config
-        return [part for part in self._parts().values() if part not in before]
+        return list(plan.fresh.values())
 
     @property
     def _first(self) -> LoraConfig:
@@ -108,7 +108,7 @@ class AdapterOperations(nn.Module):
         """
         self._parts()
         names = list(self._known(names))
-        check_new_name(name, self.configs)
+        check_new_name("adapter", name, self.configs)
         if len(names) != len(weights):
             raise ValueError(f"weights: expected {len(names)}, one for each adapter, got {len(weights)}")
         if saved_from is not None and saved_from not in names:
@@ -143,7 +143,7 @@ class AdapterOperations(nn.Module):
     def rename_adapter(self, old: str, new: str) -> None:
         """Give an adapter another name, a new one. Its parameters stay the same objects."""
         self._known([old])
-        check_new_name(new, self.configs)
+        check_new_name("adapter", new, self.configs)
         for part in self._parts().values():
             if old in part.adapters:
                 part.rename_adapter(old, new)
@@ -204,16 +204,6 @@ class AdapterOperations(nn.Module):
             if name not in self.configs:
                 raise ValueError(f"adapter: expected one of {', '.join(self.configs)}, got {name!r}")
         return names
-
-
-def check_new_name(name: str, configs: dict[str, LoraConfig]) -> None:
-    """An error unless ``name`` can be that of a new adapter: of a submodule and of a folder."""
-    if not isinstance(name, str):
-        raise TypeError(f"adapter: expected a name, got {name!r}")
-    if name in configs:
-        raise ValueError(f"adapter: expected a new name, got {name!r}, which is there")
-    if not name or any(character in name for character in "./\\"):
-        raise ValueError(f"adapter: expected a name without dots and slashes, got {name!r}")
 
 
 @torch.no_grad()

@@ -51,6 +51,7 @@ _CHECKS = {
     "exclude_modules": checks.check_names_or_pattern,
     "modules_to_save": checks.check_names,
     "layers_to_transform": checks.check_indices,
+    "layers_pattern": checks.check_one_or_more_names,
     "rank_pattern": functools.partial(checks.check_by_name, checks.check_count),
     "alpha_pattern": functools.partial(checks.check_by_name, checks.check_positive),
     "trainable_token_indices": _token_indices,
@@ -142,10 +143,6 @@ class LoraConfig:
             if check is not None and not (value is None and field.default is None):
                 self._set(name, check(name, value))
         check_init(self.init_lora_weights, "init_lora_weights")
-        for name in ("rank_pattern", "alpha_pattern", "layers_pattern"):
-            self._set(name, getattr(self, name) or None)
-        if isinstance(self.layers_pattern, str):
-            self._set("layers_pattern", [self.layers_pattern])
         if not self.target_modules and not self.target_parameters:
             raise ValueError("target_modules: expected names, a regular expression or 'all-linear', got nothing")
         if self.target_parameters:
@@ -177,8 +174,7 @@ class LoraConfig:
 
     def to_peft(self) -> dict[str, Any]:
         """The dictionary of ``adapter_config.json``."""
-        same = {name: getattr(self, name) for name in _SAME_IN_PEFT}
-        return same | {
+        return {name: getattr(self, name) for name in _SAME_IN_PEFT} | {
             "peft_type": "LORA",
             "r": self.rank,
             "layers_pattern": self.layers_pattern,
@@ -221,13 +217,9 @@ _OTHERWISE_IN_PEFT |= {"gradient_checkpointing"}
 _SAME_IN_PEFT = [name for name in LoraConfig.__dataclass_fields__ if name not in _OTHERWISE_IN_PEFT]
 # Settings of PEFT that do not change what a finished adapter computes. An adapter with any other that is set (DoRA,
 # lora_bias, something newer than this file) would compute something else than it was trained for.
-# fmt: off
-_WITHOUT_EFFECT = {
-    "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "init_lora_weights",
-    "layers_pattern", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
-    "runtime_config",
-}
-# fmt: on
+_WITHOUT_EFFECT = {"auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "init_lora_weights"}
+_WITHOUT_EFFECT |= {"layers_pattern", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size"}
+_WITHOUT_EFFECT |= {"revision", "runtime_config"}
 
 
 @dataclass(frozen=True)

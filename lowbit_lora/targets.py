@@ -65,13 +65,12 @@ def find_targets(
     """The layers that get LoRA, with their canonical names.
 
     Args:
-        config: target_modules, exclude_modules, layers_to_transform and layers_pattern count.
         excluded: modules that never are targets (those to save).
         heads: layers that "all-linear" leaves out.
         may_be_missing: an entry of a list may match nothing, if another does.
 
     Raises:
-        ValueError: the pattern, or one entry of a list, matches nothing, or is no regular expression.
+        ValueError: see :func:`lowbit.names.find` and :func:`lowbit.names.narrowed`.
         TypeError: a matched module is of a kind that LoRA is not for.
     """
     wanted = config.target_modules

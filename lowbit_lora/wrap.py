@@ -40,6 +40,7 @@ class Plan:
     Attributes:
         config: ``config`` with targets, modules to save and task type spelled out.
         parts: canonical name -> module with a place for the adapter.
+        fresh: module -> its place, where there was none.
 
     Raises:
         ValueError, TypeError: also for NaN or inf in a weight to quantize; see :mod:`lowbit_lora.targets`.
@@ -74,7 +75,7 @@ class Plan:
         task_type = None if config.modules_to_save == [] else config.task_type if listed else task_type
         self.config = dataclasses.replace(config, modules_to_save=list(saved.values()) or None, task_type=task_type)
         self._weights = self._stored(found, inside_saved, head_modules)
-        self._fresh: dict[nn.Module, Adapted] = {}
+        self.fresh: dict[nn.Module, Adapted] = {}
         self.parts: dict[str, Adapted] = {}
         try:
             for module, layer_name in found.items():
@@ -129,7 +130,7 @@ class Plan:
 
     def _part(self, module: nn.Module, name: str, kind: type[Adapted], **options) -> Adapted:
         """The place for the adapter at a module: what is there already, or a new one."""
-        part = self._fresh.get(module, module)
+        part = self.fresh.get(module, module)
         if not isinstance(part, Adapted):
             is_lora = issubclass(kind, LoRABaseLayer)
             options |= {"rank": None, "freeze": False} if is_lora else {}
@@ -137,7 +138,7 @@ class Plan:
                 part = kind(module, **options)
             if is_lora:
                 share_hooks(module, part)
-            self._fresh[module] = part.train(module.training)
+            self.fresh[module] = part.train(module.training)
         elif not isinstance(part, kind):
             raise TypeError(
                 f"{name}: expected a module that no adapter changes in another way, got a {type(part).__name__}"
@@ -197,17 +198,11 @@ class Plan:
         own = {parameter: key for key, parameter in part.base.named_parameters()}
         inside = set(part.base.modules())
         for module, other in first_names(walk(self.model)).items():
-            base, place = base_of(module), self._fresh.get(module, module)
+            base = base_of(module)
             if base in inside or own.keys().isdisjoint(base._parameters.values()):
                 continue
             if isinstance(part, TrainedTokens):
-                if isinstance(place, Adapted) and not isinstance(place, TrainedTokens):
-                    raise ValueError(
-                        f"trainable_token_indices: expected {other}, which is tied to {name}, without another "
-                        "kind of adapter"
-                    )
-                if not isinstance(place, Adapted):
-                    self.parts[other] = self._fresh[module] = TrainedTokens(module, tied_to=part)
+                self._part(module, other, TrainedTokens, tied_to=part)
             elif self.config.ensure_weight_tying:
                 saved = self._part(module, other, SavedModule)
                 if self.name not in saved.adapters:
@@ -216,7 +211,7 @@ class Plan:
                 for key, parameter in base._parameters.items():
                     if parameter in own:
                         saved.modules_to_save[self.name]._parameters[key] = copies[own[parameter]]
-            elif not isinstance(place, SavedModule):
+            elif not isinstance(self.fresh.get(module, module), SavedModule):
                 warnings.warn(
                     f"modules_to_save: {name} is tied to {other}, which keeps the base's weight: a copy of {name} "
                     "trains apart from it, as in PEFT. ensure_weight_tying=True trains one for both",
@@ -241,7 +236,7 @@ class Plan:
 
     def _withdraw(self) -> None:
         for part in self.parts.values():
-            if part not in self._fresh.values() and self.name in part.adapters:
+            if part not in self.fresh.values() and self.name in part.adapters:
                 part.delete_adapter(self.name)
 
     def apply(self, trainable: bool = True) -> BeforeFreezing | None:
@@ -250,7 +245,7 @@ class Plan:
         restore = None
         if self.is_first:
             restore = BeforeFreezing.of(model, hf.disable_checkpointing if config.gradient_checkpointing else None)
-        modules.replace_modules(model, self._fresh)
+        modules.replace_modules(model, self.fresh)
         modules.replace_weights(model, self._weights)
         if config.use_dora and self._weights:
             for layer in lora_layers(self.parts).values():
@@ -291,13 +286,9 @@ def _check_further(config: LoraConfig, first: LoraConfig) -> None:
         stored = first.spec if isinstance(first, QLoRAConfig) else "a dense base"
         raise ValueError(f"config: expected how the base is stored ({stored}), got {config.spec}; take a LoraConfig")
     if config.bias != "none":
-        raise ValueError(
-            f"bias: expected 'none' in a further adapter, got {config.bias!r}: the model has one set of biases"
-        )
+        raise ValueError(f"bias: expected 'none', as the first adapter has the model's biases, got {config.bias!r}")
     if is_decomposing(config.init_lora_weights):
-        raise ValueError(
-            f"init_lora_weights: {config.init_lora_weights!r} changes the base, which the first adapter shares"
-        )
+        raise ValueError(f"init_lora_weights: {config.init_lora_weights!r} changes the base, which adapters share")
 
 
 def _check_not_fused(found: dict[nn.Module, str], fused: dict[nn.Module, str]) -> None:
@@ -312,8 +303,6 @@ def _check_not_fused(found: dict[nn.Module, str], fused: dict[nn.Module, str]) -
 
 
 def _check_convertible(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if hasattr(model, "peft_config"):
         raise ValueError("model: expected one without adapters, got a PEFT model; merge or unload it first")
     for name, module in model.named_modules():
