@@ -286,9 +286,13 @@ def _check_further(config: LoraConfig, first: LoraConfig) -> None:
         stored = first.spec if isinstance(first, QLoRAConfig) else "a dense base"
         raise ValueError(f"config: expected how the base is stored ({stored}), got {config.spec}; take a LoraConfig")
     if config.bias != "none":
-        raise ValueError(f"bias: expected 'none', as the first adapter has the model's biases, got {config.bias!r}")
+        raise ValueError(
+            f"bias: expected 'none' in a further adapter, got {config.bias!r}: the model has one set of biases"
+        )
     if is_decomposing(config.init_lora_weights):
-        raise ValueError(f"init_lora_weights: {config.init_lora_weights!r} changes the base, which adapters share")
+        raise ValueError(
+            f"init_lora_weights: {config.init_lora_weights!r} changes the base, which the first adapter shares"
+        )
 
 
 def _check_not_fused(found: dict[nn.Module, str], fused: dict[nn.Module, str]) -> None:
