@@ -1,19 +1,24 @@
 """``quantize_`` and ``dequantize_``: a whole model's linear weights, in place. Modules keep their classes."""
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from .checks import named_errors
 from .format import WeightSpec
 from .models import output_embedding
+from .names import has_suffix
 from .ops.dense import frozen_linear
 from .quantizers.quantize import check_scale, quantize_to
 from .tensor import QuantizedTensor
 
 #: Below this many weights a model converts before a progress bar could be read.
 _PROGRESS_FROM = 50_000_000
+#: Dense weights of so many bytes are named by :func:`storage_summary`.
+_LARGE = 2**20
 
 
 def linear_weights(module: nn.Module) -> list[str]:
@@ -105,7 +110,7 @@ def _skipped(model: nn.Module, skip: Iterable[str]) -> set[nn.Module]:
     skipped = set()
     for entry in skip:
         modules = model.named_modules(remove_duplicate=False)  # a shared one by each of its names
-        matches = [m for n, m in modules if n == entry or n.endswith(f".{entry}")]
+        matches = [module for name, module in modules if has_suffix(name, entry)]
         if not matches:
             raise ValueError(f"skip: expected names of modules, got {entry!r}, which matches none")
         skipped.update(inner for match in matches for inner in match.modules())
@@ -121,10 +126,8 @@ def quantized_weights(
     progress = tqdm(weights.items(), "Quantizing", leave=False, disable=None if size > _PROGRESS_FROM else True)
     replacements = {}
     for weight, name in progress:
-        try:
+        with named_errors(name):
             quantized = quantize_to(weight.detach(), spec, scale)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"{name}: {error}") from error
         replacements[weight] = nn.Parameter(quantized, requires_grad=False)
     return replacements
 
@@ -191,3 +194,80 @@ def release_frozen(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is FrozenLinear:
             module.__class__ = nn.Linear
+
+
+def check_weights_at_hand(model: nn.Module) -> None:
+    """ValueError if transformers has quantized the model, or accelerate keeps some of its weights elsewhere."""
+    if getattr(model, "is_quantized", False):
+        raise ValueError("model: expected dense weights, got a model that is quantized already")
+    for name, module in model.named_modules():
+        if getattr(getattr(module, "_hf_hook", None), "offload", False):
+            raise ValueError(
+                f"model: expected weights in memory, but accelerate keeps those of {name or 'it'!r} elsewhere; load "
+                "the model without offloading"
+            )
+
+
+@dataclasses.dataclass
+class BeforeFreezing:
+    """What :meth:`freeze` changes in a model, by name, so that it can be put back where modules were replaced since."""
+
+    requires_grad: dict[str, bool]
+    nested: dict[nn.Module, bool]
+    also: Callable[[nn.Module], None] | None
+
+    @classmethod
+    def of(cls, model: nn.Module, also: Callable[[nn.Module], None] | None = None) -> "BeforeFreezing":
+        """What has to be put back in a model that has not been changed yet; ``also`` puts back something else."""
+        requires_grad = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+        nested = {m: m.use_nested_tensor for m in model.modules() if isinstance(m, nn.TransformerEncoder)}
+        return cls(requires_grad, nested, also)
+
+    def freeze(self, model: nn.Module) -> None:
+        """Freeze all parameters. nn.TransformerEncoder does without nested tensors.
+
+        It looks at its first layer alone; nested tensors fail in those whose fused path an adapter turns off.
+        """
+        for module in self.nested:
+            module.use_nested_tensor = False
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+
+    def apply(self, model: nn.Module) -> None:
+        """Put it back; quantized weights stay frozen."""
+        release_frozen(model)
+        if self.also:
+            self.also(model)
+        for module, value in self.nested.items():
+            module.use_nested_tensor = value
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if not isinstance(parameter, QuantizedTensor):
+                parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
+
+
+def storage_summary(modules: dict[nn.Module, str], reasons: dict[nn.Module, str], trained: set[nn.Module]) -> str:
+    """One line: how many bytes hold quantized weights, and which large weights are dense, and why.
+
+    Args:
+        modules: those to look at, with their names; only parameters of their own count.
+        reasons: why the weights of some of them are dense; of others the class is named.
+        trained: those that train whole.
+    """
+    stored, large = {}, {}
+    for module, name in modules.items():
+        if module in trained:
+            large[id(module)] = f"{name} (trains whole)"
+            continue
+        for key, parameter in module._parameters.items():
+            if isinstance(parameter, QuantizedTensor):
+                stored[id(parameter)] = parameter
+            elif parameter is not None and parameter.nbytes >= _LARGE:
+                kind = "embedding" if isinstance(module, nn.Embedding) else f"of a {type(module).__name__}"
+                why = reasons.get(module, kind)
+                large.setdefault(id(parameter), f"{name}.{key} ({parameter.nbytes / 2**20:,.0f} MiB, {why})")
+    wide = sum(parameter.numel() * parameter.dtype.itemsize for parameter in stored.values())
+    small = sum(parameter.nbytes for parameter in stored.values())
+    dense = [*large.values()]
+    more = f" and {len(dense) - 5} more" if len(dense) > 5 else ""
+    text = f"lowbit: {len(stored)} weights of {wide / 2**20:,.1f} MiB take {small / 2**20:,.1f} MiB"
+    return text + (f"; dense: {', '.join(dense[:5])}{more}" if dense else "")

@@ -1,27 +1,32 @@
 """Operations on the adapters of a model: adding, choosing, renaming, combining and merging them in place."""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from lowbit.checks import check_new_name, named_errors
 from lowbit.lowrank import combine
 
 from .config import LoraConfig
 from .layers import Adapted, LoRABaseLayer, LoRAExperts, RowAdapters, TrainedTokens
-from .targets import adapted_modules
+from .targets import adapted_modules, lora_layers
 from .training import set_trainable
-from .wrap import Plan
+from .wrap import Plan, fill_factors
 
 #: What ``adapter_names`` calls a row without an adapter, as in PEFT.
 BASE = "__base__"
 
 
 class AdapterOperations(nn.Module):
-    """A module with a ``model`` on which there are adapters; what :class:`~lowbit_lora.LoraModel` can do with these."""
+    """A module with a ``model`` on which there are adapters; what :class:`~lowbit_lora.LoraModel` can do with these.
+
+    Raises:
+        ValueError: in each method, for a name of no adapter, and once the adapters are merged into the model for good.
+            What an error stops has changed nothing.
+    """
 
     model: nn.Module
     #: The config of each adapter.
@@ -53,27 +58,23 @@ class AdapterOperations(nn.Module):
         return self._active
 
     def add_adapter(self, name: str, config: LoraConfig) -> None:
-        """Add an adapter that changes nothing yet. It is not active: ``set_adapter(name)`` makes it so.
+        """Add an adapter that changes nothing yet, by a new name. It is not active: ``set_adapter(name)`` makes it so.
 
-        Args:
-            name: a new one.
-            config: what to adapt, also modules that have no adapter yet. ``bias`` belongs to the first adapter; here it
-                has to be "none".
+        ``config`` may name modules that have no adapter yet. Its ``bias`` has to be "none": biases belong to the first.
 
         Raises:
-            ValueError, TypeError: as for the constructor; the name is taken; the config says how to store the base, and
-                differently from how it is stored. Nothing has changed then.
+            ValueError, TypeError: as for the constructor; the name is taken; the config stores the base in another way.
         """
         self._add(name, config)
 
     def _add(self, name: str, config: LoraConfig, listed: bool = False) -> list[nn.Module]:
-        """The modules that have a place for adapters only now."""
-        check_new_name(name, self.configs)
-        before = set(self._parts().values())
+        """As :meth:`add_adapter`; returns the places for adapters that are new."""
+        check_new_name("adapter", name, self.configs)
+        self._parts()
         plan = Plan(self.model, config, name, first=self._first, listed=listed)
         plan.apply()
         self.configs[name] = plan.config
-        return [part for part in self._parts().values() if part not in before]
+        return list(plan.fresh.values())
 
     @property
     def _first(self) -> LoraConfig:
@@ -102,11 +103,11 @@ class AdapterOperations(nn.Module):
             options: rank, density, majority_sign and generator, as in :mod:`lowbit.lowrank`.
 
         Raises:
-            ValueError, TypeError: an argument out of range; no adapter of a name. Nothing has changed then.
+            ValueError, TypeError: an argument out of range.
         """
         self._parts()
-        names = list(self._known(list(names)))
-        check_new_name(name, self.configs)
+        names = list(self._known(names))
+        check_new_name("adapter", name, self.configs)
         if len(names) != len(weights):
             raise ValueError(f"weights: expected {len(names)}, one for each adapter, got {len(weights)}")
         if saved_from is not None and saved_from not in names:
@@ -114,12 +115,8 @@ class AdapterOperations(nn.Module):
         self.configs[name] = add_weighted(self.model, names, list(weights), name, saved_from, method=method, **options)
 
     def set_adapter(self, names: str | Iterable[str]) -> None:
-        """Compute and train with these adapters, and no others; their parts are added.
-
-        Raises:
-            ValueError: there is no adapter of a name, or adapters are merged.
-        """
-        names = self._known([names] if isinstance(names, str) else list(names))
+        """Compute and train with these adapters, and no others; their parts are added. ValueError while merged."""
+        names = self._known([names] if isinstance(names, str) else names)
         parts = self._unmerged_parts().values()
         for part in parts:
             part.check_active(names)
@@ -130,11 +127,7 @@ class AdapterOperations(nn.Module):
         self._active = names
 
     def delete_adapter(self, name: str) -> None:
-        """Remove an adapter that is not active.
-
-        Raises:
-            ValueError: there is none of that name, it is active, or it is the first one and trains biases.
-        """
+        """Remove an adapter. ValueError if it is active, or is the first one and trains biases."""
         self._known([name])
         if name in self._active:
             others = ", ".join(other for other in self.configs if other != name) or "none"
@@ -147,13 +140,9 @@ class AdapterOperations(nn.Module):
         del self.configs[name]
 
     def rename_adapter(self, old: str, new: str) -> None:
-        """Give an adapter another name. Its parameters stay the same objects.
-
-        Raises:
-            ValueError: there is no ``old``, or there is a ``new``.
-        """
+        """Give an adapter another name, a new one. Its parameters stay the same objects."""
         self._known([old])
-        check_new_name(new, self.configs)
+        check_new_name("adapter", new, self.configs)
         for part in self._parts().values():
             if old in part.adapters:
                 part.rename_adapter(old, new)
@@ -162,11 +151,7 @@ class AdapterOperations(nn.Module):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Context in which the model computes what its base does. Trained biases stay in it.
-
-        Raises:
-            ValueError: adapters are merged.
-        """
+        """Context in which the model computes what its base does, with trained biases. ValueError while merged."""
         active = [(part, part.active) for part in self._unmerged_parts().values()]
         try:
             for part, _ in active:
@@ -181,29 +166,23 @@ class AdapterOperations(nn.Module):
 
         Args:
             names: the adapters; by default the active ones.
-            safe: refuse weights with NaN or inf.
-
-        Raises:
-            ValueError: adapters are merged already; no adapter of a name; a weight that is not finite. Nothing has
-                changed then.
+            safe: refuse weights with NaN or inf (ValueError, as where adapters are merged already).
         """
-        names = self._active if names is None else self._known(list(names))
+        names = self._active if names is None else self._known(names)
         done = []
         try:
-            for part in self._parts().values():
-                if isinstance(part, LoRABaseLayer):
-                    part.merge([name for name in names if name in part.adapters], safe=safe)
-                    done.append(part)
+            for layer in lora_layers(self._parts()).values():
+                layer.merge([name for name in names if name in layer.adapters], safe=safe)
+                done.append(layer)
         except BaseException:
-            for part in done:
-                part.unmerge()
+            for layer in done:
+                layer.unmerge()
             raise
 
     def unmerge_adapter(self) -> None:
         """Put the base's own weights back: the very tensors, so that stored bytes are what they were."""
-        for part in self._parts().values():
-            if isinstance(part, LoRABaseLayer):
-                part.unmerge()
+        for layer in lora_layers(self._parts()).values():
+            layer.unmerge()
 
     def _parts(self) -> dict[str, Adapted]:
         """What holds adapters, by canonical name."""
@@ -218,21 +197,12 @@ class AdapterOperations(nn.Module):
                 raise ValueError(f"adapters: expected none that is merged, got {', '.join(part.merged)}; unmerge first")
         return parts
 
-    def _known(self, names: list[str]) -> tuple[str, ...]:
+    def _known(self, names: Iterable[str]) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(names))
         for name in names:
             if name not in self.configs:
                 raise ValueError(f"adapter: expected one of {', '.join(self.configs)}, got {name!r}")
-        return tuple(dict.fromkeys(names))
-
-
-def check_new_name(name: str, configs: dict[str, LoraConfig]) -> None:
-    """An error unless ``name`` can be that of a new adapter: of a submodule and of a folder."""
-    if not isinstance(name, str):
-        raise TypeError(f"adapter: expected a name, got {name!r}")
-    if name in configs:
-        raise ValueError(f"adapter: expected a new name, got {name!r}, which is there")
-    if not name or any(character in name for character in "./\\"):
-        raise ValueError(f"adapter: expected a name without dots and slashes, got {name!r}")
+        return names
 
 
 @torch.no_grad()
@@ -241,45 +211,27 @@ def add_weighted(
 ) -> LoraConfig:
     """Add an adapter that stands for several to each layer that has one of them; returns its config.
 
-    A layer without an adapter leaves that out of its sum. What is trained whole (modules to save, single rows) is
-    copied from ``saved_from``, by default from the first of ``names`` that has it. ``options`` are those of
-    :func:`lowbit.lowrank.combine`.
-
-    Raises:
-        ValueError, TypeError: see there; the layer is named. Nothing has changed then.
+    A layer without an adapter leaves that out of its sum. The arguments and errors are those of
+    :meth:`AdapterOperations.add_weighted_adapter`; errors name the layer.
     """
     parts = adapted_modules(model)
-    layers = {name: part for name, part in parts.items() if isinstance(part, LoRABaseLayer)}
-    sources = {}
-    for module_name, part in parts.items():
-        owners = [name for name in ([saved_from] if saved_from else names) if name in part.adapters]
-        if module_name in layers or not owners:
-            continue
-        sources[module_name] = owners[0]
+    layers = lora_layers(parts)
     made = {}
     for layer_name, layer in layers.items():
-        own = [(name, weight) for name, weight in zip(names, weights, strict=True) if name in layer.adapters]
+        own = {name: weight for name, weight in zip(names, weights, strict=True) if name in layer.adapters}
         if own:
-            if isinstance(layer, LoRAExperts):
-                raise ValueError(f"{layer_name}: expected adapters without target_parameters to combine, as in PEFT")
-            if any(layer.adapters[name].use_dora or layer.adapters[name].lora_bias for name, _ in own):
-                raise ValueError(f"{layer_name}: expected adapters without DoRA and lora_bias to combine")
-            factors = [(*(f.flatten(1) for f in layer.factors(name)), layer.adapters[name].scaling) for name, _ in own]
-            try:
-                made[layer_name] = combine(factors, [weight for _, weight in own], **options)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{layer_name}: {error}") from error
-    for layer_name, values in made.items():
-        layer, rank = layers[layer_name], len(values[0])
-        dtype = next(factor.dtype for name in names if name in layer.adapters for factor in layer.factors(name))
+            with named_errors(layer_name):
+                made[layer_name] = _combined(layer, own, options)
+    for layer_name, (lora_a, lora_b) in made.items():
+        layer, rank = layers[layer_name], len(lora_a)
+        dtype = next(layer.factors(name)[0].dtype for name in names if name in layer.adapters)
         layer.add_adapter(new, layer.adapter_type(rank, rank), dtype)
-        lora_a, lora_b = values
-        for factor, value in zip(layer.factors(new), (lora_a, lora_b / layer.adapters[new].scaling), strict=True):
-            factor.copy_(value.view(factor.shape))
-            factor.requires_grad_(False)
+        fill_factors(layer, new, lora_a, lora_b / layer.adapters[new].scaling)
     saved, rows = [], {}
-    for module_name, source in sources.items():
-        part = parts[module_name]
+    for module_name, part in parts.items():
+        source = next((name for name in ([saved_from] if saved_from else names) if name in part.adapters), None)
+        if module_name in layers or source is None:
+            continue
         if isinstance(part, TrainedTokens):
             rows[module_name] = part.adapters[source].tolist()
             part.add_adapter(new, rows[module_name])
@@ -287,14 +239,16 @@ def add_weighted(
             saved.append(module_name)
             part.add_adapter(new)
         for key, target in part.adapter_tensors(new).items():
-            target.copy_(part.adapter_tensors(source)[key]).requires_grad_(False)
+            target.copy_(part.adapter_tensors(source)[key])
+    for part in parts.values():
+        for parameter in part.adapter_parameters(new):
+            parameter.requires_grad_(False)
     # The config names an attention layer once, for both of its parts.
     nested = {f"{name}.{key}" for name, layer in layers.items() for key in layer.nested()}
     ranks = {name: len(lora_a) for name, (lora_a, _) in made.items() if name not in nested}
     rank = max(ranks.values())
-    others = {name: value for name, value in ranks.items() if value != rank} or None
-    return dataclasses.replace(
-        LoraConfig(),
+    others = {name: value for name, value in ranks.items() if value != rank}
+    return LoraConfig(
         rank=rank,
         lora_alpha=rank,
         target_modules=sorted(ranks),
@@ -303,3 +257,13 @@ def add_weighted(
         modules_to_save=saved or None,
         trainable_token_indices=rows or None,
     )
+
+
+def _combined(layer: LoRABaseLayer, weights: dict[str, float], options: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """``(A, B)`` for a layer's adapters, each times its weight."""
+    if isinstance(layer, LoRAExperts):
+        raise ValueError("expected adapters without target_parameters to combine, as in PEFT")
+    if any(layer.adapters[name].use_dora or layer.adapters[name].lora_bias for name in weights):
+        raise ValueError("expected adapters without DoRA and lora_bias to combine")
+    factors = [(*(f.flatten(1) for f in layer.factors(name)), layer.adapters[name].scaling) for name in weights]
+    return combine(factors, [*weights.values()], **options)

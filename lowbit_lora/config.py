@@ -1,7 +1,7 @@
 """What to adapt and how: LoraConfig, QLoRAConfig, and their form in PEFT's ``adapter_config.json``."""
 
-import contextlib
 import enum
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from lowbit import WeightSpec
+from lowbit import WeightSpec, checks
 from lowbit.lowrank import check_init, is_decomposing
 from lowbit.quantizers.quantize import check_scale
 
-BIAS_MODES = ("none", "all", "lora_only")
 FACTOR_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -23,6 +22,40 @@ class QuantizationType(str, enum.Enum):
     NF4 = "nf4"
     FP4 = "fp4"
     INT8 = "int8"
+
+    @classmethod
+    def _missing_(cls, value: Any) -> "QuantizationType":
+        """The member of a name in any case."""
+        for member in cls:
+            if isinstance(value, str) and member.value == value.lower():
+                return member
+        raise ValueError(f"quantization: expected one of {', '.join(member.name for member in cls)}, got {value!r}")
+
+
+def _token_indices(name: str, value: Any) -> list[int] | dict[str, list[int]]:
+    if isinstance(value, dict):
+        return {embedding: checks.check_indices(name, indices) for embedding, indices in value.items()}
+    return checks.check_indices(name, value)
+
+
+#: Setting -> what checks it, and returns what is kept of it. Settings that are True or False by default are not here.
+_CHECKS = {
+    "rank": checks.check_count,
+    "lora_alpha": checks.check_positive,
+    "lora_dropout": checks.check_probability_below_1,
+    "loftq_iterations": checks.check_count,
+    "bias": functools.partial(checks.check_choice, choices=("none", "all", "lora_only")),
+    "lora_dtype": functools.partial(checks.check_choice, choices=FACTOR_DTYPES),
+    "target_modules": checks.check_names_or_pattern,
+    "target_parameters": checks.check_names,
+    "exclude_modules": checks.check_names_or_pattern,
+    "modules_to_save": checks.check_names,
+    "layers_to_transform": checks.check_indices,
+    "layers_pattern": checks.check_one_or_more_names,
+    "rank_pattern": functools.partial(checks.check_by_name, checks.check_count),
+    "alpha_pattern": functools.partial(checks.check_by_name, checks.check_positive),
+    "trainable_token_indices": _token_indices,
+}
 
 
 @dataclass(frozen=True)
@@ -35,9 +68,8 @@ class LoraConfig:
             of names or dotted suffixes ("query", "attention.self.query"), one string as a regular expression that the
             whole name has to match, or "all-linear" (every linear layer but the output head).
         target_parameters: names or suffixes of parameters that get LoRA: stacks of experts' weights, each expert its
-            own ("mlp.experts.gate_up_proj"), and matrices, such as a router's weight. As
-            in PEFT there is no lora_dropout, use_dora or lora_bias then, and exclude_modules and layers_to_transform do
-            not count for them.
+            own ("mlp.experts.gate_up_proj"), and matrices, such as a router's weight. As in PEFT there is no
+            lora_dropout, use_dora or lora_bias then, and exclude_modules and layers_to_transform do not count for them.
         exclude_modules: of the layers that target_modules names, those that get no LoRA: names or suffixes in a list,
             or a regular expression.
         layers_to_transform: numbers of the blocks that get LoRA; the number is the first one in a layer's name
@@ -105,62 +137,30 @@ class LoraConfig:
         return super().__new__(cls)
 
     def __post_init__(self):
-        check_lora_options(self.rank, self.lora_alpha, self.lora_dropout)
         for name, field in self.__dataclass_fields__.items():
-            if isinstance(field.default, bool) and not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
-        self._check_init()
-        if self.bias not in BIAS_MODES:
-            raise ValueError(f"bias: expected one of {', '.join(BIAS_MODES)}, got {self.bias!r}")
-        if self.lora_dtype not in FACTOR_DTYPES:
-            raise ValueError(f"lora_dtype: expected one of {', '.join(FACTOR_DTYPES)}, got {self.lora_dtype!r}")
+            check = checks.check_switch if isinstance(field.default, bool) else _CHECKS.get(name)
+            value = getattr(self, name)
+            if check is not None and not (value is None and field.default is None):
+                self._set(name, check(name, value))
+        check_init(self.init_lora_weights, "init_lora_weights")
+        if not self.target_modules and not self.target_parameters:
+            raise ValueError("target_modules: expected names, a regular expression or 'all-linear', got nothing")
         if self.target_parameters:
             check_unset(self, ("lora_dropout", "use_dora", "lora_bias"), "target_parameters")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern: expected only together with layers_to_transform")
         if self.lora_bias and self.use_dora:
             raise ValueError("lora_bias: expected False together with use_dora=True")
-        targets = self.target_modules
-        if not isinstance(targets, str):
-            targets = self._set("target_modules", _names("target_modules", targets or []))
-        if not targets and not self.target_parameters:
-            raise ValueError("target_modules: expected names, a regular expression or 'all-linear', got nothing")
-        for name in ("modules_to_save", "target_parameters", "exclude_modules"):
-            value = getattr(self, name)
-            if value is not None and not (name == "exclude_modules" and isinstance(value, str)):
-                self._set(name, _names(name, value))
-        if self.trainable_token_indices is not None:
-            self._set("trainable_token_indices", _token_indices(self.trainable_token_indices))
-        pattern = self.layers_pattern
-        self._set("layers_pattern", [pattern] if isinstance(pattern, str) and pattern else pattern or None)
-        if self.layers_to_transform is not None:
-            self._set("layers_to_transform", _numbers("layers_to_transform", self.layers_to_transform))
-        elif self.layers_pattern:
-            raise ValueError("layers_pattern: expected only together with layers_to_transform")
-        for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            if not isinstance(pattern or {}, dict):
-                raise TypeError(f"{name}: expected a dictionary from names of layers to numbers, got {pattern!r}")
-            for key, value in (pattern or {}).items():
-                rank, alpha = (value, self.lora_alpha) if name == "rank_pattern" else (self.rank, value)
-                with _named(f"{name}[{key!r}]"):
-                    check_lora_options(rank, alpha, self.lora_dropout)
-            self._set(name, dict(pattern) if pattern else None)
-
-    def _set(self, name: str, value: Any) -> Any:
-        object.__setattr__(self, name, value)  # the dataclass is frozen
-        return value
-
-    def _check_init(self) -> None:
-        check_init(self.init_lora_weights, "init_lora_weights")
-        ranks = [self.rank, *(self.rank_pattern or {}).values()]
-        if self.init_lora_weights == "orthogonal" and any(rank % 2 for rank in ranks):
+        init, ranks = self.init_lora_weights, [self.rank, *(self.rank_pattern or {}).values()]
+        if self.lora_bias and is_decomposing(init):
+            raise ValueError(f"lora_bias: expected False for init_lora_weights={init!r}")
+        if init == "orthogonal" and any(rank % 2 for rank in ranks):
             raise ValueError(f"rank: expected even ranks for init_lora_weights='orthogonal', got {ranks}")
-        if self.init_lora_weights == "loftq" and not isinstance(self, QLoRAConfig):
+        if init == "loftq" and not isinstance(self, QLoRAConfig):
             raise ValueError("init_lora_weights: 'loftq' expects a QLoRAConfig, which says how the base is stored")
-        if self.lora_bias and is_decomposing(self.init_lora_weights):
-            raise ValueError(f"lora_bias: expected False for init_lora_weights={self.init_lora_weights!r}")
-        if isinstance(self.loftq_iterations, bool) or not isinstance(self.loftq_iterations, int):
-            raise TypeError(f"loftq_iterations: expected an int, got {self.loftq_iterations!r}")
-        if self.loftq_iterations < 1:
-            raise ValueError(f"loftq_iterations: expected at least 1, got {self.loftq_iterations}")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the dataclass is frozen
 
     @property
     def scaling(self) -> float:
@@ -174,8 +174,7 @@ class LoraConfig:
 
     def to_peft(self) -> dict[str, Any]:
         """The dictionary of ``adapter_config.json``."""
-        same = {name: getattr(self, name) for name in _SAME_IN_PEFT}
-        return same | {
+        return {name: getattr(self, name) for name in _SAME_IN_PEFT} | {
             "peft_type": "LORA",
             "r": self.rank,
             "layers_pattern": self.layers_pattern,
@@ -198,7 +197,7 @@ class LoraConfig:
         if written.get("peft_type") != "LORA":
             raise ValueError(f"peft_type: expected 'LORA', got {written.get('peft_type')!r}")
         for name, value in written.items():
-            if name not in _READ_FROM_PEFT and name not in _WITHOUT_EFFECT and value:
+            if value and name not in {"peft_type", "r", *_SAME_IN_PEFT, *_WITHOUT_EFFECT}:
                 raise ValueError(f"{name}: not supported by lowbit, expected it unset, got {value!r}")
         if "r" not in written:
             raise ValueError(f"adapter config: expected r and target_modules, got keys {sorted(written)}")
@@ -212,19 +211,17 @@ class LoraConfig:
         return cls(rank=written["r"], **taken | ours)
 
 
-_SAME_IN_PEFT = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "rank_pattern")
-_SAME_IN_PEFT += ("alpha_pattern", "lora_alpha", "lora_dropout", "bias", "use_rslora", "modules_to_save", "task_type")
-_SAME_IN_PEFT += ("ensure_weight_tying", "trainable_token_indices", "lora_bias", "use_dora", "fan_in_fan_out")
-_READ_FROM_PEFT = {"peft_type", "r", *_SAME_IN_PEFT}
+#: Settings that PEFT does not have, or has in another form.
+_OTHERWISE_IN_PEFT = {"rank", "layers_pattern", "lora_dtype", "init_lora_weights", "loftq_iterations"}
+_OTHERWISE_IN_PEFT |= {"gradient_checkpointing"}
+_SAME_IN_PEFT = [name for name in LoraConfig.__dataclass_fields__ if name not in _OTHERWISE_IN_PEFT]
 # Settings of PEFT that do not change what a finished adapter computes. An adapter with any other that is set (DoRA,
 # lora_bias, something newer than this file) would compute something else than it was trained for.
-# fmt: off
-_WITHOUT_EFFECT = {
-    "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "init_lora_weights",
-    "layers_pattern", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
-    "runtime_config",
-}
-# fmt: on
+_WITHOUT_EFFECT = {"auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "init_lora_weights"}
+_WITHOUT_EFFECT |= {"layers_pattern", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size"}
+_WITHOUT_EFFECT |= {"revision", "runtime_config"}
+
+
 @dataclass(frozen=True)
 class QLoRAConfig(LoraConfig):
     """LoRA on weights stored in 4 bits, or in 8; the arguments of :class:`LoraConfig` and:
@@ -256,12 +253,7 @@ class QLoRAConfig(LoraConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        given = self.quantization
-        try:
-            self._set("quantization", QuantizationType(given.lower() if isinstance(given, str) else given))
-        except ValueError:
-            names = ", ".join(member.name for member in QuantizationType)
-            raise ValueError(f"quantization: expected one of {names}, got {given!r}") from None
+        self._set("quantization", QuantizationType(self.quantization))
         check_scale(self.scale, self.spec)
         if self.paged_adamw:
             raise NotImplementedError("paged_adamw: the paged optimizer is not implemented yet; expected False")
@@ -280,18 +272,8 @@ class QLoRAConfig(LoraConfig):
 
 def check_lora_options(rank: int, lora_alpha: float, lora_dropout: float) -> None:
     """TypeError/ValueError unless rank >= 1, lora_alpha is finite and positive, and dropout is in [0, 1)."""
-    if not isinstance(rank, int) or isinstance(rank, bool):
-        raise TypeError(f"rank: expected an int, got {rank!r}")
-    if rank <= 0:
-        raise ValueError(f"rank: expected at least 1, got {rank}")
-    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)):
-        raise TypeError(f"lora_alpha: expected a number, got {lora_alpha!r}")
-    if not (math.isfinite(lora_alpha) and lora_alpha > 0):
-        raise ValueError(f"lora_alpha: expected a positive number, got {lora_alpha!r}")
-    if isinstance(lora_dropout, bool) or not isinstance(lora_dropout, (int, float)):
-        raise TypeError(f"lora_dropout: expected a number, got {lora_dropout!r}")
-    if not 0 <= lora_dropout < 1:
-        raise ValueError(f"lora_dropout: expected a probability in [0, 1), got {lora_dropout!r}")
+    for name, value in (("rank", rank), ("lora_alpha", lora_alpha), ("lora_dropout", lora_dropout)):
+        _CHECKS[name](name, value)
 
 
 def check_unset(options: Any, names: Iterable[str], where: str) -> None:
@@ -304,34 +286,3 @@ def check_unset(options: Any, names: Iterable[str], where: str) -> None:
 def lora_scaling(rank: int, lora_alpha: float, use_rslora: bool) -> float:
     """lora_alpha / rank, or lora_alpha / sqrt(rank) for rank-stabilised LoRA."""
     return lora_alpha / (math.sqrt(rank) if use_rslora else rank)
-
-
-@contextlib.contextmanager
-def _named(where: str):
-    """Context that puts the name of a setting before what is wrong with it."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{where}: {error}") from None
-
-
-def _numbers(argument: str, numbers: Any) -> list[int]:
-    numbers = [numbers] if isinstance(numbers, int) else list(numbers)
-    if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
-        raise ValueError(f"{argument}: expected numbers from 0 on, got {numbers!r}")
-    return numbers
-
-
-def _token_indices(wanted: Any) -> list[int] | dict[str, list[int]]:
-    for indices in wanted.values() if isinstance(wanted, dict) else [wanted]:
-        _numbers("trainable_token_indices", indices)
-    return wanted if isinstance(wanted, dict) else list(wanted)
-
-
-def _names(argument: str, names: Any) -> list[str]:
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        raise TypeError(f"{argument}: expected a list of names, got {names!r}")
-    names = sorted(names) if isinstance(names, (set, frozenset)) else list(names)
-    if not all(isinstance(name, str) and name for name in names):
-        raise TypeError(f"{argument}: expected a list of non-empty strings, got {names!r}")
-    return names

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from lowbit import models
+from lowbit.checks import check_new_name
 from lowbit.lowrank import is_decomposing
 from lowbit.modules import replace_modules
 from lowbit.quantizers.requantize import Quantizer, search_quantizer
 
-from .adapters import check_new_name
 from .base_tensors import buffers_of
 from .config import LoraConfig, QLoRAConfig
 from .exchange import StoredAdapters, check_types
@@ -44,7 +44,7 @@ class LoraModel(StoredAdapters):
 
     def __init__(self, model: nn.Module, config: LoraConfig, adapter_name: str = DEFAULT):
         check_types(model, config, self.config_class)
-        check_new_name(adapter_name, {})
+        check_new_name("adapter", adapter_name, {})
         super().__init__()
         self._adopt(Plan(model, config, adapter_name))
 

@@ -1,134 +1,47 @@
 """Which modules of a model a config means: the targets of LoRA and the modules to save."""
 
-import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Container, Iterator
 
 from torch import nn
 
+from lowbit import models
+from lowbit.lowrank import is_decomposing
+from lowbit.names import all_names, check_patterns, find, narrowed, what_there_is
+from lowbit.names import walk as walk_to
+
 from .config import LoraConfig
-from .layers import Adapted, LoRALinear, layer_class
-
-ALL_LINEAR = "all-linear"
-_MAX_LISTED = 30
+from .layers import Adapted, LoRABaseLayer, LoRALinear, layer_class
 
 
-#: The names under which wrappers hold a module: of torch.compile, FSDP and torch's checkpoint wrapper.
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module below ``model``, and it, with each of its names, as in :func:`lowbit.names.walk`.
 
-
-def walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module below ``module``, and it, with each of its names.
-
-    The names are without those that wrappers (compile, DDP, FSDP, checkpointing) put in. What holds adapters stands for
-    its base; nothing inside it has a name.
+    What holds adapters stands for its base; nothing inside it has a name.
     """
-    yield name, module
-    if isinstance(module, Adapted):
-        return
-    is_ddp = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    for key, child in module._modules.items():
-        if child is not None:
-            wrapped = key in _WRAPPED or (is_ddp and key == "module")
-            yield from walk(child, name if wrapped else f"{name}.{key}" if name else key)
+    return walk_to(model, Adapted)
 
 
 def module_names(model: nn.Module) -> dict[nn.Module, list[str]]:
     """Every module below ``model`` with its names; a shared module has several, the first is canonical."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in walk(model):
-        if name:
-            names.setdefault(module, []).append(name)
-    return names
+    return all_names(walk(model))
+
+
+def with_nested(part: Adapted, name: str) -> dict[str, Adapted]:
+    """What holds adapters in the place of a module of that name: ``part`` and what is nested in it."""
+    return {name: part} | {f"{name}.{key}": inner for key, inner in part.nested().items()}
 
 
 def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
-    """What holds adapters in a model, by canonical name: also what is nested in another's place."""
+    """What holds adapters in a model, by canonical name; what is nested in another's place comes last."""
     found = {names[0]: module for module, names in module_names(model).items() if isinstance(module, Adapted)}
-    for name, module in list(found.items()):
-        found |= {f"{name}.{key}": inner for key, inner in module.nested().items()}
+    for name, part in list(found.items()):
+        found |= with_nested(part, name)
     return found
 
 
-def find_targets(
-    model: nn.Module,
-    config: LoraConfig,
-    excluded: set[nn.Module],
-    heads: set[nn.Module],
-    *,
-    may_be_missing: bool = False,
-) -> dict[nn.Module, str]:
-    """The layers that get LoRA, with their canonical names.
-
-    Args:
-        config: target_modules, exclude_modules, layers_to_transform and layers_pattern count.
-        excluded: modules that never are targets (those to save).
-        heads: layers that "all-linear" leaves out.
-        may_be_missing: an entry of a list may match nothing, if another does.
-
-    Raises:
-        ValueError: the pattern, or one entry of a list, matches nothing, or is no regular expression.
-        TypeError: a matched module is of a kind that LoRA is not for.
-    """
-    wanted = config.target_modules
-    names = {module: all_names for module, all_names in module_names(model).items() if module not in excluded}
-    linears = {module: all_names for module, all_names in names.items() if LoRALinear.takes(base_of(module))}
-    if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
-        targets = {module: all_names[0] for module, all_names in linears.items() if base_of(module) not in heads}
-        if not targets:
-            raise ValueError(f"target_modules: 'all-linear' matches nothing; {_what_there_is(linears)}")
-    else:
-        targets = {}
-        for pattern in [wanted] if isinstance(wanted, str) else wanted:
-            matches = _matcher("target_modules", wanted if isinstance(wanted, str) else [pattern])
-            found = {m: all_names[0] for m, all_names in names.items() if any(map(matches, all_names))}
-            if not found and not (may_be_missing and not isinstance(wanted, str)):
-                raise ValueError(f"target_modules: {pattern!r} matches nothing; {_what_there_is(linears)}")
-            targets |= found
-        if not targets and not config.target_parameters:
-            raise ValueError(f"target_modules: {wanted!r} matches nothing; {_what_there_is(linears)}")
-    targets = _narrowed(targets, config) if targets else {}
-    for module, name in targets.items():
-        if layer_class(base_of(module)) is None:
-            raise TypeError(
-                "target_modules: expected layers such as torch.nn.Linear, embeddings, convolutions and "
-                f"torch.nn.MultiheadAttention, but {name!r} is a {type(module).__name__}; {_what_there_is(linears)}"
-            )
-    return targets
-
-
-def find_parameters(
-    model: nn.Module, config: LoraConfig, excluded: set[nn.Module], *, may_be_missing: bool = False
-) -> dict[nn.Module, tuple[str, list[str]]]:
-    """The modules of the parameters that get LoRA: module -> (its canonical name, the parameters' names in its order).
-
-    Args:
-        config: target_parameters counts.
-        excluded: modules that never are targets (those to save).
-        may_be_missing: an entry may match nothing.
-
-    Raises:
-        ValueError: an entry matches nothing.
-    """
-    modules = {module: names for module, names in module_names(model).items() if module not in excluded}
-    here = {  # (module, parameter's name) -> all names of the parameter
-        (module, key): [f"{name}.{key}" for name in names]
-        for module, names in modules.items()
-        for key, parameter in base_of(module)._parameters.items()
-        if parameter is not None
-    }
-    chosen = set()
-    for entry in config.target_parameters or ():
-        found = {place for place, names in here.items() if any(map(_suffix(entry), names))}
-        if not found and not may_be_missing:
-            stacks = {(m, key): names for (m, key), names in here.items() if base_of(m)._parameters[key].dim() == 3}
-            what = _what_there_is(stacks, "stack of experts' weights")
-            raise ValueError(f"target_parameters: {entry!r} matches nothing; {what}")
-        chosen |= found
-    targets: dict[nn.Module, tuple[str, list[str]]] = {}
-    for module, key in [place for place in here if place in chosen]:
-        targets.setdefault(module, (modules[module][0], []))[1].append(key)
-    return targets
+def lora_layers(parts: dict[str, Adapted]) -> dict[str, LoRABaseLayer]:
+    """Those of the modules with adapters that have LoRA."""
+    return {name: part for name, part in parts.items() if isinstance(part, LoRABaseLayer)}
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -136,94 +49,98 @@ def base_of(module: nn.Module) -> nn.Module:
     return module.base if isinstance(module, Adapted) else module
 
 
-def _narrowed(targets: dict[nn.Module, str], config: LoraConfig) -> dict[nn.Module, str]:
-    """The targets that exclude_modules and layers_to_transform leave; ValueError if those leave none."""
-    left = targets
-    if config.exclude_modules:
-        excludes = _matcher("exclude_modules", config.exclude_modules)
-        left = {module: name for module, name in left.items() if not excludes(name)}
-        if len(left) == len(targets):
-            raise ValueError(f"exclude_modules: {config.exclude_modules!r} matches none of {_few(targets.values())}")
-    if config.layers_to_transform is not None:
-        left = {m: name for m, name in left.items() if _block(name, config) in config.layers_to_transform}
-    if not left:
-        raise ValueError(
-            f"target_modules: exclude_modules={config.exclude_modules} and layers_to_transform="
-            f"{config.layers_to_transform} leave none of {_few(targets.values())}"
-        )
-    return left
+def output_layers(model: nn.Module) -> set[nn.Module]:
+    """The base of the layer that maps hidden states to the vocabulary, if there is one."""
+    return {base_of(module) for module in [models.output_embedding(model)] if module is not None}
 
 
-def _block(name: str, config: LoraConfig) -> int | None:
-    """The number of the block that a layer is in: the first in its name, or the first behind a layers_pattern."""
-    lists = [re.escape(pattern) for pattern in config.layers_pattern or []]
-    found = re.match(rf"(?:.*?\.)??(?:{'|'.join(lists) or '[^.]+'})\.(\d+)\.", name)
-    return int(found[1]) if found else None
+def is_all_linear(wanted: str | list[str]) -> bool:
+    """Whether target_modules means every linear layer."""
+    return isinstance(wanted, str) and wanted.lower() == "all-linear"
 
 
-def pattern_value(patterns: dict, name: str, default):
-    """The value of the first key of rank_pattern or alpha_pattern that matches a layer's name, else ``default``."""
-    return next((value for key, value in patterns.items() if _ends_with(key, name)), default)
+def find_targets(
+    model: nn.Module, config: LoraConfig, excluded: set[nn.Module], heads: set[nn.Module], may_be_missing: bool
+) -> dict[nn.Module, str]:
+    """The layers that get LoRA, with their canonical names.
+
+    Args:
+        excluded: modules that never are targets (those to save).
+        heads: layers that "all-linear" leaves out.
+        may_be_missing: an entry of a list may match nothing, if another does.
+
+    Raises:
+        ValueError: see :func:`lowbit.names.find` and :func:`lowbit.names.narrowed`.
+        TypeError: a matched module is of a kind that LoRA is not for.
+    """
+    wanted = config.target_modules
+    places = {module: names for module, names in module_names(model).items() if module not in excluded}
+    linears = {module: names[0] for module, names in places.items() if LoRALinear.takes(base_of(module))}
+    hint = what_there_is(linears.values(), "torch.nn.Linear layer")
+    if is_all_linear(wanted):
+        targets = {module: name for module, name in linears.items() if base_of(module) not in heads}
+    else:
+        is_list = not isinstance(wanted, str)
+        targets = find("target_modules", wanted, places, hint, wanted if may_be_missing and is_list else ())
+    if not targets and (is_all_linear(wanted) or not config.target_parameters):
+        raise ValueError(f"target_modules: {wanted!r} matches nothing; {hint}")
+    if targets:
+        targets = narrowed(targets, config.exclude_modules, config.layers_to_transform, config.layers_pattern or ())
+    for module, name in targets.items():
+        if layer_class(base_of(module)) is None:
+            raise TypeError(
+                "target_modules: expected layers such as torch.nn.Linear, embeddings, convolutions and "
+                f"torch.nn.MultiheadAttention, but {name!r} is a {type(module).__name__}; {hint}"
+            )
+    return targets
 
 
-def check_patterns(config: LoraConfig, names: list[str]) -> None:
-    """ValueError if a key of rank_pattern or alpha_pattern matches no layer that gets LoRA."""
-    for field in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, field) or {}:
-            try:
-                unused = not any(_ends_with(key, name) for name in names)
-            except re.error as error:
-                raise ValueError(f"{field}: expected names or regular expressions, got {key!r} ({error})") from error
-            if unused:
-                raise ValueError(f"{field}: {key!r} matches none of the layers with LoRA: {_few(names)}")
+def find_parameters(
+    model: nn.Module, config: LoraConfig, excluded: set[nn.Module], may_be_missing: bool
+) -> dict[nn.Module, tuple[str, list[str]]]:
+    """The modules of the parameters that get LoRA: module -> (its canonical name, the parameters' names in its order).
+
+    The arguments and errors are those of :func:`find_targets`, with target_parameters.
+    """
+    wanted = config.target_parameters or []
+    modules = {module: names for module, names in module_names(model).items() if module not in excluded}
+    places, stacks = {}, []  # (module, parameter's name) -> all names of the parameter
+    for module, names in modules.items():
+        for key, parameter in base_of(module)._parameters.items():
+            if parameter is not None:
+                places[module, key] = [f"{name}.{key}" for name in names]
+                stacks += places[module, key][:1] if parameter.dim() == 3 else []
+    hint = what_there_is(stacks, "stack of experts' weights")
+    chosen = find("target_parameters", wanted, places, hint, wanted if may_be_missing else ())
+    targets: dict[nn.Module, tuple[str, list[str]]] = {}
+    for module, key in places:
+        if (module, key) in chosen:
+            targets.setdefault(module, (modules[module][0], []))[1].append(key)
+    return targets
 
 
-def _ends_with(key: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", name) is not None
-
-
-def find_saved(model: nn.Module, wanted: list[str], may_be_missing: tuple[str, ...] | None) -> dict[nn.Module, str]:
+def find_saved(model: nn.Module, wanted: list[str], may_be_missing: Container[str] = ()) -> dict[nn.Module, str]:
     """The modules that train in full and are saved, outermost ones only, with their canonical names.
 
     Raises:
-        ValueError: an entry outside ``may_be_missing`` (None: any may be) matches nothing.
+        ValueError: an entry outside ``may_be_missing`` matches nothing.
     """
-    names = module_names(model)
-    saved = {}
-    for entry in wanted:
-        found = {m: all_names[0] for m, all_names in names.items() if any(map(_suffix(entry), all_names))}
-        if not found and may_be_missing is not None and entry not in may_be_missing:
-            top = ", ".join(name for name, _ in model.named_children())
-            raise ValueError(f"modules_to_save: {entry!r} matches nothing; the model's own parts are: {top}")
-        saved |= found
+    hint = f"the model's own parts are: {', '.join(name for name, _ in model.named_children())}"
+    saved = find("modules_to_save", wanted, module_names(model), hint, may_be_missing)
     inner = {sub for module in saved for _, sub in walk(module) if sub is not module}
     return {module: name for module, name in saved.items() if module not in inner}
 
 
-def _suffix(entry: str):
-    return lambda name: name == entry or name.endswith("." + entry)
-
-
-def _matcher(argument: str, wanted: str | list[str]):
-    """What tells whether a name is meant: by one regular expression, or by a list of names and suffixes."""
-    if not isinstance(wanted, str):
-        matchers = [_suffix(entry) for entry in wanted]
-        return lambda name: any(matches(name) for matches in matchers)
-    try:
-        return re.compile(wanted).fullmatch
-    except re.error as error:
-        raise ValueError(f"{argument}: expected a regular expression, got {wanted!r} ({error})") from error
-
-
-def _few(names) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
-
-
-def _what_there_is(places: dict[Any, list[str]], kind: str = "torch.nn.Linear layer") -> str:
-    # Layers repeat: their names without the numbers say the same in a few lines.
-    short = sorted({re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", names[0]) for names in places.values()})
-    if not short:
-        return f"the model has no {kind}"
-    more = f" and {len(short) - _MAX_LISTED} more" if len(short) > _MAX_LISTED else ""
-    return f"what could be matched (* stands for a number): {', '.join(short[:_MAX_LISTED])}{more}"
+def check_found(config: LoraConfig, targets: dict[nn.Module, str], stacks: dict[nn.Module, tuple]) -> None:
+    """ValueError if there is nothing to adapt, or a key of a pattern, or init_lora_weights, does not fit it."""
+    if not targets and not stacks:
+        raise ValueError(f"target_parameters: {config.target_parameters} match nothing")
+    names = [*targets.values(), *(f"{name}.{key}" for name, keys in stacks.values() for key in keys)]
+    for field in ("rank_pattern", "alpha_pattern"):
+        check_patterns(field, getattr(config, field) or {}, names)
+    without_weight = [*stacks, *(module for module in targets if not hasattr(base_of(module), "weight"))]
+    if is_decomposing(config.init_lora_weights) and without_weight:
+        raise ValueError(
+            "init_lora_weights: expected one that leaves the base alone for target_parameters and "
+            f"torch.nn.MultiheadAttention, got {config.init_lora_weights!r}"
+        )

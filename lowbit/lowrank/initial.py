@@ -109,6 +109,42 @@ def initial_factors(
         return lora_a, lora_b, residual
 
 
+@torch.no_grad()
+def factors_of_weight(
+    weight: torch.Tensor,
+    transposed: bool,
+    rank: int,
+    scaling: float,
+    method: str,
+    store: Callable[[torch.Tensor], Any] | None = None,
+    loftq_iterations: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`initial_factors` of a layer's weight as the layer holds it: ``(A, B, what its base holds then)``.
+
+    Args:
+        weight: [out, in, ...], of which a convolution's further dimensions count as inputs; or [in, out].
+        transposed: the weight is [in, out].
+        store: from a dense weight to a quantized one in the same shape; without it the base stays dense.
+
+    Raises:
+        TypeError, ValueError: see :func:`initial_factors`.
+    """
+
+    def as_held(matrix: torch.Tensor) -> torch.Tensor:
+        held = (matrix.T if transposed else matrix.view(weight.shape)).contiguous()
+        return store(held) if store else held
+
+    def as_matrix(held: torch.Tensor) -> torch.Tensor:
+        return held.T if transposed else held.flatten(1)
+
+    options = {}
+    if method == "loftq":
+        options = {"quantize": lambda m: as_matrix(as_held(m).dequantize()), "loftq_iterations": loftq_iterations}
+    matrix = as_matrix(weight.detach())
+    lora_a, lora_b, residual = initial_factors(matrix, rank, scaling, method, **options)
+    return lora_a, lora_b, as_held(matrix if residual is None else residual)
+
+
 def _random_factors(weight: torch.Tensor, rank: int, method: str) -> tuple[torch.Tensor, torch.Tensor]:
     out_features, in_features = weight.shape
     options = {"dtype": torch.float32, "device": weight.device}
