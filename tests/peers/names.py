@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lowbit_lora import LoRABaseLayer, LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRALinear
-from lowbit_lora.layers import Adapted, SavedModule, TrainedTokens
+from lowbit_lora.layers import Adapted, LoRAMultiheadAttention, SavedModule, TrainedTokens
 from lowbit_lora.targets import adapted_modules
 
 #: Classes of PEFT that tests ask isinstance for.
@@ -88,6 +88,8 @@ def install() -> None:
     for conv in (LoRAConv1d, LoRAConv2d, LoRAConv3d):
         conv.in_features = property(lambda layer: layer.in_channels)
         conv.out_features = property(lambda layer: layer.out_channels)
+    LoRAMultiheadAttention.in_features = property(lambda layer: layer.base.embed_dim)
+    LoRAMultiheadAttention.out_features = property(lambda layer: 3 * layer.base.embed_dim)
     LoRAEmbedding.in_features = property(lambda layer: layer.num_embeddings)
     LoRAEmbedding.out_features = property(lambda layer: layer.embedding_dim)
     TrainedTokens.__init__ = _with_original(TrainedTokens.__init__)

@@ -44,6 +44,8 @@ EXPLAINED = {
     r"test_set_adapter_non_overlapping_modules": "shows as a layer's active adapters only those that it has",
     r"fixes_tie_word_embeddings_config": "leaves config.tie_word_embeddings to the caller, and says so",
     r"targeting_lora_to_embedding_layer": "saves an adapted embedding's own weight on request only, or targets nothing",
+    r"target_module_and_target_parameter_on_same_layer": "refuses it as a TypeError",
+    r"different_target_parameters_raises": "gives a further adapter parameters of its own, which PEFT refuses",
     r"hotswap_extra_key": "refuses it as a ValueError, with the keys of the file",
     r"mixed_adapter_batches_mha_raises": "refuses it as a ValueError",
     r"hotswap_missing_key|hotswap_unexpected": "refuses an adapter that lacks keys, which PEFT fills with zeros",
@@ -77,6 +79,7 @@ MISSING = {
     r"TestModelAndLayerStatus": "layer and model status",
     r"target_multiple_parameters_on_same|under_autocast|existing_parametrization|result_caching|reuses_param_wrapper|"
     r"rank_pattern_for_moe|parameter_on_top_level": "PEFT's ParamWrapper, and weights of no stack in target_parameters",
+    r"TestTargetedParameterNames|prefixes_tuner_layer_inside|kasa_loss": "PEFT's inner names and messages",
     r"mha_gradients_set|mha_exposes_attributes": "PEFT's inner names of a MultiheadAttention",
     r"test_dora_(unmerge|params|save_and_load_remapping)|get_modules_tied_to_embedding|transient_attribute_access|"
     r"embed_scale_is_applied_mixed|unsharded_state_dict": "PEFT's inner names and messages",
