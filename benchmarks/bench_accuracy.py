@@ -99,6 +99,7 @@ def do(run: dict, task, options: argparse.Namespace) -> dict:
         progress=sys.stderr.isatty(),
         loss_of=task.loss,
         score=task.score,
+        each_epoch=False,
     )
     return {
         "run": run,

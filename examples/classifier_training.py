@@ -102,10 +102,11 @@ def train(
     description: str = "training",
     loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.nn.functional.cross_entropy,
     score: Callable[[torch.Tensor, torch.Tensor], float] = accuracy,
+    each_epoch: bool = True,
 ) -> History:
-    """Train in place with AdamW; return what happened. The test rows are measured each epoch and choose nothing.
+    """Train in place with AdamW; return what happened. The test rows are measured after each epoch, or the last.
 
-    `loss_of` and `score` take logits (float32, rows x labels) and labels.
+    They choose nothing. `loss_of` and `score` take logits (float32, rows x labels) and labels.
     """
     history = History()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -114,7 +115,7 @@ def train(
     total = epochs * steps_per_epoch
     shuffler = random.Random(seed)
     with tqdm(total=total, desc=description, unit="step", disable=not progress) as bar:
-        for _ in range(epochs):
+        for epoch in range(epochs):
             model.train()
             for picked in train_rows.batches(batch_size, shuffler):
                 start = time.perf_counter()
@@ -131,6 +132,8 @@ def train(
                 bar.update()
                 recent = history.losses[-20:]
                 bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}")
+            if not each_epoch and epoch < epochs - 1:
+                continue
             history.logits = predict(model, test_rows, 2 * batch_size, device)
             held_out = score(history.logits, test_rows.labels)
             history.accuracy.append((len(history.losses), held_out))
