@@ -13,7 +13,7 @@ from lowbit.lowrank import combine
 from .config import LoraConfig
 from .layers import Adapted, LoRABaseLayer, LoRAExperts, RowAdapters, TrainedTokens
 from .targets import adapted_modules, lora_layers
-from .training import set_trainable
+from .training import let_train, set_trainable
 from .wrap import Plan, fill_factors
 
 #: What ``adapter_names`` calls a row without an adapter, as in PEFT.
@@ -240,9 +240,7 @@ def add_weighted(
             part.add_adapter(new)
         for key, target in part.adapter_tensors(new).items():
             target.copy_(part.adapter_tensors(source)[key])
-    for part in parts.values():
-        for parameter in part.adapter_parameters(new):
-            parameter.requires_grad_(False)
+    let_train(parts.values(), new, False)
     # The config names an attention layer once, for both of its parts.
     nested = {f"{name}.{key}" for name, layer in layers.items() for key in layer.nested()}
     ranks = {name: len(lora_a) for name, (lora_a, _) in made.items() if name not in nested}

@@ -1,7 +1,7 @@
 """What of a model trains, and how it is stored."""
 
 import sys
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 from torch import nn
 
@@ -10,41 +10,44 @@ from lowbit.modules import storage_summary
 from lowbit.names import first_names
 
 from .config import LoraConfig
-from .layers import SavedModule, TrainedTokens
+from .layers import Adapted, SavedModule
 from .targets import adapted_modules, base_of, lora_layers, output_layers, walk
+
+
+def let_train(parts: Iterable[Adapted], name: str, trains: bool) -> None:
+    """Let the parameters of an adapter in these modules train, or freeze them."""
+    for part in parts:
+        for parameter in part.adapter_parameters(name):
+            if parameter.is_floating_point():
+                parameter.requires_grad_(trains)
 
 
 def set_trainable(model: nn.Module, first: LoraConfig, names: Container[str], trains: bool) -> None:
     """Let the parameters of these adapters, and the biases that the first config names, train; and no others."""
     for part in adapted_modules(model).values():
         for name in part.adapters:
-            for parameter in part.adapter_parameters(name):
-                if parameter.is_floating_point():
-                    parameter.requires_grad_(trains and name in names)
+            let_train([part], name, trains and name in names)
     for parameter in trainable_biases(model, first.bias).values():
         parameter.requires_grad_(trains)
 
 
-def trainable_biases(
-    model: nn.Module, bias: str, layers: dict[nn.Module, str] | None = None, skipped: Container[nn.Module] = ()
-) -> dict[str, nn.Parameter]:
+def trainable_biases(model: nn.Module, bias: str, parts: dict[str, Adapted] | None = None) -> dict[str, nn.Parameter]:
     """The base's biases that train, without those of modules to save, by the names in PEFT's files.
 
-    ``layers``: those that will have LoRA, and ``skipped`` those to be saved, in a model that has not been changed yet.
+    ``parts``: in a model that has not been changed yet, the modules that will have adapters.
     """
     if bias == "none":
         return {}
-    if layers is None:
-        layers = {part.base: name for name, part in lora_layers(adapted_modules(model)).items()}
+    parts = adapted_modules(model) if parts is None else parts
+    layers = {layer.base: name for name, layer in lora_layers(parts).items()}
+    others = [part.base for part in parts.values() if part.base not in layers]
+    skipped = {inner for base in others for inner in base.modules()}
+    places = [(name, base_of(module)) for name, module in walk(model)]
     found: dict[nn.Parameter, str] = {}
-    for name, module in [*walk(model), *((name, base) for base, name in layers.items())]:
-        base = base_of(module)
-        if isinstance(module, (SavedModule, TrainedTokens)) or base in skipped or not (bias == "all" or base in layers):
-            continue
-        prefix = f"{layers[base]}.base_layer" if base in layers else name
+    for name, base in [*places, *((name, base) for base, name in layers.items())]:
         parameter = base._parameters.get("bias")
-        if parameter is not None:
-            found.setdefault(parameter, f"{prefix}.bias")
+        if parameter is not None and base not in skipped and (bias == "all" or base in layers):
+            found.setdefault(parameter, f"{layers[base]}.base_layer.bias" if base in layers else f"{name}.bias")
     return {name: parameter for parameter, name in found.items()}
 
 

@@ -23,7 +23,7 @@ from .base_tensors import of_base
 from .config import LoraConfig, QLoRAConfig
 from .layers import Adapted, Adapter, LoRABaseLayer, LoRAExperts, SavedModule, TrainedTokens, layer_class, share_hooks
 from .targets import base_of, lora_layers, walk, with_nested
-from .training import set_trainable, trainable_biases
+from .training import let_train, set_trainable, trainable_biases
 
 
 class Plan:
@@ -110,9 +110,7 @@ class Plan:
             for module, name in targets.find_saved(self.model, [entry]).items()
         }
 
-    def _stored(
-        self, found: dict[nn.Module, str], inside_saved: set[nn.Module], heads: set[nn.Module]
-    ) -> dict[nn.Parameter, nn.Parameter]:
+    def _stored(self, found: dict[nn.Module, str], inside_saved: set, heads: set) -> dict[nn.Parameter, nn.Parameter]:
         """A quantized parameter for each weight that the config stores so."""
         config = self.config
         if not isinstance(config, QLoRAConfig) or not self.is_first:
@@ -223,11 +221,7 @@ class Plan:
         tensors = {}
         for name, part in self.parts.items():
             tensors |= {f"{name}.{key}": tensor for key, tensor in part.adapter_tensors(self.name).items()}
-        layers = lora_layers(self.parts)
-        others = [part.base for name, part in self.parts.items() if name not in layers]
-        inside = {inner for base in others for inner in base.modules()}
-        layer_names = {layer.base: name for name, layer in layers.items()}
-        return tensors | trainable_biases(self.model, self.config.bias, layer_names, inside)
+        return tensors | trainable_biases(self.model, self.config.bias, self.parts)
 
     def of_base(self) -> dict[str, torch.Tensor]:
         """What the adapter's file may hold of the base itself; see :func:`lowbit_lora.base_tensors.of_base`."""
@@ -258,9 +252,7 @@ class Plan:
                 part.set_active([self.name])
             set_trainable(model, config, [self.name], trainable)
         else:
-            for part in self.parts.values():
-                for parameter in part.adapter_parameters(self.name):
-                    parameter.requires_grad_(False)
+            let_train(self.parts.values(), self.name, False)
         modules.adopt_frozen(model)
         return restore
 
