@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lowbit import QuantizedTensor
+from lowbit.adapted import share_hooks
 from lowbit.lowrank import initial_factors, is_decomposing
 from lowbit.modules import (
     adopt_frozen,
@@ -33,7 +34,6 @@ from .layers import (
     SavedModule,
     TrainedTokens,
     layer_class,
-    share_hooks,
 )
 from .targets import (
     base_of,

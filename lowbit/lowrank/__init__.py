@@ -1,7 +1,7 @@
 """Pairs of low-rank factors, as LoRA has: how they begin, and weighted sums of several. Functions of tensors only."""
 
 from .combine import METHODS, combine
-from .initial import DECOMPOSING_METHODS, RANDOM_METHODS, check_init, initial_factors, is_decomposing
+from .initial import DECOMPOSING_METHODS, RANDOM_METHODS, check_init, initial_factors, is_decomposing, random_factors
 
 __all__ = ["DECOMPOSING_METHODS", "METHODS", "RANDOM_METHODS", "check_init", "combine", "initial_factors"]
-__all__ += ["is_decomposing"]
+__all__ += ["is_decomposing", "random_factors"]

@@ -1,6 +1,6 @@
 """What stands in the place of a module that adapters change: which adapters it has, and which of them compute."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,20 @@ class RowAdapters:
         Raises:
             ValueError: ``first`` is no multiple of the number of rows.
         """
-        if first % max(1, len(self.index)):
+        rows = len(self.index)
+        if first % max(1, rows):
             raise ValueError(
-                f"adapter_names: expected inputs with {len(self.index)} rows, one for each name, or a multiple, "
-                f"got {first}"
+                f"adapter_names: expected inputs with {rows} rows, one for each name, or a multiple, got {first}"
             )
-        return self.index.repeat_interleave(first // max(1, len(self.index)))
+        return self.index.repeat_interleave(first // max(1, rows))
+
+    def chosen(self, first: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """``(name, its rows, int64)`` of each adapter that has rows in such an input."""
+        index = self.spread(first)
+        for number, name in enumerate(self.names):
+            rows = (index == number).nonzero().squeeze(1)
+            if len(rows):
+                yield name, rows
 
 
 class Adapted(nn.Module):
@@ -41,21 +49,25 @@ class Adapted(nn.Module):
         rows: where it is set, the adapter of each row of the input instead of the active ones.
     """
 
-    def __init__(self):
+    #: Under which name the base is among the submodules.
+    base_name = "original_module"
+
+    def __init__(self, base: nn.Module):
         super().__init__()
         self.adapters: dict[str, Any] = {}
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
         self.rows: RowAdapters | None = None
+        setattr(self, self.base_name, base)
 
-    def _parts(self) -> list[nn.ModuleDict | nn.ParameterDict]:
-        """The dictionaries that hold what an adapter has, by its name."""
+    def _parts(self) -> dict[str, nn.ModuleDict | nn.ParameterDict]:
+        """The dictionaries that hold what an adapter has, by its name; by how PEFT's keys begin."""
         raise NotImplementedError
 
     @property
     def base(self) -> nn.Module:
         """The module that adapters change."""
-        raise NotImplementedError
+        return self._modules[self.base_name]
 
     def current(self) -> nn.Module:
         """The module whose attributes this one shows as its own."""
@@ -66,7 +78,7 @@ class Adapted(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             modules = self.__dict__.get("_modules", {})  # empty while it is unpickled
-            if name.startswith("_") or not modules.keys() & {"base_layer", "original_module"}:
+            if name.startswith("_") or self.base_name not in modules:
                 raise
             return getattr(self.current(), name)
 
@@ -76,7 +88,16 @@ class Adapted(nn.Module):
 
     def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """What an adapter's file holds for this module, by PEFT's keys below the module's name; empty without it."""
-        raise NotImplementedError
+        found = {}
+        for start, parts in self._parts().items():
+            if name not in parts:
+                continue
+            if isinstance(parts[name], nn.Module):
+                tensors = parts[name].state_dict(keep_vars=True)
+                found |= {f"{start}.{key}" if start else key: tensor for key, tensor in tensors.items()}
+            else:
+                found[start] = parts[name]
+        return found
 
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
         """The parameters of an adapter; none where it has none here."""
@@ -96,7 +117,7 @@ class Adapted(nn.Module):
         if name in self.active or name in self.merged:
             raise ValueError(f"adapter: expected one that is neither active nor merged, got {name!r}")
         del self.adapters[name]
-        for parts in self._parts():
+        for parts in self._parts().values():
             if name in parts:
                 del parts[name]
 
@@ -109,7 +130,7 @@ class Adapted(nn.Module):
         self._check_names([old])
         self._check_new(new)
         self.adapters = {new if name == old else name: adapter for name, adapter in self.adapters.items()}
-        for parts in self._parts():
+        for parts in self._parts().values():
             if old in parts:
                 parts[new] = parts[old]
                 del parts[old]
@@ -117,15 +138,15 @@ class Adapted(nn.Module):
         self.merged = tuple(new if name == old else name for name in self.merged)
 
     def set_active(self, names: Iterable[str]) -> None:
-        """Make these adapters the active ones. Names of adapters that this module has not are passed over.
-
-        Raises:
-            ValueError: adapters are merged.
-        """
+        """Make these adapters the active ones; errors as in :meth:`check_active`."""
         self.active = self.check_active(names)
 
     def check_active(self, names: Iterable[str]) -> tuple[str, ...]:
-        """The adapters among ``names`` that this module has; an error where they cannot be active."""
+        """The adapters among ``names`` that this module has.
+
+        Raises:
+            ValueError: they cannot be active, for example since others are merged.
+        """
         names = tuple(name for name in names if name in self.adapters)
         if self.merged and names != self.active:
             raise ValueError(f"adapters: expected none that is merged, got {', '.join(self.merged)}; unmerge first")

@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import check_unset, lora_scaling
+from lowbit.adapted import standing_in
+
+from ..config import check_unset
 from .base import Adapter
 from .linear import LoRALinear
-from .parameter import LoRAParameter, product_weight, standing_in
+from .parameter import LoRAParameter, product_weight
 
 
 class Twice(Adapter):
@@ -17,7 +19,7 @@ class Twice(Adapter):
     @property
     def scaling(self) -> float:
         """The factor on B A."""
-        return 2 * lora_scaling(self.rank, self.lora_alpha, self.use_rslora)
+        return 2 * super().scaling
 
 
 class OutputProjection(LoRALinear):
@@ -61,8 +63,7 @@ class LoRAMultiheadAttention(LoRAParameter):
 
     @classmethod
     def _check_base(cls, module: nn.Module) -> None:
-        if not isinstance(module, nn.MultiheadAttention):
-            raise TypeError(f"base_layer: expected a torch.nn.MultiheadAttention, got a {type(module).__name__}")
+        super()._check_base(module)
         if module.in_proj_weight is None:
             raise ValueError(
                 f"base_layer: expected keys and values of embed_dim={module.embed_dim}, whose projections are one "

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from lowbit import QuantizedTensor
+from lowbit.adapted import Factors, adapted_row_norms, square_row_norms
 from lowbit.functional import without_autocast
-from lowbit.lowrank import RANDOM_METHODS, initial_factors
+from lowbit.lowrank import random_factors
 from lowbit.quantizers.quantize import quantize_to
 
 from ..config import QLoRAConfig, check_lora_options, lora_scaling
@@ -43,8 +44,7 @@ class LoRABaseLayer(Adapted):
     """A layer with adapters: ``base_layer`` and, by PEFT's names, the parameters of each adapter.
 
     A class for a kind of layer says what it takes, how factors are made (``_new_factors``) and what one adapter adds
-    to the base's output (``_added``). For other code the layer looks like its base: ``weight``, ``bias`` and the sizes
-    are there.
+    to the base's output (``_added``).
 
     Args:
         base_layer: the layer to adapt.
@@ -58,6 +58,7 @@ class LoRABaseLayer(Adapted):
         ValueError: an option out of range.
     """
 
+    base_name = "base_layer"
     #: What the class takes, for errors.
     base_type: type[nn.Module] = nn.Module
     #: The class of the settings of its adapters.
@@ -77,8 +78,7 @@ class LoRABaseLayer(Adapted):
         **options,
     ):
         self._check_base(base_layer)
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         #: The first factors of adapters that were taken out of the weight (PiSSA, OLoRA), by name.
         self.initial: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._unmerged: dict[str, nn.Parameter | None] = {}  # the base's own parameters, while adapters are merged
@@ -102,8 +102,9 @@ class LoRABaseLayer(Adapted):
     def _check_base(cls, module: nn.Module) -> None:
         if not isinstance(module, cls.base_type):
             raise TypeError(f"base_layer: expected a torch.nn.{cls.base_type.__name__}, got a {type(module).__name__}")
-        if module.weight.numel() == 0:
-            raise ValueError(f"base_layer: expected at least one weight, got shape {tuple(module.weight.shape)}")
+        weight = module._parameters.get(cls.weight_name)
+        if weight is not None and weight.numel() == 0:
+            raise ValueError(f"base_layer: expected at least one weight, got shape {tuple(weight.shape)}")
 
     def _setup(self) -> None:
         """Read the base's sizes."""
@@ -126,16 +127,18 @@ class LoRABaseLayer(Adapted):
         modules = self._modules  # directly: nn.Module's own look-up costs 1 us for each name
         return modules["lora_A"]._modules[name].weight, modules["lora_B"]._modules[name].weight
 
+    def addition(self, name: str) -> Factors:
+        """What an adapter adds to the weight as a matrix [out, in]; views of its factors."""
+        adapter, (lora_a, lora_b) = self.adapters[name], self.factors(name)
+        dropout = adapter.lora_dropout if self.training else 0.0
+        return Factors(lora_b.flatten(1), lora_a.flatten(1), adapter.scaling, dropout)
+
     def product(self, name: str) -> torch.Tensor:
         """scaling * B A of an adapter in fp32, in the weight's shape; differentiable in A and B."""
-        lora_a, lora_b = self.factors(name)
-        product = self.adapters[name].scaling * (lora_b.float().flatten(1) @ lora_a.float().flatten(1))
-        return product.T if self.out_dim else product.view(self.stored_weight.shape)
+        return self._in_shape(self.addition(name).product())
 
-    def sides(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(left, right)`` of an adapter: the weight, a matrix, gains scaling * left right. They are views."""
-        lora_a, lora_b = self.factors(name)
-        return (lora_a.T, lora_b.T) if self.out_dim else (lora_b, lora_a)
+    def _in_shape(self, matrix: torch.Tensor) -> torch.Tensor:
+        return (matrix.T if self.out_dim else matrix).view(self.stored_weight.shape)
 
     # ---- adapters
 
@@ -171,38 +174,15 @@ class LoRABaseLayer(Adapted):
         """
         name = self._only_active() if name is None else name
         lora_a, lora_b = self.factors(name)
-        shape = (lora_b.shape[0], lora_a[0].numel())
-        if method not in RANDOM_METHODS:
-            raise ValueError(f"method: expected one of {', '.join(RANDOM_METHODS)}, got {method!r}")
-        # Of these methods none reads the weight: one of no bytes says shape and device.
-        weight = torch.empty(1, device=lora_a.device).expand(shape)
-        new_a, new_b, _ = initial_factors(weight, lora_a.shape[0], 1.0, method)
+        new_a, new_b = random_factors(len(lora_b), lora_a[0].numel(), len(lora_a), method, lora_a.device)
         lora_a.copy_(new_a.view(lora_a.shape))
         # B of a convolution in groups has fewer columns than A has rows.
         lora_b.copy_(new_b[:, : lora_b[0].numel()].reshape(lora_b.shape))
         if self.adapters[name].lora_bias:
             nn.init.zeros_(self.lora_B[name].bias)
 
-    @property
-    def base(self) -> nn.Module:
-        """The base layer."""
-        return self.base_layer
-
-    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """The parameters of an adapter, by PEFT's keys below the layer's name, as in its files; empty without it."""
-        if name not in self.adapters:
-            return {}
-        found = {}
-        for kind in [key for key in self._modules if key.startswith("lora_")]:
-            parts = self._modules[kind]
-            if name in parts:
-                own = parts[name]
-                more = own.named_parameters() if isinstance(own, nn.Module) else []
-                found |= {f"{kind}.{key}": value for key, value in more} or {kind: own}
-        return found
-
-    def _parts(self) -> list[nn.ModuleDict | nn.ParameterDict]:
-        return [child for key, child in self._modules.items() if key.startswith("lora_")]
+    def _parts(self) -> dict[str, nn.ModuleDict | nn.ParameterDict]:
+        return {key: child for key, child in self._modules.items() if key.startswith("lora_")}
 
     @property
     def adapter(self) -> Adapter:
@@ -220,10 +200,8 @@ class LoRABaseLayer(Adapted):
         """What the base computes, plus what the adapters add, in the dtype of the base's output."""
         y = self.base_layer.forward(input)  # not the base itself, whose hooks are this layer's
         if self.rows is not None:
-            index = self.rows.spread(len(input))
-            for number, name in enumerate(self.rows.names):
-                chosen = (index == number).nonzero().squeeze(1)
-                if name in self.adapters and len(chosen):
+            for name, chosen in self.rows.chosen(len(input)):
+                if name in self.adapters:
                     y = y.index_add(0, chosen, self._contribution(input[chosen], name, y[chosen]))
         elif not self.merged:
             base = y
@@ -236,7 +214,7 @@ class LoRABaseLayer(Adapted):
         with without_autocast(base.device):
             added = self._added(input, name)
             if self.adapters[name].use_dora:
-                scale = (self.lora_magnitude_vector[name].flatten() / self.row_norms(name)).view(self._feature_shape())
+                scale = self._magnitude_scale(name).view(self._feature_shape())
                 bias = 0 if self.bias is None else self.bias.view(self._feature_shape())
                 added = (scale - 1) * (base - bias) + scale * added
             return added.to(base.dtype)
@@ -248,36 +226,22 @@ class LoRABaseLayer(Adapted):
     def _magnitude_shape(self) -> tuple[int, ...]:
         return (-1,)
 
-    # ---- DoRA: the norms of the rows of W + scaling * B A, from the packed weight and the factors
+    # ---- DoRA
+
+    def _magnitude_scale(self, name: str) -> torch.Tensor:
+        """By what DoRA multiplies each output feature's row of W + scaling * B A."""
+        return self.lora_magnitude_vector[name].flatten() / self.row_norms(name)
 
     @torch.no_grad()
     def row_norms(self, name: str) -> torch.Tensor:
-        """The norms [out] of the output features' rows of W + scaling * B A, fp32; no gradient goes through them.
-
-        Neither W nor the sum is formed: |W + s B A|^2 = |W|^2 + 2 s (W A^T) B + s^2 B (A A^T) B.
-        """
-        lora_a, lora_b = (factor.float().flatten(1) for factor in self.factors(name))
-        scaling = self.adapters[name].scaling
-        crossed = 2 * scaling * (self._times_weight(lora_a).T * lora_b).sum(1)
-        own = scaling**2 * (lora_b @ (lora_a @ lora_a.T) * lora_b).sum(1)
-        return (self._square_norms() + crossed + own).clamp(min=0).sqrt()
-
-    def _times_weight(self, rows: torch.Tensor) -> torch.Tensor:
-        """rows [n, in, fp32] W^T, in fp32 [n, out]."""
-        weight = self.stored_weight
-        if isinstance(weight, QuantizedTensor) and weight.dim() == 2:
-            return rows @ weight if self.out_dim else nn.functional.linear(rows, weight)
-        weight = self.base_weight(torch.float32)
-        return rows @ (weight if self.out_dim else weight.flatten(1).T)
-
-    def _square_norms(self) -> torch.Tensor:
-        """|W|^2 of each output feature's row; decodes the weight once."""
+        """The norms [out] of the output features' rows of W + scaling * B A, fp32; no gradient goes through them."""
+        weight = self.stored_weight.detach()
+        if weight.dim() > 2:
+            weight = self.base_weight(torch.float32).flatten(1)
+        weight = weight.T if self.out_dim else weight
         if "_norms" not in self._buffers:
-            square = self.base_weight(torch.float32).square()
-            self.register_buffer(
-                "_norms", square.sum(0) if self.out_dim else square.flatten(1).sum(1), persistent=False
-            )
-        return self._norms
+            self.register_buffer("_norms", square_row_norms(weight), persistent=False)
+        return adapted_row_norms(weight, self._norms, self.addition(name))
 
     # ---- the weight
 
@@ -310,8 +274,7 @@ class LoRABaseLayer(Adapted):
             return product
         weight = self.base_weight(torch.float32)
         shape = (1, -1) if self.out_dim else (-1, *[1] * (weight.dim() - 1))
-        scale = (self.lora_magnitude_vector[name].flatten() / self.row_norms(name)).view(shape)
-        return scale * (weight + product) - weight
+        return self._magnitude_scale(name).view(shape) * (weight + product) - weight
 
     def merged_weight(self, names: Iterable[str] | None = None) -> torch.Tensor:
         """W + the deltas of the adapters (default: the active ones that are not merged), summed in fp32.
@@ -339,11 +302,18 @@ class LoRABaseLayer(Adapted):
             return {}
         weight = self.merged_weight(names)
         merged = {self.weight_name: nn.Parameter(weight, requires_grad=False)}
-        biases = [self.adapters[n].scaling * self.lora_B[n].bias.float() for n in names if self.adapters[n].lora_bias]
-        if biases:
-            bias = sum(biases) if self.bias is None else sum(biases) + self.bias.float()
-            merged["bias"] = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+        if any(self.adapters[name].lora_bias for name in names):
+            merged["bias"] = nn.Parameter(self._plus_biases(self.bias, names).to(weight.dtype), requires_grad=False)
         return merged
+
+    def _plus_biases(self, bias: torch.Tensor | None, names: Iterable[str]) -> torch.Tensor | None:
+        """``bias`` plus, in fp32, what the biases of these adapters' B add; None where there is none."""
+        for name in names:
+            adapter = self.adapters[name]
+            if adapter.lora_bias:
+                own = adapter.scaling * self.lora_B[name].bias.float()
+                bias = own if bias is None else bias + own
+        return bias
 
     @torch.no_grad()
     def merge(self, names: Iterable[str] | None = None, *, safe: bool = False) -> nn.Module:
@@ -380,14 +350,20 @@ class LoRABaseLayer(Adapted):
     def put_back_initial(self) -> None:
         """Add to a dense base the factors that were taken out of it at first."""
         for name, (lora_a, lora_b) in self.initial.items():
-            product = self.adapters[name].scaling * (lora_b.float() @ lora_a.float())
             weight = self.base_layer.weight
-            product = product.T if self.out_dim else product.view(weight.shape)
-            self.base_layer.weight = nn.Parameter((weight.float() + product).to(weight.dtype), requires_grad=False)
+            total = weight.float() + self._in_shape(Factors(lora_b, lora_a, self.adapters[name].scaling).product())
+            self.base_layer.weight = nn.Parameter(total.to(weight.dtype), requires_grad=False)
 
     def extra_repr(self) -> str:
         """What ``print`` shows of the layer."""
         return ", ".join(f"{name}: {adapter}" for name, adapter in self.adapters.items())
+
+
+def check_sizes(**sizes: int) -> None:
+    """An error that names the argument unless each is an int of at least 1."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
 
 
 def stored(module: nn.Module, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:

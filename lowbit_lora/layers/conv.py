@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowbit.adapted import AdaptedWeight
+from lowbit.adapted import AdaptedWeight, Factors
 
 from .base import Adapter, LoRABaseLayer
 
@@ -63,10 +63,10 @@ class LoRAConvNd(LoRABaseLayer):
         """
         if self.base_layer.groups == 1:
             return super().row_norms(name)
-        weight, rank = self.base_weight(torch.float32), self.adapters[name].rank
-        lora_a, lora_b = (factor.float() for factor in self.factors(name))
-        product = lora_b.view(-1, rank) @ lora_a.view(rank, -1)
-        return (weight + self.adapters[name].scaling * product.view(weight.shape)).flatten(1).norm(dim=1)
+        weight, rank, scaling = self.base_weight(torch.float32), self.adapters[name].rank, self.adapters[name].scaling
+        lora_a, lora_b = self.factors(name)
+        product = Factors(lora_b.view(-1, rank), lora_a.view(rank, -1), scaling).product()
+        return (weight + product.view(weight.shape)).flatten(1).norm(dim=1)
 
     def _feature_shape(self) -> tuple[int, ...]:
         return (-1, *[1] * (self.base_layer.weight.dim() - 2))

@@ -1,12 +1,10 @@
 """LoRA on embeddings, whose table may be dense or quantized."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import Adapter, LoRABaseLayer, stored
+from .base import Adapter, LoRABaseLayer, check_sizes, stored
 
 
 class LoRAEmbedding(LoRABaseLayer):
@@ -79,13 +77,11 @@ class QLoRAEmbedding(LoRAEmbedding):
         embedding_dim: int,
         padding_idx: int | None = None,
         *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **options: Any,
+        device=None,
+        dtype=None,
+        **options,
     ):
-        for name, size in (("num_embeddings", num_embeddings), ("embedding_dim", embedding_dim)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
+        check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         embedding = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
         embedding, options = stored(embedding, options)
         super().__init__(embedding, **options)

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.adapted import ProductWeight
-from lowbit.lowrank import RANDOM_METHODS, initial_factors
+from lowbit.adapted import Factors, ProductWeight
+from lowbit.lowrank import random_factors
 
 from ..config import check_unset
 from .base import Adapter
-from .parameter import LoRAParameter, factors_of
+from .parameter import LoRAParameter
 
 
 class LoRAExperts(LoRAParameter):
@@ -36,18 +36,12 @@ class LoRAExperts(LoRAParameter):
 
     def __init__(self, base_layer: nn.Module, parameter_names: list[str], **options: Any):
         *inner, self.weight_name = parameter_names
-        self._check_base(base_layer)
         super().__init__(LoRAExperts(base_layer, inner, **options) if inner else base_layer, **options)
 
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
         """False: a parameter's name chooses this class (``target_parameters``), not a module's."""
         return False
-
-    @classmethod
-    def _check_base(cls, module: nn.Module) -> None:
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"base_layer: expected a torch.nn.Module, got a {type(module).__name__}")
 
     @property
     def base(self) -> nn.Module:
@@ -92,32 +86,26 @@ class LoRAExperts(LoRAParameter):
     def reset_lora_parameters(self, name: str | None = None, method: str = "default") -> None:
         """Fill the factors of each expert as ``init_lora_weights=method`` says; see :class:`LoRABaseLayer`."""
         name = self._only_active() if name is None else name
-        if method not in RANDOM_METHODS:
-            raise ValueError(f"method: expected one of {', '.join(RANDOM_METHODS)}, got {method!r}")
         lora_a, lora_b = self.factors(name)
-        like = torch.empty(1, device=lora_a.device).expand(self._out, self._in)
-        made = [initial_factors(like, self.adapters[name].rank, 1.0, method)[:2] for _ in range(self._experts)]
+        rank = self.adapters[name].rank
+        made = [random_factors(self._out, self._in, rank, method, lora_a.device) for _ in range(self._experts)]
         lora_a.copy_(torch.cat([a for a, _ in made]))
         lora_b.copy_(torch.stack([b for _, b in made], 2).flatten(1))
 
-    def sides(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(left, right)`` of an adapter: each expert's weight gains scaling * left right. They are views."""
-        lora_a, lora_b = self.factors(name)
+    def addition(self, name: str) -> Factors:
+        """What an adapter adds to each expert's weight, as it is stored; views of its factors."""
+        whole = super().addition(name)
         if not self._is_stack:
-            return lora_b, lora_a
-        a, b = lora_a.unflatten(0, (self._experts, -1)), lora_b.unflatten(1, (-1, self._experts)).permute(2, 0, 1)
-        return (a.mT, b.mT) if self._transposed else (b, a)
-
-    def product(self, name: str) -> torch.Tensor:
-        """scaling * B A of each expert in fp32, in the weight's shape; differentiable in A and B."""
-        left, right = self.sides(name)
-        return self.adapters[name].scaling * (left.float() @ right.float())
+            return whole
+        left = whole.left.unflatten(1, (-1, self._experts)).permute(2, 0, 1)
+        each = whole._replace(left=left, right=whole.right.unflatten(0, (self._experts, -1)))
+        return each.swapped() if self._transposed else each
 
     def merged_weight(self, names: Iterable[str] | None = None) -> torch.Tensor:
         """The weight plus what the adapters add; see :class:`LoRABaseLayer`. One expert at a time is in fp32."""
         names = self.active if names is None else list(names)
         self._check_names(names)
-        return ProductWeight(self.stored_weight, [factors_of(self, name) for name in names]).merged()
+        return ProductWeight(self.stored_weight, [self.addition(name) for name in names]).merged()
 
     @torch.compiler.disable(reason="torch.compile does not trace a stack of experts with LoRA")
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,15 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import lowbit
-from lowbit import QuantizedTensor
-from lowbit.adapted import AdaptedWeight
+from lowbit.adapted import AdaptedWeight, Factors, adapted_linear, plus_products, products_by_row
 from lowbit.functional import without_autocast
 from lowbit.modules import FrozenLinear
-from lowbit.ops.dense import frozen_linear
 
-from .adapted import RowAdapters
-from .base import Adapter, LoRABaseLayer, stored
+from .base import Adapter, LoRABaseLayer, check_sizes, stored
 
 
 class LoRALinear(LoRABaseLayer):
@@ -65,134 +61,60 @@ class LoRALinear(LoRABaseLayer):
         ``x`` is what transformers' Conv1D calls its input.
         """
         input = x if input is None else input
-        base = self._modules["base_layer"]
         if self.rows is not None:
-            return self._each_row_with_its_adapter(input, self.rows)
+            return self._each_row_with_its_adapter(input)
+        base = self._modules["base_layer"]
         if not self.active or self.merged:
             return base.forward(input)  # not the base itself, whose hooks are this layer's
         if input.shape[-1] != self.in_features:
             raise ValueError(
                 f"input: expected a last dimension of in_features={self.in_features}, got {tuple(input.shape)}"
             )
-        first = self.adapters[self.active[0]]
-        if len(self.active) == 1 and not first.use_dora:
-            return self._with_lora(input, *self.factors(self.active[0]), first.scaling, first.lora_dropout)
-        if len(self.active) == 1 and not (self.training and first.lora_dropout):
-            y = self._magnified(input, self.active[0])
+        with_dora = [name for name in self.active if self.adapters[name].use_dora]
+        factors = [self.addition(name) for name in self.active if name not in with_dora]
+        if len(self.active) == 1 and with_dora and not self.addition(with_dora[0]).dropout:
+            y = self._magnified(input, with_dora[0])
             return y if base.bias is None else y + base.bias.to(y.dtype)
-        return self._with_several(input)
-
-    def _with_lora(self, input, lora_a, lora_b, scaling: float, dropout: float, with_bias: bool = True) -> torch.Tensor:
-        """W input + scaling * B A dropout(input) + bias, in one product."""
-        weight = self.base_layer.weight
-        # accelerate's hooks, for one, are in a forward of the instance, which therefore has to be called.
-        is_hooked = with_bias and "forward" in self.base_layer.__dict__
-        bias = self._bias(self.active, None if is_hooked else self.base_layer.bias) if with_bias else None
-        if not self.out_dim and not is_hooked:
-            return lowbit.lora_linear(input, weight, lora_a, lora_b, scaling, bias, dropout, self.training)
-        if not isinstance(weight, QuantizedTensor) and not is_hooked:
-            return lowbit.lora_linear(input, weight.T, lora_a, lora_b, scaling, bias, dropout, self.training)
-        y = self.base_layer.forward(input) if is_hooked else input @ weight
-        with without_autocast(input.device):
-            t = F.linear(F.dropout(input, dropout, self.training).to(lora_a.dtype), lora_a)
-            y = y + (scaling * F.linear(t, lora_b)).to(y.dtype)
-        return y if bias is None else y + bias.to(y.dtype)
-
-    def _with_several(self, input: torch.Tensor) -> torch.Tensor:
-        """The active adapters together. Those without DoRA and dropout are one, with their ranks side by side."""
-        apart = [
-            n for n in self.active if self.adapters[n].use_dora or (self.training and self.adapters[n].lora_dropout)
-        ]
-        together = [name for name in self.active if name not in apart]
-        if together:
-            factors = [self.factors(name) for name in together]
-            scaled = [self.adapters[n].scaling * b for n, (_, b) in zip(together, factors, strict=True)]
-            y = self._with_lora(input, torch.cat([a for a, _ in factors]), torch.cat(scaled, 1), 1.0, 0.0)
+        if "forward" in base.__dict__:  # of the instance, such as accelerate's hooks: it has to be called
+            y, bias = base.forward(input), self._plus_biases(None, self.active)
+            y = plus_products(y if bias is None else y + bias.to(y.dtype), input, factors)
         else:
-            y = self._without_lora(input, self._bias(self.active, self.base_layer.bias))
-        for name in apart:
-            adapter, (lora_a, lora_b) = self.adapters[name], self.factors(name)
-            dropped = F.dropout(input, adapter.lora_dropout, self.training)
-            if adapter.use_dora:
-                y = y + (self._magnified(dropped, name) - self._without_lora(dropped, None))
-            else:
-                with without_autocast(input.device):
-                    t = F.linear(dropped.to(lora_a.dtype), lora_a)
-                    y = y + (adapter.scaling * F.linear(t, lora_b)).to(y.dtype)
+            y = self._multiplied(input, factors, self._plus_biases(base.bias, self.active))
+        for name in with_dora:
+            dropped = F.dropout(input, self.adapters[name].lora_dropout, self.training)
+            y = y + (self._magnified(dropped, name) - self._multiplied(dropped, []))
         return y
 
-    def _magnified(self, input: torch.Tensor, name: str) -> torch.Tensor:
-        """magnitude / norm * (W + scaling * B A) input: DoRA without the bias."""
-        z = self._with_lora(input, *self.factors(name), self.adapters[name].scaling, 0.0, with_bias=False)
-        with without_autocast(input.device):
-            return (z * (self.lora_magnitude_vector[name] / self.row_norms(name))).to(z.dtype)
-
-    def _without_lora(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _multiplied(
+        self, input: torch.Tensor, factors: list[Factors], bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         weight = self.base_layer.weight
-        if not self.out_dim:
-            return frozen_linear(input, weight, bias)
-        y = input @ weight
-        return y if bias is None else y + bias.to(y.dtype)
+        return adapted_linear(input, weight.T if self.out_dim else weight, factors, bias)
 
-    def _bias(self, names: tuple[str, ...], bias: torch.Tensor | None) -> torch.Tensor | None:
-        """``bias`` and, times their scalings, those of B."""
-        for name in names:
-            if self.adapters[name].lora_bias:
-                own = self.adapters[name].scaling * self.lora_B[name].bias
-                bias = own if bias is None else bias + own
-        return bias
-
-    def _each_row_with_its_adapter(self, input: torch.Tensor, rows: RowAdapters) -> torch.Tensor:
-        """One product with the base for all rows, and one grouped product with each factor of the adapters."""
-        y = self.base_layer.forward(input)
-        known = [self.adapters.get(name) for name in rows.names]
-        if any(adapter and adapter.use_dora for adapter in known):
-            raise ValueError("adapter_names: expected adapters without DoRA, whose norms are of the whole weight")
-        tokens = input.reshape(-1, self.in_features)
-        index = rows.spread(len(input)).repeat_interleave(len(tokens) // max(1, len(input)))
-        order = index.argsort(stable=True)
-        ends = torch.bincount(index, minlength=len(rows.names)).cumsum(0).to(torch.int32)
-        dropped = self._dropped_by_row(tokens, index, known) if self.training else tokens
+    def _magnified(self, input: torch.Tensor, name: str) -> torch.Tensor:
+        """magnitude / norm * (W + scaling * B A) input: DoRA without the bias and dropout."""
+        z = self._multiplied(input, [self.addition(name)._replace(dropout=0.0)])
         with without_autocast(input.device):
-            lora_a, lora_b = self._stacked(rows.names)
-            delta = lowbit.grouped_matmul(lowbit.grouped_matmul(dropped[order], lora_a, ends), lora_b, ends)
-            delta = torch.empty_like(delta).index_copy(0, order, delta)
-            if any(adapter and adapter.lora_bias for adapter in known):
+            return (z * self._magnitude_scale(name)).to(z.dtype)
+
+    def _each_row_with_its_adapter(self, input: torch.Tensor) -> torch.Tensor:
+        """One product with the base for all rows, and one grouped product with each factor of the adapters."""
+        y, names = self.base_layer.forward(input), self.rows.names
+        known = [name for name in names if name in self.adapters]
+        if any(self.adapters[name].use_dora for name in known):
+            raise ValueError("adapter_names: expected adapters without DoRA, whose norms are of the whole weight")
+        index = self.rows.spread(len(input))
+        if not known:
+            return y
+        tokens = input.reshape(-1, self.in_features)
+        index = index.repeat_interleave(len(tokens) // max(1, len(input)))
+        with without_autocast(input.device):
+            delta = products_by_row(tokens, [self.addition(n) if n in known else None for n in names], index)
+            if any(self.adapters[name].lora_bias for name in known):
                 nothing = delta.new_zeros(self.out_features)
-                delta = delta + torch.stack([self._own_bias(name, nothing) for name in rows.names])[index]
+                biases = [self._plus_biases(nothing, [name] if name in known else []) for name in names]
+                delta = delta + torch.stack(biases)[index]
             return y + delta.view(y.shape).to(y.dtype)
-
-    def _own_bias(self, name: str, nothing: torch.Tensor) -> torch.Tensor:
-        adapter = self.adapters.get(name)
-        return adapter.scaling * self.lora_B[name].bias.float() if adapter and adapter.lora_bias else nothing
-
-    def _stacked(self, names: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(A [adapters, rank, in], scaling * B [adapters, out, rank])``, with zeros up to the largest rank.
-
-        A name that this layer has no adapter of, such as that of the base, stands for zeros.
-        """
-        known = [self.adapters.get(name) for name in names]
-        rank = max((adapter.rank for adapter in known if adapter), default=1)
-        nothing = torch.zeros(rank, self.in_features, device=self.base_layer.weight.device)
-        stack_a, stack_b = [], []
-        for name, adapter in zip(names, known, strict=True):
-            if adapter is None:
-                stack_a.append(nothing)
-                stack_b.append(nothing.new_zeros(self.out_features, rank))
-                continue
-            lora_a, lora_b = self.factors(name)
-            missing = rank - adapter.rank
-            stack_a.append(F.pad(lora_a.float(), (0, 0, 0, missing)))
-            stack_b.append(F.pad(adapter.scaling * lora_b.float(), (0, missing)))
-        return torch.stack(stack_a), torch.stack(stack_b)
-
-    def _dropped_by_row(self, tokens: torch.Tensor, index: torch.Tensor, known: list[Adapter | None]) -> torch.Tensor:
-        chances = [adapter.lora_dropout if adapter else 0.0 for adapter in known]
-        if not any(chances):
-            return tokens
-        chance = torch.tensor(chances, device=tokens.device)[index, None]
-        kept = torch.rand(tokens.shape, device=tokens.device) >= chance
-        return tokens * (kept / (1 - chance)).to(tokens.dtype)
 
 
 class QLoRALinear(LoRALinear):
@@ -209,20 +131,10 @@ class QLoRALinear(LoRALinear):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **options: Any,
+        self, in_features: int, out_features: int, bias: bool = True, *, device=None, dtype=None, **options: Any
     ):
-        for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
-        linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        linear, options = stored(linear, options)
+        check_sizes(in_features=in_features, out_features=out_features)
+        linear, options = stored(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), options)
         super().__init__(linear, **options)
 
     @classmethod

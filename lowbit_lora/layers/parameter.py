@@ -1,31 +1,12 @@
 """LoRA on a parameter by which a module multiplies in its own forward, which stays."""
 
-import contextlib
-import threading
-import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
-from lowbit.adapted import Factors, ProductWeight
+from lowbit.adapted import ProductWeight, standing_in
 
 from .base import LoRABaseLayer
-
-#: One for each module, so that no thread finds or removes what another put there.
-_locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-
-
-@contextlib.contextmanager
-def standing_in(module: nn.Module, name: str, value: torch.Tensor) -> Iterator[None]:
-    """Context in which ``module.name`` is ``value``. The registered parameter of that name stays what it is."""
-    with _locks.setdefault(module, threading.RLock()):
-        vars(module)[name] = value
-        try:
-            yield
-        finally:
-            del vars(module)[name]
 
 
 def product_weight(layer: LoRABaseLayer) -> torch.Tensor:
@@ -42,13 +23,7 @@ def product_weight(layer: LoRABaseLayer) -> torch.Tensor:
         )
     if not layer.active or layer.merged or layer.rows is not None:
         return weight
-    return ProductWeight(weight, [factors_of(layer, name) for name in layer.active])
-
-
-def factors_of(layer: LoRABaseLayer, name: str) -> Factors:
-    """What an adapter of a layer adds to its weight."""
-    adapter = layer.adapters[name]
-    return Factors(*layer.sides(name), adapter.scaling, adapter.lora_dropout if layer.training else 0.0)
+    return ProductWeight(weight, [layer.addition(name) for name in layer.active])
 
 
 class LoRAParameter(LoRABaseLayer):

@@ -1,0 +1,137 @@
+"""Pairs of low-rank factors that add to a weight, and the products of activations with a weight and with these."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ..functional import lora_linear, without_autocast
+from ..grouped import grouped_matmul
+from ..ops.dense import frozen_linear
+from ..tensor import QuantizedTensor
+
+
+class Factors(NamedTuple):
+    """What an adapter adds to a weight [..., rows, columns]: scaling * left right.
+
+    Attributes:
+        left, right: [..., rows, rank] and [..., rank, columns].
+        dropout: the probability of zeroing an element of what ``right`` multiplies; 0 outside of training.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scaling: float
+    dropout: float = 0.0
+
+    def swapped(self) -> "Factors":
+        """What is added to the weight with its last two dimensions swapped."""
+        return Factors(self.right.mT, self.left.mT, self.scaling, self.dropout)
+
+    def product(self) -> torch.Tensor:
+        """scaling * left right in fp32."""
+        return self.scaling * (self.left.float() @ self.right.float())
+
+    def linear(self, x: torch.Tensor) -> torch.Tensor:
+        """scaling * dropout(x) right^T left^T of one matrix, or of a batch of them with x [n, tokens, columns].
+
+        [..., columns] -> [..., rows] in the factors' dtype.
+        """
+        dropped = F.dropout(x, self.dropout) if self.dropout else x
+        return self.scaling * (dropped.to(self.right.dtype) @ self.right.mT @ self.left.mT)
+
+    def grouped(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """The same for a stack: of x [tokens, columns], sorted by matrix, to [tokens, rows] in fp32."""
+        return self.scaling * grouped_matmul(grouped_matmul(x, self.right, ends), self.left, ends)
+
+
+def is_operand(weight: QuantizedTensor) -> bool:
+    """Whether lowbit's products with LoRA take a quantized weight as it is."""
+    # Not weight.operands(): torch.compile does not look into methods of an argument.
+    return not weight.stored.transposed and QuantizedTensor.operands(weight) is not None
+
+
+def adapted_linear(
+    x: torch.Tensor, weight: torch.Tensor, factors: list[Factors], bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x (W + what the factors add)^T + bias, in x's dtype (under autocast, in the autocast dtype).
+
+    Factors without dropout are one pair, with their ranks side by side. The products with W and with the first pair are
+    one, whose sum is rounded once, except for a transposed quantized W.
+
+    Args:
+        x: [..., columns].
+        weight: [rows, columns], dense or quantized.
+        factors: of matrices; may be none.
+    """
+    if isinstance(weight, QuantizedTensor) and not is_operand(weight):
+        y = x @ weight.mT
+        return plus_products(y if bias is None else y + bias.to(y.dtype), x, factors)
+    if not factors:
+        return frozen_linear(x, weight, bias)
+    (left, right, scaling, dropout), *rest = factors if len(factors) == 1 else _side_by_side(factors)
+    return plus_products(lora_linear(x, weight, right, left, scaling, bias, dropout, training=True), x, rest)
+
+
+def plus_products(y: torch.Tensor, x: torch.Tensor, factors: list[Factors]) -> torch.Tensor:
+    """y + what each of the factors makes of x, in y's dtype."""
+    if not factors:
+        return y
+    with without_autocast(x.device):
+        return sum([each.linear(x).to(y.dtype) for each in factors], y)
+
+
+def _side_by_side(factors: list[Factors]) -> list[Factors]:
+    """Factors that add the same, in which those without dropout are one."""
+    plain = [each for each in factors if not each.dropout]
+    if len(plain) < 2:
+        return factors
+    left = torch.cat([each.scaling * each.left for each in plain], 1)
+    joined = Factors(left, torch.cat([each.right for each in plain]), 1.0)
+    return [joined, *(each for each in factors if each.dropout)]
+
+
+def by_matrix(
+    x: torch.Tensor, index: torch.Tensor, count: int, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """A grouped product for rows in any order: row i of x [rows, columns] by the matrix index[i] of ``count``.
+
+    ``product`` takes the rows, sorted by matrix, and int32 ends, as :func:`lowbit.grouped.grouped_matmul` does.
+    """
+    order = index.argsort(stable=True)
+    ends = torch.bincount(index, minlength=count).cumsum(0).to(torch.int32)
+    y = product(x[order], ends)
+    return torch.empty_like(y).index_copy(0, order, y)
+
+
+def products_by_row(x: torch.Tensor, factors: list[Factors | None], index: torch.Tensor) -> torch.Tensor:
+    """scaling * dropout(x) right^T left^T, where each row of x has factors of its own: one grouped product with each.
+
+    Args:
+        x: [tokens, columns].
+        factors: of matrices [rows, columns], of any ranks; None, which not all are, adds nothing.
+        index: int64 [tokens], which of the factors each row has.
+
+    Returns:
+        [tokens, rows] in fp32.
+    """
+    if any(each.dropout for each in factors if each):
+        chance = torch.tensor([each.dropout if each else 0.0 for each in factors], device=x.device)[index, None]
+        kept = torch.rand(x.shape, device=x.device) >= chance
+        x = x * (kept / (1 - chance)).to(x.dtype)
+    stack = _stacked(factors)
+    return by_matrix(x, index, len(factors), stack.grouped)
+
+
+def _stacked(factors: list[Factors | None]) -> Factors:
+    """A stack in fp32, with zeros up to the largest rank, and in the place of None."""
+    known = [each for each in factors if each]
+    rank = max(len(each.right) for each in known)
+    nothing = Factors(known[0].left[:, :0], known[0].right[:0], 0.0)
+    lefts, rights = [], []
+    for left, right, scaling, _ in [each or nothing for each in factors]:
+        missing = rank - len(right)
+        lefts.append(F.pad(scaling * left.float(), (0, missing)))
+        rights.append(F.pad(right.float(), (0, 0, 0, missing)))
+    return Factors(torch.stack(lefts), torch.stack(rights), 1.0)
