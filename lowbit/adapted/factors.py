@@ -18,12 +18,14 @@ class Factors(NamedTuple):
     Attributes:
         left, right: [..., rows, rank] and [..., rank, columns].
         dropout: the probability of zeroing an element of what ``right`` multiplies; 0 outside of training.
+        bias: [rows] of one matrix or None: what products gain besides, times the scaling. The methods leave it out.
     """
 
     left: torch.Tensor
     right: torch.Tensor
     scaling: float
     dropout: float = 0.0
+    bias: torch.Tensor | None = None
 
     def swapped(self) -> "Factors":
         """What is added to the weight with its last two dimensions swapped."""
@@ -58,7 +60,7 @@ def adapted_linear(
     """x (W + what the factors add)^T + bias, in x's dtype (under autocast, in the autocast dtype).
 
     Factors without dropout are one pair, with their ranks side by side. The products with W and with the first pair are
-    one, whose sum is rounded once, except for a transposed quantized W.
+    one, whose sum is rounded once, except for a transposed quantized W. Biases of the factors are added too.
 
     Args:
         x: [..., columns].
@@ -68,18 +70,33 @@ def adapted_linear(
     if isinstance(weight, QuantizedTensor) and not is_operand(weight):
         y = x @ weight.mT
         return plus_products(y if bias is None else y + bias.to(y.dtype), x, factors)
+    bias = plus_biases(bias, factors)
     if not factors:
         return frozen_linear(x, weight, bias)
-    (left, right, scaling, dropout), *rest = factors if len(factors) == 1 else _side_by_side(factors)
-    return plus_products(lora_linear(x, weight, right, left, scaling, bias, dropout, training=True), x, rest)
+    (left, right, scaling, dropout, _), *rest = factors if len(factors) == 1 else _side_by_side(factors)
+    return _sum(lora_linear(x, weight, right, left, scaling, bias, dropout, training=True), x, rest)
 
 
 def plus_products(y: torch.Tensor, x: torch.Tensor, factors: list[Factors]) -> torch.Tensor:
-    """y + what each of the factors makes of x, in y's dtype."""
+    """y + what each of the factors makes of x + their biases, in y's dtype."""
+    bias = plus_biases(None, factors)
+    return _sum(y if bias is None else y + bias.to(y.dtype), x, factors)
+
+
+def _sum(y: torch.Tensor, x: torch.Tensor, factors: list[Factors]) -> torch.Tensor:
     if not factors:
         return y
     with without_autocast(x.device):
         return sum([each.linear(x).to(y.dtype) for each in factors], y)
+
+
+def plus_biases(bias: torch.Tensor | None, factors: list[Factors]) -> torch.Tensor | None:
+    """``bias`` plus, in fp32, the factors' own, times their scalings; None where there is none."""
+    for each in factors:
+        if each.bias is not None:
+            own = each.scaling * each.bias.float()
+            bias = own if bias is None else bias + own
+    return bias
 
 
 def _side_by_side(factors: list[Factors]) -> list[Factors]:
@@ -105,23 +122,34 @@ def by_matrix(
     return torch.empty_like(y).index_copy(0, order, y)
 
 
-def products_by_row(x: torch.Tensor, factors: list[Factors | None], index: torch.Tensor) -> torch.Tensor:
-    """scaling * dropout(x) right^T left^T, where each row of x has factors of its own: one grouped product with each.
+def plus_products_by_row(
+    y: torch.Tensor, x: torch.Tensor, factors: list[Factors | None], index: torch.Tensor
+) -> torch.Tensor:
+    """:func:`plus_products`, where each row of a batch has factors of its own: one grouped product with each side.
 
     Args:
-        x: [tokens, columns].
-        factors: of matrices [rows, columns], of any ranks; None, which not all are, adds nothing.
-        index: int64 [tokens], which of the factors each row has.
+        y: [batch, ..., rows].
+        x: [batch, ..., columns].
+        factors: of matrices [rows, columns], of any ranks; None adds nothing.
+        index: int64 [batch], which of the factors each row has.
 
     Returns:
-        [tokens, rows] in fp32.
+        as ``y``; the products are computed in fp32.
     """
+    if not any(factors):
+        return y
+    tokens = x.reshape(-1, x.shape[-1])
+    index = index.repeat_interleave(len(tokens) // max(1, len(x)))
     if any(each.dropout for each in factors if each):
         chance = torch.tensor([each.dropout if each else 0.0 for each in factors], device=x.device)[index, None]
-        kept = torch.rand(x.shape, device=x.device) >= chance
-        x = x * (kept / (1 - chance)).to(x.dtype)
-    stack = _stacked(factors)
-    return by_matrix(x, index, len(factors), stack.grouped)
+        kept = torch.rand(tokens.shape, device=x.device) >= chance
+        tokens = tokens * (kept / (1 - chance)).to(x.dtype)
+    with without_autocast(x.device):
+        added = by_matrix(tokens, index, len(factors), _stacked(factors).grouped)
+        if any(each.bias is not None for each in factors if each):
+            nothing = added.new_zeros(y.shape[-1])
+            added = added + torch.stack([plus_biases(nothing, [each] if each else []) for each in factors])[index]
+        return y + added.view(y.shape).to(y.dtype)
 
 
 def _stacked(factors: list[Factors | None]) -> Factors:
@@ -130,7 +158,7 @@ def _stacked(factors: list[Factors | None]) -> Factors:
     rank = max(len(each.right) for each in known)
     nothing = Factors(known[0].left[:, :0], known[0].right[:0], 0.0)
     lefts, rights = [], []
-    for left, right, scaling, _ in [each or nothing for each in factors]:
+    for left, right, scaling, *_ in [each or nothing for each in factors]:
         missing = rank - len(right)
         lefts.append(F.pad(scaling * left.float(), (0, missing)))
         rights.append(F.pad(right.float(), (0, 0, 0, missing)))

@@ -40,3 +40,12 @@ def copy_with_hooks(module: nn.Module) -> nn.Module:
     for source, target in zip(module.modules(), copied.modules(), strict=True):
         share_hooks(source, target)
     return copied
+
+
+def cast_floats(value: Any, dtype: torch.dtype) -> Any:
+    """``value`` with the floating-point tensors in it, also in tuples and lists, in this dtype."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if type(value) in (tuple, list):
+        return type(value)(cast_floats(item, dtype) for item in value)
+    return value

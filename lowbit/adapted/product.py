@@ -104,7 +104,7 @@ class ProductWeight(AdaptedWeight):
         if not self._is_quantized():
             y = dense_product()
         elif is_operand(self.base):
-            (left, right, scaling, _), *rest = self.factors
+            (left, right, scaling, *_), *rest = self.factors
             y = grouped_lora_linear(x, self.base, ends, right, left, scaling)
         else:
             y = torch._grouped_mm(x, self.base.transpose(1, 2), offs=ends)

@@ -1,40 +1,12 @@
 """What stands in the place of a module that adapters change: which adapters it has, and which of them compute."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-
-@dataclass(frozen=True)
-class RowAdapters:
-    """Which adapter each row of a batch has: ``names`` and, for each row, an index into them, int64 [batch]."""
-
-    names: tuple[str, ...]
-    index: torch.Tensor
-
-    def spread(self, first: int) -> torch.Tensor:
-        """The index for an input whose first dimension is the batch, or a multiple of it (beams, tokens) in its order.
-
-        Raises:
-            ValueError: ``first`` is no multiple of the number of rows.
-        """
-        rows = len(self.index)
-        if first % max(1, rows):
-            raise ValueError(
-                f"adapter_names: expected inputs with {rows} rows, one for each name, or a multiple, got {first}"
-            )
-        return self.index.repeat_interleave(first // max(1, rows))
-
-    def chosen(self, first: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """``(name, its rows, int64)`` of each adapter that has rows in such an input."""
-        index = self.spread(first)
-        for number, name in enumerate(self.names):
-            rows = (index == number).nonzero().squeeze(1)
-            if len(rows):
-                yield name, rows
+from lowbit.adapted import RowAdapters
 
 
 class Adapted(nn.Module):
@@ -93,8 +65,7 @@ class Adapted(nn.Module):
             if name not in parts:
                 continue
             if isinstance(parts[name], nn.Module):
-                tensors = parts[name].state_dict(keep_vars=True)
-                found |= {f"{start}.{key}" if start else key: tensor for key, tensor in tensors.items()}
+                found |= parts[name].state_dict(prefix=f"{start}." if start else "", keep_vars=True)
             else:
                 found[start] = parts[name]
         return found
@@ -108,11 +79,7 @@ class Adapted(nn.Module):
         raise NotImplementedError
 
     def delete_adapter(self, name: str) -> None:
-        """Remove an adapter.
-
-        Raises:
-            ValueError: there is none of that name, or it is active or merged.
-        """
+        """Remove an adapter; a ValueError if there is none of that name, or if it is active or merged."""
         self._check_names([name])
         if name in self.active or name in self.merged:
             raise ValueError(f"adapter: expected one that is neither active nor merged, got {name!r}")
@@ -122,31 +89,24 @@ class Adapted(nn.Module):
                 del parts[name]
 
     def rename_adapter(self, old: str, new: str) -> None:
-        """Give an adapter another name. Its parameters stay the same objects.
-
-        Raises:
-            ValueError: there is no ``old``, or there is a ``new``.
-        """
+        """Give an adapter another name; a ValueError if there is no ``old``, or a ``new``. Parameters stay the same."""
         self._check_names([old])
         self._check_new(new)
-        self.adapters = {new if name == old else name: adapter for name, adapter in self.adapters.items()}
+        names = {name: name for name in self.adapters} | {old: new}
+        self.adapters = {names[name]: adapter for name, adapter in self.adapters.items()}
         for parts in self._parts().values():
             if old in parts:
                 parts[new] = parts[old]
                 del parts[old]
-        self.active = tuple(new if name == old else name for name in self.active)
-        self.merged = tuple(new if name == old else name for name in self.merged)
+        self.active = tuple(names[name] for name in self.active)
+        self.merged = tuple(names[name] for name in self.merged)
 
     def set_active(self, names: Iterable[str]) -> None:
         """Make these adapters the active ones; errors as in :meth:`check_active`."""
         self.active = self.check_active(names)
 
     def check_active(self, names: Iterable[str]) -> tuple[str, ...]:
-        """The adapters among ``names`` that this module has.
-
-        Raises:
-            ValueError: they cannot be active, for example since others are merged.
-        """
+        """The adapters among ``names`` that this module has; a ValueError if these cannot be active together or now."""
         names = tuple(name for name in names if name in self.adapters)
         if self.merged and names != self.active:
             raise ValueError(f"adapters: expected none that is merged, got {', '.join(self.merged)}; unmerge first")

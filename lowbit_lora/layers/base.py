@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lowbit import QuantizedTensor
-from lowbit.adapted import Factors, adapted_row_norms, square_row_norms
+from lowbit.adapted import AdaptedWeight, Factors, adapted_row_norms, plus_biases, square_row_norms
 from lowbit.functional import without_autocast
 from lowbit.lowrank import random_factors
 from lowbit.quantizers.quantize import quantize_to
@@ -30,6 +30,7 @@ class Adapter:
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
+    times = 1  # how often PEFT adds such an adapter
 
     def __post_init__(self):
         check_lora_options(self.rank, self.lora_alpha, self.lora_dropout)
@@ -37,7 +38,7 @@ class Adapter:
     @property
     def scaling(self) -> float:
         """The factor on B A."""
-        return lora_scaling(self.rank, self.lora_alpha, self.use_rslora)
+        return self.times * lora_scaling(self.rank, self.lora_alpha, self.use_rslora)
 
 
 class LoRABaseLayer(Adapted):
@@ -59,27 +60,19 @@ class LoRABaseLayer(Adapted):
     """
 
     base_name = "base_layer"
-    #: What the class takes, for errors.
-    base_type: type[nn.Module] = nn.Module
-    #: The class of the settings of its adapters.
-    adapter_type: type[Adapter] = Adapter
-    #: The name of the weight among the base's parameters.
-    weight_name = "weight"
-    #: The dimension of the weight that is the output's features.
-    out_dim = 0
+    base_type: type[nn.Module] = nn.Module  # what the class takes
+    adapter_type: type[Adapter] = Adapter  # the settings of its adapters
+    weight_name = "weight"  # among the base's parameters
+    out_dim = 0  # the dimension of the weight that is the output's features
+    _feature_shape: tuple[int, ...] = (-1,)  # what a vector over these is viewed as, so that it multiplies the output
+    _magnitude_shape: tuple[int, ...] = (-1,)  # as PEFT's
 
     def __init__(
-        self,
-        base_layer: nn.Module,
-        *,
-        rank: int | None = 8,
-        lora_dtype: torch.dtype = torch.float32,
-        freeze: bool = True,
-        **options,
+        self, base_layer: nn.Module, *, rank: int | None = 8, lora_dtype=torch.float32, freeze: bool = True, **options
     ):
         self._check_base(base_layer)
         super().__init__(base_layer)
-        #: The first factors of adapters that were taken out of the weight (PiSSA, OLoRA), by name.
+        #: (A, B) as they were taken out of the weight (PiSSA, OLoRA), by adapter.
         self.initial: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._unmerged: dict[str, nn.Parameter | None] = {}  # the base's own parameters, while adapters are merged
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
@@ -128,14 +121,20 @@ class LoRABaseLayer(Adapted):
         return modules["lora_A"]._modules[name].weight, modules["lora_B"]._modules[name].weight
 
     def addition(self, name: str) -> Factors:
-        """What an adapter adds to the weight as a matrix [out, in]; views of its factors."""
+        """What an adapter adds to the weight as a matrix [out, in]: views of its factors."""
         adapter, (lora_a, lora_b) = self.adapters[name], self.factors(name)
         dropout = adapter.lora_dropout if self.training else 0.0
-        return Factors(lora_b.flatten(1), lora_a.flatten(1), adapter.scaling, dropout)
+        bias = self.lora_B[name].bias if adapter.lora_bias else None
+        return Factors(lora_b.flatten(1), lora_a.flatten(1), adapter.scaling, dropout, bias)
 
     def product(self, name: str) -> torch.Tensor:
         """scaling * B A of an adapter in fp32, in the weight's shape; differentiable in A and B."""
         return self._in_shape(self.addition(name).product())
+
+    def _linear_factors(self, sizes: tuple[int, int], rank: int, bias: bool = False, **options) -> dict[str, nn.Module]:
+        """Factors of a weight [out, in] of these ``sizes``."""
+        down = nn.Linear(sizes[1], rank, bias=False, **options)
+        return {"lora_A": down, "lora_B": nn.Linear(rank, sizes[0], bias, **options)}
 
     def _in_shape(self, matrix: torch.Tensor) -> torch.Tensor:
         return (matrix.T if self.out_dim else matrix).view(self.stored_weight.shape)
@@ -143,20 +142,16 @@ class LoRABaseLayer(Adapted):
     # ---- adapters
 
     def add_adapter(
-        self, name: str, adapter: Adapter, dtype: torch.dtype = torch.float32, init: str = "default", **init_options
+        self, name: str, adapter: Adapter, dtype: torch.dtype = torch.float32, init: str = "default"
     ) -> None:
-        """Add an adapter, which is not active. ``init`` says how its factors begin: by default they add nothing yet.
-
-        Raises:
-            ValueError: there is one of that name, or no such beginning.
-        """
+        """Add an adapter, not active, as :meth:`reset_lora_parameters` fills it; a ValueError if its name is taken."""
         self._check_new(name)
         for kind, factor in self._new_factors(adapter, dtype=dtype, device=self.stored_weight.device).items():
             getattr(self, kind)[name] = factor.train(self.training) if isinstance(factor, nn.Module) else factor
         self.adapters[name] = adapter
         self.reset_lora_parameters(name, init)
         if adapter.use_dora:
-            self.lora_magnitude_vector[name] = nn.Parameter(self.row_norms(name).view(self._magnitude_shape()))
+            self.lora_magnitude_vector[name] = nn.Parameter(self.row_norms(name).view(self._magnitude_shape))
 
     @torch.no_grad()
     def reset_magnitude(self, name: str) -> None:
@@ -169,8 +164,7 @@ class LoRABaseLayer(Adapted):
     def reset_lora_parameters(self, name: str | None = None, method: str = "default") -> None:
         """Fill the factors as ``init_lora_weights=method`` says; by default the layer then computes what its base does.
 
-        Raises:
-            ValueError: the method is none that leaves the base's weight alone.
+        A ValueError where the method is none that leaves the base's weight alone.
         """
         name = self._only_active() if name is None else name
         lora_a, lora_b = self.factors(name)
@@ -214,19 +208,10 @@ class LoRABaseLayer(Adapted):
         with without_autocast(base.device):
             added = self._added(input, name)
             if self.adapters[name].use_dora:
-                scale = self._magnitude_scale(name).view(self._feature_shape())
-                bias = 0 if self.bias is None else self.bias.view(self._feature_shape())
+                scale = self._magnitude_scale(name).view(self._feature_shape)
+                bias = 0 if self.bias is None else self.bias.view(self._feature_shape)
                 added = (scale - 1) * (base - bias) + scale * added
             return added.to(base.dtype)
-
-    def _feature_shape(self) -> tuple[int, ...]:
-        """What a vector over the output's features is viewed as, so that it multiplies the output."""
-        return (-1,)
-
-    def _magnitude_shape(self) -> tuple[int, ...]:
-        return (-1,)
-
-    # ---- DoRA
 
     def _magnitude_scale(self, name: str) -> torch.Tensor:
         """By what DoRA multiplies each output feature's row of W + scaling * B A."""
@@ -257,8 +242,8 @@ class LoRABaseLayer(Adapted):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight with the active adapters, for code that reads it instead of calling the layer."""
-        return self.base_weight() if not self.active or self.merged else self.merged_weight()
+        """W with the active adapters, for code that reads the weight of a layer instead of calling the layer."""
+        return self.merged_weight() if torch.compiler.is_compiling() else AdaptedWeight(self)
 
     def base_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The frozen weight, decoded, in ``dtype`` (default: its own)."""
@@ -277,13 +262,9 @@ class LoRABaseLayer(Adapted):
         return self._magnitude_scale(name).view(shape) * (weight + product) - weight
 
     def merged_weight(self, names: Iterable[str] | None = None) -> torch.Tensor:
-        """W + the deltas of the adapters (default: the active ones that are not merged), summed in fp32.
+        """W + the deltas of the adapters, by default of the active ones that are not merged; differentiable in these.
 
-        Returns:
-            the sum, rounded once to W's dtype; differentiable in the factors.
-
-        Raises:
-            ValueError: there is no adapter of a name.
+        The sum in fp32 is rounded once, to W's dtype. A ValueError if there is no adapter of a name.
         """
         names = [name for name in self.active if name not in self.merged] if names is None else list(names)
         self._check_names(names)
@@ -296,38 +277,24 @@ class LoRABaseLayer(Adapted):
 
     @torch.no_grad()
     def merged_tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The base's parameters that change with the adapters merged in: its weight, and "bias" with lora_bias."""
         names = [name for name in names if name in self.adapters]
         if not names:
             return {}
         weight = self.merged_weight(names)
-        merged = {self.weight_name: nn.Parameter(weight, requires_grad=False)}
+        merged = {self.weight_name: weight}
         if any(self.adapters[name].lora_bias for name in names):
-            merged["bias"] = nn.Parameter(self._plus_biases(self.bias, names).to(weight.dtype), requires_grad=False)
-        return merged
-
-    def _plus_biases(self, bias: torch.Tensor | None, names: Iterable[str]) -> torch.Tensor | None:
-        """``bias`` plus, in fp32, what the biases of these adapters' B add; None where there is none."""
-        for name in names:
-            adapter = self.adapters[name]
-            if adapter.lora_bias:
-                own = adapter.scaling * self.lora_B[name].bias.float()
-                bias = own if bias is None else bias + own
-        return bias
+            merged["bias"] = plus_biases(self.bias, [self.addition(name) for name in names]).to(weight.dtype)
+        return {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in merged.items()}
 
     @torch.no_grad()
     def merge(self, names: Iterable[str] | None = None, *, safe: bool = False) -> nn.Module:
-        """Put the merged weight, which is dense, into the base layer. ``unmerge`` puts its own weight back.
-
-        Args:
-            names: the adapters; by default the active ones.
-            safe: refuse a merged weight with NaN or inf.
+        """Put the weight with adapters (default: the active ones) merged in, which is dense, into the base layer.
 
         Returns:
             the base layer, which now computes what the layer computed.
 
         Raises:
-            ValueError: adapters are merged already; ``safe`` and the merged weight is not finite. Nothing has changed.
+            ValueError: adapters are merged already; ``safe``, and there is NaN or inf in it. Nothing has changed.
         """
         names = self.active if names is None else tuple(names)
         self._check_names(names)
@@ -342,7 +309,7 @@ class LoRABaseLayer(Adapted):
         return self.base_layer
 
     def unmerge(self) -> None:
-        """Put the base's own weight back, the very tensor. Does nothing where no adapter is merged."""
+        """Put the base's own weight back, the very tensor, if adapters are merged."""
         self.base._parameters.update(self._unmerged)
         self._unmerged, self.merged = {}, ()
 
@@ -355,7 +322,6 @@ class LoRABaseLayer(Adapted):
             self.base_layer.weight = nn.Parameter(total.to(weight.dtype), requires_grad=False)
 
     def extra_repr(self) -> str:
-        """What ``print`` shows of the layer."""
         return ", ".join(f"{name}: {adapter}" for name, adapter in self.adapters.items())
 
 
@@ -366,10 +332,10 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
 
 
-def stored(module: nn.Module, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """``module``, with its weight quantized as QLoRAConfig's options among ``options`` say, and the other options."""
-    how = {name: options[name] for name in ("quantization", "double_quant", "block_size", "scale") if name in options}
-    config = QLoRAConfig(**how)
+def stored(module: nn.Module, options: dict[str, Any]) -> nn.Module:
+    """``module``, with its weight quantized as QLoRAConfig's options say, which are taken out of ``options``."""
+    names = {"quantization", "double_quant", "block_size", "scale"} & options.keys()
+    config = QLoRAConfig(**{name: options.pop(name) for name in names})
     weight = quantize_to(module.weight.detach(), config.spec, config.scale)
     module.weight = nn.Parameter(weight, requires_grad=False)
-    return module, {name: value for name, value in options.items() if name not in how}
+    return module

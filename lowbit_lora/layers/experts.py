@@ -18,20 +18,15 @@ from .parameter import LoRAParameter
 class LoRAExperts(LoRAParameter):
     """A module with LoRA on parameters [experts, out, in], or [experts, in, out] where it says ``is_transposed``.
 
-    A parameter [out, in], such as a router's weight, counts as one expert. The module's own forward computes: it knows
-    its activation, its biases and its routing. As in PEFT, A is [rank * experts, in], expert by expert; B is
-    [out, rank * experts], in which the experts of a rank stand side by side; and several parameters of one module are
-    nested layers, the last one outermost.
+    A parameter [out, in], such as a router's weight, counts as one expert. As in PEFT, A is [rank * experts, in],
+    expert by expert; B is [out, rank * experts], in which the experts of a rank stand side by side; several parameters
+    of one module are nested layers, the last one outermost; and there is no lora_dropout, use_dora or lora_bias.
 
     Args:
-        base_layer: the module of the experts.
-        parameter_names: of its parameters, in the order of the module's own.
-        options: those of :class:`LoRABaseLayer`, without lora_dropout, use_dora and lora_bias, which PEFT does not have
-            here either.
+        parameter_names: of the module's parameters, in the order of its own.
 
     Raises:
-        TypeError: ``base_layer`` is no module, or a name is none of its parameters.
-        ValueError: a parameter is neither of two nor of three dimensions, or an option is out of range.
+        TypeError, ValueError: as LoRABaseLayer; a name of no parameter of two or three dimensions.
     """
 
     def __init__(self, base_layer: nn.Module, parameter_names: list[str], **options: Any):
@@ -40,7 +35,7 @@ class LoRAExperts(LoRAParameter):
 
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
-        """False: a parameter's name chooses this class (``target_parameters``), not a module's."""
+        """False: ``target_parameters`` chooses this class, by a parameter's name."""
         return False
 
     @property
@@ -49,14 +44,13 @@ class LoRAExperts(LoRAParameter):
         return self.base_layer.base if isinstance(self.base_layer, LoRAExperts) else self.base_layer
 
     def nested(self) -> dict[str, "LoRAExperts"]:
-        """The layers of the module's other parameters, by their names below this one."""
         inner = self.base_layer
         if not isinstance(inner, LoRAExperts):
             return {}
         return {"base_layer": inner} | {f"base_layer.{name}": layer for name, layer in inner.nested().items()}
 
     def config_name(self, name: str) -> str:
-        """The parameter's name, by which rank_pattern and alpha_pattern mean it."""
+        """The parameter's name."""
         return re.sub(r"(\.base_layer)*$", f".{self.weight_name}", name, count=1)
 
     def _setup(self) -> None:
@@ -69,31 +63,27 @@ class LoRAExperts(LoRAParameter):
                 f"parameter_names: expected weights [out, in] or [experts, out, in], got {name} of shape "
                 f"{tuple(weight.shape)} and {weight.dtype}"
             )
-        self._is_stack, self._experts = weight.dim() == 3, len(weight) if weight.dim() == 3 else 1
+        self._is_stack = weight.dim() == 3
+        self._experts = len(weight) if self._is_stack else 1
         self._transposed = self._is_stack and bool(getattr(self.base, "is_transposed", False))
-        sizes = weight.shape[-2:]
-        self._out, self._in = reversed(sizes) if self._transposed else sizes
+        self._sizes = (weight.mT if self._transposed else weight).shape[-2:]  # out, in
 
     def _new_factors(self, adapter: Adapter, **options) -> dict[str, nn.Module | nn.Parameter]:
         check_unset(adapter, ("lora_dropout", "use_dora", "lora_bias"), "target_parameters")
-        rank = adapter.rank * self._experts
-        return {
-            "lora_A": nn.Linear(self._in, rank, bias=False, **options),
-            "lora_B": nn.Linear(rank, self._out, bias=False, **options),
-        }
+        return self._linear_factors(self._sizes, adapter.rank * self._experts, **options)
 
     @torch.no_grad()
     def reset_lora_parameters(self, name: str | None = None, method: str = "default") -> None:
-        """Fill the factors of each expert as ``init_lora_weights=method`` says; see :class:`LoRABaseLayer`."""
+        """Fill the factors of each expert; see :class:`LoRABaseLayer`."""
         name = self._only_active() if name is None else name
         lora_a, lora_b = self.factors(name)
         rank = self.adapters[name].rank
-        made = [random_factors(self._out, self._in, rank, method, lora_a.device) for _ in range(self._experts)]
+        made = [random_factors(*self._sizes, rank, method, lora_a.device) for _ in range(self._experts)]
         lora_a.copy_(torch.cat([a for a, _ in made]))
         lora_b.copy_(torch.stack([b for _, b in made], 2).flatten(1))
 
     def addition(self, name: str) -> Factors:
-        """What an adapter adds to each expert's weight, as it is stored; views of its factors."""
+        """What an adapter adds to each expert's weight, as it is stored."""
         whole = super().addition(name)
         if not self._is_stack:
             return whole
@@ -102,18 +92,14 @@ class LoRAExperts(LoRAParameter):
         return each.swapped() if self._transposed else each
 
     def merged_weight(self, names: Iterable[str] | None = None) -> torch.Tensor:
-        """The weight plus what the adapters add; see :class:`LoRABaseLayer`. One expert at a time is in fp32."""
+        """See :class:`LoRABaseLayer`. One expert at a time is in fp32."""
         names = self.active if names is None else list(names)
         self._check_names(names)
         return ProductWeight(self.stored_weight, [self.addition(name) for name in names]).merged()
 
     @torch.compiler.disable(reason="torch.compile does not trace a stack of experts with LoRA")
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module's own forward takes and returns.
-
-        Raises:
-            ValueError: the model multiplies by deepgemm, which reads weights from memory.
-        """
+        """See :class:`LoRAParameter`; a ValueError where the model multiplies by deepgemm."""
         way = getattr(getattr(self.base, "config", None), "_experts_implementation", None)
         if str(way).startswith("deepgemm") and self.active and not self.merged:
             raise ValueError(

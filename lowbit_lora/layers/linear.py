@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowbit.adapted import AdaptedWeight, Factors, adapted_linear, plus_products, products_by_row
+from lowbit.adapted import Factors, adapted_linear, plus_products, plus_products_by_row
 from lowbit.functional import without_autocast
 from lowbit.modules import FrozenLinear
 
@@ -17,18 +17,14 @@ from .base import Adapter, LoRABaseLayer, check_sizes, stored
 class LoRALinear(LoRABaseLayer):
     """nn.Linear, or transformers' Conv1D, with a frozen weight, dense or quantized, plus LoRA.
 
-    The arguments and errors are those of :class:`LoRABaseLayer`. The products with W and with the factors are one: in
-    16 bits their sum is rounded once.
+    The products with W and with the factors are one: in 16 bits their sum is rounded once.
     """
 
     base_type = nn.Linear
 
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
-        """Whether a module is a linear layer: also a subclass, if it computes what its base class does.
-
-        The projection of nn.MultiheadAttention's output is none: it is not called, its weight is read.
-        """
+        """Not the projection of nn.MultiheadAttention's output, which is not called: its weight is read."""
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return False
         if isinstance(module, nn.Linear):
@@ -47,13 +43,8 @@ class LoRALinear(LoRABaseLayer):
         self.in_features = self.base_layer.weight.shape[1 - self.out_dim]
 
     def _new_factors(self, adapter: Adapter, **options) -> dict[str, nn.Module | nn.Parameter]:
-        down = nn.Linear(self.in_features, adapter.rank, bias=False, **options)
-        return {"lora_A": down, "lora_B": nn.Linear(adapter.rank, self.out_features, adapter.lora_bias, **options)}
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """W + scaling * B A, for code that reads the weight of a layer instead of calling the layer."""
-        return self.merged_weight() if torch.compiler.is_compiling() else AdaptedWeight(self)
+        sizes = self.out_features, self.in_features
+        return self._linear_factors(sizes, adapter.rank, adapter.lora_bias, **options)
 
     def forward(self, input: torch.Tensor | None = None, *, x: torch.Tensor | None = None) -> torch.Tensor:
         """[..., in_features] -> [..., out_features] in the dtype of input (under autocast, in the autocast dtype).
@@ -76,10 +67,9 @@ class LoRALinear(LoRABaseLayer):
             y = self._magnified(input, with_dora[0])
             return y if base.bias is None else y + base.bias.to(y.dtype)
         if "forward" in base.__dict__:  # of the instance, such as accelerate's hooks: it has to be called
-            y, bias = base.forward(input), self._plus_biases(None, self.active)
-            y = plus_products(y if bias is None else y + bias.to(y.dtype), input, factors)
+            y = plus_products(base.forward(input), input, factors)
         else:
-            y = self._multiplied(input, factors, self._plus_biases(base.bias, self.active))
+            y = self._multiplied(input, factors, base.bias)
         for name in with_dora:
             dropped = F.dropout(input, self.adapters[name].lora_dropout, self.training)
             y = y + (self._magnified(dropped, name) - self._multiplied(dropped, []))
@@ -100,41 +90,25 @@ class LoRALinear(LoRABaseLayer):
     def _each_row_with_its_adapter(self, input: torch.Tensor) -> torch.Tensor:
         """One product with the base for all rows, and one grouped product with each factor of the adapters."""
         y, names = self.base_layer.forward(input), self.rows.names
-        known = [name for name in names if name in self.adapters]
-        if any(self.adapters[name].use_dora for name in known):
+        factors = [self.addition(name) if name in self.adapters else None for name in names]
+        if any(self.adapters[name].use_dora for name in self.adapters.keys() & set(names)):
             raise ValueError("adapter_names: expected adapters without DoRA, whose norms are of the whole weight")
-        index = self.rows.spread(len(input))
-        if not known:
-            return y
-        tokens = input.reshape(-1, self.in_features)
-        index = index.repeat_interleave(len(tokens) // max(1, len(input)))
-        with without_autocast(input.device):
-            delta = products_by_row(tokens, [self.addition(n) if n in known else None for n in names], index)
-            if any(self.adapters[name].lora_bias for name in known):
-                nothing = delta.new_zeros(self.out_features)
-                biases = [self._plus_biases(nothing, [name] if name in known else []) for name in names]
-                delta = delta + torch.stack(biases)[index]
-            return y + delta.view(y.shape).to(y.dtype)
+        return plus_products_by_row(y, input, factors, self.rows.spread(len(input)))
 
 
 class QLoRALinear(LoRALinear):
     """A LoRALinear on a random weight as nn.Linear's, which is stored in 4 bits or in 8.
 
-    Args:
-        in_features, out_features, bias, device: as nn.Linear.
-        dtype: of the bias and of the decoded weight; float32, float16 or bfloat16.
-        options: quantization, double_quant, block_size and scale of :class:`~lowbit_lora.QLoRAConfig`; rank and the
-            other arguments of :class:`LoRALinear`.
-
-    Raises:
-        TypeError, ValueError: an argument out of range.
+    The first arguments are nn.Linear's; ``dtype`` is that of the bias and of the decoded weight: float32, float16 or
+    bfloat16. The options are those of LoRABaseLayer and, of :class:`~lowbit_lora.QLoRAConfig`, quantization,
+    double_quant, block_size and scale. An argument out of range is a TypeError or a ValueError.
     """
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *, device=None, dtype=None, **options: Any
     ):
         check_sizes(in_features=in_features, out_features=out_features)
-        linear, options = stored(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), options)
+        linear = stored(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), options)
         super().__init__(linear, **options)
 
     @classmethod
@@ -147,6 +121,6 @@ class QLoRALinear(LoRALinear):
         """
         cls._check_base(linear)
         layer = cls.__new__(cls)
-        quantized, options = stored(copy.deepcopy(linear), options)
+        quantized = stored(copy.deepcopy(linear), options)
         LoRALinear.__init__(layer, quantized, **options)
         return layer

@@ -12,8 +12,7 @@ from .base import LoRABaseLayer
 def product_weight(layer: LoRABaseLayer) -> torch.Tensor:
     """The weight of a layer with what its active adapters add, as a ProductWeight; where none computes, the parameter.
 
-    Raises:
-        ValueError: each row of a batch has an adapter of its own.
+    A ValueError where each row of a batch has an adapter of its own.
     """
     weight = layer.base._parameters[layer.weight_name]  # there is what may stand in for it
     if layer.rows is not None and layer.adapters.keys() & set(layer.rows.names):
@@ -35,7 +34,6 @@ class LoRAParameter(LoRABaseLayer):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The parameter with what the active adapters add; see :func:`product_weight`."""
         return self.merged_weight() if torch.compiler.is_compiling() else product_weight(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

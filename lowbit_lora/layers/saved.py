@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lowbit import QuantizedTensor
-from lowbit.adapted import copy_with_hooks
+from lowbit.adapted import cast_floats, copy_with_hooks
 
 from .adapted import Adapted
 
@@ -29,8 +29,8 @@ class SavedModule(Adapted):
             )
         super().__init__(module)
         self.modules_to_save = nn.ModuleDict()
-        low = (p.dtype for p in module.parameters() if p.dtype in (torch.float16, torch.bfloat16))
-        self._low_dtype = next(low, None)
+        dtypes = [parameter.dtype for parameter in module.parameters()]
+        self._low_dtype = next((dtype for dtype in dtypes if dtype in (torch.float16, torch.bfloat16)), None)
 
     def add_adapter(self, name: str) -> None:
         """Add a copy of the original, which does not compute yet."""
@@ -43,7 +43,6 @@ class SavedModule(Adapted):
         return {"": self.modules_to_save}
 
     def check_active(self, names: Iterable[str]) -> tuple[str, ...]:
-        """The adapter among ``names`` that has a copy; an error where there are several."""
         names = super().check_active(names)
         if len(names) > 1:
             raise ValueError(
@@ -53,11 +52,9 @@ class SavedModule(Adapted):
         return names
 
     def current(self) -> nn.Module:
-        """The module that computes now."""
         return self.modules_to_save[self.active[0]] if self.active else self.original_module
 
     def merged_tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The values of the copy of the adapter among ``names`` that has one, in the original's dtypes."""
         originals, merged = self.original_module.state_dict(keep_vars=True), {}
         for name in self.check_active(names):
             for key, tensor in self.adapter_tensors(name).items():
@@ -66,7 +63,6 @@ class SavedModule(Adapted):
         return merged
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module that computes now returns."""
         if self.rows is not None:
             return self._by_row(*args, **kwargs)
         return self._run(self.active[0] if self.active else None, args, kwargs)
@@ -77,8 +73,8 @@ class SavedModule(Adapted):
             return self.original_module(*args, **kwargs)
         if self._low_dtype is None:
             return self.modules_to_save[name](*args, **kwargs)
-        wide = {key: _cast(value, torch.float32) for key, value in kwargs.items()}
-        return _cast(self.modules_to_save[name](*_cast(args, torch.float32), **wide), self._low_dtype)
+        wide = {key: cast_floats(value, torch.float32) for key, value in kwargs.items()}
+        return cast_floats(self.modules_to_save[name](*cast_floats(args, torch.float32), **wide), self._low_dtype)
 
     def _by_row(self, first: torch.Tensor, *rest: Any, **kwargs: Any) -> torch.Tensor:
         """Each row of the first argument through the copy of its adapter, or the original."""
@@ -93,11 +89,3 @@ class SavedModule(Adapted):
             y = part.new_empty(len(first), *part.shape[1:]) if y is None else y
             y = y.index_copy(0, rows, part)
         return y
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if type(value) in (tuple, list):
-        return type(value)(_cast(item, dtype) for item in value)
-    return value

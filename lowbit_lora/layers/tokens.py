@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowbit import QuantizedTensor
+from lowbit.adapted import with_rows
 
 from .adapted import Adapted
 
@@ -38,11 +39,7 @@ class TrainedTokens(Adapted):
 
     @torch.no_grad()
     def add_adapter(self, name: str, indices: list[int]) -> None:
-        """Add rows, which begin as the table's.
-
-        Raises:
-            ValueError: an index out of range.
-        """
+        """Add rows, which begin as the table's; a ValueError for an index out of range."""
         self._check_new(name)
         rows = self.base.num_embeddings
         wrong = [index for index in indices if not 0 <= index < rows]
@@ -58,7 +55,6 @@ class TrainedTokens(Adapted):
         return {"token_adapter.trainable_tokens_delta": self.token_adapter.trainable_tokens_delta}
 
     def check_active(self, names: Iterable[str]) -> tuple[str, ...]:
-        """The adapters among ``names`` that have rows here; an error where two have the same row."""
         names = super().check_active(names)
         indices = [index for name in names for index in self.adapters[name].tolist()]
         if len(set(indices)) < len(indices):
@@ -73,28 +69,17 @@ class TrainedTokens(Adapted):
         return self.adapters[name].to(values.device), values
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """What the original computes, with the active adapters' rows in the place of its own."""
         owner = self.tied_to if self._tied_to else self
         y = self.original_module(input)
         if owner.rows is None:
             for name in owner.active:
-                y = self._replaced(y, input, *owner._rows(name))
+                y = with_rows(self.original_module, input, y, *owner._rows(name))
             return y
         for name, rows in owner.rows.chosen(len(input)):
             if name in owner.adapters:
-                y = y.index_copy(0, rows, self._replaced(y[rows], input[rows], *owner._rows(name)))
+                own = with_rows(self.original_module, input[rows], y[rows], *owner._rows(name))
+                y = y.index_copy(0, rows, own)
         return y
-
-    def _replaced(
-        self, y: torch.Tensor, input: torch.Tensor, index: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
-        """The output ``y``, with these values in the place of these rows of the weight."""
-        if isinstance(self.original_module, nn.Linear):
-            logits, bias = F.linear(input, values.to(input.dtype)), self.original_module.bias
-            return y.index_copy(-1, index, (logits if bias is None else logits + bias[index]).to(y.dtype))
-        same = input[..., None] == index
-        own = F.embedding(same.int().argmax(-1), values) * getattr(self.original_module, "embed_scale", 1.0)
-        return torch.where(same.any(-1, keepdim=True), own.to(y.dtype), y)
 
     @torch.no_grad()
     def merged_tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:

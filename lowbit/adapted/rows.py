@@ -1,0 +1,56 @@
+"""What is chosen for single rows: an adapter for each row of a batch, and other values for some rows of a weight."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class RowAdapters:
+    """Which adapter each row of a batch has: ``names`` and, for each row, an index into them, int64 [batch]."""
+
+    names: tuple[str, ...]
+    index: torch.Tensor
+
+    def spread(self, first: int) -> torch.Tensor:
+        """The index for an input whose first dimension is the batch, or a multiple of it (beams, tokens) in its order.
+
+        Raises:
+            ValueError: ``first`` is no multiple of the number of rows.
+        """
+        rows = len(self.index)
+        if first % max(1, rows):
+            raise ValueError(
+                f"adapter_names: expected inputs with {rows} rows, one for each name, or a multiple, got {first}"
+            )
+        return self.index.repeat_interleave(first // max(1, rows))
+
+    def chosen(self, first: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """``(name, its rows, int64)`` of each adapter that has rows in such an input; errors as in :meth:`spread`."""
+        index = self.spread(first)
+        for number, name in enumerate(self.names):
+            rows = (index == number).nonzero().squeeze(1)
+            if len(rows):
+                yield name, rows
+
+
+def with_rows(
+    module: nn.Module, input: torch.Tensor, y: torch.Tensor, index: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """The output ``y`` of an embedding or a linear layer, with other values for some rows of its weight.
+
+    Args:
+        module: nn.Embedding, whose rows may be multiplied by an ``embed_scale``, or nn.Linear.
+        input: what gave ``y``.
+        index: int64 [n], the rows of the weight.
+        values: [n, features], theirs; differentiable.
+    """
+    if isinstance(module, nn.Linear):
+        logits = F.linear(input, values.to(input.dtype))
+        return y.index_copy(-1, index, (logits if module.bias is None else logits + module.bias[index]).to(y.dtype))
+    same = input[..., None] == index
+    own = F.embedding(same.int().argmax(-1), values) * getattr(module, "embed_scale", 1.0)
+    return torch.where(same.any(-1, keepdim=True), own.to(y.dtype), y)
