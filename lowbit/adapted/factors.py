@@ -18,7 +18,11 @@ class Factors(NamedTuple):
     Attributes:
         left, right: [..., rows, rank] and [..., rank, columns].
         dropout: the probability of zeroing an element of what ``right`` multiplies; 0 outside of training.
-        bias: [rows] of one matrix or None: what products gain besides, times the scaling. The methods leave it out.
+        bias: [rows] of one matrix or None: what products gain besides, times the scaling.
+        row_scale: [rows] of one matrix or None: by what each row of the sum of W and scaling * left right is multiplied
+            besides (DoRA), before biases are added.
+
+    The methods leave bias and row_scale out.
     """
 
     left: torch.Tensor
@@ -26,6 +30,7 @@ class Factors(NamedTuple):
     scaling: float
     dropout: float = 0.0
     bias: torch.Tensor | None = None
+    row_scale: torch.Tensor | None = None
 
     def swapped(self) -> "Factors":
         """What is added to the weight with its last two dimensions swapped."""
@@ -67,27 +72,54 @@ def adapted_linear(
         weight: [rows, columns], dense or quantized.
         factors: of matrices; may be none.
     """
+    scaled = [each for each in factors if each.row_scale is not None]
+    if len(factors) == 1 and scaled and not scaled[0].dropout:
+        y, bias = _scaled_product(x, weight, scaled[0]), plus_biases(bias, factors)
+        return y if bias is None else y + bias.to(y.dtype)
+    plain = [each for each in factors if each.row_scale is None]
+    y = _plain_product(x, weight, plain, plus_biases(bias, factors))
+    return _plus_scaled(y, x, weight, scaled)
+
+
+def plus_products(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, factors: list[Factors]) -> torch.Tensor:
+    """What :func:`adapted_linear` returns, in y's dtype, where ``y`` is x W^T + bias already."""
+    bias = plus_biases(None, factors)
+    y = y if bias is None else y + bias.to(y.dtype)
+    y = _plus_plain(y, x, [each for each in factors if each.row_scale is None])
+    return _plus_scaled(y, x, weight, [each for each in factors if each.row_scale is not None])
+
+
+def _plain_product(x, weight, factors, bias=None) -> torch.Tensor:
+    """Without row_scale and biases of the factors."""
     if isinstance(weight, QuantizedTensor) and not is_operand(weight):
         y = x @ weight.mT
-        return plus_products(y if bias is None else y + bias.to(y.dtype), x, factors)
-    bias = plus_biases(bias, factors)
+        return _plus_plain(y if bias is None else y + bias.to(y.dtype), x, factors)
     if not factors:
         return frozen_linear(x, weight, bias)
-    (left, right, scaling, dropout, _), *rest = factors if len(factors) == 1 else _side_by_side(factors)
-    return _sum(lora_linear(x, weight, right, left, scaling, bias, dropout, training=True), x, rest)
+    first, *rest = factors if len(factors) == 1 else _side_by_side(factors)
+    y = lora_linear(x, weight, first.right, first.left, first.scaling, bias, first.dropout, training=True)
+    return _plus_plain(y, x, rest)
 
 
-def plus_products(y: torch.Tensor, x: torch.Tensor, factors: list[Factors]) -> torch.Tensor:
-    """y + what each of the factors makes of x + their biases, in y's dtype."""
-    bias = plus_biases(None, factors)
-    return _sum(y if bias is None else y + bias.to(y.dtype), x, factors)
+def _scaled_product(x, weight, factors) -> torch.Tensor:
+    """row_scale * (W + scaling * left right) x, without dropout."""
+    y = _plain_product(x, weight, [factors._replace(dropout=0.0)])
+    with without_autocast(x.device):
+        return (y * factors.row_scale).to(y.dtype)
 
 
-def _sum(y: torch.Tensor, x: torch.Tensor, factors: list[Factors]) -> torch.Tensor:
+def _plus_plain(y, x, factors) -> torch.Tensor:
     if not factors:
         return y
     with without_autocast(x.device):
         return sum([each.linear(x).to(y.dtype) for each in factors], y)
+
+
+def _plus_scaled(y, x, weight, factors) -> torch.Tensor:
+    for each in factors:
+        dropped = F.dropout(x, each.dropout) if each.dropout else x
+        y = y + (_scaled_product(dropped, weight, each) - _plain_product(dropped, weight, []))
+    return y
 
 
 def plus_biases(bias: torch.Tensor | None, factors: list[Factors]) -> torch.Tensor | None:
@@ -125,7 +157,9 @@ def by_matrix(
 def plus_products_by_row(
     y: torch.Tensor, x: torch.Tensor, factors: list[Factors | None], index: torch.Tensor
 ) -> torch.Tensor:
-    """:func:`plus_products`, where each row of a batch has factors of its own: one grouped product with each side.
+    """y + scaling * dropout(x) right^T left^T + biases, where each row of a batch has factors of its own.
+
+    There is one grouped product with each side of the factors, which have no row_scale.
 
     Args:
         y: [batch, ..., rows].

@@ -1,11 +1,13 @@
 """What is chosen for single rows: an adapter for each row of a batch, and other values for some rows of a weight."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from ..tensor import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,17 @@ class RowAdapters:
             if len(rows):
                 yield name, rows
 
+    def joined(self, first: int, compute: Callable[[str, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The rows that ``compute`` makes for each adapter in such an input, from its name and its rows, in order."""
+        y = None
+        for name, rows in self.chosen(first):
+            part = compute(name, rows)
+            if not isinstance(part, torch.Tensor):
+                raise TypeError(f"adapter_names: expected modules that return a tensor, got a {type(part).__name__}")
+            y = part.new_empty(first, *part.shape[1:]) if y is None else y
+            y = y.index_copy(0, rows, part)
+        return y
+
 
 def with_rows(
     module: nn.Module, input: torch.Tensor, y: torch.Tensor, index: torch.Tensor, values: torch.Tensor
@@ -54,3 +67,11 @@ def with_rows(
     same = input[..., None] == index
     own = F.embedding(same.int().argmax(-1), values) * getattr(module, "embed_scale", 1.0)
     return torch.where(same.any(-1, keepdim=True), own.to(y.dtype), y)
+
+
+def weight_with_rows(weight: torch.Tensor, rows: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """A dense copy of a weight, dense or quantized, in its dtype, with the values of each ``(index, values)`` in it."""
+    copied = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight.clone()
+    for index, values in rows:
+        copied.index_copy_(0, index, values.to(copied.dtype))
+    return copied

@@ -93,7 +93,7 @@ class LoRABaseLayer(Adapted):
 
     @classmethod
     def _check_base(cls, module: nn.Module) -> None:
-        if not isinstance(module, cls.base_type):
+        if not isinstance(module, cls.base_type) and not cls.takes(module):
             raise TypeError(f"base_layer: expected a torch.nn.{cls.base_type.__name__}, got a {type(module).__name__}")
         weight = module._parameters.get(cls.weight_name)
         if weight is not None and weight.numel() == 0:
@@ -221,12 +221,9 @@ class LoRABaseLayer(Adapted):
     def row_norms(self, name: str) -> torch.Tensor:
         """The norms [out] of the output features' rows of W + scaling * B A, fp32; no gradient goes through them."""
         weight = self.stored_weight.detach()
-        if weight.dim() > 2:
-            weight = self.base_weight(torch.float32).flatten(1)
-        weight = weight.T if self.out_dim else weight
         if "_norms" not in self._buffers:
-            self.register_buffer("_norms", square_row_norms(weight), persistent=False)
-        return adapted_row_norms(weight, self._norms, self.addition(name))
+            self.register_buffer("_norms", square_row_norms(weight, self.out_dim), persistent=False)
+        return adapted_row_norms(weight, self._norms, self.addition(name), self.out_dim)
 
     # ---- the weight
 
@@ -288,13 +285,9 @@ class LoRABaseLayer(Adapted):
 
     @torch.no_grad()
     def merge(self, names: Iterable[str] | None = None, *, safe: bool = False) -> nn.Module:
-        """Put the weight with adapters (default: the active ones) merged in, which is dense, into the base layer.
+        """Put the dense weight with adapters (default: the active ones) merged in into the base layer, and return that.
 
-        Returns:
-            the base layer, which now computes what the layer computed.
-
-        Raises:
-            ValueError: adapters are merged already; ``safe``, and there is NaN or inf in it. Nothing has changed.
+        A ValueError, and nothing has changed, if adapters are merged already, or if ``safe`` and there is NaN or inf.
         """
         names = self.active if names is None else tuple(names)
         self._check_names(names)

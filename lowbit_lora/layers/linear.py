@@ -4,11 +4,9 @@ import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from lowbit.adapted import Factors, adapted_linear, plus_products, plus_products_by_row
-from lowbit.functional import without_autocast
+from lowbit.adapted import adapted_linear, plus_products, plus_products_by_row
 from lowbit.modules import FrozenLinear
 
 from .base import Adapter, LoRABaseLayer, check_sizes, stored
@@ -30,11 +28,6 @@ class LoRALinear(LoRABaseLayer):
         if isinstance(module, nn.Linear):
             return type(module).forward in (nn.Linear.forward, FrozenLinear.forward)
         return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-    @classmethod
-    def _check_base(cls, module: nn.Module) -> None:
-        if not (isinstance(module, nn.Module) and cls.takes(module)):
-            super()._check_base(module)
 
     def _setup(self) -> None:
         #: 1 where the weight is [in, out], as Conv1D's.
@@ -61,31 +54,13 @@ class LoRALinear(LoRABaseLayer):
             raise ValueError(
                 f"input: expected a last dimension of in_features={self.in_features}, got {tuple(input.shape)}"
             )
-        with_dora = [name for name in self.active if self.adapters[name].use_dora]
-        factors = [self.addition(name) for name in self.active if name not in with_dora]
-        if len(self.active) == 1 and with_dora and not self.addition(with_dora[0]).dropout:
-            y = self._magnified(input, with_dora[0])
-            return y if base.bias is None else y + base.bias.to(y.dtype)
+        weight, factors = base.weight.T if self.out_dim else base.weight, []
+        for name in self.active:
+            is_dora = self.adapters[name].use_dora
+            factors.append(self.addition(name)._replace(row_scale=self._magnitude_scale(name) if is_dora else None))
         if "forward" in base.__dict__:  # of the instance, such as accelerate's hooks: it has to be called
-            y = plus_products(base.forward(input), input, factors)
-        else:
-            y = self._multiplied(input, factors, base.bias)
-        for name in with_dora:
-            dropped = F.dropout(input, self.adapters[name].lora_dropout, self.training)
-            y = y + (self._magnified(dropped, name) - self._multiplied(dropped, []))
-        return y
-
-    def _multiplied(
-        self, input: torch.Tensor, factors: list[Factors], bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        weight = self.base_layer.weight
-        return adapted_linear(input, weight.T if self.out_dim else weight, factors, bias)
-
-    def _magnified(self, input: torch.Tensor, name: str) -> torch.Tensor:
-        """magnitude / norm * (W + scaling * B A) input: DoRA without the bias and dropout."""
-        z = self._multiplied(input, [self.addition(name)._replace(dropout=0.0)])
-        with without_autocast(input.device):
-            return (z * self._magnitude_scale(name)).to(z.dtype)
+            return plus_products(base.forward(input), input, weight, factors)
+        return adapted_linear(input, weight, factors, base.bias)
 
     def _each_row_with_its_adapter(self, input: torch.Tensor) -> torch.Tensor:
         """One product with the base for all rows, and one grouped product with each factor of the adapters."""
@@ -113,14 +88,8 @@ class QLoRALinear(LoRALinear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options: Any) -> "QLoRALinear":
-        """A layer on a quantized copy of ``linear``, which is not changed; ``options`` are those of the constructor.
-
-        Raises:
-            TypeError: ``linear`` is not an nn.Linear, or its dtype is not float32, float16 or bfloat16.
-            ValueError: an option out of range, or NaN or inf in the weight.
-        """
+        """A layer on a quantized copy of ``linear``; options and errors are those of the constructor."""
         cls._check_base(linear)
         layer = cls.__new__(cls)
-        quantized = stored(copy.deepcopy(linear), options)
-        LoRALinear.__init__(layer, quantized, **options)
+        LoRALinear.__init__(layer, stored(copy.deepcopy(linear), options), **options)
         return layer

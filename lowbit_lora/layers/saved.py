@@ -63,9 +63,10 @@ class SavedModule(Adapted):
         return merged
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.rows is not None:
-            return self._by_row(*args, **kwargs)
-        return self._run(self.active[0] if self.active else None, args, kwargs)
+        if self.rows is None:
+            return self._run(self.active[0] if self.active else None, args, kwargs)
+        first, *rest = args
+        return self.rows.joined(len(first), lambda name, rows: self._run(name, (first[rows], *rest), kwargs))
 
     def _run(self, name: str | None, args: tuple, kwargs: dict) -> Any:
         """What the copy of an adapter returns; without one, what the original does."""
@@ -75,17 +76,3 @@ class SavedModule(Adapted):
             return self.modules_to_save[name](*args, **kwargs)
         wide = {key: cast_floats(value, torch.float32) for key, value in kwargs.items()}
         return cast_floats(self.modules_to_save[name](*cast_floats(args, torch.float32), **wide), self._low_dtype)
-
-    def _by_row(self, first: torch.Tensor, *rest: Any, **kwargs: Any) -> torch.Tensor:
-        """Each row of the first argument through the copy of its adapter, or the original."""
-        y = None
-        for name, rows in self.rows.chosen(len(first)):
-            part = self._run(name, (first[rows], *rest), kwargs)
-            if not isinstance(part, torch.Tensor):
-                raise TypeError(
-                    "adapter_names: expected modules to save that return a tensor, but a "
-                    f"{type(self.base).__name__} returns a {type(part).__name__}"
-                )
-            y = part.new_empty(len(first), *part.shape[1:]) if y is None else y
-            y = y.index_copy(0, rows, part)
-        return y

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowbit import QuantizedTensor
-from lowbit.adapted import with_rows
+from lowbit.adapted import weight_with_rows, with_rows
 
 from .adapted import Adapted
 
@@ -87,9 +86,5 @@ class TrainedTokens(Adapted):
         names = self.check_active(names)
         if not names:
             return {}
-        weight = self.original_module.weight.detach()
-        weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight.clone()
-        for name in names:
-            index, values = self._rows(name)
-            weight.index_copy_(0, index, values.to(weight.dtype))
+        weight = weight_with_rows(self.original_module.weight.detach(), [self._rows(name) for name in names])
         return {"weight": nn.Parameter(weight, requires_grad=False)}
