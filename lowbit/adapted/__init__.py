@@ -6,10 +6,10 @@ from .modules import cast_floats, copy_with_hooks, share_hooks, standing_in
 from .norms import adapted_row_norms, square_row_norms
 from .product import ProductWeight
 from .rows import RowAdapters, weight_with_rows, with_rows
-from .weight import AdaptedWeight
+from .weight import AdaptedWeight, decoded
 
 __all__ = ["AdaptedWeight", "Factors", "ProductWeight", "RowAdapters", "adapted_linear", "adapted_row_norms"]
-__all__ += ["cast_floats", "copy_with_hooks", "plus_biases", "plus_products", "plus_products_by_row", "share_hooks"]
-__all__ += ["square_row_norms", "standing_in", "weight_with_rows", "with_rows"]
+__all__ += ["cast_floats", "copy_with_hooks", "decoded", "plus_biases", "plus_products", "plus_products_by_row"]
+__all__ += ["share_hooks", "square_row_norms", "standing_in", "weight_with_rows", "with_rows"]
 
 del functions  # imported for what it adds to ProductWeight

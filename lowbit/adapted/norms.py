@@ -4,6 +4,7 @@ import torch
 
 from ..tensor import QuantizedTensor
 from .factors import Factors
+from .weight import decoded
 
 
 def square_row_norms(weight: torch.Tensor, dim: int = 0) -> torch.Tensor:
@@ -11,7 +12,7 @@ def square_row_norms(weight: torch.Tensor, dim: int = 0) -> torch.Tensor:
 
     The rows are along ``dim``; along 0 the other dimensions are their columns.
     """
-    return _decoded(weight, dim).square().sum(1)
+    return _rows(weight, dim).square().sum(1)
 
 
 def adapted_row_norms(weight: torch.Tensor, squares: torch.Tensor, factors: Factors, dim: int = 0) -> torch.Tensor:
@@ -27,12 +28,12 @@ def adapted_row_norms(weight: torch.Tensor, squares: torch.Tensor, factors: Fact
     if isinstance(weight, QuantizedTensor) and weight.dim() == 2:
         product = lora_a @ (weight if dim else weight.mT)
     else:
-        product = lora_a @ _decoded(weight, dim).T
+        product = lora_a @ _rows(weight, dim).T
     crossed = 2 * scaling * (product.T * lora_b).sum(1)
     own = scaling**2 * (lora_b @ (lora_a @ lora_a.T) * lora_b).sum(1)
     return (squares + crossed + own).clamp(min=0).sqrt()
 
 
-def _decoded(weight: torch.Tensor, dim: int) -> torch.Tensor:
-    decoded = weight.dequantize(torch.float32) if isinstance(weight, QuantizedTensor) else weight.float()
-    return decoded.T if dim else decoded.flatten(1)
+def _rows(weight: torch.Tensor, dim: int) -> torch.Tensor:
+    dense = decoded(weight, torch.float32)
+    return dense.T if dim else dense.flatten(1)

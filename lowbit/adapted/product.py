@@ -11,7 +11,7 @@ from ..functional import without_autocast
 from ..grouped import grouped_lora_linear
 from ..tensor import QuantizedTensor
 from .factors import Factors, adapted_linear, by_matrix, is_operand
-from .weight import AdaptedWeight
+from .weight import AdaptedWeight, decoded
 
 
 class ProductWeight(AdaptedWeight):
@@ -60,7 +60,7 @@ class ProductWeight(AdaptedWeight):
             whole = torch.stack([self.matrix(index).merged() for index in range(len(self.base))])
             return whole if self.ids is None else whole[self.ids]
         with without_autocast(self.base.device):
-            total = self.base.dequantize(torch.float32) if self._is_quantized() else self.base.float()
+            total = decoded(self.base, torch.float32)
             for factors in self.factors:
                 total = total + factors.product()
             return total.to(self.base.dtype)

@@ -44,7 +44,9 @@ class RowAdapters:
         for name, rows in self.chosen(first):
             part = compute(name, rows)
             if not isinstance(part, torch.Tensor):
-                raise TypeError(f"adapter_names: expected modules that return a tensor, got a {type(part).__name__}")
+                raise TypeError(
+                    f"adapter_names: expected modules to save that return a tensor, got a {type(part).__name__}"
+                )
             y = part.new_empty(first, *part.shape[1:]) if y is None else y
             y = y.index_copy(0, rows, part)
         return y

@@ -21,8 +21,7 @@ class Adapted(nn.Module):
         rows: where it is set, the adapter of each row of the input instead of the active ones.
     """
 
-    #: Under which name the base is among the submodules.
-    base_name = "original_module"
+    base_name = "original_module"  # of the base, among the submodules
 
     def __init__(self, base: nn.Module):
         super().__init__()

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit import QuantizedTensor
-from lowbit.adapted import AdaptedWeight, Factors, adapted_row_norms, plus_biases, square_row_norms
+from lowbit.adapted import AdaptedWeight, Factors, adapted_row_norms, decoded, plus_biases, square_row_norms
 from lowbit.functional import without_autocast
 from lowbit.lowrank import random_factors
 from lowbit.quantizers.quantize import quantize_to
@@ -55,8 +54,7 @@ class LoRABaseLayer(Adapted):
         options: lora_alpha, lora_dropout, use_rslora, use_dora and lora_bias; see :class:`~lowbit_lora.LoraConfig`.
 
     Raises:
-        TypeError: the base is no such layer.
-        ValueError: an option out of range.
+        TypeError, ValueError: the base is no such layer; an option out of range.
     """
 
     base_name = "base_layer"
@@ -139,11 +137,7 @@ class LoRABaseLayer(Adapted):
     def _in_shape(self, matrix: torch.Tensor) -> torch.Tensor:
         return (matrix.T if self.out_dim else matrix).view(self.stored_weight.shape)
 
-    # ---- adapters
-
-    def add_adapter(
-        self, name: str, adapter: Adapter, dtype: torch.dtype = torch.float32, init: str = "default"
-    ) -> None:
+    def add_adapter(self, name: str, adapter: Adapter, dtype=torch.float32, init: str = "default") -> None:
         """Add an adapter, not active, as :meth:`reset_lora_parameters` fills it; a ValueError if its name is taken."""
         self._check_new(name)
         for kind, factor in self._new_factors(adapter, dtype=dtype, device=self.stored_weight.device).items():
@@ -162,10 +156,7 @@ class LoRABaseLayer(Adapted):
 
     @torch.no_grad()
     def reset_lora_parameters(self, name: str | None = None, method: str = "default") -> None:
-        """Fill the factors as ``init_lora_weights=method`` says; by default the layer then computes what its base does.
-
-        A ValueError where the method is none that leaves the base's weight alone.
-        """
+        """Fill the factors by one of lowbit.lowrank.RANDOM_METHODS; by default nothing is added yet."""
         name = self._only_active() if name is None else name
         lora_a, lora_b = self.factors(name)
         new_a, new_b = random_factors(len(lora_b), lora_a[0].numel(), len(lora_a), method, lora_a.device)
@@ -187,8 +178,6 @@ class LoRABaseLayer(Adapted):
         if len(self.active) != 1:
             raise ValueError(f"adapter: expected a name where {len(self.active)} are active ({', '.join(self.active)})")
         return self.active[0]
-
-    # ---- computing
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """What the base computes, plus what the adapters add, in the dtype of the base's output."""
@@ -244,10 +233,7 @@ class LoRABaseLayer(Adapted):
 
     def base_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The frozen weight, decoded, in ``dtype`` (default: its own)."""
-        weight = self.stored_weight.detach()
-        if isinstance(weight, QuantizedTensor):
-            return weight.dequantize(dtype)
-        return weight if dtype is None else weight.to(dtype)
+        return decoded(self.stored_weight.detach(), dtype)
 
     def delta(self, name: str) -> torch.Tensor:
         """What an adapter adds to the weight, in fp32, in the weight's shape; differentiable in its parameters."""
@@ -277,10 +263,10 @@ class LoRABaseLayer(Adapted):
         names = [name for name in names if name in self.adapters]
         if not names:
             return {}
-        weight = self.merged_weight(names)
-        merged = {self.weight_name: weight}
+        merged = {self.weight_name: self.merged_weight(names)}
         if any(self.adapters[name].lora_bias for name in names):
-            merged["bias"] = plus_biases(self.bias, [self.addition(name) for name in names]).to(weight.dtype)
+            bias = plus_biases(self.bias, [self.addition(name) for name in names])
+            merged["bias"] = bias.to(self.stored_weight.dtype)
         return {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in merged.items()}
 
     @torch.no_grad()
@@ -316,13 +302,6 @@ class LoRABaseLayer(Adapted):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {adapter}" for name, adapter in self.adapters.items())
-
-
-def check_sizes(**sizes: int) -> None:
-    """An error that names the argument unless each is an int of at least 1."""
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
 
 
 def stored(module: nn.Module, options: dict[str, Any]) -> nn.Module:

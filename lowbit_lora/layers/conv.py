@@ -45,11 +45,7 @@ class LoRAConvNd(LoRABaseLayer):
 
     @torch.no_grad()
     def row_norms(self, name: str) -> torch.Tensor:
-        """The norms [out] by which DoRA divides, fp32.
-
-        In groups they are PEFT's, so that its files compute the same: B A is taken as if there were no groups, and laid
-        out anew in the weight's shape. No weight has these norms.
-        """
+        """In groups, as in PEFT, norms of no weight: B A is as if there were none, laid out in the weight's shape."""
         if self.base_layer.groups == 1:
             return super().row_norms(name)
         adapter, (lora_a, lora_b) = self.adapters[name], self.factors(name)

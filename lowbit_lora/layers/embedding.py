@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import Adapter, LoRABaseLayer, check_sizes, stored
+from lowbit.functional import check_sizes
+
+from .base import Adapter, LoRABaseLayer, stored
 
 
 class LoRAEmbedding(LoRABaseLayer):
@@ -20,9 +22,8 @@ class LoRAEmbedding(LoRABaseLayer):
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
         """Also a subclass that only multiplies the rows by its ``embed_scale``."""
-        if not isinstance(module, nn.Embedding) or module.max_norm is not None:
-            return False
-        return super().takes(module) or hasattr(module, "embed_scale")
+        is_plain = super().takes(module) or hasattr(module, "embed_scale")
+        return is_plain and isinstance(module, nn.Embedding) and module.max_norm is None
 
     def _setup(self) -> None:
         self.num_embeddings, self.embedding_dim = self.base_layer.num_embeddings, self.base_layer.embedding_dim

@@ -21,9 +21,7 @@ class LoRAExperts(LoRAParameter):
     A parameter [out, in], such as a router's weight, counts as one expert. As in PEFT, A is [rank * experts, in],
     expert by expert; B is [out, rank * experts], in which the experts of a rank stand side by side; several parameters
     of one module are nested layers, the last one outermost; and there is no lora_dropout, use_dora or lora_bias.
-
-    Args:
-        parameter_names: of the module's parameters, in the order of its own.
+    ``parameter_names`` are in the order of the module's own.
 
     Raises:
         TypeError, ValueError: as LoRABaseLayer; a name of no parameter of two or three dimensions.

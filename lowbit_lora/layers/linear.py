@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from lowbit.adapted import adapted_linear, plus_products, plus_products_by_row
+from lowbit.functional import check_sizes
 from lowbit.modules import FrozenLinear
 
-from .base import Adapter, LoRABaseLayer, check_sizes, stored
+from .base import Adapter, LoRABaseLayer, stored
 
 
 class LoRALinear(LoRABaseLayer):
@@ -36,14 +37,11 @@ class LoRALinear(LoRABaseLayer):
         self.in_features = self.base_layer.weight.shape[1 - self.out_dim]
 
     def _new_factors(self, adapter: Adapter, **options) -> dict[str, nn.Module | nn.Parameter]:
-        sizes = self.out_features, self.in_features
-        return self._linear_factors(sizes, adapter.rank, adapter.lora_bias, **options)
+        return self._linear_factors((self.out_features, self.in_features), adapter.rank, adapter.lora_bias, **options)
 
     def forward(self, input: torch.Tensor | None = None, *, x: torch.Tensor | None = None) -> torch.Tensor:
-        """[..., in_features] -> [..., out_features] in the dtype of input (under autocast, in the autocast dtype).
-
-        ``x`` is what transformers' Conv1D calls its input.
-        """
+        """[..., in_features] -> [..., out_features] in the dtype of input (under autocast, in the autocast dtype)."""
+        # x is what transformers' Conv1D calls its input.
         input = x if input is None else input
         if self.rows is not None:
             return self._each_row_with_its_adapter(input)
@@ -56,8 +54,8 @@ class LoRALinear(LoRABaseLayer):
             )
         weight, factors = base.weight.T if self.out_dim else base.weight, []
         for name in self.active:
-            is_dora = self.adapters[name].use_dora
-            factors.append(self.addition(name)._replace(row_scale=self._magnitude_scale(name) if is_dora else None))
+            own = self.addition(name)
+            factors.append(own._replace(row_scale=self._magnitude_scale(name)) if self.adapters[name].use_dora else own)
         if "forward" in base.__dict__:  # of the instance, such as accelerate's hooks: it has to be called
             return plus_products(base.forward(input), input, weight, factors)
         return adapted_linear(input, weight, factors, base.bias)
@@ -91,5 +89,6 @@ class QLoRALinear(LoRALinear):
         """A layer on a quantized copy of ``linear``; options and errors are those of the constructor."""
         cls._check_base(linear)
         layer = cls.__new__(cls)
-        LoRALinear.__init__(layer, stored(copy.deepcopy(linear), options), **options)
+        quantized = stored(copy.deepcopy(linear), options)
+        LoRALinear.__init__(layer, quantized, **options)
         return layer

@@ -10,10 +10,7 @@ from .base import LoRABaseLayer
 
 
 def product_weight(layer: LoRABaseLayer) -> torch.Tensor:
-    """The weight of a layer with what its active adapters add, as a ProductWeight; where none computes, the parameter.
-
-    A ValueError where each row of a batch has an adapter of its own.
-    """
+    """The weight of a layer plus what its active adapters add, a ProductWeight; the parameter where none computes."""
     weight = layer.base._parameters[layer.weight_name]  # there is what may stand in for it
     if layer.rows is not None and layer.adapters.keys() & set(layer.rows.names):
         raise ValueError(

@@ -16,11 +16,7 @@ class TrainedTokens(Adapted):
 
     The values are ``token_adapter.trainable_tokens_delta[adapter]`` [tokens, features]: the rows themselves, in fp32.
     The table is neither copied nor decoded. An output layer or another embedding (an encoder's and a decoder's) that is
-    tied to the embedding takes its rows from there.
-
-    Args:
-        module: nn.Embedding; where ``tied_to`` is given, also nn.Linear.
-        tied_to: the embedding's TrainedTokens.
+    tied to the embedding takes its rows from there: from ``tied_to``, the embedding's TrainedTokens.
     """
 
     def __init__(self, module: nn.Module, tied_to: "TrainedTokens | None" = None):
