@@ -2,6 +2,7 @@
 
 import torch
 
+from ..functional import without_autocast
 from ..tensor import QuantizedTensor
 from .factors import Factors
 from .weight import decoded
@@ -25,13 +26,14 @@ def adapted_row_norms(weight: torch.Tensor, squares: torch.Tensor, factors: Fact
         squares: |W|^2 of each row.
     """
     lora_b, lora_a, scaling = factors.left.float(), factors.right.float(), factors.scaling
-    if isinstance(weight, QuantizedTensor) and weight.dim() == 2:
-        product = lora_a @ (weight if dim else weight.mT)
-    else:
-        product = lora_a @ _rows(weight, dim).T
-    crossed = 2 * scaling * (product.T * lora_b).sum(1)
-    own = scaling**2 * (lora_b @ (lora_a @ lora_a.T) * lora_b).sum(1)
-    return (squares + crossed + own).clamp(min=0).sqrt()
+    with without_autocast(weight.device):
+        if isinstance(weight, QuantizedTensor) and weight.dim() == 2:
+            product = lora_a @ (weight if dim else weight.mT)
+        else:
+            product = lora_a @ _rows(weight, dim).T
+        crossed = 2 * scaling * (product.T * lora_b).sum(1)
+        own = scaling**2 * (lora_b @ (lora_a @ lora_a.T) * lora_b).sum(1)
+        return (squares + crossed + own).clamp(min=0).sqrt()
 
 
 def _rows(weight: torch.Tensor, dim: int) -> torch.Tensor:
