@@ -153,6 +153,13 @@ def _check_ids(ids: torch.Tensor, count: int) -> None:
         raise IndexError(f"ids: expected indices from 0 to {count - 1}, got {int(low)} to {int(high)}")
 
 
+def check_sizes(**sizes: int) -> None:
+    """An error that names the argument unless each is an int of at least 1."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Context without autocast, which torch has not for the meta device."""
     return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

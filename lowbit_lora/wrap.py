@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lowbit import QuantizedTensor, models, modules
+from lowbit.adapted import share_hooks
 from lowbit.checks import named_errors
 from lowbit.lowrank import factors_of_weight, is_decomposing
 from lowbit.modules import BeforeFreezing
@@ -21,7 +22,7 @@ from lowbit.quantizers.quantize import quantize_to
 from . import targets
 from .base_tensors import of_base
 from .config import LoraConfig, QLoRAConfig
-from .layers import Adapted, Adapter, LoRABaseLayer, LoRAExperts, SavedModule, TrainedTokens, layer_class, share_hooks
+from .layers import Adapted, Adapter, LoRABaseLayer, LoRAExperts, SavedModule, TrainedTokens, layer_class
 from .targets import base_of, lora_layers, walk, with_nested
 from .training import let_train, set_trainable, trainable_biases
 

@@ -4,41 +4,14 @@ What torch's functions do with such a weight is in ``functions.py``, which fills
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from ..functional import lora_linear, without_autocast
-from ..grouped import grouped_lora_linear, grouped_matmul
+from ..functional import without_autocast
+from ..grouped import grouped_lora_linear
 from ..tensor import QuantizedTensor
-from .weight import AdaptedWeight
-
-
-class Factors(NamedTuple):
-    """What an adapter adds to a weight [..., rows, columns]: scaling * left right.
-
-    Attributes:
-        left, right: [..., rows, rank] and [..., rank, columns].
-        dropout: the probability of zeroing an element of what ``right`` multiplies; 0 outside of training.
-    """
-
-    left: torch.Tensor
-    right: torch.Tensor
-    scaling: float
-    dropout: float = 0.0
-
-    def linear(self, x: torch.Tensor) -> torch.Tensor:
-        """scaling * dropout(x) right^T left^T of one matrix, or of a batch of them with x [n, tokens, columns].
-
-        [..., columns] -> [..., rows] in the factors' dtype.
-        """
-        dropped = F.dropout(x, self.dropout) if self.dropout else x
-        return self.scaling * (dropped.to(self.right.dtype) @ self.right.mT @ self.left.mT)
-
-    def grouped(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """The same for a stack: of x [tokens, columns], sorted by matrix, to [tokens, rows] in fp32."""
-        return self.scaling * grouped_matmul(grouped_matmul(x, self.right, ends), self.left, ends)
+from .factors import Factors, adapted_linear, by_matrix, is_operand
+from .weight import AdaptedWeight, decoded
 
 
 class ProductWeight(AdaptedWeight):
@@ -87,24 +60,19 @@ class ProductWeight(AdaptedWeight):
             whole = torch.stack([self.matrix(index).merged() for index in range(len(self.base))])
             return whole if self.ids is None else whole[self.ids]
         with without_autocast(self.base.device):
-            total = self.base.dequantize(torch.float32) if self._is_quantized() else self.base.float()
-            for left, right, scaling, _ in self.factors:
-                total = total + scaling * (left.float() @ right.float())
+            total = decoded(self.base, torch.float32)
+            for factors in self.factors:
+                total = total + factors.product()
             return total.to(self.base.dtype)
 
     def _is_quantized(self) -> bool:
         return isinstance(self.base, QuantizedTensor)
 
-    def _is_operand(self) -> bool:
-        """Whether lowbit's products with LoRA take the quantized base as it is."""
-        return not self.base.stored.transposed and self.base.operands() is not None
-
     # ---- views
 
     def swapped(self) -> "ProductWeight":
         """This weight with its last two dimensions swapped."""
-        factors = [Factors(f.right.mT, f.left.mT, f.scaling, f.dropout) for f in self.factors]
-        return ProductWeight(self.base.transpose(-2, -1), factors, self.ids)
+        return ProductWeight(self.base.transpose(-2, -1), [f.swapped() for f in self.factors], self.ids)
 
     def matrix(self, index: int) -> "ProductWeight":
         """One matrix of a stack."""
@@ -125,14 +93,7 @@ class ProductWeight(AdaptedWeight):
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x W^T + bias for one matrix: [..., columns] -> [..., rows] in x's dtype (under autocast, in autocast's)."""
-        rest = self.factors
-        if self._is_quantized() and not self._is_operand():
-            y = F.linear(x, self.base, bias)
-        else:
-            (left, right, scaling, dropout), *rest = self.factors
-            y = lora_linear(x, self.base, right, left, scaling, bias, dropout, training=True)
-        with without_autocast(x.device):
-            return sum([factors.linear(x).to(y.dtype) for factors in rest], y)
+        return adapted_linear(x, self.base, self.factors, bias)
 
     def grouped(self, x: torch.Tensor, ends: torch.Tensor, dense_product: Callable | None = None) -> torch.Tensor:
         """x W_e^T for x [tokens, columns], sorted by expert e, whose rows end at ``ends[e]`` (int32): [tokens, rows].
@@ -142,8 +103,8 @@ class ProductWeight(AdaptedWeight):
         rest = self.factors
         if not self._is_quantized():
             y = dense_product()
-        elif self._is_operand():
-            (left, right, scaling, _), *rest = self.factors
+        elif is_operand(self.base):
+            (left, right, scaling, *_), *rest = self.factors
             y = grouped_lora_linear(x, self.base, ends, right, left, scaling)
         else:
             y = torch._grouped_mm(x, self.base.transpose(1, 2), offs=ends)
@@ -163,10 +124,8 @@ class ProductWeight(AdaptedWeight):
         count, tokens, columns = x.shape
         ids = torch.arange(count, device=x.device) if ids is None else ids
         owner = ids.repeat_interleave(tokens)
-        order = owner.argsort(stable=True)
-        ends = torch.bincount(owner, minlength=len(self.base)).cumsum(0).to(torch.int32)
-        y = self.grouped(x.reshape(count * tokens, columns)[order], ends)
-        return torch.empty_like(y).index_copy(0, order, y).view(count, tokens, y.shape[1])
+        y = by_matrix(x.reshape(count * tokens, columns), owner, len(self.base), self.grouped)
+        return y.view(count, tokens, y.shape[1])
 
     def __repr__(self, *, tensor_contents=None) -> str:
         return f"ProductWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"

@@ -3,6 +3,15 @@
 import torch
 from torch.utils._pytree import tree_map_only
 
+from ..tensor import QuantizedTensor
+
+
+def decoded(weight: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A weight, dense or quantized, as a dense tensor in ``dtype`` (default: its own); the very one where that fits."""
+    if isinstance(weight, QuantizedTensor):
+        return weight.dequantize(dtype)
+    return weight if dtype is None else weight.to(dtype)
+
 
 class AdaptedWeight(torch.Tensor):
     """The ``weight`` of a LoRA layer: W + scaling * B A, computed when a torch function takes it.

@@ -8,7 +8,8 @@ from .initial import (
     factors_of_weight,
     initial_factors,
     is_decomposing,
+    random_factors,
 )
 
 __all__ = ["DECOMPOSING_METHODS", "METHODS", "RANDOM_METHODS", "check_init", "combine", "factors_of_weight"]
-__all__ += ["initial_factors", "is_decomposing"]
+__all__ += ["initial_factors", "is_decomposing", "random_factors"]

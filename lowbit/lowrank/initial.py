@@ -145,6 +145,20 @@ def factors_of_weight(
     return lora_a, lora_b, as_held(matrix if residual is None else residual)
 
 
+def random_factors(
+    out_features: int, in_features: int, rank: int, method: str, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(A, B)`` of :func:`initial_factors` by a method that leaves the base's weight alone.
+
+    Raises:
+        ValueError: the method is none of RANDOM_METHODS; the rank is odd for "orthogonal".
+    """
+    if method not in RANDOM_METHODS:
+        raise ValueError(f"method: expected one of {', '.join(RANDOM_METHODS)}, got {method!r}")
+    weight = torch.empty(1, device=device).expand(out_features, in_features)  # of no bytes, since none of them reads it
+    return initial_factors(weight, rank, 1.0, method)[:2]
+
+
 def _random_factors(weight: torch.Tensor, rank: int, method: str) -> tuple[torch.Tensor, torch.Tensor]:
     out_features, in_features = weight.shape
     options = {"dtype": torch.float32, "device": weight.device}

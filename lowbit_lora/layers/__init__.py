@@ -9,7 +9,7 @@ from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from .embedding import LoRAEmbedding, QLoRAEmbedding
 from .experts import LoRAExperts
 from .linear import LoRALinear, QLoRALinear
-from .saved import SavedModule, share_hooks
+from .saved import SavedModule
 from .tokens import TrainedTokens
 
 #: The classes, each with ``takes(module)``. A new kind of layer is a class in a file of its own and a name here.
@@ -18,7 +18,7 @@ LAYERS += (LoRAMultiheadAttention, LoRAExperts)
 
 __all__ = ["DEFAULT", "LAYERS", "Adapted", "Adapter", "LoRABaseLayer", "LoRAConv1d", "LoRAConv2d", "LoRAConv3d"]
 __all__ += ["LoRAEmbedding", "LoRAExperts", "LoRALinear", "LoRAMultiheadAttention", "QLoRAEmbedding", "QLoRALinear"]
-__all__ += ["RowAdapters", "SavedModule", "TrainedTokens", "layer_class", "share_hooks"]
+__all__ += ["RowAdapters", "SavedModule", "TrainedTokens", "layer_class"]
 
 
 def layer_class(module: nn.Module) -> type[LoRABaseLayer] | None:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit import QuantizedTensor
+from lowbit.adapted import AdaptedWeight, Factors, adapted_row_norms, decoded, plus_biases, square_row_norms
 from lowbit.functional import without_autocast
-from lowbit.lowrank import RANDOM_METHODS, initial_factors
+from lowbit.lowrank import random_factors
 from lowbit.quantizers.quantize import quantize_to
 
 from ..config import QLoRAConfig, check_lora_options, lora_scaling
@@ -29,6 +29,7 @@ class Adapter:
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
+    times = 1  # how often PEFT adds such an adapter
 
     def __post_init__(self):
         check_lora_options(self.rank, self.lora_alpha, self.lora_dropout)
@@ -36,15 +37,14 @@ class Adapter:
     @property
     def scaling(self) -> float:
         """The factor on B A."""
-        return lora_scaling(self.rank, self.lora_alpha, self.use_rslora)
+        return self.times * lora_scaling(self.rank, self.lora_alpha, self.use_rslora)
 
 
 class LoRABaseLayer(Adapted):
     """A layer with adapters: ``base_layer`` and, by PEFT's names, the parameters of each adapter.
 
     A class for a kind of layer says what it takes, how factors are made (``_new_factors``) and what one adapter adds
-    to the base's output (``_added``). For other code the layer looks like its base: ``weight``, ``bias`` and the sizes
-    are there.
+    to the base's output (``_added``).
 
     Args:
         base_layer: the layer to adapt.
@@ -54,32 +54,23 @@ class LoRABaseLayer(Adapted):
         options: lora_alpha, lora_dropout, use_rslora, use_dora and lora_bias; see :class:`~lowbit_lora.LoraConfig`.
 
     Raises:
-        TypeError: the base is no such layer.
-        ValueError: an option out of range.
+        TypeError, ValueError: the base is no such layer; an option out of range.
     """
 
-    #: What the class takes, for errors.
-    base_type: type[nn.Module] = nn.Module
-    #: The class of the settings of its adapters.
-    adapter_type: type[Adapter] = Adapter
-    #: The name of the weight among the base's parameters.
-    weight_name = "weight"
-    #: The dimension of the weight that is the output's features.
-    out_dim = 0
+    base_name = "base_layer"
+    base_type: type[nn.Module] = nn.Module  # what the class takes
+    adapter_type: type[Adapter] = Adapter  # the settings of its adapters
+    weight_name = "weight"  # among the base's parameters
+    out_dim = 0  # the dimension of the weight that is the output's features
+    _feature_shape: tuple[int, ...] = (-1,)  # what a vector over these is viewed as, so that it multiplies the output
+    _magnitude_shape: tuple[int, ...] = (-1,)  # as PEFT's
 
     def __init__(
-        self,
-        base_layer: nn.Module,
-        *,
-        rank: int | None = 8,
-        lora_dtype: torch.dtype = torch.float32,
-        freeze: bool = True,
-        **options,
+        self, base_layer: nn.Module, *, rank: int | None = 8, lora_dtype=torch.float32, freeze: bool = True, **options
     ):
         self._check_base(base_layer)
-        super().__init__()
-        self.base_layer = base_layer
-        #: The first factors of adapters that were taken out of the weight (PiSSA, OLoRA), by name.
+        super().__init__(base_layer)
+        #: (A, B) as they were taken out of the weight (PiSSA, OLoRA), by adapter.
         self.initial: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._unmerged: dict[str, nn.Parameter | None] = {}  # the base's own parameters, while adapters are merged
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
@@ -100,10 +91,11 @@ class LoRABaseLayer(Adapted):
 
     @classmethod
     def _check_base(cls, module: nn.Module) -> None:
-        if not isinstance(module, cls.base_type):
+        if not isinstance(module, cls.base_type) and not cls.takes(module):
             raise TypeError(f"base_layer: expected a torch.nn.{cls.base_type.__name__}, got a {type(module).__name__}")
-        if module.weight.numel() == 0:
-            raise ValueError(f"base_layer: expected at least one weight, got shape {tuple(module.weight.shape)}")
+        weight = module._parameters.get(cls.weight_name)
+        if weight is not None and weight.numel() == 0:
+            raise ValueError(f"base_layer: expected at least one weight, got shape {tuple(weight.shape)}")
 
     def _setup(self) -> None:
         """Read the base's sizes."""
@@ -126,34 +118,34 @@ class LoRABaseLayer(Adapted):
         modules = self._modules  # directly: nn.Module's own look-up costs 1 us for each name
         return modules["lora_A"]._modules[name].weight, modules["lora_B"]._modules[name].weight
 
+    def addition(self, name: str) -> Factors:
+        """What an adapter adds to the weight as a matrix [out, in]: views of its factors."""
+        adapter, (lora_a, lora_b) = self.adapters[name], self.factors(name)
+        dropout = adapter.lora_dropout if self.training else 0.0
+        bias = self.lora_B[name].bias if adapter.lora_bias else None
+        return Factors(lora_b.flatten(1), lora_a.flatten(1), adapter.scaling, dropout, bias)
+
     def product(self, name: str) -> torch.Tensor:
         """scaling * B A of an adapter in fp32, in the weight's shape; differentiable in A and B."""
-        lora_a, lora_b = self.factors(name)
-        product = self.adapters[name].scaling * (lora_b.float().flatten(1) @ lora_a.float().flatten(1))
-        return product.T if self.out_dim else product.view(self.stored_weight.shape)
+        return self._in_shape(self.addition(name).product())
 
-    def sides(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(left, right)`` of an adapter: the weight, a matrix, gains scaling * left right. They are views."""
-        lora_a, lora_b = self.factors(name)
-        return (lora_a.T, lora_b.T) if self.out_dim else (lora_b, lora_a)
+    def _linear_factors(self, sizes: tuple[int, int], rank: int, bias: bool = False, **options) -> dict[str, nn.Module]:
+        """Factors of a weight [out, in] of these ``sizes``."""
+        down = nn.Linear(sizes[1], rank, bias=False, **options)
+        return {"lora_A": down, "lora_B": nn.Linear(rank, sizes[0], bias, **options)}
 
-    # ---- adapters
+    def _in_shape(self, matrix: torch.Tensor) -> torch.Tensor:
+        return (matrix.T if self.out_dim else matrix).view(self.stored_weight.shape)
 
-    def add_adapter(
-        self, name: str, adapter: Adapter, dtype: torch.dtype = torch.float32, init: str = "default", **init_options
-    ) -> None:
-        """Add an adapter, which is not active. ``init`` says how its factors begin: by default they add nothing yet.
-
-        Raises:
-            ValueError: there is one of that name, or no such beginning.
-        """
+    def add_adapter(self, name: str, adapter: Adapter, dtype=torch.float32, init: str = "default") -> None:
+        """Add an adapter, not active, as :meth:`reset_lora_parameters` fills it; a ValueError if its name is taken."""
         self._check_new(name)
         for kind, factor in self._new_factors(adapter, dtype=dtype, device=self.stored_weight.device).items():
             getattr(self, kind)[name] = factor.train(self.training) if isinstance(factor, nn.Module) else factor
         self.adapters[name] = adapter
         self.reset_lora_parameters(name, init)
         if adapter.use_dora:
-            self.lora_magnitude_vector[name] = nn.Parameter(self.row_norms(name).view(self._magnitude_shape()))
+            self.lora_magnitude_vector[name] = nn.Parameter(self.row_norms(name).view(self._magnitude_shape))
 
     @torch.no_grad()
     def reset_magnitude(self, name: str) -> None:
@@ -164,45 +156,18 @@ class LoRABaseLayer(Adapted):
 
     @torch.no_grad()
     def reset_lora_parameters(self, name: str | None = None, method: str = "default") -> None:
-        """Fill the factors as ``init_lora_weights=method`` says; by default the layer then computes what its base does.
-
-        Raises:
-            ValueError: the method is none that leaves the base's weight alone.
-        """
+        """Fill the factors by one of lowbit.lowrank.RANDOM_METHODS; by default nothing is added yet."""
         name = self._only_active() if name is None else name
         lora_a, lora_b = self.factors(name)
-        shape = (lora_b.shape[0], lora_a[0].numel())
-        if method not in RANDOM_METHODS:
-            raise ValueError(f"method: expected one of {', '.join(RANDOM_METHODS)}, got {method!r}")
-        # Of these methods none reads the weight: one of no bytes says shape and device.
-        weight = torch.empty(1, device=lora_a.device).expand(shape)
-        new_a, new_b, _ = initial_factors(weight, lora_a.shape[0], 1.0, method)
+        new_a, new_b = random_factors(len(lora_b), lora_a[0].numel(), len(lora_a), method, lora_a.device)
         lora_a.copy_(new_a.view(lora_a.shape))
         # B of a convolution in groups has fewer columns than A has rows.
         lora_b.copy_(new_b[:, : lora_b[0].numel()].reshape(lora_b.shape))
         if self.adapters[name].lora_bias:
             nn.init.zeros_(self.lora_B[name].bias)
 
-    @property
-    def base(self) -> nn.Module:
-        """The base layer."""
-        return self.base_layer
-
-    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """The parameters of an adapter, by PEFT's keys below the layer's name, as in its files; empty without it."""
-        if name not in self.adapters:
-            return {}
-        found = {}
-        for kind in [key for key in self._modules if key.startswith("lora_")]:
-            parts = self._modules[kind]
-            if name in parts:
-                own = parts[name]
-                more = own.named_parameters() if isinstance(own, nn.Module) else []
-                found |= {f"{kind}.{key}": value for key, value in more} or {kind: own}
-        return found
-
-    def _parts(self) -> list[nn.ModuleDict | nn.ParameterDict]:
-        return [child for key, child in self._modules.items() if key.startswith("lora_")]
+    def _parts(self) -> dict[str, nn.ModuleDict | nn.ParameterDict]:
+        return {key: child for key, child in self._modules.items() if key.startswith("lora_")}
 
     @property
     def adapter(self) -> Adapter:
@@ -214,16 +179,12 @@ class LoRABaseLayer(Adapted):
             raise ValueError(f"adapter: expected a name where {len(self.active)} are active ({', '.join(self.active)})")
         return self.active[0]
 
-    # ---- computing
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """What the base computes, plus what the adapters add, in the dtype of the base's output."""
         y = self.base_layer.forward(input)  # not the base itself, whose hooks are this layer's
         if self.rows is not None:
-            index = self.rows.spread(len(input))
-            for number, name in enumerate(self.rows.names):
-                chosen = (index == number).nonzero().squeeze(1)
-                if name in self.adapters and len(chosen):
+            for name, chosen in self.rows.chosen(len(input)):
+                if name in self.adapters:
                     y = y.index_add(0, chosen, self._contribution(input[chosen], name, y[chosen]))
         elif not self.merged:
             base = y
@@ -236,48 +197,22 @@ class LoRABaseLayer(Adapted):
         with without_autocast(base.device):
             added = self._added(input, name)
             if self.adapters[name].use_dora:
-                scale = (self.lora_magnitude_vector[name].flatten() / self.row_norms(name)).view(self._feature_shape())
-                bias = 0 if self.bias is None else self.bias.view(self._feature_shape())
+                scale = self._magnitude_scale(name).view(self._feature_shape)
+                bias = 0 if self.bias is None else self.bias.view(self._feature_shape)
                 added = (scale - 1) * (base - bias) + scale * added
             return added.to(base.dtype)
 
-    def _feature_shape(self) -> tuple[int, ...]:
-        """What a vector over the output's features is viewed as, so that it multiplies the output."""
-        return (-1,)
-
-    def _magnitude_shape(self) -> tuple[int, ...]:
-        return (-1,)
-
-    # ---- DoRA: the norms of the rows of W + scaling * B A, from the packed weight and the factors
+    def _magnitude_scale(self, name: str) -> torch.Tensor:
+        """By what DoRA multiplies each output feature's row of W + scaling * B A."""
+        return self.lora_magnitude_vector[name].flatten() / self.row_norms(name)
 
     @torch.no_grad()
     def row_norms(self, name: str) -> torch.Tensor:
-        """The norms [out] of the output features' rows of W + scaling * B A, fp32; no gradient goes through them.
-
-        Neither W nor the sum is formed: |W + s B A|^2 = |W|^2 + 2 s (W A^T) B + s^2 B (A A^T) B.
-        """
-        lora_a, lora_b = (factor.float().flatten(1) for factor in self.factors(name))
-        scaling = self.adapters[name].scaling
-        crossed = 2 * scaling * (self._times_weight(lora_a).T * lora_b).sum(1)
-        own = scaling**2 * (lora_b @ (lora_a @ lora_a.T) * lora_b).sum(1)
-        return (self._square_norms() + crossed + own).clamp(min=0).sqrt()
-
-    def _times_weight(self, rows: torch.Tensor) -> torch.Tensor:
-        """rows [n, in, fp32] W^T, in fp32 [n, out]."""
-        weight = self.stored_weight
-        if isinstance(weight, QuantizedTensor) and weight.dim() == 2:
-            return rows @ weight if self.out_dim else nn.functional.linear(rows, weight)
-        weight = self.base_weight(torch.float32)
-        return rows @ (weight if self.out_dim else weight.flatten(1).T)
-
-    def _square_norms(self) -> torch.Tensor:
-        """|W|^2 of each output feature's row; decodes the weight once."""
+        """The norms [out] of the output features' rows of W + scaling * B A, fp32; no gradient goes through them."""
+        weight = self.stored_weight.detach()
         if "_norms" not in self._buffers:
-            square = self.base_weight(torch.float32).square()
-            self.register_buffer(
-                "_norms", square.sum(0) if self.out_dim else square.flatten(1).sum(1), persistent=False
-            )
-        return self._norms
+            self.register_buffer("_norms", square_row_norms(weight, self.out_dim), persistent=False)
+        return adapted_row_norms(weight, self._norms, self.addition(name), self.out_dim)
 
     # ---- the weight
 
@@ -293,15 +228,12 @@ class LoRABaseLayer(Adapted):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight with the active adapters, for code that reads it instead of calling the layer."""
-        return self.base_weight() if not self.active or self.merged else self.merged_weight()
+        """W with the active adapters, for code that reads the weight of a layer instead of calling the layer."""
+        return self.merged_weight() if torch.compiler.is_compiling() else AdaptedWeight(self)
 
     def base_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The frozen weight, decoded, in ``dtype`` (default: its own)."""
-        weight = self.stored_weight.detach()
-        if isinstance(weight, QuantizedTensor):
-            return weight.dequantize(dtype)
-        return weight if dtype is None else weight.to(dtype)
+        return decoded(self.stored_weight.detach(), dtype)
 
     def delta(self, name: str) -> torch.Tensor:
         """What an adapter adds to the weight, in fp32, in the weight's shape; differentiable in its parameters."""
@@ -310,17 +242,12 @@ class LoRABaseLayer(Adapted):
             return product
         weight = self.base_weight(torch.float32)
         shape = (1, -1) if self.out_dim else (-1, *[1] * (weight.dim() - 1))
-        scale = (self.lora_magnitude_vector[name].flatten() / self.row_norms(name)).view(shape)
-        return scale * (weight + product) - weight
+        return self._magnitude_scale(name).view(shape) * (weight + product) - weight
 
     def merged_weight(self, names: Iterable[str] | None = None) -> torch.Tensor:
-        """W + the deltas of the adapters (default: the active ones that are not merged), summed in fp32.
+        """W + the deltas of the adapters, by default of the active ones that are not merged; differentiable in these.
 
-        Returns:
-            the sum, rounded once to W's dtype; differentiable in the factors.
-
-        Raises:
-            ValueError: there is no adapter of a name.
+        The sum in fp32 is rounded once, to W's dtype. A ValueError if there is no adapter of a name.
         """
         names = [name for name in self.active if name not in self.merged] if names is None else list(names)
         self._check_names(names)
@@ -333,31 +260,20 @@ class LoRABaseLayer(Adapted):
 
     @torch.no_grad()
     def merged_tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The base's parameters that change with the adapters merged in: its weight, and "bias" with lora_bias."""
         names = [name for name in names if name in self.adapters]
         if not names:
             return {}
-        weight = self.merged_weight(names)
-        merged = {self.weight_name: nn.Parameter(weight, requires_grad=False)}
-        biases = [self.adapters[n].scaling * self.lora_B[n].bias.float() for n in names if self.adapters[n].lora_bias]
-        if biases:
-            bias = sum(biases) if self.bias is None else sum(biases) + self.bias.float()
-            merged["bias"] = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
-        return merged
+        merged = {self.weight_name: self.merged_weight(names)}
+        if any(self.adapters[name].lora_bias for name in names):
+            bias = plus_biases(self.bias, [self.addition(name) for name in names])
+            merged["bias"] = bias.to(self.stored_weight.dtype)
+        return {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in merged.items()}
 
     @torch.no_grad()
     def merge(self, names: Iterable[str] | None = None, *, safe: bool = False) -> nn.Module:
-        """Put the merged weight, which is dense, into the base layer. ``unmerge`` puts its own weight back.
+        """Put the dense weight with adapters (default: the active ones) merged in into the base layer, and return that.
 
-        Args:
-            names: the adapters; by default the active ones.
-            safe: refuse a merged weight with NaN or inf.
-
-        Returns:
-            the base layer, which now computes what the layer computed.
-
-        Raises:
-            ValueError: adapters are merged already; ``safe`` and the merged weight is not finite. Nothing has changed.
+        A ValueError, and nothing has changed, if adapters are merged already, or if ``safe`` and there is NaN or inf.
         """
         names = self.active if names is None else tuple(names)
         self._check_names(names)
@@ -372,7 +288,7 @@ class LoRABaseLayer(Adapted):
         return self.base_layer
 
     def unmerge(self) -> None:
-        """Put the base's own weight back, the very tensor. Does nothing where no adapter is merged."""
+        """Put the base's own weight back, the very tensor, if adapters are merged."""
         self.base._parameters.update(self._unmerged)
         self._unmerged, self.merged = {}, ()
 
@@ -380,20 +296,18 @@ class LoRABaseLayer(Adapted):
     def put_back_initial(self) -> None:
         """Add to a dense base the factors that were taken out of it at first."""
         for name, (lora_a, lora_b) in self.initial.items():
-            product = self.adapters[name].scaling * (lora_b.float() @ lora_a.float())
             weight = self.base_layer.weight
-            product = product.T if self.out_dim else product.view(weight.shape)
-            self.base_layer.weight = nn.Parameter((weight.float() + product).to(weight.dtype), requires_grad=False)
+            total = weight.float() + self._in_shape(Factors(lora_b, lora_a, self.adapters[name].scaling).product())
+            self.base_layer.weight = nn.Parameter(total.to(weight.dtype), requires_grad=False)
 
     def extra_repr(self) -> str:
-        """What ``print`` shows of the layer."""
         return ", ".join(f"{name}: {adapter}" for name, adapter in self.adapters.items())
 
 
-def stored(module: nn.Module, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """``module``, with its weight quantized as QLoRAConfig's options among ``options`` say, and the other options."""
-    how = {name: options[name] for name in ("quantization", "double_quant", "block_size", "scale") if name in options}
-    config = QLoRAConfig(**how)
+def stored(module: nn.Module, options: dict[str, Any]) -> nn.Module:
+    """``module``, with its weight quantized as QLoRAConfig's options say, which are taken out of ``options``."""
+    names = {"quantization", "double_quant", "block_size", "scale"} & options.keys()
+    config = QLoRAConfig(**{name: options.pop(name) for name in names})
     weight = quantize_to(module.weight.detach(), config.spec, config.scale)
     module.weight = nn.Parameter(weight, requires_grad=False)
-    return module, {name: value for name, value in options.items() if name not in how}
+    return module

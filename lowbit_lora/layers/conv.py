@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowbit.adapted import AdaptedWeight
+from lowbit.adapted import Factors
 
 from .base import Adapter, LoRABaseLayer
 
@@ -13,31 +13,25 @@ class LoRAConvNd(LoRABaseLayer):
     """A convolution with a frozen weight, dense or quantized, plus LoRA, in PEFT's shapes.
 
     A is a convolution of the base's kernel, stride, padding and dilation to ``rank`` channels. B is one of kernel 1
-    from them to the output's channels, in the base's groups. The arguments and errors are those of
-    :class:`LoRABaseLayer`; the rank is a multiple of the base's groups.
+    from them to the output's channels, in the base's groups, of which the rank is a multiple.
     """
 
     def _setup(self) -> None:
         self.in_channels, self.out_channels = self.base_layer.in_channels, self.base_layer.out_channels
+        self._feature_shape = (-1, *[1] * len(self.base_layer.kernel_size))
+        self._magnitude_shape = (1, *self._feature_shape)
 
     def _new_factors(self, adapter: Adapter, **options) -> dict[str, nn.Module | nn.Parameter]:
-        base, rank = self.base_layer, adapter.rank
+        base, rank, bias = self.base_layer, adapter.rank, adapter.lora_bias
         if rank % base.groups:
             raise ValueError(f"rank: expected a multiple of the convolution's groups={base.groups}, got {rank}")
         shape = {name: getattr(base, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
         down = self.base_type(self.in_channels, rank, bias=False, **shape, **options)
-        bias = adapter.lora_bias
-        return {
-            "lora_A": down,
-            "lora_B": self.base_type(rank, self.out_channels, 1, groups=base.groups, bias=bias, **options),
-        }
+        up = self.base_type(rank, self.out_channels, 1, groups=base.groups, bias=bias, **options)
+        return {"lora_A": down, "lora_B": up}
 
     def product(self, name: str) -> torch.Tensor:
-        """scaling * B A of an adapter in fp32, in the weight's shape; differentiable in A and B.
-
-        Raises:
-            ValueError: the convolution has groups: A reads all channels, which a weight in groups cannot.
-        """
+        """See :class:`LoRABaseLayer`; a ValueError in groups: A reads all channels, which such a weight cannot."""
         if self.base_layer.groups > 1:
             raise ValueError(
                 f"a convolution in groups={self.base_layer.groups} cannot hold LoRA in its weight; leave it wrapped"
@@ -49,30 +43,15 @@ class LoRAConvNd(LoRABaseLayer):
         dropped = F.dropout(input, adapter.lora_dropout, self.training)
         return adapter.scaling * up(down(dropped.to(down.weight.dtype)))
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """The weight with the active adapters; in groups, an error where it is computed with."""
-        return AdaptedWeight(self) if self.base_layer.groups > 1 else super().weight
-
     @torch.no_grad()
     def row_norms(self, name: str) -> torch.Tensor:
-        """The norms [out] by which DoRA divides, fp32.
-
-        In groups they are PEFT's, so that its files compute the same: B A is taken as if there were no groups, and laid
-        out anew in the weight's shape. No weight has these norms.
-        """
+        """In groups, as in PEFT, norms of no weight: B A is as if there were none, laid out in the weight's shape."""
         if self.base_layer.groups == 1:
             return super().row_norms(name)
-        weight, rank = self.base_weight(torch.float32), self.adapters[name].rank
-        lora_a, lora_b = (factor.float() for factor in self.factors(name))
-        product = lora_b.view(-1, rank) @ lora_a.view(rank, -1)
-        return (weight + self.adapters[name].scaling * product.view(weight.shape)).flatten(1).norm(dim=1)
-
-    def _feature_shape(self) -> tuple[int, ...]:
-        return (-1, *[1] * (self.base_layer.weight.dim() - 2))
-
-    def _magnitude_shape(self) -> tuple[int, ...]:
-        return (1, *self._feature_shape())
+        adapter, (lora_a, lora_b) = self.adapters[name], self.factors(name)
+        factors = Factors(lora_b.view(-1, adapter.rank), lora_a.view(adapter.rank, -1), adapter.scaling)
+        weight = self.base_weight(torch.float32)
+        return (weight + factors.product().view(weight.shape)).flatten(1).norm(dim=1)
 
 
 class LoRAConv1d(LoRAConvNd):

@@ -1,10 +1,10 @@
 """LoRA on embeddings, whose table may be dense or quantized."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from lowbit.functional import check_sizes
 
 from .base import Adapter, LoRABaseLayer, stored
 
@@ -13,8 +13,7 @@ class LoRAEmbedding(LoRABaseLayer):
     """nn.Embedding with a frozen table, dense or quantized, plus LoRA: row i of the table gains scaling * B A[:, i].
 
     A is [rank, num_embeddings] and begins at zero, B is [embedding_dim, rank]: the rows that a batch uses are looked up
-    in A, and multiplied by B. lora_dropout has no place in a look-up and is not applied, as in PEFT. The arguments and
-    errors are those of :class:`LoRABaseLayer`.
+    in A, and multiplied by B. lora_dropout has no place in a look-up and is not applied, as in PEFT.
     """
 
     base_type = nn.Embedding
@@ -22,10 +21,9 @@ class LoRAEmbedding(LoRABaseLayer):
 
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
-        """Whether a module is an embedding: also a subclass that only multiplies the rows by its ``embed_scale``."""
-        if not isinstance(module, nn.Embedding) or module.max_norm is not None:
-            return False
-        return super().takes(module) or hasattr(module, "embed_scale")
+        """Also a subclass that only multiplies the rows by its ``embed_scale``."""
+        is_plain = super().takes(module) or hasattr(module, "embed_scale")
+        return is_plain and isinstance(module, nn.Embedding) and module.max_norm is None
 
     def _setup(self) -> None:
         self.num_embeddings, self.embedding_dim = self.base_layer.num_embeddings, self.base_layer.embedding_dim
@@ -35,19 +33,17 @@ class LoRAEmbedding(LoRABaseLayer):
     def _new_factors(self, adapter: Adapter, **options) -> dict[str, nn.Module | nn.Parameter]:
         if adapter.lora_bias:
             raise ValueError("lora_bias: expected False for an embedding, whose factors have no bias")
-        return {
-            "lora_embedding_A": nn.Parameter(torch.empty(adapter.rank, self.num_embeddings, **options)),
-            "lora_embedding_B": nn.Parameter(torch.empty(self.embedding_dim, adapter.rank, **options)),
-        }
+        lora_a = torch.empty(adapter.rank, self.num_embeddings, **options)
+        lora_b = torch.empty(self.embedding_dim, adapter.rank, **options)
+        return {"lora_embedding_A": nn.Parameter(lora_a), "lora_embedding_B": nn.Parameter(lora_b)}
 
     def factors(self, name: str | None = None) -> tuple[nn.Parameter, nn.Parameter]:
-        """``(A [rank, num_embeddings], B [embedding_dim, rank])``; of the only active one if ``name`` is None."""
         name = self._only_active() if name is None else name
         return self.lora_embedding_A[name], self.lora_embedding_B[name]
 
     @torch.no_grad()
     def reset_lora_parameters(self, name: str | None = None, method: str = "default") -> None:
-        """Fill the factors: by default A with zeros and B with normal random values, so that nothing is added yet."""
+        """By default A is zeros and B normal random values, so that nothing is added yet."""
         if method != "default":
             return super().reset_lora_parameters(name, method)
         lora_a, lora_b = self.factors(name)
@@ -63,14 +59,9 @@ class LoRAEmbedding(LoRABaseLayer):
 class QLoRAEmbedding(LoRAEmbedding):
     """A LoRAEmbedding on a random table as nn.Embedding's, which is stored in 4 bits or in 8.
 
-    Args:
-        num_embeddings, embedding_dim, padding_idx, device: as nn.Embedding.
-        dtype: of the decoded rows; float32, float16 or bfloat16.
-        options: quantization, double_quant, block_size and scale of :class:`~lowbit_lora.QLoRAConfig`; rank and the
-            other arguments of :class:`LoRAEmbedding`.
-
-    Raises:
-        TypeError, ValueError: an argument out of range.
+    The first arguments are nn.Embedding's; ``dtype`` is that of the decoded rows: float32, float16 or bfloat16. The
+    options are those of LoRABaseLayer and, of :class:`~lowbit_lora.QLoRAConfig`, quantization, double_quant, block_size
+    and scale. An argument out of range is a TypeError or a ValueError.
     """
 
     def __init__(
@@ -79,13 +70,11 @@ class QLoRAEmbedding(LoRAEmbedding):
         embedding_dim: int,
         padding_idx: int | None = None,
         *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **options: Any,
+        device=None,
+        dtype=None,
+        **options,
     ):
-        for name, size in (("num_embeddings", num_embeddings), ("embedding_dim", embedding_dim)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
+        check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         embedding = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
-        embedding, options = stored(embedding, options)
+        embedding = stored(embedding, options)
         super().__init__(embedding, **options)

@@ -7,47 +7,34 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.adapted import ProductWeight
-from lowbit.lowrank import RANDOM_METHODS, initial_factors
+from lowbit.adapted import Factors, ProductWeight
+from lowbit.lowrank import random_factors
 
 from ..config import check_unset
 from .base import Adapter
-from .parameter import LoRAParameter, factors_of
+from .parameter import LoRAParameter
 
 
 class LoRAExperts(LoRAParameter):
     """A module with LoRA on parameters [experts, out, in], or [experts, in, out] where it says ``is_transposed``.
 
-    A parameter [out, in], such as a router's weight, counts as one expert. The module's own forward computes: it knows
-    its activation, its biases and its routing. As in PEFT, A is [rank * experts, in], expert by expert; B is
-    [out, rank * experts], in which the experts of a rank stand side by side; and several parameters of one module are
-    nested layers, the last one outermost.
-
-    Args:
-        base_layer: the module of the experts.
-        parameter_names: of its parameters, in the order of the module's own.
-        options: those of :class:`LoRABaseLayer`, without lora_dropout, use_dora and lora_bias, which PEFT does not have
-            here either.
+    A parameter [out, in], such as a router's weight, counts as one expert. As in PEFT, A is [rank * experts, in],
+    expert by expert; B is [out, rank * experts], in which the experts of a rank stand side by side; several parameters
+    of one module are nested layers, the last one outermost; and there is no lora_dropout, use_dora or lora_bias.
+    ``parameter_names`` are in the order of the module's own.
 
     Raises:
-        TypeError: ``base_layer`` is no module, or a name is none of its parameters.
-        ValueError: a parameter is neither of two nor of three dimensions, or an option is out of range.
+        TypeError, ValueError: as LoRABaseLayer; a name of no parameter of two or three dimensions.
     """
 
     def __init__(self, base_layer: nn.Module, parameter_names: list[str], **options: Any):
         *inner, self.weight_name = parameter_names
-        self._check_base(base_layer)
         super().__init__(LoRAExperts(base_layer, inner, **options) if inner else base_layer, **options)
 
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
-        """False: a parameter's name chooses this class (``target_parameters``), not a module's."""
+        """False: ``target_parameters`` chooses this class, by a parameter's name."""
         return False
-
-    @classmethod
-    def _check_base(cls, module: nn.Module) -> None:
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"base_layer: expected a torch.nn.Module, got a {type(module).__name__}")
 
     @property
     def base(self) -> nn.Module:
@@ -55,14 +42,13 @@ class LoRAExperts(LoRAParameter):
         return self.base_layer.base if isinstance(self.base_layer, LoRAExperts) else self.base_layer
 
     def nested(self) -> dict[str, "LoRAExperts"]:
-        """The layers of the module's other parameters, by their names below this one."""
         inner = self.base_layer
         if not isinstance(inner, LoRAExperts):
             return {}
         return {"base_layer": inner} | {f"base_layer.{name}": layer for name, layer in inner.nested().items()}
 
     def config_name(self, name: str) -> str:
-        """The parameter's name, by which rank_pattern and alpha_pattern mean it."""
+        """The parameter's name."""
         return re.sub(r"(\.base_layer)*$", f".{self.weight_name}", name, count=1)
 
     def _setup(self) -> None:
@@ -75,57 +61,43 @@ class LoRAExperts(LoRAParameter):
                 f"parameter_names: expected weights [out, in] or [experts, out, in], got {name} of shape "
                 f"{tuple(weight.shape)} and {weight.dtype}"
             )
-        self._is_stack, self._experts = weight.dim() == 3, len(weight) if weight.dim() == 3 else 1
+        self._is_stack = weight.dim() == 3
+        self._experts = len(weight) if self._is_stack else 1
         self._transposed = self._is_stack and bool(getattr(self.base, "is_transposed", False))
-        sizes = weight.shape[-2:]
-        self._out, self._in = reversed(sizes) if self._transposed else sizes
+        self._sizes = (weight.mT if self._transposed else weight).shape[-2:]  # out, in
 
     def _new_factors(self, adapter: Adapter, **options) -> dict[str, nn.Module | nn.Parameter]:
         check_unset(adapter, ("lora_dropout", "use_dora", "lora_bias"), "target_parameters")
-        rank = adapter.rank * self._experts
-        return {
-            "lora_A": nn.Linear(self._in, rank, bias=False, **options),
-            "lora_B": nn.Linear(rank, self._out, bias=False, **options),
-        }
+        return self._linear_factors(self._sizes, adapter.rank * self._experts, **options)
 
     @torch.no_grad()
     def reset_lora_parameters(self, name: str | None = None, method: str = "default") -> None:
-        """Fill the factors of each expert as ``init_lora_weights=method`` says; see :class:`LoRABaseLayer`."""
+        """Fill the factors of each expert; see :class:`LoRABaseLayer`."""
         name = self._only_active() if name is None else name
-        if method not in RANDOM_METHODS:
-            raise ValueError(f"method: expected one of {', '.join(RANDOM_METHODS)}, got {method!r}")
         lora_a, lora_b = self.factors(name)
-        like = torch.empty(1, device=lora_a.device).expand(self._out, self._in)
-        made = [initial_factors(like, self.adapters[name].rank, 1.0, method)[:2] for _ in range(self._experts)]
+        rank = self.adapters[name].rank
+        made = [random_factors(*self._sizes, rank, method, lora_a.device) for _ in range(self._experts)]
         lora_a.copy_(torch.cat([a for a, _ in made]))
         lora_b.copy_(torch.stack([b for _, b in made], 2).flatten(1))
 
-    def sides(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(left, right)`` of an adapter: each expert's weight gains scaling * left right. They are views."""
-        lora_a, lora_b = self.factors(name)
+    def addition(self, name: str) -> Factors:
+        """What an adapter adds to each expert's weight, as it is stored."""
+        whole = super().addition(name)
         if not self._is_stack:
-            return lora_b, lora_a
-        a, b = lora_a.unflatten(0, (self._experts, -1)), lora_b.unflatten(1, (-1, self._experts)).permute(2, 0, 1)
-        return (a.mT, b.mT) if self._transposed else (b, a)
-
-    def product(self, name: str) -> torch.Tensor:
-        """scaling * B A of each expert in fp32, in the weight's shape; differentiable in A and B."""
-        left, right = self.sides(name)
-        return self.adapters[name].scaling * (left.float() @ right.float())
+            return whole
+        left = whole.left.unflatten(1, (-1, self._experts)).permute(2, 0, 1)
+        each = whole._replace(left=left, right=whole.right.unflatten(0, (self._experts, -1)))
+        return each.swapped() if self._transposed else each
 
     def merged_weight(self, names: Iterable[str] | None = None) -> torch.Tensor:
-        """The weight plus what the adapters add; see :class:`LoRABaseLayer`. One expert at a time is in fp32."""
+        """See :class:`LoRABaseLayer`. One expert at a time is in fp32."""
         names = self.active if names is None else list(names)
         self._check_names(names)
-        return ProductWeight(self.stored_weight, [factors_of(self, name) for name in names]).merged()
+        return ProductWeight(self.stored_weight, [self.addition(name) for name in names]).merged()
 
     @torch.compiler.disable(reason="torch.compile does not trace a stack of experts with LoRA")
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module's own forward takes and returns.
-
-        Raises:
-            ValueError: the model multiplies by deepgemm, which reads weights from memory.
-        """
+        """See :class:`LoRAParameter`; a ValueError where the model multiplies by deepgemm."""
         way = getattr(getattr(self.base, "config", None), "_experts_implementation", None)
         if str(way).startswith("deepgemm") and self.active and not self.merged:
             raise ValueError(

@@ -1,39 +1,16 @@
 """LoRA on a parameter by which a module multiplies in its own forward, which stays."""
 
-import contextlib
-import threading
-import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
-from lowbit.adapted import Factors, ProductWeight
+from lowbit.adapted import ProductWeight, standing_in
 
 from .base import LoRABaseLayer
 
-#: One for each module, so that no thread finds or removes what another put there.
-_locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-
-
-@contextlib.contextmanager
-def standing_in(module: nn.Module, name: str, value: torch.Tensor) -> Iterator[None]:
-    """Context in which ``module.name`` is ``value``. The registered parameter of that name stays what it is."""
-    with _locks.setdefault(module, threading.RLock()):
-        vars(module)[name] = value
-        try:
-            yield
-        finally:
-            del vars(module)[name]
-
 
 def product_weight(layer: LoRABaseLayer) -> torch.Tensor:
-    """The weight of a layer with what its active adapters add, as a ProductWeight; where none computes, the parameter.
-
-    Raises:
-        ValueError: each row of a batch has an adapter of its own.
-    """
+    """The weight of a layer plus what its active adapters add, a ProductWeight; the parameter where none computes."""
     weight = layer.base._parameters[layer.weight_name]  # there is what may stand in for it
     if layer.rows is not None and layer.adapters.keys() & set(layer.rows.names):
         raise ValueError(
@@ -42,13 +19,7 @@ def product_weight(layer: LoRABaseLayer) -> torch.Tensor:
         )
     if not layer.active or layer.merged or layer.rows is not None:
         return weight
-    return ProductWeight(weight, [factors_of(layer, name) for name in layer.active])
-
-
-def factors_of(layer: LoRABaseLayer, name: str) -> Factors:
-    """What an adapter of a layer adds to its weight."""
-    adapter = layer.adapters[name]
-    return Factors(*layer.sides(name), adapter.scaling, adapter.lora_dropout if layer.training else 0.0)
+    return ProductWeight(weight, [layer.addition(name) for name in layer.active])
 
 
 class LoRAParameter(LoRABaseLayer):
@@ -60,7 +31,6 @@ class LoRAParameter(LoRABaseLayer):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The parameter with what the active adapters add; see :func:`product_weight`."""
         return self.merged_weight() if torch.compiler.is_compiling() else product_weight(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowbit import QuantizedTensor
+from lowbit.adapted import weight_with_rows, with_rows
 
 from .adapted import Adapted
 
@@ -16,18 +16,13 @@ class TrainedTokens(Adapted):
 
     The values are ``token_adapter.trainable_tokens_delta[adapter]`` [tokens, features]: the rows themselves, in fp32.
     The table is neither copied nor decoded. An output layer or another embedding (an encoder's and a decoder's) that is
-    tied to the embedding takes its rows from there.
-
-    Args:
-        module: nn.Embedding; where ``tied_to`` is given, also nn.Linear.
-        tied_to: the embedding's TrainedTokens.
+    tied to the embedding takes its rows from there: from ``tied_to``, the embedding's TrainedTokens.
     """
 
     def __init__(self, module: nn.Module, tied_to: "TrainedTokens | None" = None):
         if not isinstance(module, nn.Embedding if tied_to is None else (nn.Embedding, nn.Linear)):
             raise TypeError(f"trainable_token_indices: expected a torch.nn.Embedding, got {type(module).__name__}")
-        super().__init__()
-        self.original_module = module
+        super().__init__(module)
         self.token_adapter = nn.Module()
         self.token_adapter.trainable_tokens_delta = nn.ParameterDict()
         self._tied_to = [tied_to] if tied_to else []  # in a list: not a submodule, whose parameters it would repeat
@@ -37,18 +32,9 @@ class TrainedTokens(Adapted):
         """The embedding's place, for a layer that is tied to it."""
         return self._tied_to[0] if self._tied_to else None
 
-    @property
-    def base(self) -> nn.Module:
-        """The original module."""
-        return self.original_module
-
     @torch.no_grad()
     def add_adapter(self, name: str, indices: list[int]) -> None:
-        """Add rows, which begin as the table's.
-
-        Raises:
-            ValueError: an index out of range.
-        """
+        """Add rows, which begin as the table's; a ValueError for an index out of range."""
         self._check_new(name)
         rows = self.base.num_embeddings
         wrong = [index for index in indices if not 0 <= index < rows]
@@ -60,16 +46,10 @@ class TrainedTokens(Adapted):
         self.token_adapter.trainable_tokens_delta[name] = nn.Parameter(values)
         self.adapters[name] = index
 
-    def _parts(self) -> list[nn.ModuleDict | nn.ParameterDict]:
-        return [self.token_adapter.trainable_tokens_delta]
-
-    def adapter_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """The values of an adapter's rows."""
-        key = "token_adapter.trainable_tokens_delta"
-        return {key: self.token_adapter.trainable_tokens_delta[name]} if name in self.adapters else {}
+    def _parts(self) -> dict[str, nn.ModuleDict | nn.ParameterDict]:
+        return {"token_adapter.trainable_tokens_delta": self.token_adapter.trainable_tokens_delta}
 
     def check_active(self, names: Iterable[str]) -> tuple[str, ...]:
-        """The adapters among ``names`` that have rows here; an error where two have the same row."""
         names = super().check_active(names)
         indices = [index for name in names for index in self.adapters[name].tolist()]
         if len(set(indices)) < len(indices):
@@ -83,31 +63,17 @@ class TrainedTokens(Adapted):
         values = self.token_adapter.trainable_tokens_delta[name]
         return self.adapters[name].to(values.device), values
 
-    def _chosen(self, rows: int) -> list[tuple[str, torch.Tensor | None]]:
-        """The adapters that compute, each with the rows of the input it is for: bool [rows], None for all."""
-        if self.rows is None:
-            return [(name, None) for name in self.active]
-        index = self.rows.spread(rows)
-        return [(name, index == number) for number, name in enumerate(self.rows.names) if name in self.adapters]
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """What the original computes, with the active adapters' rows in the place of its own."""
-        owner = self._tied_to[0] if self._tied_to else self
+        owner = self.tied_to if self._tied_to else self
         y = self.original_module(input)
-        for name, chosen in owner._chosen(len(input)):
-            index, values = owner._rows(name)
-            if isinstance(self.original_module, nn.Linear):
-                logits = F.linear(input, values.to(input.dtype))
-                bias = self.original_module.bias
-                own = y.index_copy(-1, index, (logits if bias is None else logits + bias[index]).to(y.dtype))
-                y = own if chosen is None else torch.where(chosen.view(-1, *[1] * (y.dim() - 1)), own, y)
-            else:
-                same = input[..., None] == index
-                if chosen is not None:
-                    same = same & chosen.view(-1, *[1] * (y.dim() - 1))
-                scale = getattr(self.original_module, "embed_scale", 1.0)
-                own = F.embedding(same.int().argmax(-1), values) * scale
-                y = torch.where(same.any(-1, keepdim=True), own.to(y.dtype), y)
+        if owner.rows is None:
+            for name in owner.active:
+                y = with_rows(self.original_module, input, y, *owner._rows(name))
+            return y
+        for name, rows in owner.rows.chosen(len(input)):
+            if name in owner.adapters:
+                own = with_rows(self.original_module, input[rows], y[rows], *owner._rows(name))
+                y = y.index_copy(0, rows, own)
         return y
 
     @torch.no_grad()
@@ -116,9 +82,5 @@ class TrainedTokens(Adapted):
         names = self.check_active(names)
         if not names:
             return {}
-        weight = self.original_module.weight.detach()
-        weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight.clone()
-        for name in names:
-            index, values = self._rows(name)
-            weight.index_copy_(0, index, values.to(weight.dtype))
+        weight = weight_with_rows(self.original_module.weight.detach(), [self._rows(name) for name in names])
         return {"weight": nn.Parameter(weight, requires_grad=False)}
