@@ -9,7 +9,7 @@ from lowbit.adapted import Factors
 from .base import Adapter, LoRABaseLayer
 
 
-class LoRAConvNd(LoRABaseLayer):
+class LoRAConv(LoRABaseLayer):
     """A convolution with a frozen weight, dense or quantized, plus LoRA, in PEFT's shapes.
 
     A is a convolution of the base's kernel, stride, padding and dilation to ``rank`` channels. B is one of kernel 1
@@ -54,19 +54,19 @@ class LoRAConvNd(LoRABaseLayer):
         return (weight + factors.product().view(weight.shape)).flatten(1).norm(dim=1)
 
 
-class LoRAConv1d(LoRAConvNd):
-    """nn.Conv1d with LoRA; see :class:`LoRAConvNd`."""
+class LoRAConv1d(LoRAConv):
+    """nn.Conv1d with LoRA; see :class:`LoRAConv`."""
 
     base_type = nn.Conv1d
 
 
-class LoRAConv2d(LoRAConvNd):
-    """nn.Conv2d with LoRA; see :class:`LoRAConvNd`."""
+class LoRAConv2d(LoRAConv):
+    """nn.Conv2d with LoRA; see :class:`LoRAConv`."""
 
     base_type = nn.Conv2d
 
 
-class LoRAConv3d(LoRAConvNd):
-    """nn.Conv3d with LoRA; see :class:`LoRAConvNd`."""
+class LoRAConv3d(LoRAConv):
+    """nn.Conv3d with LoRA; see :class:`LoRAConv`."""
 
     base_type = nn.Conv3d
