@@ -59,14 +59,17 @@ def learning_rate_factor(step: int, total: int) -> float:
 
 
 @torch.no_grad()
-def predict(model, rows: Rows, batch_size: int, device: str) -> torch.Tensor:
-    """Return logits (float32, rows x labels) in the order of `rows`, with dropout off."""
+def predict(model, rows: Rows, batch_size: int, device: str, labels: int | None = None) -> torch.Tensor:
+    """Return logits (float32, rows x labels) in the order of `rows`, with dropout off.
+
+    `labels`: how many of the head's outputs are labels of these rows, from the first on; None: all.
+    """
     was_training = model.training
     model.eval()
     logits = None
     for picked in rows.batches(batch_size):
         inputs, _ = rows.batch(picked, device)
-        found = model(**inputs).logits.float().cpu()
+        found = model(**inputs).logits[:, :labels].float().cpu()
         if logits is None:
             logits = torch.empty(len(rows), found.shape[1])
         logits[picked] = found
@@ -100,8 +103,13 @@ def train(
     device: str,
     progress: bool = True,
     description: str = "training",
+    labels: int | None = None,
 ) -> History:
-    """Train in place with AdamW; return what happened. The test rows are measured each epoch and choose nothing."""
+    """Train in place with AdamW; return what happened. The test rows are measured each epoch and choose nothing.
+
+    `labels` as in `predict`. Other outputs of the head have no loss: pushing them down would, in the first steps, move
+    all features in one direction, which can end the training before it begins.
+    """
     history = History()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
@@ -115,8 +123,8 @@ def train(
                 start = time.perf_counter()
                 for group in optimizer.param_groups:
                     group["lr"] = lr * learning_rate_factor(len(history.losses), total)
-                inputs, labels = train_rows.batch(picked, device)
-                loss = torch.nn.functional.cross_entropy(model(**inputs).logits.float(), labels)
+                inputs, expected = train_rows.batch(picked, device)
+                loss = torch.nn.functional.cross_entropy(model(**inputs).logits[:, :labels].float(), expected)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -126,7 +134,7 @@ def train(
                 bar.update()
                 recent = history.losses[-20:]
                 bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}")
-            history.logits = predict(model, test_rows, 2 * batch_size, device)
+            history.logits = predict(model, test_rows, 2 * batch_size, device, labels)
             held_out = accuracy(history.logits, test_rows.labels)
             history.accuracy.append((len(history.losses), held_out))
             bar.set_postfix(loss=f"{history.losses[-1]:.3f}", test_accuracy=f"{held_out:.3f}")

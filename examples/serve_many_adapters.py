@@ -144,12 +144,15 @@ def train(model, task: Task, options: argparse.Namespace) -> classifier_training
         seed=options.seed,
         device=options.device,
         description=f"training {task.name}",
+        labels=len(task.data.labels),
     )
 
 
 def predict(model, task: Task, options: argparse.Namespace) -> torch.Tensor:
     """Return the logits of the task's test texts."""
-    return classifier_training.predict(model, task.test_rows, 2 * options.batch_size, options.device)
+    return classifier_training.predict(
+        model, task.test_rows, 2 * options.batch_size, options.device, len(task.data.labels)
+    )
 
 
 def combine(model, tasks: list[Task], options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -267,9 +270,9 @@ def run(options: argparse.Namespace) -> tuple[dict, list[dict]]:
     # With another seed, a head that was not saved cannot go unnoticed.
     model = load_again(fresh_base(options.seed + 1), folder, options.names, options)
     reloaded = []
-    for task in tasks:
+    for task, history in zip(tasks, histories, strict=True):
         model.set_adapter(task.name)
-        reloaded.append(predict(model, task, options))
+        reloaded.append(classifier_training.compare(history.logits, predict(model, task, options)))
     results = {
         "method": options.method,
         "model": options.model,
@@ -282,9 +285,10 @@ def run(options: argparse.Namespace) -> tuple[dict, list[dict]]:
             for task, history in zip(tasks, histories, strict=True)
         },
         "combined": combined,
-        "reload": classifier_training.compare(
-            torch.cat([history.logits for history in histories]), torch.cat(reloaded)
-        ),
+        "reload": {
+            "max_logit_difference": max(compared["max_logit_difference"] for compared in reloaded),
+            "different_predictions": sum(compared["different_predictions"] for compared in reloaded),
+        },
         "serving": serve(model, requests, options),
         "machine": machine_facts(options.device),
     }
