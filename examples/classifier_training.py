@@ -59,14 +59,17 @@ def learning_rate_factor(step: int, total: int) -> float:
 
 
 @torch.no_grad()
-def predict(model, rows: Rows, batch_size: int, device: str) -> torch.Tensor:
-    """Return logits (float32, rows x labels) in the order of `rows`, with dropout off."""
+def predict(model, rows: Rows, batch_size: int, device: str, labels: int | None = None) -> torch.Tensor:
+    """Return logits (float32, rows x labels) in the order of `rows`, with dropout off.
+
+    `labels`: how many of the head's outputs are labels of these rows, from the first on; None: all.
+    """
     was_training = model.training
     model.eval()
     logits = None
     for picked in rows.batches(batch_size):
         inputs, _ = rows.batch(picked, device)
-        found = model(**inputs).logits.float().cpu()
+        found = model(**inputs).logits[:, :labels].float().cpu()
         if logits is None:
             logits = torch.empty(len(rows), found.shape[1])
         logits[picked] = found
@@ -103,10 +106,13 @@ def train(
     loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.nn.functional.cross_entropy,
     score: Callable[[torch.Tensor, torch.Tensor], float] = accuracy,
     each_epoch: bool = True,
+    labels: int | None = None,
 ) -> History:
     """Train in place with AdamW; return what happened. The test rows are measured after each epoch, or the last.
 
-    They choose nothing. `loss_of` and `score` take logits (float32, rows x labels) and labels.
+    They choose nothing. `loss_of` and `score` take logits (float32, rows x labels) and labels. `labels` is as in
+    `predict`: other outputs of the head have no loss, since pushing them down would, in the first steps, move all
+    features in one direction, which can end the training before it begins.
     """
     history = History()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -121,8 +127,8 @@ def train(
                 start = time.perf_counter()
                 for group in optimizer.param_groups:
                     group["lr"] = lr * learning_rate_factor(len(history.losses), total)
-                inputs, labels = train_rows.batch(picked, device)
-                loss = loss_of(model(**inputs).logits.float(), labels)
+                inputs, expected = train_rows.batch(picked, device)
+                loss = loss_of(model(**inputs).logits[:, :labels].float(), expected)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -134,7 +140,7 @@ def train(
                 bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}")
             if not each_epoch and epoch < epochs - 1:
                 continue
-            history.logits = predict(model, test_rows, 2 * batch_size, device)
+            history.logits = predict(model, test_rows, 2 * batch_size, device, labels)
             held_out = score(history.logits, test_rows.labels)
             history.accuracy.append((len(history.losses), held_out))
             bar.set_postfix(loss=f"{history.losses[-1]:.3f}", test_accuracy=f"{held_out:.3f}")

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from lowbit_lora import LoraConfig
 
 ADAPTER_NAMES = {text_data.BUNDLED: "sentiment", text_data.SOURCES: "source"}
-SAMPLES = 6
+SAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     add("--label-column", default="label", help="column that holds the label")
     add("--max-length", type=int, default=64, help="longest text, in tokens; the rest is cut off")
     add("--requests", nargs="+", type=int, default=[2, 8, 32], metavar="COUNT", help="how many requests are answered "
-        "at a time, in turn for each adapter; each number is measured")  # fmt: skip
+        "at a time, each text by every adapter; each number is measured")  # fmt: skip
     add("--rounds", type=int, default=9, help="how often each way to answer is measured")
     add_training_options(
         parser, methods=("lora", "qlora"), method="qlora", epochs=1, batch_size=32, output="out/adapters"
@@ -111,12 +111,18 @@ def load_tasks(options: argparse.Namespace, tokenizer) -> list[Task]:
 
 
 def make_requests(tasks: list[Task], options: argparse.Namespace, tokenizer) -> Requests:
-    """Return as many requests as are ever answered at a time: a test text of each task in turn."""
+    """Return as many requests as are ever answered at a time: each text is put to every adapter.
+
+    The texts are test texts of each task in turn. So a batch for one adapter has the same texts, and as much padding,
+    as a mixed one, and the times compare the ways to answer and nothing else.
+    """
     count, shortest = max(options.requests), min(len(task.test_rows) for task in tasks)
-    if count > shortest * len(tasks):
-        raise DataError(f"--requests: expected at most {shortest * len(tasks)} for these test texts, got {count}")
-    texts = [tasks[i % len(tasks)].data.test[i // len(tasks)][0] for i in range(count)]
-    return Requests(tokenizer, texts, [tasks[i % len(tasks)].name for i in range(count)], options.max_length)
+    most = shortest * len(tasks) ** 2
+    if count > most:
+        raise DataError(f"--requests: expected at most {most} for these test texts, got {count}")
+    asked = [divmod(i, len(tasks)) for i in range(count)]  # the number of the text, and of the adapter
+    texts = [tasks[text % len(tasks)].data.test[text // len(tasks)][0] for text, _ in asked]
+    return Requests(tokenizer, texts, [tasks[adapter].name for _, adapter in asked], options.max_length)
 
 
 def add_adapters(base, names: list[str], options: argparse.Namespace):
@@ -144,12 +150,15 @@ def train(model, task: Task, options: argparse.Namespace) -> classifier_training
         seed=options.seed,
         device=options.device,
         description=f"training {task.name}",
+        labels=len(task.data.labels),
     )
 
 
 def predict(model, task: Task, options: argparse.Namespace) -> torch.Tensor:
     """Return the logits of the task's test texts."""
-    return classifier_training.predict(model, task.test_rows, 2 * options.batch_size, options.device)
+    return classifier_training.predict(
+        model, task.test_rows, 2 * options.batch_size, options.device, len(task.data.labels)
+    )
 
 
 def combine(model, tasks: list[Task], options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -204,22 +213,17 @@ def serve(model, requests: Requests, options: argparse.Namespace) -> dict:
     }
 
 
-def sample_answers(model, tasks: list[Task], options: argparse.Namespace, tokenizer) -> list[dict]:
-    """Return what every adapter says of a few texts; the answers come from one batch."""
-    chosen = [
-        tasks[i % len(tasks)].data.test[-1 - i // len(tasks)][0] for i in range(SAMPLES // len(tasks) * len(tasks))
-    ]
-    texts = [text for text in dict.fromkeys(chosen) for _ in tasks]
-    requests = Requests(tokenizer, texts, options.names * (len(texts) // len(tasks)), options.max_length)
-    logits = adapter_serving.together(model, requests, len(requests), options.device)
+def sample_answers(model, tasks: list[Task], requests: Requests, options: argparse.Namespace) -> list[dict]:
+    """Return what the adapters say to the first requests; the answers come from one batch."""
+    count = min(len(requests), SAMPLES * len(tasks))
+    labels = {task.name: task.data.labels for task in tasks}
     answers = []
-    for i, text in enumerate(texts):
-        task = tasks[i % len(tasks)]
-        # The heads have room for the labels of the task that has most.
-        probability, label = logits[i, : len(task.data.labels)].softmax(0).max(0)
-        answers.append(
-            {"text": text, "adapter": task.name, "answer": task.data.labels[label], "probability": probability.item()}
-        )
+    for i, logits in enumerate(adapter_serving.together(model, requests, count, options.device)):
+        names = labels[requests.adapters[i]]
+        # A head may have more outputs than its task has labels.
+        probability, label = logits[: len(names)].softmax(0).max(0)
+        found = {"answer": names[label], "probability": probability.item()}
+        answers.append({"text": requests.texts[i], "adapter": requests.adapters[i]} | found)
     return answers
 
 
@@ -267,9 +271,9 @@ def run(options: argparse.Namespace) -> tuple[dict, list[dict]]:
     # With another seed, a head that was not saved cannot go unnoticed.
     model = load_again(fresh_base(options.seed + 1), folder, options.names, options)
     reloaded = []
-    for task in tasks:
+    for task, history in zip(tasks, histories, strict=True):
         model.set_adapter(task.name)
-        reloaded.append(predict(model, task, options))
+        reloaded.append(classifier_training.compare(history.logits, predict(model, task, options)))
     results = {
         "method": options.method,
         "model": options.model,
@@ -282,13 +286,14 @@ def run(options: argparse.Namespace) -> tuple[dict, list[dict]]:
             for task, history in zip(tasks, histories, strict=True)
         },
         "combined": combined,
-        "reload": classifier_training.compare(
-            torch.cat([history.logits for history in histories]), torch.cat(reloaded)
-        ),
+        "reload": {
+            "max_logit_difference": max(compared["max_logit_difference"] for compared in reloaded),
+            "different_predictions": sum(compared["different_predictions"] for compared in reloaded),
+        },
         "serving": serve(model, requests, options),
         "machine": machine_facts(options.device),
     }
-    answers = sample_answers(model, tasks, options, tokenizer)
+    answers = sample_answers(model, tasks, requests, options)
     results["total_seconds"] = time.perf_counter() - started
     results["cpu_seconds"] = time.process_time() - started_cpu
     (options.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -143,7 +143,7 @@ def test_bad_options_stop_before_any_work(example, arguments, tmp_path, bad, exp
 def test_more_requests_than_texts(example, arguments, capsys):
     """A user would wait for the training and then see an IndexError."""
     assert example.main([*arguments, "--requests", "99"]) == 2
-    assert "--requests: expected at most 24 for these test texts, got 99" in capsys.readouterr().err
+    assert "--requests: expected at most 48 for these test texts, got 99" in capsys.readouterr().err
 
 
 def test_names_of_adapters(example):
