@@ -34,6 +34,12 @@ _PASSED_ON = {
 # fmt: on
 
 
+def check_module(model: object) -> None:
+    """TypeError unless ``model`` is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside torch.compile's or DDP's wrapper."""
     while True:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from .checks import named_errors
 from .format import WeightSpec
-from .models import output_embedding
+from .models import check_module, output_embedding
 from .names import has_suffix
 from .ops.dense import frozen_linear
 from .quantizers.quantize import check_scale, quantize_to
@@ -72,8 +72,7 @@ def quantize_(
         ValueError: an unknown scale, an entry of ``skip`` that matches nothing, NaN or inf in a weight (it is named).
             The model is then unchanged.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if not isinstance(spec, WeightSpec):
         raise TypeError(f"spec: expected a lowbit.WeightSpec, got {type(spec).__name__}")
     check_scale(scale, spec)
@@ -147,8 +146,7 @@ def dequantize_(model: nn.Module) -> nn.Module:
     The dense parameters are frozen. Shared weights stay shared. Where decoding fails (for want of memory) the model is
     unchanged.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     parameters = [p for module in model.modules() for p in module._parameters.values()]
     return replace_weights(model, decoded_weights(p for p in parameters if isinstance(p, QuantizedTensor)))
 

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit.adapted import Adapted, RowAdapters, adapted_modules
 from lowbit.checks import check_new_name, named_errors
 from lowbit.lowrank import combine
 
 from .config import LoraConfig
-from .layers import Adapted, LoRABaseLayer, LoRAExperts, RowAdapters, TrainedTokens
-from .targets import adapted_modules, lora_layers
+from .layers import LoRABaseLayer, LoRAExperts, TrainedTokens
+from .targets import lora_layers
 from .training import let_train, set_trainable
 from .wrap import Plan, fill_factors
 

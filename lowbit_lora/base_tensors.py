@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from lowbit import QuantizedTensor, models
+from lowbit.adapted import Adapted, base_of, module_names, walk
 
-from .layers import Adapted, LoRABaseLayer, SavedModule
-from .targets import base_of, module_names, walk
+from .layers import LoRABaseLayer, SavedModule
 
 #: Buffers of more elements are no statistics.
 _LARGE = 2**22

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lowbit import models
+from lowbit.adapted import adapted_modules, base_of, module_names
 from lowbit.files import hub
 from lowbit.lowrank import is_decomposing
 from lowbit.modules import replace_modules
@@ -20,9 +21,8 @@ from .base_tensors import base_keys, buffers_of, changed, of_base, warn_of_other
 from .config import LoraConfig, QLoRAConfig
 from .files import PREFIX, by_own_keys, fit, model_card, read_adapter, save_adapter
 from .layers import DEFAULT, LoRABaseLayer, LoRAExperts
-from .targets import adapted_modules, base_of, module_names
 from .training import trainable_biases
-from .wrap import Plan, adapter_of
+from .wrap import Plan, adapter_of, check_base
 
 
 class StoredAdapters(AdapterOperations):
@@ -203,7 +203,7 @@ class StoredAdapters(AdapterOperations):
             OSError: files that are missing (FileNotFoundError) or broken, or that do not belong together.
             ValueError, TypeError: the adapter does not fit ``model``; nothing has been changed then.
         """
-        _check_model(model)
+        check_base(model)
         config, tensors, file = read_adapter(model, folder, cls.config_class, overrides, settings_from)
         plan = Plan(model, with_saved_of_file(model, config, tensors), adapter_name, listed=True)
         base = plan.of_base()
@@ -213,23 +213,6 @@ class StoredAdapters(AdapterOperations):
         wrapper._adopt(plan, is_trainable)
         _fill(base | wrapper._tensors(adapter_name), values)
         return wrapper if is_trainable else wrapper.eval()
-
-
-def check_types(model: Any, config: Any, config_class: type) -> None:
-    """An error unless an adapter of this kind of config can be put onto ``model``."""
-    _check_model(model)
-    if not isinstance(config, config_class):
-        hint = f"; write {config_class.__name__}.from_peft(config)" if hasattr(config, "peft_type") else ""
-        raise TypeError(f"config: expected a {config_class.__name__}, got {type(config).__name__}{hint}")
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, AdapterOperations):
-        raise ValueError(
-            f"model: expected one without adapters, got a {type(model).__name__}; call merge_and_unload() first"
-        )
 
 
 @torch.no_grad()

@@ -9,11 +9,11 @@ from torch import nn
 from tqdm import tqdm
 
 from lowbit import QuantizedTensor
+from lowbit.adapted import Adapted, adapted_modules
 from lowbit.modules import decoded_weights, replace_modules, replace_weights
 from lowbit.quantizers.requantize import Quantizer, Survival, check_survivals, requantize
 
-from .layers import Adapted, LoRABaseLayer, SavedModule, TrainedTokens
-from .targets import adapted_modules
+from .layers import LoRABaseLayer, SavedModule, TrainedTokens
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lowbit import models
+from lowbit.adapted import adapted_modules
 from lowbit.checks import check_new_name
 from lowbit.lowrank import is_decomposing
 from lowbit.modules import replace_modules
@@ -14,12 +15,11 @@ from lowbit.quantizers.requantize import Quantizer, search_quantizer
 
 from .base_tensors import buffers_of
 from .config import LoraConfig, QLoRAConfig
-from .exchange import StoredAdapters, check_types
+from .exchange import StoredAdapters
 from .layers import DEFAULT, LoRABaseLayer
 from .merge import merge_all
-from .targets import adapted_modules
 from .training import print_storage
-from .wrap import Plan
+from .wrap import Plan, check_base
 
 
 class LoraModel(StoredAdapters):
@@ -43,7 +43,11 @@ class LoraModel(StoredAdapters):
     config_class = LoraConfig
 
     def __init__(self, model: nn.Module, config: LoraConfig, adapter_name: str = DEFAULT):
-        check_types(model, config, self.config_class)
+        check_base(model)
+        if not isinstance(config, self.config_class):
+            own = self.config_class.__name__
+            hint = f"; write {own}.from_peft(config)" if hasattr(config, "peft_type") else ""
+            raise TypeError(f"config: expected a {own}, got {type(config).__name__}{hint}")
         check_new_name("adapter", adapter_name, {})
         super().__init__()
         self._adopt(Plan(model, config, adapter_name))

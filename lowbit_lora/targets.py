@@ -1,52 +1,21 @@
 """Which modules of a model a config means: the targets of LoRA and the modules to save."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Container
 
 from torch import nn
 
 from lowbit import models
+from lowbit.adapted import Adapted, base_of, module_names, walk
 from lowbit.lowrank import is_decomposing
-from lowbit.names import all_names, check_patterns, find, narrowed, what_there_is
-from lowbit.names import walk as walk_to
+from lowbit.names import check_patterns, find, narrowed, what_there_is
 
 from .config import LoraConfig
-from .layers import Adapted, LoRABaseLayer, LoRALinear, layer_class
-
-
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module below ``model``, and it, with each of its names, as in :func:`lowbit.names.walk`.
-
-    What holds adapters stands for its base; nothing inside it has a name.
-    """
-    return walk_to(model, Adapted)
-
-
-def module_names(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every module below ``model`` with its names; a shared module has several, the first is canonical."""
-    return all_names(walk(model))
-
-
-def with_nested(part: Adapted, name: str) -> dict[str, Adapted]:
-    """What holds adapters in the place of a module of that name: ``part`` and what is nested in it."""
-    return {name: part} | {f"{name}.{key}": inner for key, inner in part.nested().items()}
-
-
-def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
-    """What holds adapters in a model, by canonical name; what is nested in another's place comes last."""
-    found = {names[0]: module for module, names in module_names(model).items() if isinstance(module, Adapted)}
-    for name, part in list(found.items()):
-        found |= with_nested(part, name)
-    return found
+from .layers import LoRABaseLayer, LoRALinear, layer_class
 
 
 def lora_layers(parts: dict[str, Adapted]) -> dict[str, LoRABaseLayer]:
     """Those of the modules with adapters that have LoRA."""
     return {name: part for name, part in parts.items() if isinstance(part, LoRABaseLayer)}
-
-
-def base_of(module: nn.Module) -> nn.Module:
-    """The base of what holds adapters; any other module itself."""
-    return module.base if isinstance(module, Adapted) else module
 
 
 def output_layers(model: nn.Module) -> set[nn.Module]:

@@ -6,12 +6,13 @@ from collections.abc import Container, Iterable
 from torch import nn
 
 from lowbit import models
+from lowbit.adapted import Adapted, adapted_modules, base_of, walk
 from lowbit.modules import storage_summary
 from lowbit.names import first_names
 
 from .config import LoraConfig
-from .layers import Adapted, SavedModule
-from .targets import adapted_modules, base_of, lora_layers, output_layers, walk
+from .layers import SavedModule
+from .targets import lora_layers, output_layers
 
 
 def let_train(parts: Iterable[Adapted], name: str, trains: bool) -> None:

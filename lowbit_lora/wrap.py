@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lowbit import QuantizedTensor, models, modules
-from lowbit.adapted import share_hooks
+from lowbit.adapted import Adapted, base_of, share_hooks, walk, with_nested
 from lowbit.checks import named_errors
 from lowbit.lowrank import factors_of_weight, is_decomposing
 from lowbit.modules import BeforeFreezing
@@ -22,8 +22,8 @@ from lowbit.quantizers.quantize import quantize_to
 from . import targets
 from .base_tensors import of_base
 from .config import LoraConfig, QLoRAConfig
-from .layers import Adapted, Adapter, LoRABaseLayer, LoRAExperts, SavedModule, TrainedTokens, layer_class
-from .targets import base_of, lora_layers, walk, with_nested
+from .layers import Adapter, LoRABaseLayer, LoRAExperts, SavedModule, TrainedTokens, layer_class
+from .targets import lora_layers
 from .training import let_train, set_trainable, trainable_biases
 
 
@@ -31,6 +31,7 @@ class Plan:
     """What adding an adapter to ``model`` will change. Constructing it changes nothing; :meth:`apply` does.
 
     Args:
+        model: one that :func:`check_base` accepts, or one with a ``first`` adapter.
         config: what to adapt; a QLoRAConfig also stores all linear weights but those of heads, of modules to save and
             of layers that the model keeps in fp32 in 4 bits.
         name: of the adapter.
@@ -50,12 +51,10 @@ class Plan:
     def __init__(
         self, model: nn.Module, config: LoraConfig, name: str, *, first: LoraConfig | None = None, listed: bool = False
     ):
-        if first is None:
-            _check_convertible(model)
-            if config.gradient_checkpointing:
-                models.check_can_checkpoint(model)
-        else:
+        if first is not None:
             _check_further(config, first)
+        elif config.gradient_checkpointing:
+            models.check_can_checkpoint(model)
         self.model, self.name, self.is_first = model, name, first is None
         task_type, heads = models.task_head(model, config.task_type)
         wanted = list(config.modules_to_save or [])
@@ -299,7 +298,9 @@ def _check_not_fused(found: dict[nn.Module, str], fused: dict[nn.Module, str]) -
         )
 
 
-def _check_convertible(model: nn.Module) -> None:
+def check_base(model: nn.Module) -> None:
+    """TypeError/ValueError unless ``model`` is a module without adapters whose weights are at hand."""
+    models.check_module(model)
     if hasattr(model, "peft_config"):
         raise ValueError("model: expected one without adapters, got a PEFT model; merge or unload it first")
     for name, module in model.named_modules():

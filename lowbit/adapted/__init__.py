@@ -4,12 +4,14 @@ from . import functions
 from .factors import Factors, adapted_linear, plus_biases, plus_products, plus_products_by_row
 from .modules import cast_floats, copy_with_hooks, share_hooks, standing_in
 from .norms import adapted_row_norms, square_row_norms
+from .places import Adapted, adapted_modules, base_of, module_names, walk, with_nested
 from .product import ProductWeight
 from .rows import RowAdapters, weight_with_rows, with_rows
 from .weight import AdaptedWeight, decoded
 
-__all__ = ["AdaptedWeight", "Factors", "ProductWeight", "RowAdapters", "adapted_linear", "adapted_row_norms"]
-__all__ += ["cast_floats", "copy_with_hooks", "decoded", "plus_biases", "plus_products", "plus_products_by_row"]
-__all__ += ["share_hooks", "square_row_norms", "standing_in", "weight_with_rows", "with_rows"]
+__all__ = ["Adapted", "AdaptedWeight", "Factors", "ProductWeight", "RowAdapters", "adapted_linear", "adapted_modules"]
+__all__ += ["adapted_row_norms", "base_of", "cast_floats", "copy_with_hooks", "decoded", "module_names", "plus_biases"]
+__all__ += ["plus_products", "plus_products_by_row", "share_hooks", "square_row_norms", "standing_in", "walk"]
+__all__ += ["weight_with_rows", "with_nested", "with_rows"]
 
 del functions  # imported for what it adds to ProductWeight

@@ -2,7 +2,6 @@
 
 from torch import nn
 
-from .adapted import Adapted, RowAdapters
 from .attention import LoRAMultiheadAttention
 from .base import DEFAULT, Adapter, LoRABaseLayer
 from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
@@ -16,9 +15,9 @@ from .tokens import TrainedTokens
 LAYERS: tuple[type[LoRABaseLayer], ...] = (LoRALinear, LoRAEmbedding, LoRAConv1d, LoRAConv2d, LoRAConv3d)
 LAYERS += (LoRAMultiheadAttention, LoRAExperts)
 
-__all__ = ["DEFAULT", "LAYERS", "Adapted", "Adapter", "LoRABaseLayer", "LoRAConv1d", "LoRAConv2d", "LoRAConv3d"]
+__all__ = ["DEFAULT", "LAYERS", "Adapter", "LoRABaseLayer", "LoRAConv1d", "LoRAConv2d", "LoRAConv3d"]
 __all__ += ["LoRAEmbedding", "LoRAExperts", "LoRALinear", "LoRAMultiheadAttention", "QLoRAEmbedding", "QLoRALinear"]
-__all__ += ["RowAdapters", "SavedModule", "TrainedTokens", "layer_class"]
+__all__ += ["SavedModule", "TrainedTokens", "layer_class"]
 
 
 def layer_class(module: nn.Module) -> type[LoRABaseLayer] | None:

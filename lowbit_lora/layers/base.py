@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.adapted import AdaptedWeight, Factors, adapted_row_norms, decoded, plus_biases, square_row_norms
+from lowbit.adapted import Adapted, AdaptedWeight, Factors, adapted_row_norms, decoded, plus_biases, square_row_norms
 from lowbit.functional import without_autocast
 from lowbit.lowrank import random_factors
 from lowbit.quantizers.quantize import quantize_to
 
 from ..config import QLoRAConfig, check_lora_options, lora_scaling
-from .adapted import Adapted
 
 #: The name of an adapter that was given none, as in PEFT.
 DEFAULT = "default"

@@ -7,9 +7,7 @@ import torch
 from torch import nn
 
 from lowbit import QuantizedTensor
-from lowbit.adapted import cast_floats, copy_with_hooks
-
-from .adapted import Adapted
+from lowbit.adapted import Adapted, cast_floats, copy_with_hooks
 
 
 class SavedModule(Adapted):

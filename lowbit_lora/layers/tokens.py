@@ -6,9 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowbit.adapted import weight_with_rows, with_rows
-
-from .adapted import Adapted
+from lowbit.adapted import Adapted, weight_with_rows, with_rows
 
 
 class TrainedTokens(Adapted):

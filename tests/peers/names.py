@@ -6,9 +6,9 @@ from peft.tuners.lora import layer as peft_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from lowbit.adapted import Adapted, adapted_modules
 from lowbit_lora import LoRABaseLayer, LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRALinear
-from lowbit_lora.layers import Adapted, LoRAMultiheadAttention, SavedModule, TrainedTokens
-from lowbit_lora.targets import adapted_modules
+from lowbit_lora.layers import LoRAMultiheadAttention, SavedModule, TrainedTokens
 
 #: Classes of PEFT that tests ask isinstance for.
 CLASSES = {

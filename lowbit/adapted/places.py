@@ -1,12 +1,14 @@
-"""What stands in the place of a module that adapters change: which adapters it has, and which of them compute."""
+"""What stands in the place of a module that adapters change, and where a model has such places."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from lowbit.adapted import RowAdapters
+from ..names import all_names
+from ..names import walk as walk_to
+from .rows import RowAdapters
 
 
 class Adapted(nn.Module):
@@ -119,3 +121,34 @@ class Adapted(nn.Module):
     def _check_new(self, name: str) -> None:
         if name in self.adapters:
             raise ValueError(f"adapter: expected a new name, got {name!r}, which is there")
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module below ``model``, and it, with each of its names, as in :func:`lowbit.names.walk`.
+
+    What holds adapters stands for its base; nothing inside it has a name.
+    """
+    return walk_to(model, Adapted)
+
+
+def module_names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every module below ``model`` with its names; a shared module has several, the first is canonical."""
+    return all_names(walk(model))
+
+
+def with_nested(part: Adapted, name: str) -> dict[str, Adapted]:
+    """What holds adapters in the place of a module of that name: ``part`` and what is nested in it."""
+    return {name: part} | {f"{name}.{key}": inner for key, inner in part.nested().items()}
+
+
+def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
+    """What holds adapters in a model, by canonical name; what is nested in another's place comes last."""
+    found = {names[0]: module for module, names in module_names(model).items() if isinstance(module, Adapted)}
+    for name, part in list(found.items()):
+        found |= with_nested(part, name)
+    return found
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The base of what holds adapters; any other module itself."""
+    return module.base if isinstance(module, Adapted) else module
