@@ -6,7 +6,7 @@ from cases import UNIT_ROUNDOFF, assert_within, product_tolerance
 from torch import nn
 
 import lowbit
-from lowbit.ops.rows import Groups, lora_by_row
+from lowbit.ops.rows import Groups, add_lora_by_row
 from lowbit_lora import LoraConfig, LoraModel, QLoRAConfig, QLoRAModel
 
 kinds = pytest.mark.parametrize(
@@ -136,11 +136,12 @@ def test_triton_multiplies_all_rows_at_once():
         return [leaf.requires_grad_() for leaf in (*made, *(torch.randn(32, 4, generator=generator) for _ in counts))]
 
     x, *factors = leaves()
+    base = torch.randn(8, 32, generator=generator, requires_grad=True)
     results = []
     for backend in ("reference", "triton"):
         with lowbit.use_backend(backend):
-            y = lora_by_row(x, groups, factors[:3], factors[3:], [1.0, 2.0, 0.5])
-            results.append([y, *torch.autograd.grad(y.square().sum(), [x, *factors])])
+            y = add_lora_by_row(base, x, groups, factors[:3], factors[3:], [1.0, 2.0, 0.5])
+            results.append([y, *torch.autograd.grad(y.square().sum(), [base, x, *factors])])
     magnitude = max(result.abs().max() for result in results[0])
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * float(magnitude))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from ..functional import lora_linear, without_autocast
 from ..grouped import grouped_matmul
 from ..ops.dense import frozen_linear
-from ..ops.rows import lora_by_row
+from ..ops.rows import add_lora_by_row
 from ..tensor import QuantizedTensor
 from .rows import RowAdapters
 
@@ -181,11 +181,12 @@ def plus_products_by_row(
         kept = torch.rand(tokens.shape, device=x.device) >= chance
         tokens = tokens * (kept / (1 - chance)).to(x.dtype)
     with without_autocast(x.device):
-        added = lora_by_row(tokens, rows.groups, *_of_one_rank(factors, known))
+        base = y.reshape(len(tokens), -1)
         if any(each.bias is not None for each in known):
-            nothing = added.new_zeros(y.shape[-1])
-            added = added + torch.stack([plus_biases(nothing, [each] if each else []) for each in factors])[index]
-        return (y + added.view(y.shape)).to(y.dtype)
+            nothing = torch.zeros(y.shape[-1], device=y.device)
+            base = base + torch.stack([plus_biases(nothing, [each] if each else []) for each in factors])[index]
+        total = add_lora_by_row(base, tokens, rows.groups, *_of_one_rank(factors, known))
+        return total.view(y.shape).to(y.dtype)
 
 
 def _of_one_rank(

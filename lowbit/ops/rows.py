@@ -61,60 +61,66 @@ def _permuted(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 
 class LoraByRow(torch.autograd.Function):
-    """scaling_e * x A_e^T B_e^T for each row of x and its group e, in fp32. Saves x as it is, t and the factors.
+    """y + scaling_e * x A_e^T B_e^T for each row and its group e. Saves x as it is, t and the factors.
 
     A group touches no row and no factor of another: what is not finite in one stays there.
     """
 
     @staticmethod
-    def forward(ctx, x, namespace, groups, scalings, *factors):
+    def forward(ctx, y, x, groups, namespace, scalings, *factors):
         lora_a, lora_b = factors[: len(scalings)], factors[len(scalings) :]
-        t = _scaled(_matmul(namespace, groups.sort(x), lora_a, groups), groups, scalings)
+        t = x.new_zeros(len(x), len(lora_a[0]), dtype=torch.float32)
+        t = _scaled(_add_products(t, groups.sort(x), lora_a, groups, namespace), groups, scalings)
         ctx.save_for_backward(x, t, *factors)
-        ctx.namespace, ctx.groups, ctx.scalings = namespace, groups, scalings
-        return groups.unsort(_matmul(namespace, t, lora_b, groups))
+        ctx.groups, ctx.namespace, ctx.scalings = groups, namespace, scalings
+        total = groups.sort(y).to(torch.float32, copy=True)
+        return groups.unsort(_add_products(total, t, lora_b, groups, namespace)).to(y.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, t, *factors = ctx.saved_tensors
-        namespace, groups, scalings = ctx.namespace, ctx.groups, ctx.scalings
+        groups, namespace, scalings = ctx.groups, ctx.namespace, ctx.scalings
         lora_a, lora_b = factors[: len(scalings)], factors[len(scalings) :]
-        needs = ctx.needs_input_grad[4:]
+        needs_y, needs_x, _, _, _, *needs = ctx.needs_input_grad
         needs_a, needs_b = needs[: len(scalings)], needs[len(scalings) :]
-        grad, grad_x, grad_a, grad_b = groups.sort(grad), None, [None] * len(lora_a), [None] * len(lora_b)
+        grad_x, grad_a, grad_b, rows = None, [None] * len(lora_a), [None] * len(lora_b), groups.sort(grad)
         if any(needs_b):
-            grad_b = _outer(namespace, grad, t, lora_b, needs_b, groups)
-        if ctx.needs_input_grad[0] or any(needs_a):
-            grad_t = _matmul(namespace, grad, [matrix.T for matrix in lora_b], groups)
+            grad_b = _outer(rows, t, lora_b, needs_b, groups, namespace)
+        if needs_x or any(needs_a):
+            grad_t = _add_products(torch.zeros_like(t), rows, [b.T for b in lora_b], groups, namespace)
             grad_t = _scaled(grad_t, groups, scalings)
         if any(needs_a):
-            grad_a = _outer(namespace, grad_t, groups.sort(x), lora_a, needs_a, groups)
-        if ctx.needs_input_grad[0]:
-            grad_x = groups.unsort(_matmul(namespace, grad_t, [matrix.T for matrix in lora_a], groups)).to(x.dtype)
-        return grad_x, None, None, None, *grad_a, *grad_b
+            grad_a = _outer(grad_t, groups.sort(x), lora_a, needs_a, groups, namespace)
+        if needs_x:
+            grad_x = x.new_zeros(x.shape, dtype=torch.float32)
+            grad_x = _add_products(grad_x, grad_t, [a.T for a in lora_a], groups, namespace)
+            grad_x = groups.unsort(grad_x).to(x.dtype)
+        return grad if needs_y else None, grad_x, None, None, None, *grad_a, *grad_b
 
 
-def lora_by_row(
+def add_lora_by_row(
+    y: torch.Tensor,
     x: torch.Tensor,
     groups: Groups,
     lora_a: list[torch.Tensor],
     lora_b: list[torch.Tensor],
     scalings: list[float],
 ) -> torch.Tensor:
-    """``scaling_e * x A_e^T B_e^T`` for each row of x and its group e; differentiable in x and the factors.
+    """``y + scaling_e * x A_e^T B_e^T`` for each row and its group e; differentiable in y, x and the factors.
 
     Args:
+        y: [rows, out_features], such as the product with the base's weight.
         x: [rows, in_features].
-        groups: which rows are of which group; none of them empty.
+        groups: which rows are of which group.
         lora_a, lora_b: for each group [rank, in_features] and [out_features, rank], of the same shapes.
         scalings: for each group.
 
     Returns:
-        [rows, out_features] in fp32.
+        [rows, out_features] in y's dtype; the sum is accumulated in fp32 and rounded once.
     """
     namespace = backends.namespace_for_experts(x.device.type, backends.selected)
-    return LoraByRow.apply(x, namespace, groups, scalings, *lora_a, *lora_b)
+    return LoraByRow.apply(y, x, groups, namespace, scalings, *lora_a, *lora_b)
 
 
 def _scaled(t: torch.Tensor, groups: Groups, scalings: list[float]) -> torch.Tensor:
@@ -123,26 +129,21 @@ def _scaled(t: torch.Tensor, groups: Groups, scalings: list[float]) -> torch.Ten
     return t
 
 
-def _matmul(namespace: str, x: torch.Tensor, matrices, groups: Groups) -> torch.Tensor:
-    """x M_e^T, rows sorted, the matrices [p, k]; in fp32."""
+def _add_products(total: torch.Tensor, x: torch.Tensor, matrices, groups: Groups, namespace: str) -> torch.Tensor:
+    """total [rows, p, fp32] + x M_e^T, the matrices [p, k], rows sorted; in place."""
     if namespace == _TRITON:
-        return op_of(namespace, "grouped_matmul")(x, torch.stack(matrices), groups.ends_there * groups.tokens(x))
-    y = x.new_empty([len(x), len(matrices[0])], dtype=torch.float32)
+        ends = groups.ends_there * groups.tokens(x)
+        return total.add_(op_of(namespace, "grouped_matmul")(x, torch.stack(list(matrices)), ends))
     for matrix, at in zip(matrices, groups.places(x), strict=True):
-        torch.mm(x[at].float(), matrix.float().T, out=y[at])
-    return y
+        total[at].addmm_(x[at].float(), matrix.float().T)
+    return total
 
 
-def _outer(namespace: str, a: torch.Tensor, b: torch.Tensor, like, needed, groups: Groups) -> list:
-    """a_e^T b_e for each group, in the dtypes of ``like``; None where not needed."""
+def _outer(a: torch.Tensor, b: torch.Tensor, factors, needed, groups: Groups, namespace: str) -> list:
+    """a_e^T b_e for each group, in the dtypes of its factors; None where not needed."""
     if namespace == _TRITON:
         products = op_of(namespace, "grouped_outer")(a, b, groups.ends_there * groups.tokens(a)).unbind()
     else:
-        products = [
-            a[at].float().T @ b[at].float() if wanted else None
-            for wanted, at in zip(needed, groups.places(a), strict=True)
-        ]
-    return [
-        product.to(factor.dtype) if wanted else None
-        for product, factor, wanted in zip(products, like, needed, strict=True)
-    ]
+        wanted = zip(needed, groups.places(a), strict=True)
+        products = [a[at].float().T @ b[at].float() if need else None for need, at in wanted]
+    return [p.to(f.dtype) if need else None for p, f, need in zip(products, factors, needed, strict=True)]
