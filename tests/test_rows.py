@@ -128,8 +128,7 @@ def test_triton_multiplies_all_rows_at_once():
     """On a GPU the same function takes another way: stacked factors, one kernel for each product."""
     generator = torch.Generator().manual_seed(0)
     counts, order = [1, 2, 1], torch.tensor([1, 0, 3, 2])
-    ends = torch.tensor(counts).cumsum(0)
-    groups = Groups(ends.tolist(), ends.to(torch.int32), order, order.argsort())
+    groups = Groups(counts, torch.tensor(counts).cumsum(0, dtype=torch.int32), order, order.argsort())
 
     def leaves():
         made = [torch.randn(8, 64, generator=generator), *(torch.randn(4, 64, generator=generator) for _ in counts)]

@@ -175,16 +175,17 @@ def plus_products_by_row(
     if not known:
         return y
     tokens = x.reshape(-1, x.shape[-1])
-    index = rows.index.repeat_interleave(rows.groups.tokens(tokens))
     if any(each.dropout for each in known):
-        chance = torch.tensor([each.dropout if each else 0.0 for each in factors], device=x.device)[index, None]
+        chances = torch.tensor([each.dropout if each else 0.0 for each in factors], device=x.device)
+        chance = chances[rows.spread(len(tokens)), None]
         kept = torch.rand(tokens.shape, device=x.device) >= chance
         tokens = tokens * (kept / (1 - chance)).to(x.dtype)
     with without_autocast(x.device):
         base = y.reshape(len(tokens), -1)
         if any(each.bias is not None for each in known):
             nothing = torch.zeros(y.shape[-1], device=y.device)
-            base = base + torch.stack([plus_biases(nothing, [each] if each else []) for each in factors])[index]
+            biases = torch.stack([plus_biases(nothing, [each] if each else []) for each in factors])
+            base = base + biases[rows.spread(len(tokens))]
         total = add_lora_by_row(base, tokens, rows.groups, *_of_one_rank(factors, known))
         return total.view(y.shape).to(y.dtype)
 
@@ -194,10 +195,12 @@ def _of_one_rank(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float]]:
     """The right sides, the left sides and the scalings, with zeros up to the largest rank and in the place of None."""
     rank = max(len(each.right) for each in known)
-    zero = known[0].right.new_zeros(())
-    nothing = Factors(zero.expand(len(known[0].left), rank), zero.expand(rank, known[0].right.shape[1]), 0.0)
+    if len(known) < len(factors):
+        zero, (rows, columns) = known[0].right.new_zeros(()), (len(known[0].left), known[0].right.shape[1])
+        nothing = Factors(zero.expand(rows, rank), zero.expand(rank, columns), 0.0)
+        known = [each or nothing for each in factors]
     rights, lefts, scalings = [], [], []
-    for left, right, scaling, *_ in [each or nothing for each in factors]:
+    for left, right, scaling, *_ in known:
         missing = rank - len(right)
         rights.append(F.pad(right, (0, 0, 0, missing)) if missing else right)
         lefts.append(F.pad(left, (0, missing)) if missing else left)

@@ -32,13 +32,10 @@ class RowAdapters:
         names = tuple(sorted(set(row_names)))
         numbers = [names.index(name) for name in row_names]
         order = sorted(range(len(numbers)), key=numbers.__getitem__)
-        ends = list(itertools.accumulate(numbers.count(number) for number in range(len(names))))
-        is_sorted = order == list(range(len(order)))
-        index, ends_there, order = (
-            torch.tensor(values, dtype=torch.int64, device=device) for values in (numbers, ends, order)
-        )
-        orders = (None, None) if is_sorted else (order, order.argsort())
-        return cls(names, index, Groups(ends, ends_there.to(torch.int32), *orders))
+        sizes = [numbers.count(number) for number in range(len(names))]
+        index, order = (torch.tensor(values, dtype=torch.int64, device=device) for values in (numbers, order))
+        ends = torch.tensor([*itertools.accumulate(sizes)], dtype=torch.int32, device=device)
+        return cls(names, index, Groups(sizes, ends, order, order.argsort()))
 
     def spread(self, first: int) -> torch.Tensor:
         """The index for an input whose first dimension is the batch, or a multiple of it (beams, tokens) in its order.
