@@ -32,10 +32,11 @@ class RowAdapters:
         names = tuple(sorted(set(row_names)))
         numbers = [names.index(name) for name in row_names]
         order = sorted(range(len(numbers)), key=numbers.__getitem__)
+        inverse = sorted(range(len(numbers)), key=order.__getitem__)
         sizes = [numbers.count(number) for number in range(len(names))]
-        index, order = (torch.tensor(values, dtype=torch.int64, device=device) for values in (numbers, order))
         ends = torch.tensor([*itertools.accumulate(sizes)], dtype=torch.int32, device=device)
-        return cls(names, index, Groups(sizes, ends, order, order.argsort()))
+        index, *orders = torch.tensor([numbers, order, inverse], dtype=torch.int64, device=device)
+        return cls(names, index, Groups(sizes, ends, *orders))
 
     def spread(self, first: int) -> torch.Tensor:
         """The index for an input whose first dimension is the batch, or a multiple of it (beams, tokens) in its order.

@@ -141,7 +141,7 @@ def _gradients(grad, x, t, groups: Groups, scalings, lora_a, lora_b, needs_x, ne
     each = zip(groups.places(x), groups.split(t), scalings, lora_a, lora_b, needs_a, needs_b, strict=True)
     for at, own_t, scaling, a, b, needs_own_a, needs_own_b in each:
         own = grad.index_select(0, at).float()
-        grad_t = scaling * (own @ b.float()) if needs_x or needs_own_a else None
+        grad_t = torch.addmm(own_t, own, b.float(), beta=0, alpha=scaling) if needs_x or needs_own_a else None
         grad_b.append((own.T @ own_t).to(b.dtype) if needs_own_b else None)
         grad_a.append((grad_t.T @ x.index_select(0, at).float()).to(a.dtype) if needs_own_a else None)
         if needs_x:
