@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from lowbit.adapted import Adapted, RowAdapters, adapted_modules
 from lowbit.checks import check_new_name, named_errors
 from lowbit.lowrank import combine
+from lowbit.quantizers.requantize import Quantizer, Survival, check_survivals, search_quantizer
 
 from .config import LoraConfig
 from .layers import LoRABaseLayer, LoRAExperts, TrainedTokens
@@ -162,23 +164,33 @@ class AdapterOperations(nn.Module):
             for part, names in active:
                 part.set_active(names)
 
-    def merge_adapter(self, names: Iterable[str] | None = None, *, safe: bool = False) -> None:
-        """Put the merged, dense weights into the base layers, until :meth:`unmerge_adapter`.
+    def merge_adapter(
+        self,
+        names: Iterable[str] | None = None,
+        *,
+        safe: bool = False,
+        into: str = "dense",
+        minimum_cosine: float = 0.5,
+        quantizer: Quantizer = search_quantizer,
+    ) -> list[Survival]:
+        """Put the merged weights into the base layers, until :meth:`unmerge_adapter`.
 
-        Args:
-            names: the adapters; by default the active ones.
-            safe: refuse weights with NaN or inf (ValueError, as where adapters are merged already).
+        The arguments and errors are those of :meth:`lowbit_lora.LoraModel.merge_and_unload`. Returns how much is left
+        of the change of each layer that is quantized again.
         """
         names = self._active if names is None else self._known(names)
-        done = []
+        options = {"safe": safe, "into": into, "minimum_cosine": -1.0, "quantizer": quantizer}
+        layers = lora_layers(self._unmerged_parts())
         try:
-            for layer in lora_layers(self._parts()).values():
-                layer.merge([name for name in names if name in layer.adapters], safe=safe)
-                done.append(layer)
+            for layer_name, layer in layers.items():
+                with named_errors(layer_name):
+                    layer.merge([name for name in names if name in layer.adapters], **options)
+            survivals = [replace(one.survival, name=name) for name, one in layers.items() if one.survival is not None]
+            check_survivals(survivals, minimum_cosine)
         except BaseException:
-            for layer in done:
-                layer.unmerge()
+            self.unmerge_adapter()
             raise
+        return survivals
 
     def unmerge_adapter(self) -> None:
         """Put the base's own weights back: the very tensors, so that stored bytes are what they were."""

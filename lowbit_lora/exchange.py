@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from lowbit import models
-from lowbit.adapted import adapted_modules, base_of, module_names
+from lowbit.adapted import adapted_modules, base_keys, base_of, buffers_of, changed, module_names
 from lowbit.files import hub
 from lowbit.lowrank import is_decomposing
 from lowbit.modules import replace_modules
 
 from .adapters import AdapterOperations
-from .base_tensors import base_keys, buffers_of, changed, of_base, warn_of_other_base, whole_embeddings
+from .base_tensors import of_base, warn_of_other_base, whole_embeddings
 from .config import LoraConfig, QLoRAConfig
 from .files import PREFIX, by_own_keys, fit, model_card, read_adapter, save_adapter
 from .layers import DEFAULT, LoRABaseLayer, LoRAExperts

@@ -16,13 +16,12 @@ import torch
 from torch import nn
 
 from lowbit import models
-from lowbit.adapted import module_names
+from lowbit.adapted import module_names, weights_of
 from lowbit.files.checked import check_fit, read_json, read_tensors, tensors_to_bytes
 from lowbit.files.fingerprint import differences, fingerprint
 from lowbit.files.hub import local_folder
 from lowbit.files.pair import replace_pair
 
-from .base_tensors import weights_of
 from .config import LoraConfig, QLoRAConfig
 
 CONFIG_FILE = "adapter_config.json"

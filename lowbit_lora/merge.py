@@ -11,7 +11,7 @@ from tqdm import tqdm
 from lowbit import QuantizedTensor
 from lowbit.adapted import Adapted, adapted_modules
 from lowbit.modules import decoded_weights, replace_modules, replace_weights
-from lowbit.quantizers.requantize import Quantizer, Survival, check_survivals, requantize
+from lowbit.quantizers.requantize import Quantizer, Survival, check_survivals
 
 from .layers import LoRABaseLayer, SavedModule, TrainedTokens
 
@@ -46,14 +46,11 @@ def merge_all(
             sources = part.adapter_tensors(part.check_active(names)[0])
             tensors = {key: trained.setdefault(sources[key], tensor) for key, tensor in tensors.items()}
         elif isinstance(part, LoRABaseLayer) and part.weight_name in tensors:
-            weight, old = tensors[part.weight_name], part.stored_weight
-            if quantizer is not None and isinstance(old, QuantizedTensor):
-                change = sum(part.delta(adapter) for adapter in names if adapter in part.adapters)
-                weight, survival = requantize(name, old, part.base_weight(torch.float32), change, quantizer)
+            if quantizer is not None and isinstance(part.stored_weight, QuantizedTensor):
+                tensors[part.weight_name], survival = part.requantized(names, quantizer, name)
                 survivals.append(survival)
             elif dtype is not None:
-                weight = weight.to(dtype)
-            tensors[part.weight_name] = nn.Parameter(weight, requires_grad=False)
+                tensors[part.weight_name] = nn.Parameter(tensors[part.weight_name].to(dtype), requires_grad=False)
         merged[part] = tensors
     for part in merged:
         if isinstance(part, TrainedTokens) and part.tied_to:

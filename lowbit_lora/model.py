@@ -7,13 +7,12 @@ import torch
 from torch import nn
 
 from lowbit import models
-from lowbit.adapted import adapted_modules
+from lowbit.adapted import adapted_modules, buffers_of
 from lowbit.checks import check_new_name
 from lowbit.lowrank import is_decomposing
 from lowbit.modules import replace_modules
 from lowbit.quantizers.requantize import Quantizer, search_quantizer
 
-from .base_tensors import buffers_of
 from .config import LoraConfig, QLoRAConfig
 from .exchange import StoredAdapters
 from .layers import DEFAULT, LoRABaseLayer

@@ -22,7 +22,7 @@ from torch import nn
 
 import lowbit
 from lowbit import QuantizedTensor
-from lowbit_lora import LoraConfig, LoRALinear, LoraModel, QLoRAConfig, QLoRAModel
+from lowbit_lora import LoraConfig, LoRALinear, LoraModel, QLoRAConfig, QLoRALinear, QLoRAModel
 
 KINDS = [(LoraModel, LoraConfig), (QLoRAModel, QLoRAConfig)]
 kinds = pytest.mark.parametrize(("model_type", "config_type"), KINDS, ids=["lora", "qlora"])
@@ -249,3 +249,42 @@ def test_embeddings_and_head_in_four_bits_stay_tied(tmp_path):
     only_head = QLoRAModel(llama(), QLoRAConfig(target_modules=["q_proj"], quantize_head=True)).get_base_model()
     assert isinstance(only_head.lm_head.weight, QuantizedTensor)
     assert not isinstance(only_head.model.embed_tokens.weight, QuantizedTensor)
+
+
+def test_adapters_in_a_quantized_weight_come_out_again():
+    """Somebody who tries a merge that loses much could not go back without loading the model again."""
+    wrapped = randomize(QLoRAModel(llama(), QLoRAConfig(rank=4, target_modules=["q_proj", "v_proj"])))
+    before, expected = snapshot(wrapped.get_base_model()), logits(wrapped)
+    with pytest.raises(ValueError, match=r"in 4 of 4 layers: model.layers.\d.self_attn.\w_proj \(cosine"):
+        wrapped.merge_adapter(into="quantized", minimum_cosine=1.0)
+    assert_untouched(wrapped.get_base_model(), dict(before))
+    survivals = wrapped.merge_adapter(into="quantized", minimum_cosine=0.0)
+    layers = {name: module for name, module in wrapped.model.named_modules() if isinstance(module, LoRALinear)}
+    assert [survival.name for survival in survivals] == [*layers]
+    for survival, layer in zip(survivals, layers.values(), strict=True):
+        assert isinstance(layer.base_layer.weight, QuantizedTensor)
+        assert layer.survival.cosine == survival.cosine and 0 < survival.cosine <= 1
+    merged = logits(wrapped)
+    assert not torch.equal(merged, expected)
+    wrapped.unmerge_adapter()
+    assert_untouched(wrapped.get_base_model(), before)
+    assert torch.equal(logits(wrapped), expected)
+
+
+def test_a_single_layer_merges_into_its_quantized_weight():
+    """A layer that is used alone has no model that could do it."""
+    layer = QLoRALinear(64, 32, rank=4)
+    with torch.no_grad():
+        layer.factors()[1].normal_(std=1e-4)
+    stored, x = layer.base_layer.weight, torch.randn(3, 64)
+    with pytest.raises(ValueError, match="cosine"):
+        layer.merge(into="quantized")
+    with pytest.raises(ValueError, match="into: expected"):
+        layer.merge(into="int4")
+    assert layer.base_layer.weight is stored and not layer.merged
+    assert layer.merge(into="quantized", minimum_cosine=-1.0) is layer.base_layer
+    weight = layer.base_layer.weight
+    assert isinstance(weight, QuantizedTensor) and weight.spec == stored.spec
+    torch.testing.assert_close(layer(x), lowbit.linear(x, weight, layer.base_layer.bias))
+    layer.unmerge()
+    assert layer.base_layer.weight is stored and layer.survival is None

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit import QuantizedTensor
 from lowbit.adapted import Adapted, AdaptedWeight, Factors, adapted_row_norms, decoded, plus_biases, square_row_norms
+from lowbit.checks import check_choice
 from lowbit.functional import without_autocast
 from lowbit.lowrank import random_factors
 from lowbit.quantizers.quantize import quantize_to
+from lowbit.quantizers.requantize import Quantizer, Survival, check_survivals, requantize, search_quantizer
 
 from ..config import QLoRAConfig, check_lora_options, lora_scaling
 
@@ -72,6 +75,7 @@ class LoRABaseLayer(Adapted):
         #: (A, B) as they were taken out of the weight (PiSSA, OLoRA), by adapter.
         self.initial: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._unmerged: dict[str, nn.Parameter | None] = {}  # the base's own parameters, while adapters are merged
+        self.survival: Survival | None = None  # while adapters are merged into a quantized weight
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
         self.lora_magnitude_vector = nn.ParameterDict()
         self._setup()
@@ -269,11 +273,29 @@ class LoRABaseLayer(Adapted):
         return {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in merged.items()}
 
     @torch.no_grad()
-    def merge(self, names: Iterable[str] | None = None, *, safe: bool = False) -> nn.Module:
-        """Put the dense weight with adapters (default: the active ones) merged in into the base layer, and return that.
+    def requantized(self, names: Iterable[str], quantizer: Quantizer, label: str) -> tuple[nn.Parameter, Survival]:
+        """The quantized weight with adapters merged in, and how much is left of what they change."""
+        old, before = self.stored_weight, self.base_weight(torch.float32)
+        change = sum(self.delta(name) for name in names if name in self.adapters)
+        weight, survival = requantize(label, old, before, change, quantizer)
+        return nn.Parameter(weight, requires_grad=False), survival
 
-        A ValueError, and nothing has changed, if adapters are merged already, or if ``safe`` and there is NaN or inf.
+    @torch.no_grad()
+    def merge(
+        self,
+        names: Iterable[str] | None = None,
+        *,
+        safe: bool = False,
+        into: str = "dense",
+        minimum_cosine: float = 0.5,
+        quantizer: Quantizer = search_quantizer,
+    ) -> nn.Module:
+        """Put the weight with adapters (default: the active ones) merged in into the base layer, and return that.
+
+        The arguments are those of :meth:`lowbit_lora.LoraModel.merge_and_unload`. A ValueError, and nothing has
+        changed, if adapters are merged already, or for what is refused. ``survival``: what is left in a quantized one.
         """
+        check_choice("into", into, ("dense", "quantized"))
         names = self.active if names is None else tuple(names)
         self._check_names(names)
         if self.merged:
@@ -281,6 +303,10 @@ class LoRABaseLayer(Adapted):
         merged = self.merged_tensors(names)
         if safe and not all(value.isfinite().all() for value in merged.values()):
             raise ValueError(f"adapters: expected finite merged weights, got NaN or inf from {', '.join(names)}")
+        if into == "quantized" and merged and isinstance(self.stored_weight, QuantizedTensor):
+            weight, survival = self.requantized(names, quantizer, type(self).__name__)
+            check_survivals([survival], minimum_cosine)
+            merged[self.weight_name], self.survival = weight, survival
         self._unmerged = {key: self.base._parameters[key] for key in merged}
         self.base._parameters.update(merged)
         self.merged = names
@@ -289,7 +315,7 @@ class LoRABaseLayer(Adapted):
     def unmerge(self) -> None:
         """Put the base's own weight back, the very tensor, if adapters are merged."""
         self.base._parameters.update(self._unmerged)
-        self._unmerged, self.merged = {}, ()
+        self._unmerged, self.merged, self.survival = {}, (), None
 
     @torch.no_grad()
     def put_back_initial(self) -> None:
