@@ -5,7 +5,7 @@
 # lists. PEER_BASELINE=1 runs the same tests with PEFT itself, to learn which fail here without lowbit. PEER_OUT (build/peers)
 # gets the JSON lines and logs; PEER_FILES chooses test files.
 set -euo pipefail
-checkout=$(realpath "$1"); python=$2; shift 2
+checkout=$(realpath "$1"); python=$(realpath -s "$(command -v "$2")"); shift 2  # -s: not the Python that a venv links to
 here=$(dirname "$(realpath "$0")")
 out=$(realpath -m "${PEER_OUT:-build/peers}")
 name=$([[ ${PEER_BASELINE:-0} == 1 ]] && echo baseline || echo lowbit)
