@@ -48,8 +48,8 @@ def _view(field):
     return property(lambda layer: View(layer, lambda adapter: getattr(adapter, field)))
 
 
-def _merge(layer, names=None, *, safe=False, adapter_names=None, safe_merge=False):
-    return _lowbits_merge(layer, adapter_names if names is None else names, safe=safe or safe_merge)
+def _merge(layer, names=None, *, safe=False, adapter_names=None, safe_merge=False, **options):
+    return _lowbits_merge(layer, adapter_names if names is None else names, safe=safe or safe_merge, **options)
 
 
 _lowbits_merge = LoRABaseLayer.merge
