@@ -288,3 +288,13 @@ def test_a_single_layer_merges_into_its_quantized_weight():
     torch.testing.assert_close(layer(x), lowbit.linear(x, weight, layer.base_layer.bias))
     layer.unmerge()
     assert layer.base_layer.weight is stored and layer.survival is None
+
+
+def test_a_weight_that_no_adapter_changes_keeps_its_bytes():
+    """Layers whose adapter learned nothing would be refused, or get other bytes for nothing."""
+    wrapped = QLoRAModel(llama(), QLoRAConfig(rank=4))  # B is zero
+    stored = {name: parameter for name, parameter in wrapped.model.named_parameters() if name.endswith("layer.weight")}
+    assert all(survival.cosine == 1 for survival in wrapped.merge_adapter(into="quantized"))
+    assert stored
+    for name, parameter in stored.items():
+        assert torch.equal(wrapped.model.get_parameter(name).packed, parameter.packed)

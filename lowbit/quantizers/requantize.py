@@ -36,13 +36,18 @@ def search_quantizer(values: torch.Tensor, old: QuantizedTensor) -> QuantizedTen
 def requantize(
     name: str, old: QuantizedTensor, before: torch.Tensor, change: torch.Tensor, quantizer: Quantizer
 ) -> tuple[QuantizedTensor, Survival]:
-    """``before`` (the old weight decoded, fp32) plus a change of it, quantized again, and how much of it is left."""
+    """``before`` (the old weight decoded, fp32) plus a change of it, quantized again, and how much of it is left.
+
+    A weight that does not change keeps its bytes.
+    """
+    if not change.any():
+        return old, Survival(name, 1.0, 1.0)
     new = quantizer(before + change, old)
     got = new.dequantize(torch.float32) - before
     wanted_norm, got_norm = change.norm(), got.norm()
     product = wanted_norm * got_norm
-    cosine = float((change * got).sum() / product) if product > 0 else float(wanted_norm == got_norm)
-    return new, Survival(name, cosine, float(got_norm / wanted_norm) if wanted_norm > 0 else 1.0)
+    cosine = float((change * got).sum() / product) if product > 0 else 0.0
+    return new, Survival(name, cosine, float(got_norm / wanted_norm))
 
 
 def check_survivals(survivals: list[Survival], minimum_cosine: float) -> None:
