@@ -72,8 +72,7 @@ class LoraByRow(torch.autograd.Function):
         t = _products(groups.sort(x), lora_a, groups, namespace, scalings)
         ctx.save_for_backward(x, t, *factors)
         ctx.groups, ctx.namespace, ctx.scalings = groups, namespace, scalings
-        base = groups.sort(y)
-        total = base.to(torch.float32, copy=base is y)
+        total = groups.sort(y).float()  # new memory in any dtype
         return groups.unsort(_products(t, lora_b, groups, namespace, total=total)).to(y.dtype)
 
     @staticmethod
