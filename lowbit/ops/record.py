@@ -22,7 +22,8 @@ class Op:
         fake: shapes and dtypes of the results, for tensors without data.
         autograd: of a namespace, the kernel of the Autograd key; it takes the dispatcher's keyset first. None: the
             results need no gradient whatever the inputs need.
-        kernel: of a namespace, the kernel of every device, made of the namespace's other ops; None: the reference's.
+        kernel: of a namespace, the kernel of every device, where that is not the reference's function of the op's name:
+            one made of the namespace's other ops, or another module's.
         autocast: whether the first argument is cast to the autocast dtype.
         in_place: of a namespace, the kernel of the ADInplaceOrView key, for an op that writes into an argument.
     """

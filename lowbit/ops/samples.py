@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from ..format import WeightSpec
+from ..reference_optim import RULES, STATE_BLOCK, Constants
 
 ROWS, OUT, IN, RANK, EXPERTS = 5, 96, 200, 4, 3
 SPECS = ("nf4:64:double_quant", "fp4:64:double_quant", "nf4:32", "int8")
@@ -57,3 +58,29 @@ def samples(dtype: torch.dtype = torch.float32, rows: int = ROWS) -> Iterator[tu
     yield "grouped_linear_grad_input", "with LoRA", (grad, *stack, IN, t, a)
     yield "grouped_matmul", "of LoRA", (x, a, stack[-1])
     yield "grouped_outer", "of LoRA", (t, x, stack[-1])
+    yield from _steps(made, dtype)
+
+
+def _steps(made, dtype: torch.dtype) -> Iterator[tuple[str, str, tuple]]:
+    """A step of three parameters: states in fp32, in 8 bits with a short last block, and of a scalar."""
+    sizes, in_8_bits = ((3, 70), (600,), ()), (False, True, False)
+    constants = torch.tensor([Constants(0.99, 0.9, 0.1, 0.99, 0.01, 0.01, 2.0, 1e-6), Constants(1, *[0.5] * 7)])
+    grads = [made(*size).to(dtype) for size in sizes]
+    for name, rule in RULES.items():
+        layout, end = [], 0
+        for i, (grad, eight) in enumerate(zip(grads, in_8_bits, strict=True)):
+            row = [i % 2, 0]
+            for _ in rule.signed_states:
+                codes = -(-grad.numel() // 16) * 16
+                row += [end, end + codes if eight else -1]
+                end += codes + 4 * -(-grad.numel() // STATE_BLOCK) if eight else 4 * codes
+            layout.append(row + [-1] * (6 - len(row)))
+        for seed in (None, 7):
+            # Bytes of codes below 128, so that no fp32 state is NaN, and second moments are not negative.
+            arena = torch.rand(end // 4, generator=torch.Generator().manual_seed(1)).view(torch.uint8).clone()
+            params = [made(*size).to(dtype) for size in sizes]
+            scale = torch.tensor(0.5) if seed else None
+            table = torch.tensor(layout)
+            what = f"{name} rounded stochastically" if seed else name
+            yield "optimizer_step", what, (params, grads, [arena], table, constants, name, scale, seed)
+    yield "sum_of_squares", "of three", (grads,)
