@@ -1,0 +1,408 @@
+"""The optimizer that all others here are settings of: torch's interface over one fused step of all parameters."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from lowbit.checks import check_choice, check_switch
+from lowbit.optim import Constants, constants, optimizer_step, sum_of_squares
+
+from .arena import Arena
+from .groups import check_group
+from .states import StatesOf, copy_state, local_part
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class _Memory:
+    """What a parameter's states are, and where: (segment, offset) in the arena of its device."""
+
+    states: StatesOf
+    place: tuple[int, int]
+
+
+@dataclass
+class _Call:
+    """The parameters of one device that had gradients in the last step, and what the op is told of them.
+
+    Attributes:
+        device: where they are.
+        params: the parameters.
+        sizes: of each how many elements its states have.
+        is_sharded: whether any is a DTensor.
+        states: of each what ``optimizer.state`` has.
+        layout: of the op.
+        buckets: for each row of the constants a group, and the state of one of its parameters: all have made as many
+            steps.
+    """
+
+    device: torch.device
+    params: list[torch.nn.Parameter]
+    sizes: list[int]
+    is_sharded: bool
+    states: list[dict[str, Any]]
+    layout: torch.Tensor
+    buckets: list[tuple[dict[str, Any], dict[str, Any]]]
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """A torch optimizer whose states lie in one arena for each device, and whose step is one call.
+
+    Args:
+        params: parameters or groups of them, as torch's optimizers take; float32, bfloat16 or float16.
+        lr, betas, eps, weight_decay: as in torch's AdamW; also settings of a group.
+        bits: of the states: 32, or 8 (in blocks of 256; parameters of fewer than 4,096 elements keep 32); of a group.
+        paged: keep the states in memory that need not be the GPU's: CUDA's managed memory.
+        paged_to: of parameters on the CPU: a folder, where the states are a file that is mapped into memory.
+        max_grad_norm: scale all gradients so that their common norm is at most this; they are not changed in memory.
+            The norm is ``grad_norm`` afterwards, and what ``step`` returns if it got no closure.
+        on_nonfinite: what to do if a gradient has NaN or inf: None, nothing; "skip", leave all as it is (and count it
+            in ``skipped_steps``); "raise", a FloatingPointError, with nothing changed. A GPU is waited for.
+        stochastic_rounding: round bfloat16 parameters up or down at random, so that small updates are not lost.
+        seed: of that.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, or no parameter that trains.
+        OSError: a folder that cannot be written.
+    """
+
+    rule = "adamw"
+    bits = 32
+    paged = False
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        *,
+        paged_to: str | None = None,
+        max_grad_norm: float | None = None,
+        on_nonfinite: str | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+    ):
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm: expected a number above 0, or None, got {max_grad_norm!r}")
+        if on_nonfinite is not None:
+            check_choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
+        self._options = {
+            "paged_to": paged_to,
+            "max_grad_norm": max_grad_norm,
+            "on_nonfinite": on_nonfinite,
+            "stochastic_rounding": check_switch("stochastic_rounding", stochastic_rounding),
+            "seed": seed,
+        }
+        self._forget_memory()
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bits": self.bits}
+        super().__init__(params, defaults | {"rule": self.rule})
+        if not any(p.requires_grad for group in self.param_groups for p in group["params"]):
+            raise ValueError("params: expected at least one parameter that requires gradients, got none")
+        for device in {p.device for group in self.param_groups for p in group["params"] if p.device.type != "meta"}:
+            self._arena_of(device)  # finds a folder or device that cannot be
+
+    def _forget_memory(self) -> None:
+        self._arenas: dict[torch.device, Arena] = {}
+        self._memory: dict[torch.nn.Parameter, _Memory] = {}
+        self._calls: list[_Call] = []
+        self._stepped: list[torch.nn.Parameter] = []  # of these calls, in the groups' order
+        #: The common norm of the gradients of the last step, fp32, where max_grad_norm or on_nonfinite is set.
+        self.grad_norm: torch.Tensor | None = None
+        #: How many steps were left out because a gradient was not finite.
+        self.skipped_steps = 0
+
+    def add_param_group(self, group: dict[str, Any]) -> None:
+        """As torch's: settings that the group does not have are the optimizer's.
+
+        Raises:
+            ValueError, TypeError: a setting out of range, or a parameter of another dtype; nothing is added.
+        """
+        check_group({**self.defaults, **group}, self.rule)
+        if isinstance(group.get("params"), torch.Tensor):
+            group = group | {"params": [group["params"]]}
+        group = group | {"params": list(group["params"])}
+        for entry in group["params"]:
+            parameter = entry[1] if isinstance(entry, tuple) else entry
+            if isinstance(parameter, torch.Tensor) and parameter.dtype not in _DTYPES:
+                raise TypeError(
+                    f"params: expected float32, bfloat16 or float16, got {parameter.dtype}, "
+                    f"{list(parameter.shape)}; take out what does not train"
+                )
+        super().add_param_group(group)
+
+    @property
+    def state_bytes(self) -> int:
+        """How much memory the states take."""
+        return sum(arena.nbytes for arena in self._arenas.values())
+
+    # ---- the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Change the parameters that have gradients.
+
+        Args:
+            closure: computes the loss again, with gradients, and returns it.
+
+        Returns:
+            What the closure returned. Without one, the norm of the gradients where it was wanted, else None.
+
+        Raises:
+            TypeError: a sparse gradient. Nothing has changed then.
+            FloatingPointError: a gradient that is not finite, with on_nonfinite="raise". Nothing has changed then.
+            MemoryError, OSError: no memory, or no room on the disk, for states that are needed first.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        calls = self._prepared_calls()
+        params = [_local_parts(call) for call in calls]
+        grads = [_dense_gradients(call) for call in calls]
+        for call, local in zip(calls, params, strict=True):
+            if [p.numel() for p in local] != call.sizes:
+                raise ValueError("params: expected the sizes of the first step, got others: make a new optimizer")
+        max_norm, on_nonfinite = self._options["max_grad_norm"], self._options["on_nonfinite"]
+        scale = None
+        if calls and (max_norm is not None or on_nonfinite is not None):
+            norm = _norm(calls, grads)
+            self.grad_norm = norm.float()
+            if on_nonfinite is not None and not math.isfinite(norm):
+                if on_nonfinite == "raise":
+                    raise FloatingPointError(
+                        f"gradients: expected finite numbers, got a norm of {float(norm)}; parameters and states are "
+                        "as before (on_nonfinite='skip' leaves such steps out)"
+                    )
+                self.skipped_steps += 1
+                return self.grad_norm if closure is None else loss
+            if max_norm is not None:
+                scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
+        for call, local, of_call in zip(calls, params, grads, strict=True):
+            self._run(call, local, of_call, None if scale is None else scale.to(call.device))
+        return self.grad_norm if closure is None else loss
+
+    def _run(self, call: _Call, local: list[torch.Tensor], grads: list[torch.Tensor], scale: torch.Tensor | None):
+        # Kernels take contiguous memory. Of a parameter that is not they change a copy.
+        dense = [p if p.is_contiguous() else p.contiguous() for p in local]
+        arena = self._arenas[call.device]
+        arena.check_process()
+        arena.prefetch()
+        for state in call.states:
+            state["step"] += 1
+        rows = [self._constants(group, state["step"]) for group, state in call.buckets]
+        seed = None
+        if self._options["stochastic_rounding"]:
+            newest = max(state["step"] for _, state in call.buckets)
+            seed = (self._options["seed"] & 0x7FFFFFFF) << 32 | newest
+        optimizer_step(self.rule, dense, grads, arena.segments, call.layout, rows, scale, seed)
+        for parameter, changed in zip(local, dense, strict=True):
+            if changed is not parameter:
+                parameter.copy_(changed)
+
+    def _constants(self, group: dict[str, Any], step: int) -> Constants:
+        lr, eps, weight_decay = (float(group[name]) for name in ("lr", "eps", "weight_decay"))
+        return constants(self.rule, lr, group["betas"], eps, weight_decay, step)
+
+    def _prepared_calls(self) -> list[_Call]:
+        """One call for each device; made anew where other parameters than last time have gradients."""
+        now = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        is_known = len(now) == len(self._stepped) and all(map(is_, now, self._stepped))
+        if is_known and all(call.params[0].device == call.device for call in self._calls):
+            return self._calls
+        self._calls, self._stepped = [], []
+        group_of = {p: group for group in self.param_groups for p in group["params"]}
+        self._ensure_states({p: group_of[p] for p in now})
+        by_device = defaultdict(list)
+        for p in now:
+            by_device[p.device].append((group_of[p], p))
+        self._calls = [self._new_call(device, members) for device, members in by_device.items()]
+        self._stepped = now
+        return self._calls
+
+    def _new_call(self, device: torch.device, members: list[tuple[dict[str, Any], torch.nn.Parameter]]) -> _Call:
+        buckets: dict[tuple[int, int], int] = {}
+        found, rows = [], []
+        for group, p in members:
+            key = (id(group), self.state[p]["step"])
+            if key not in buckets:
+                buckets[key] = len(buckets)
+                found.append((group, self.state[p]))
+            memory = self._memory[p]
+            rows.append([buckets[key], *memory.states.row(memory.place, self.rule)])
+        params = [p for _, p in members]
+        sizes = [self._memory[p].states.numel for p in params]
+        layout = torch.tensor(rows, dtype=torch.int64)
+        is_sharded = any(isinstance(p, DTensor) for p in params)
+        return _Call(device, params, sizes, is_sharded, [self.state[p] for p in params], layout, found)
+
+    # ---- the states
+
+    def _arena_of(self, device: torch.device) -> Arena:
+        if device not in self._arenas:
+            folder = self._options["paged_to"] if device.type == "cpu" else None
+            self._arenas[device] = Arena(device, paged=self.paged, folder=folder)
+        return self._arenas[device]
+
+    def _ensure_states(self, wanted: dict[torch.nn.Parameter, dict[str, Any]]) -> None:
+        """Memory for the states of these parameters, of the groups given, that have none on their device yet.
+
+        What ``optimizer.state`` has of them already, after unpickling, goes there.
+        """
+        new = {}
+        for p, group in wanted.items():
+            if not self._has_memory(p):
+                new[p] = StatesOf(p, self.rule, group["bits"])
+                if self.state.get(p):
+                    new[p].check(self.state[p], p, f"state of a parameter {list(p.shape)}")
+        for p, place in self._places_for(new).items():
+            views = new[p].views(self._arenas[p.device].view(place), p)
+            old = self.state.get(p) or {"step": 0}
+            for name in views.keys() & old.keys():
+                copy_state(views[name], old[name])
+            self._give_back([p])
+            self._memory[p] = _Memory(new[p], place)
+            self.state[p] = {"step": int(old["step"]), **views}
+
+    def _has_memory(self, p: torch.nn.Parameter) -> bool:
+        return p in self._memory and self._memory[p].states.device == p.device
+
+    def _places_for(self, new: dict[torch.nn.Parameter, StatesOf]) -> dict[torch.nn.Parameter, tuple[int, int]]:
+        """Regions for the states of these parameters: for all of them, or an error and for none."""
+        by_device = defaultdict(list)
+        for p in new:
+            by_device[p.device].append(p)
+        places: dict[torch.nn.Parameter, tuple[int, int]] = {}
+        try:
+            for device, members in by_device.items():
+                # An empty shard gets a region too.
+                found = self._arena_of(device).take([max(new[p].nbytes, 1) for p in members])
+                places.update(zip(members, found, strict=True))
+        except BaseException:
+            for p, place in places.items():
+                self._arenas[p.device].give_back([place])
+            raise
+        return places
+
+    def _give_back(self, params: Iterable[torch.nn.Parameter]) -> None:
+        for p in params:
+            if (memory := self._memory.pop(p, None)) is not None:
+                self._arenas[memory.states.device].give_back([memory.place])
+
+    # ---- files
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned, also what torch's AdamW did for states of 32 bits.
+
+        Settings of the groups become the file's, as with torch's optimizers.
+
+        Raises:
+            ValueError: groups, states or shapes of another optimizer. Nothing has changed then.
+        """
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        groups = self._loaded_groups(state_dict["param_groups"])
+        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        group_of = {p: group for group in groups for p in group["params"]}
+        loaded = {
+            p: state_dict["state"][key] for key, p in zip(ids, group_of, strict=True) if key in state_dict["state"]
+        }
+        new = {}
+        for number, (p, group) in enumerate(group_of.items()):
+            if p in loaded:
+                states = StatesOf(p, self.rule, group["bits"])
+                states.check(loaded[p], p, f"state_dict, parameter {number} {list(p.shape)}")
+                new[p] = states
+        places = self._places_for({p: states for p, states in new.items() if not self._has_memory(p)})
+        self._give_back([p for p in self._memory if p not in loaded or p in places])
+        self._calls, self._stepped, self.param_groups = [], [], groups
+        self.state = defaultdict(dict)
+        for p, states in new.items():
+            place = places[p] if p in places else self._memory[p].place
+            views = states.views(self._arenas[p.device].view(place), p)
+            for name, view in views.items():
+                copy_state(view, loaded[p][name])
+            self._memory[p] = _Memory(states, place)
+            self.state[p] = {"step": int(loaded[p]["step"]), **views}
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _loaded_groups(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        ours, theirs = ([len(group["params"]) for group in groups] for groups in (self.param_groups, saved))
+        if ours != theirs:
+            raise ValueError(f"state_dict: expected groups of {ours} parameters, got {theirs}")
+        groups = []
+        for group, other in zip(self.param_groups, saved, strict=True):
+            merged = group | {name: value for name, value in other.items() if name != "params"}
+            for name in ("rule", "bits"):
+                if merged[name] != group[name]:
+                    raise ValueError(
+                        f"state_dict: expected {name}={group[name]!r}, got {merged[name]!r}: of another optimizer"
+                    )
+            if other.get("amsgrad") or other.get("maximize") or not other.get("decoupled_weight_decay", True):
+                raise ValueError("state_dict: expected one of AdamW without amsgrad and maximize: of another optimizer")
+            check_group(merged, self.rule)
+            groups.append(merged)
+        return groups
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Of another process, or a copy: the states get memory of their own at the next step.
+        super().__setstate__(state)
+        self._forget_memory()
+
+
+def _local_parts(call: _Call) -> list[torch.Tensor]:
+    """This process's parts of the parameters."""
+    return [local_part(p) for p in call.params] if call.is_sharded else call.params
+
+
+def _dense_gradients(call: _Call) -> list[torch.Tensor]:
+    """This process's parts of the gradients, contiguous."""
+    grads = [p.grad for p in call.params]
+    for p, grad in zip(call.params, grads, strict=True):
+        if grad.layout is not torch.strided:
+            raise TypeError(
+                f"gradients: expected dense ones, got {grad.layout} for a parameter {list(p.shape)}; make the embedding "
+                "with sparse=False"
+            )
+    if call.is_sharded:
+        grads = [_sharded_like(grad, p) for grad, p in zip(grads, call.params, strict=True)]
+    return [grad if grad.is_contiguous() else grad.contiguous() for grad in grads]
+
+
+def _sharded_like(grad: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    if isinstance(parameter, DTensor) and grad.placements != parameter.placements:
+        grad = grad.redistribute(parameter.device_mesh, parameter.placements)
+    return local_part(grad)
+
+
+def _norm(calls: list[_Call], grads: list[list[torch.Tensor]]) -> torch.Tensor:
+    """The common L2 norm of all gradients, those of other processes' shards included: fp64, on the first's device."""
+    total = None
+    for call, of_call in zip(calls, grads, strict=True):
+        by_sharding = defaultdict(list)
+        for p, grad in zip(call.params, of_call, strict=True):
+            by_sharding[(p.device_mesh, p.placements) if isinstance(p, DTensor) else None].append(grad)
+        for sharding, members in by_sharding.items():
+            part = sum_of_squares(members)
+            mesh, placements = sharding or (None, ())
+            for dimension, placement in enumerate(placements):
+                if placement.is_shard():
+                    torch.distributed.all_reduce(part, group=mesh.get_group(dimension))
+            total = part if total is None else total + part.to(total.device)
+    return total.sqrt()
