@@ -1,5 +1,6 @@
 """Optimizers whose states can be paged, or in 8 bits: one fused step over all parameters."""
 
+from .groups import parameter_groups
 from .optimizers import (
     AdamW,
     AdamW8bit,
@@ -24,4 +25,5 @@ __all__ = [
     "PagedLion8bit",
     "get_paged_optimizer",
     "optimizer_cls_and_kwargs",
+    "parameter_groups",
 ]

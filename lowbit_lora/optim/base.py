@@ -92,6 +92,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
     ):
+        if paged_to is not None and not self.paged:
+            raise ValueError(
+                f"paged_to: expected only for a paged optimizer, got {paged_to!r} for {type(self).__name__}"
+            )
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm: expected a number above 0, or None, got {max_grad_norm!r}")
         if on_nonfinite is not None:
@@ -249,8 +253,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _arena_of(self, device: torch.device) -> Arena:
         if device not in self._arenas:
-            folder = self._options["paged_to"] if device.type == "cpu" else None
-            self._arenas[device] = Arena(device, paged=self.paged, folder=folder)
+            self._arenas[device] = Arena(device, paged=self.paged, folder=self._options["paged_to"])
         return self._arenas[device]
 
     def _ensure_states(self, wanted: dict[torch.nn.Parameter, dict[str, Any]]) -> None:
@@ -377,8 +380,8 @@ def _dense_gradients(call: _Call) -> list[torch.Tensor]:
     for p, grad in zip(call.params, grads, strict=True):
         if grad.layout is not torch.strided:
             raise TypeError(
-                f"gradients: expected dense ones, got {grad.layout} for a parameter {list(p.shape)}; make the embedding "
-                "with sparse=False"
+                f"gradients: expected dense ones, got {grad.layout} for a parameter {list(p.shape)}; make the "
+                "embedding with sparse=False"
             )
     if call.is_sharded:
         grads = [_sharded_like(grad, p) for grad, p in zip(grads, call.params, strict=True)]
