@@ -1,6 +1,10 @@
 """The optimizer that all others here are settings of: torch's interface over one fused step of all parameters."""
 
+import contextlib
 import math
+import os
+import pickle
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -302,6 +306,37 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._arenas[memory.states.device].give_back([memory.place])
 
     # ---- files
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write :meth:`state_dict` to a file. A failed or killed save leaves the old file whole.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        beside = f"{os.fspath(path)}.{uuid.uuid4().hex}.saving"
+        try:
+            with open(beside, "xb") as file:
+                torch.save(self.state_dict(), file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(beside)
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Take over what :meth:`save` wrote; the states are read piece by piece.
+
+        Raises:
+            OSError, ValueError: the file cannot be read, or is one of another optimizer. Nothing has changed then.
+        """
+        try:
+            state_dict = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(f"{os.fspath(path)}: expected a file that an optimizer saved: {error}") from error
+        if not isinstance(state_dict, dict) or not state_dict.keys() >= {"state", "param_groups"}:
+            raise ValueError(f"{os.fspath(path)}: expected the state of an optimizer, got {type(state_dict).__name__}")
+        self.load_state_dict(state_dict)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
