@@ -47,15 +47,16 @@ def train(folder: Path, steps: int) -> None:
 
 def train_capped(megabytes: int, folder: str | None) -> None:
     """Three steps with 64 MB of states, with so much private memory beyond what the process has before."""
-    parameter = torch.nn.Parameter(torch.ones(8 << 20))
-    parameter.grad = torch.ones_like(parameter)
-    optimizer = get_paged_optimizer(torch.nn.ParameterList([parameter]), lr=0.1, weight_decay=0.0, paged_to=folder)
+    params = torch.nn.ParameterList(torch.ones(1 << 17) for _ in range(64))
+    for parameter in params:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = get_paged_optimizer(params, lr=0.1, weight_decay=0.0, paged_to=folder)
     status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     limit = (int(status["VmData"].split()[0]) << 10) + (megabytes << 20)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     for _ in range(3):
         optimizer.step()
-    print(float(parameter.detach().mean()))
+    print(float(torch.stack(list(params)).detach().mean()))
 
 
 if __name__ == "__main__":
