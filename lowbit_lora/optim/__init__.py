@@ -1,5 +1,6 @@
 """Optimizers whose states can be paged, or in 8 bits: one fused step over all parameters."""
 
+from .base import FusedOptimizer
 from .groups import parameter_groups
 from .optimizers import (
     AdamW,
@@ -17,6 +18,7 @@ from .optimizers import (
 __all__ = [
     "AdamW",
     "AdamW8bit",
+    "FusedOptimizer",
     "Lion",
     "Lion8bit",
     "PagedAdamW",
