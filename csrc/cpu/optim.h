@@ -10,6 +10,9 @@
 
 namespace lowbit::cpu {
 
+// The hardware's prefetcher stops at each page.
+static inline void prefetch_ahead(const void* at) { __builtin_prefetch(static_cast<const char*>(at) + kQuantizeAhead); }
+
 // The blocks of many arrays as one range. Of Isa, so that each instruction set keeps its own copy.
 template <class Isa>
 class BlocksOfAll {
@@ -79,6 +82,9 @@ void adamw(const UpdateConstants& c, float grad_scale, int64_t count, const floa
            float* state2) {
   using Vec = typename Isa::Vec;
   for (int64_t i = 0; i < count; i += Isa::kLanes) {
+    for (const float* operand :
+         {grad, static_cast<const float*>(param), static_cast<const float*>(state1), static_cast<const float*>(state2)})
+      prefetch_ahead(operand + i);
     const Vec g = Isa::mul(Isa::load(grad + i), Isa::broadcast(grad_scale));
     const Vec m =
         Isa::fused(g, Isa::broadcast(c.one_minus_beta1), Isa::mul(Isa::load(state1 + i), Isa::broadcast(c.beta1)));
@@ -201,21 +207,21 @@ constexpr int64_t kSquaresBlock = 4096;
 // In an order that every instruction set keeps: sixteen partial sums.
 template <class Isa, class T>
 double squares_of(const T* values, int64_t count) {
-  constexpr int64_t kSums = 16, kPiece = 256;
-  double sums[kSums] = {};
-  for (int64_t first = 0; first < count; first += kPiece) {
-    const int64_t piece_count = std::min(kPiece, count - first), whole = round_up(piece_count, kSums);
-    float piece[kPiece];
-    load_row<Isa>(values + first, piece_count, piece);
-    std::fill(piece + piece_count, piece + whole, 0.0f);
-    for (int64_t i = 0; i < whole; i += kSums) {
-      for (int64_t j = 0; j < kSums; ++j) {
-        const double value = piece[i + j];
-        sums[j] += value * value;
-      }
-    }
+  constexpr int64_t kSums = 16;
+  typename Isa::Squares squares[kSums / Isa::kLanes];
+  const auto add = [&]<class From>(const From* from) {
+    for (int64_t j = 0; j < kSums; j += Isa::kLanes) squares[j / Isa::kLanes].add(Isa::load(from + j));
+  };
+  int64_t i = 0;
+  for (; i + kSums <= count; i += kSums) {
+    prefetch_ahead(values + i);
+    add(values + i);
   }
-  double sum = 0.0;
+  float rest[kSums] = {};
+  load_row<Isa>(values + i, count - i, rest);
+  add(rest);
+  double sums[kSums], sum = 0.0;
+  for (int64_t j = 0; j < kSums; j += Isa::kLanes) squares[j / Isa::kLanes].store(sums + j);
   for (const double part : sums) sum += part;
   return sum;
 }

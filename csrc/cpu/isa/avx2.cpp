@@ -279,6 +279,21 @@ struct Avx2 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(positions), _mm256_cvttps_epi32(position));
   }
 
+  struct Squares {
+    __m256d low, high;
+    Squares() : low(_mm256_setzero_pd()), high(low) {}
+    void add(Vec v) {
+      const __m256d first = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
+      const __m256d second = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+      low = _mm256_fmadd_pd(first, first, low);
+      high = _mm256_fmadd_pd(second, second, high);
+    }
+    void store(double* to) const {
+      _mm256_storeu_pd(to, low);
+      _mm256_storeu_pd(to + 4, high);
+    }
+  };
+
   template <class T>
   static uint32_t absmax_bits(const T* values, int64_t count) {
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);

@@ -205,6 +205,21 @@ struct Avx512 {
     __m512i look_up(__m256i codes) const { return _mm512_cvtepi8_epi16(_mm256_shuffle_epi8(codebook, codes)); }
   };
 
+  struct Squares {
+    __m512d low, high;
+    Squares() : low(_mm512_setzero_pd()), high(low) {}
+    void add(Vec v) {
+      const __m512d first = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+      const __m512d second = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+      low = _mm512_fmadd_pd(first, first, low);
+      high = _mm512_fmadd_pd(second, second, high);
+    }
+    void store(double* to) const {
+      _mm512_storeu_pd(to, low);
+      _mm512_storeu_pd(to + 8, high);
+    }
+  };
+
   template <class T>
   static uint32_t absmax_bits(const T* values, int64_t count) {
     __m512i most = _mm512_setzero_si512();

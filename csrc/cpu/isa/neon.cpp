@@ -197,6 +197,18 @@ struct Neon {
     vst1q_s32(to + 4, positions(v.high));
   }
 
+  struct Squares {
+    float64x2_t sums[4] = {vdupq_n_f64(0), vdupq_n_f64(0), vdupq_n_f64(0), vdupq_n_f64(0)};
+    void add(Vec v) {
+      const float64x2_t wide[4] = {vcvt_f64_f32(vget_low_f32(v.low)), vcvt_high_f64_f32(v.low),
+                                   vcvt_f64_f32(vget_low_f32(v.high)), vcvt_high_f64_f32(v.high)};
+      for (int i = 0; i < 4; ++i) sums[i] = vfmaq_f64(sums[i], wide[i], wide[i]);
+    }
+    void store(double* to) const {
+      for (int i = 0; i < 4; ++i) vst1q_f64(to + 2 * i, sums[i]);
+    }
+  };
+
   template <class T>
   static uint32_t absmax_bits(const T* values, int64_t count) {
     const uint32x4_t magnitude = vdupq_n_u32(0x7fffffff);

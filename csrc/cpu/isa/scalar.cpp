@@ -159,6 +159,15 @@ struct Scalar {
     }
   }
 
+  // Sums in fp64 of the squares of each lane, which are exact there.
+  struct Squares {
+    double lane[8] = {};
+    void add(const Vec& v) {
+      for (int i = 0; i < 8; ++i) lane[i] += double{v.lane[i]} * v.lane[i];
+    }
+    void store(double* to) const { std::copy_n(lane, 8, to); }
+  };
+
   // The largest magnitude as bits: integers order as the floats do, and NaN comes out on top.
   template <class T>
   static uint32_t absmax_bits(const T* values, int64_t count) {
