@@ -187,16 +187,18 @@ def full_disk(monkeypatch):
 
 
 def assert_take_fails_and_changes_nothing(arena, sizes, error, match):
-    (held,) = arena.take([300])
+    held, middle, end = arena.take([300, 256, 10])
     arena.view(held).fill_(3)
+    arena.give_back([middle])
     before = arena.nbytes, arena.used, list(arena.segments)
     with pytest.raises(error, match=match) as raised:
-        arena.take(sizes)
+        arena.take([256, *sizes])
     assert (arena.nbytes, arena.used) == before[:2]
     assert all(segment is old for segment, old in zip(arena.segments, before[2], strict=True))
     assert (arena.view(held) == 3).all()
-    arena.give_back([held])
-    assert arena.take([512]) == [held]
+    assert arena.take([256]) == [middle]
+    arena.give_back([held, middle, end])
+    assert arena.take([1024]) == [held]
     return raised.value
 
 
@@ -286,6 +288,20 @@ def test_memory_that_is_not_there():
     assert_take_fails_and_changes_nothing(
         Arena(CPU), [size], MemoryError, f"{size:,} bytes of memory are wanted.* there are .*page them to a folder"
     )
+
+
+def test_a_gpu_that_is_full(monkeypatch):
+    """torch's own error would not say that states can be smaller."""
+
+    def zeros(*size, **options):
+        raise torch.OutOfMemoryError("Tried to allocate 1 KiB, of which 0 bytes are free")
+
+    arena = Arena(torch.device("meta"))
+    arena.take([10])
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(torch.OutOfMemoryError, match="1,024 bytes on meta are wanted.* 8 bits.* 0 bytes are free"):
+        arena.take([1000])
+    assert arena.nbytes == arena.used == 256
 
 
 def run_in_process(program: str, *args) -> str:
