@@ -174,7 +174,7 @@ def print_tables(console, rows: list[dict]) -> None:
     """Print a table for each task, and by how much QLoRA is apart from full fine-tuning."""
     from rich.table import Table
 
-    names = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
+    methods = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
     for heading in dict.fromkeys(map(title, rows)):
         columns = (
             "method",
@@ -195,7 +195,7 @@ def print_tables(console, rows: list[dict]) -> None:
                 continue
             points = "" if row["points"] is None else f"{row['points']:+.2f}"
             table.add_row(
-                names[row["method"]],
+                methods[row["method"]],
                 OPTIMIZERS[row["optimizer"]],
                 str(row["rank"] or ""),
                 f"{row['lr']:g}",
