@@ -23,7 +23,7 @@ LAYERS = {
     "llama-8b-attention": ([(4096, 4096)] * 2 + [(4096, 1024)] * 2) * 32,
 }
 FULL = [(4096, 4096)] * 4
-QUICK = [(64, 64)] * 3
+QUICK = [(128, 128)] * 3
 DTYPES = ("float32", "bfloat16")
 
 
