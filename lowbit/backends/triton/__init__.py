@@ -26,6 +26,7 @@ _OPS = {
     "linear": ("linear", "linear_approximate"),
     "linear_grad_input": ("linear_grad_input",),
     "grouped": ("grouped_linear", "grouped_linear_grad_input", "grouped_matmul", "grouped_outer"),
+    "optim": ("optimizer_step", "sum_of_squares"),
 }
 #: The module of each op.
 MODULES = {op: module for module, ops in _OPS.items() for op in ops}
