@@ -19,7 +19,7 @@ from ... import reference_optim
 from ...reference_optim import LAYOUT, RULES, STATE_BLOCK, Constants
 from .decode import DTYPES, round_to
 from .launch import launch
-from .operands import check_contiguous, check_float, checked, wrong
+from .operands import check_contiguous, checked, wrong
 from .quantize import largest_magnitude
 from .shapes import OPTIMIZER_TILE, SUM_OF_SQUARES_TILE, WARPS
 
@@ -57,6 +57,14 @@ def _elements_left(word, first, TILE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _constants(words):
+    """Return the numbers that two of each word are, in the order of ``Constants``."""
+    numbers = words.to(tl.pointer_type(tl.float32))
+    first_four = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2), tl.load(numbers + 3)
+    return first_four + (tl.load(numbers + 4), tl.load(numbers + 5), tl.load(numbers + 6), tl.load(numbers + 7))
+
+
+@triton.jit
 def _load_state(values, absmax, first, element, block, left, state_map):
     """Return the fp32 elements of a state, which is fp32 where there is no map."""
     if state_map is None:
@@ -73,9 +81,10 @@ def _store_state(values, absmax, first, element, block, left, state_map, code_ta
         tl.store(values + first + element, state, mask=element < left)
     else:
         scales = largest_magnitude(tl.where(element < left, state, 0.0))
-        # NaN, of a block with inf and of zeros, becomes -1.
-        scaled = state * tl.div_rn(tl.full([block.shape[0]], 1.0, tl.float32), scales)[:, None]
-        scaled = tl.where(scaled > -1.0, scaled, -1.0)
+        # A block of zeros has no inverse.
+        inverse = tl.div_rn(tl.full([block.shape[0]], 1.0, tl.float32), tl.where(scales == 0.0, 1.0, scales))
+        scaled = state * inverse[:, None]
+        scaled = tl.where(scaled > -1.0, scaled, -1.0)  # NaN too
         scaled = tl.where(scaled < 1.0, scaled, 1.0)
         codes = tl.load(code_table + ((scaled + 1.0) * 32767.5 + 0.5).to(tl.int32))
         codes = tl.where(scales[:, None] == 0.0, 0, codes).to(tl.uint8)
@@ -85,24 +94,20 @@ def _store_state(values, absmax, first, element, block, left, state_map, code_ta
 
 @triton.jit
 def _adamw(param, grad, state1, state2, constants):
-    beta1, one_minus_beta1 = tl.load(constants + 1), tl.load(constants + 2)
-    beta2, one_minus_beta2 = tl.load(constants + 3), tl.load(constants + 4)
-    second_scale, eps = tl.load(constants + 6), tl.load(constants + 7)
+    decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, second_scale, eps = constants
     state1 = tl.fma(grad, one_minus_beta1, state1 * beta1)
     state2 = tl.fma(grad * one_minus_beta2, grad, state2 * beta2)
     denominator = tl.sqrt_rn(state2) * second_scale + eps
-    step = tl.div_rn(state1 * tl.load(constants + 5), denominator)
-    return param * tl.load(constants) - step, state1, state2
+    return param * decay - tl.div_rn(state1 * step_size, denominator), state1, state2
 
 
 @triton.jit
 def _lion(param, grad, state1, constants):
-    beta1, one_minus_beta1 = tl.load(constants + 1), tl.load(constants + 2)
-    beta2, one_minus_beta2 = tl.load(constants + 3), tl.load(constants + 4)
+    decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, _, _ = constants
     direction = tl.fma(grad, one_minus_beta1, state1 * beta1)
     direction = tl.where(direction > 0.0, 1.0, tl.where(direction < 0.0, -1.0, 0.0))
     state1 = tl.fma(grad, one_minus_beta2, state1 * beta2)
-    return param * tl.load(constants) - direction * tl.load(constants + 5), state1
+    return param * decay - direction * step_size, state1
 
 
 @triton.jit
@@ -147,7 +152,7 @@ def optimizer_step_kernel(
     left = _elements_left(row + _NUMEL, first, TILE, ALIGNED)
     block = tl.arange(0, TILE // _STATE_BLOCK)
     element = block[:, None] * _STATE_BLOCK + tl.arange(0, _STATE_BLOCK)[None, :]
-    constants = (row + _CONSTANTS).to(tl.pointer_type(tl.float32))
+    constants = _constants(row + _CONSTANTS)
 
     grad = tl.load(_pointer(row + _GRAD, GRAD_DTYPE, ALIGNED) + first + element, mask=element < left, other=0.0)
     grad = grad.to(tl.float32)
@@ -291,9 +296,7 @@ def optimizer_step(params, grads, arenas, layout, constants, rule, grad_scale, s
     # A state in 8 bits has the address of its absmax.
     in_8_bits = (on_host[:, [_ABSMAX1.value, _ABSMAX2.value]] != 0).tolist()
     dtypes = ((param.dtype, grad.dtype) for param, grad in zip(params, grads, strict=True))
-    for (dtypes_of_kind, in_8_bits_of_kind), rows in _kinds(
-        zip(dtypes, map(tuple, in_8_bits), strict=True)
-    ).items():
+    for (dtypes_of_kind, in_8_bits_of_kind), rows in _kinds(zip(dtypes, map(tuple, in_8_bits), strict=True)).items():
         of_kind = on_host[rows]
         sizes = tuple(zip(rows, of_kind[:, _NUMEL.value].tolist(), strict=True))
         tiles = _tiles(sizes, OPTIMIZER_TILE, device)
@@ -320,10 +323,7 @@ def _is_aligned(words: torch.Tensor) -> bool:
 
 
 def sum_of_squares(tensors) -> torch.Tensor:
-    if not tensors:
-        raise wrong("tensors", "at least one", "none")
     for i, tensor in enumerate(tensors):
-        check_float("tensors", tensor.dtype)
         checked("tensors", tensor, tensor.numel(), tensors[0])
         check_contiguous(f"tensors[{i}]", tensor)
     device, partial_sums = tensors[0].device, []
