@@ -123,9 +123,9 @@ def test_search_scales(machine_code_of):
     assert len(loop) <= 48 * 4 * loads, len(loop) / 4 / loads
 
 
-#: Instructions per element, with the slow ways of roots and quotients, which ordinary numbers do not take. Of states in
-#: 8 bits half are to find codes. DRAM leaves an H100 31 for bf16 and states in 8 bits and 88 for fp32.
-STEP_LIMITS = {("adamw", True): 115, ("adamw", False): 60, ("lion", True): 60, ("lion", False): 30}
+#: Instructions per element, rounded stochastically. A sixth of adamw's are slow ways of roots and quotients, which
+#: ordinary numbers do not take. With bf16 DRAM leaves an H100 84 and 67 for states in 8 bits, 185 and 118 in fp32.
+STEP_LIMITS = {("adamw", True): 115, ("adamw", False): 76, ("lion", True): 67, ("lion", False): 38}
 
 
 @pytest.mark.parametrize(("rule", "in_8_bits"), STEP_LIMITS)

@@ -24,7 +24,8 @@ from .quantize import largest_magnitude
 from .shapes import OPTIMIZER_TILE, SUM_OF_SQUARES_TILE, WARPS
 
 _STATE_BLOCK = tl.constexpr(STATE_BLOCK)
-#: What a row of the step's table has, one int64 word each; the constants follow, two in a word.
+#: What a row of the step's table has, one int64 word each: addresses of states are in the columns that say in the op's
+#: ``layout`` where they are in the arena. The constants follow, two in a word.
 _PARAM, _GRAD, _STATE1, _ABSMAX1, _STATE2, _ABSMAX2, _NUMEL, _KEY, _CONSTANTS = map(tl.constexpr, range(9))
 _STEP_WORDS = tl.constexpr(_CONSTANTS.value + len(Constants._fields) // 2)
 #: Addresses and sizes that vectors of 16 bytes need to be multiples of 16.
@@ -217,6 +218,21 @@ def _copied(table: torch.Tensor, device: torch.device) -> torch.Tensor:
     return (table.pin_memory() if device.type in ("cuda", "xpu") else table).to(device, non_blocking=True)
 
 
+def _addresses(name: str, tensors, numels: list[int], like: torch.Tensor | None = None) -> torch.Tensor:
+    """Return where each tensor is: contiguous, of so many floats, on ``like``'s device (that of the first).
+
+    A step has hundreds of them, so each is only looked at once unless it is wrong.
+    """
+    like = tensors[0] if like is None else like
+    device = like.device
+    for i, (tensor, numel) in enumerate(zip(tensors, numels, strict=True)):
+        fits = tensor.dtype in DTYPES and tensor.numel() == numel and tensor.device == device
+        if not (fits and tensor.is_contiguous()):
+            checked(name, tensor, numel, like)
+            check_contiguous(f"{name}[{i}]", tensor)
+    return torch.tensor([tensor.data_ptr() for tensor in tensors])
+
+
 def _check_tables(layout: torch.Tensor, constants: torch.Tensor, count: int) -> None:
     for name, table, dtype, columns in (
         ("layout", layout, torch.int64, len(LAYOUT)),
@@ -253,20 +269,16 @@ def _checked_arenas(arenas: list[torch.Tensor], like: torch.Tensor) -> torch.Ten
 
 def _step_table(params, grads, arenas, layout, constants, states: int, seed) -> torch.Tensor:
     """Return the kernel's table, on the host, of checked arguments. ``states``: how many the rule has."""
-    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        checked("params", param, param.numel(), params[0])
-        checked("grads", grad, param.numel(), params[0])
-        check_contiguous(f"params[{i}]", param)
-        check_contiguous(f"grads[{i}]", grad)
+    numels = [param.numel() for param in params]
+    of_params, of_grads = _addresses("params", params, numels), _addresses("grads", grads, numels, params[0])
     arena_ranges = _checked_arenas(arenas, params[0])
     _check_below("a row of constants", layout[:, 0], len(constants))
     _check_below("an arena", layout[:, 1], len(arenas))
     addresses, arena_sizes = arena_ranges[layout[:, 1]].unbind(1)
 
     table = torch.zeros(len(params), _STEP_WORDS.value, dtype=torch.int64)
-    known = [(param.data_ptr(), grad.data_ptr(), param.numel()) for param, grad in zip(params, grads, strict=True)]
-    table[:, [_PARAM.value, _GRAD.value, _NUMEL.value]] = torch.tensor(known)
-    numel = table[:, _NUMEL.value]
+    table[:, _PARAM.value], table[:, _GRAD.value] = of_params, of_grads
+    numel = table[:, _NUMEL.value] = torch.tensor(numels)
     for i in range(2, 2 + 2 * states, 2):
         state, absmax = layout[:, i], layout[:, i + 1]
         in_8_bits = absmax >= 0
@@ -293,25 +305,25 @@ def optimizer_step(params, grads, arenas, layout, constants, rule, grad_scale, s
         grad_scale = checked("grad_scale", grad_scale, 1, params[0], torch.float32)
     on_host = _step_table(params, grads, arenas, layout, constants, len(signed_states), seed)
     table = _copied(on_host, device)
-    # A state in 8 bits has the address of its absmax.
-    in_8_bits = (on_host[:, [_ABSMAX1.value, _ABSMAX2.value]] != 0).tolist()
-    dtypes = ((param.dtype, grad.dtype) for param, grad in zip(params, grads, strict=True))
-    for (dtypes_of_kind, in_8_bits_of_kind), rows in _kinds(zip(dtypes, map(tuple, in_8_bits), strict=True)).items():
+    have_absmax = (layout[:, _ABSMAX1.value :: 2][:, : len(signed_states)] >= 0).tolist()
+    kinds = (
+        (param.dtype, grad.dtype, *of_states) for param, grad, of_states in zip(params, grads, have_absmax, strict=True)
+    )
+    for (param_dtype, grad_dtype, *in_8_bits), rows in _kinds(kinds).items():
         of_kind = on_host[rows]
-        sizes = tuple(zip(rows, of_kind[:, _NUMEL.value].tolist(), strict=True))
-        tiles = _tiles(sizes, OPTIMIZER_TILE, device)
+        tiles = _tiles(tuple(zip(rows, of_kind[:, _NUMEL.value].tolist(), strict=True)), OPTIMIZER_TILE, device)
         tables = [None] * 4
         for i, signed in enumerate(signed_states):
-            if in_8_bits_of_kind[i]:
+            if in_8_bits[i]:
                 tables[2 * i : 2 * i + 2] = _state_tables(signed, device)
         launch(
             optimizer_step_kernel,
             (len(tiles),),
             *(table, tiles, grad_scale, *tables),
             RULE=rule,
-            PARAM_DTYPE=DTYPES[dtypes_of_kind[0]],
-            GRAD_DTYPE=DTYPES[dtypes_of_kind[1]],
-            STOCHASTIC=seed is not None and dtypes_of_kind[0] == torch.bfloat16,
+            PARAM_DTYPE=DTYPES[param_dtype],
+            GRAD_DTYPE=DTYPES[grad_dtype],
+            STOCHASTIC=seed is not None and param_dtype == torch.bfloat16,
             ALIGNED=_is_aligned(of_kind[:, _OF_VECTORS]),
             TILE=OPTIMIZER_TILE,
             num_warps=WARPS,
@@ -323,14 +335,12 @@ def _is_aligned(words: torch.Tensor) -> bool:
 
 
 def sum_of_squares(tensors) -> torch.Tensor:
-    for i, tensor in enumerate(tensors):
-        checked("tensors", tensor, tensor.numel(), tensors[0])
-        check_contiguous(f"tensors[{i}]", tensor)
     device, partial_sums = tensors[0].device, []
-    on_host = torch.tensor([(tensor.data_ptr(), tensor.numel()) for tensor in tensors])
+    numels = [tensor.numel() for tensor in tensors]
+    on_host = torch.stack([_addresses("tensors", tensors, numels), torch.tensor(numels)], 1)
     table = _copied(on_host, device)
     for dtype, rows in _kinds(tensor.dtype for tensor in tensors).items():
-        tiles = _tiles(tuple((row, tensors[row].numel()) for row in rows), SUM_OF_SQUARES_TILE, device)
+        tiles = _tiles(tuple((row, numels[row]) for row in rows), SUM_OF_SQUARES_TILE, device)
         partial_sums.append(torch.empty(len(tiles), dtype=torch.float64, device=device))
         launch(
             sum_of_squares_kernel,
