@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -168,19 +169,41 @@ def _memory(value):
     return value
 
 
-def _told_by(launch: Launch, target: str):
-    """All that decides what a launch does: code, grid and arguments."""
+def _has_addresses(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.int64 and not value.is_meta
+
+
+def _readdressed(value, reached: Sequence[torch.Tensor], addresses: Iterable[int]):
+    """An argument; in a table of addresses those in the tensors' storages are as if the tensors began at these."""
+    if not _has_addresses(value):
+        return value
+    changed = value.clone()
+    for memory, address in zip(reached, addresses, strict=True):
+        storage = memory.untyped_storage()
+        inside = (value >= storage.data_ptr()) & (value < storage.data_ptr() + storage.nbytes())
+        changed[inside] = value[inside] - memory.data_ptr() + address
+    return changed
+
+
+def _led_to(reached: Sequence[torch.Tensor], table: torch.Tensor):
+    """The emulator's form of a table: it calls a function with what gives its own address of a tensor."""
+    return lambda address_of: _readdressed(table, reached, map(address_of, reached))
+
+
+def _told_by(launch: Launch, target: str, reached: Sequence[torch.Tensor]):
+    """All that decides what a launch does: code, grid and arguments. Where memory lies decides nothing."""
     signature, *_ = specialized(launch)
+    ends = list(itertools.accumulate(memory.nbytes for memory in reached))
     yield from (key_of(launch, target), launch.grid)
     for name, kind in signature.items():
-        yield from (name, kind, launch.values[name] if kind != "constexpr" else None)
+        yield from (name, kind, _readdressed(launch.values[name], reached, ends) if kind != "constexpr" else None)
 
 
-def _prove(launch: Launch, target: str, *inputs) -> None:
+def _prove(launch: Launch, target: str, *inputs, reached: Sequence[torch.Tensor] = ()) -> None:
     """Take a step of the running test's proof: all that was launched together, before any of it is compiled."""
     if not proofs.has_taken(launch.together):
-        told = (part for each in launch.together for part in _told_by(each, target))
-        proofs.step(target, *inputs, *told, of=launch.together)
+        told = (part for each in launch.together for part in _told_by(each, target, reached))
+        proofs.step(target, *inputs, *reached, *told, of=launch.together)
 
 
 def compiled(launch: Launch, target: str):
@@ -189,13 +212,22 @@ def compiled(launch: Launch, target: str):
     return triton_code.compiled(launch, target)
 
 
-def emulate(launch: Launch, ends: dict[str, torch.Tensor] | None = None, target: str = "sm_80", **options):
+def emulate(
+    launch: Launch,
+    ends: dict[str, torch.Tensor] | None = None,
+    target: str = "sm_80",
+    reached: Sequence[torch.Tensor] = (),
+    **options,
+):
     """Run a launch's PTX for ``target`` on the emulator, on the launch's own (CPU) tensors; returns what it counted.
 
     ``ends`` has, by argument, the last elements of a tensor. Only these have memory (the tensor may be on meta).
+    ``reached`` are tensors that int64 arguments lead to, of all launches that were made together, one of each storage.
+    The rest of its storage has no memory.
     """
     emulator = pytest.importorskip("ptxemu")
-    _prove(launch, target, *sum((ends or {}).items(), ()), *(f"{name}={value}" for name, value in options.items()))
+    told = (*sum((ends or {}).items(), ()), *(f"{name}={value}" for name, value in options.items()))
+    _prove(launch, target, *told, reached=reached)
     kernel, signature = triton_code.compiled(launch, target)
     arguments = []
     for name, kind in signature.items():
@@ -203,7 +235,7 @@ def emulate(launch: Launch, ends: dict[str, torch.Tensor] | None = None, target:
         if end is not None:
             argument = emulator.Pointer(end, end.nbytes - argument.nbytes)
         if kind != "constexpr":
-            arguments.append(_memory(argument))
+            arguments.append(_led_to(reached, argument) if _has_addresses(argument) else _memory(argument))
     result = emulator.load(kernel.asm["ptx"]).launch(
         kernel.metadata.name,
         grid=launch.grid,

@@ -6,11 +6,13 @@
 import pytest
 import torch
 from cases import BLOCK_SIZES, DTYPES, FORMATS, UNIT_ROUNDOFF, assert_within, make_weight, product_tolerance
+from optim_steps import Parameter, assert_same_step, made_step
 
 import lowbit
 from lowbit import reference, selftest
 from lowbit.backends import triton as backend
 from lowbit.format import WeightSpec
+from lowbit.reference_optim import RULES
 
 DEVICE = "xpu" if hasattr(torch, "xpu") and torch.xpu.is_available() else "cuda"
 HAS_GPU = torch.get_device_module(DEVICE).is_available()
@@ -170,6 +172,29 @@ def test_compiled(layer, experts, dtype):
                     torch.testing.assert_close(actual, expected)
                 else:  # a look at the wiring: LoRA's part of grad_x is rounded alone
                     assert (actual.float() - expected.float()).norm() <= 0.02 * expected.float().norm()
+
+
+def step_on_gpu(params, grads, arenas, layout, constants, rule, grad_scale, seed):
+    """The op on copies, with what it writes copied back."""
+    there = [[tensor.to(DEVICE) for tensor in tensors] for tensors in (params, grads, arenas)]
+    OPS.optimizer_step(*there, layout, constants, rule, None if grad_scale is None else grad_scale.to(DEVICE), seed)
+    for here, result in zip((*params, *arenas), (*there[0], *there[2]), strict=True):
+        here.copy_(result)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", list(RULES))
+def test_optimizers(rule, dtype):
+    """A run continued on a GPU would drift from the same run on a CPU."""
+    sizes = (0, 1, 257, 65536, 100_003)
+    states = ((False, False), (True, True), (True, False))
+    every = [Parameter(size, dtype, dtype, in_8_bits) for size in sizes for in_8_bits in states]
+    for magnitude, grad_scale, seed in ((1.0, None, None), (1e-20, 0.37, 3)):
+        assert_same_step(made_step(every, rule, magnitude, grad_scale, seed), step_on_gpu)
+    grads = [torch.randn(size).to(DEVICE, dtype) for size in sizes]
+    exact = sum(grad.double().square().sum() for grad in grads)
+    assert abs(OPS.sum_of_squares(grads) - exact) <= 1e-12 * exact
+    assert OPS.sum_of_squares(grads) == OPS.sum_of_squares(grads)
 
 
 def test_self_test():

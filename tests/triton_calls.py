@@ -15,6 +15,7 @@ from conftest_triton import function, tensor, weight
 
 from lowbit import reference
 from lowbit.format import WeightSpec, block_count
+from lowbit.reference_optim import RULES, Constants
 
 RANKS = (0, 1, 8, 17, 64)
 #: Rows of each expert: none at all, some without any, one with all, few and many.
@@ -54,6 +55,25 @@ def expert_product(x, weight, ends, transposed=False) -> torch.Tensor:
     """Each expert's rows times its matrix, in the operands' own dtype."""
     parts = [x[at] @ (weight[e] if transposed else weight[e].T) for e, at in enumerate(reference.expert_rows(ends))]
     return torch.cat([x.new_zeros(0, weight.shape[2 if transposed else 1]), *parts])
+
+
+def model_step(
+    rule: str,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    in_8_bits: bool,
+    seed: int | None = None,
+    numel: int = 1 << 20,
+    grad_scale: torch.Tensor | None = None,
+) -> tuple:
+    """The arguments of optimizer_step for one parameter on meta, with that dtype and its gradient's."""
+    param, grad = (tensor(numel, dtype=dtype) for dtype in dtypes)
+    row, end = [0, 0], 0
+    for _ in RULES[rule].signed_states:
+        row += [end, end + numel if in_8_bits else -1]
+        end += numel + 4 * block_count(numel, 256) if in_8_bits else 4 * numel
+    layout = torch.tensor([row + [-1] * (6 - len(row))])
+    constants = torch.tensor([Constants(0.99, 0.9, 0.1, 0.99, 0.01, 1e-3, 1.0, 1e-8)])
+    return [param], [grad], [tensor(end, dtype=torch.uint8)], layout, constants, rule, grad_scale, seed
 
 
 def unaligned(like: torch.Tensor) -> torch.Tensor:
@@ -226,3 +246,13 @@ for dtype, lora_dtype in ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, tor
     detail, often = f"{name_of(dtype)} by {name_of(lora_dtype)}", dtype != lora_dtype
     add("grouped_matmul", many, tensor(8, 16, 1024, dtype=lora_dtype), ends, detail=detail, every_run=often)
     add("grouped_outer", tensor(4096, 16, dtype=lora_dtype), many, ends, detail=detail, every_run=often)
+
+for rule, dtype, in_8_bits in itertools.product(RULES, DTYPES, (True, False)):
+    detail = f"{rule} {name_of(dtype)} {'8 bits' if in_8_bits else 'fp32'}"
+    often = (rule, dtype, in_8_bits) == ("adamw", torch.bfloat16, True)
+    add("optimizer_step", *model_step(rule, (dtype, dtype), in_8_bits, 7), detail=detail, every_run=often)
+    mixed = model_step(rule, (torch.float32, dtype), in_8_bits, None, (1 << 20) + 4, tensor())
+    add("optimizer_step", *mixed, detail=f"{detail} gradient, ragged")
+for dtype in DTYPES:
+    add("sum_of_squares", [tensor(4096, 16, dtype=dtype)], detail=name_of(dtype), every_run=dtype == torch.bfloat16)
+    add("sum_of_squares", [tensor(4095, dtype=dtype)], detail=f"{name_of(dtype)} ragged")

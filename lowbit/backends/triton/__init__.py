@@ -26,6 +26,7 @@ _OPS = {
     "linear": ("linear", "linear_approximate"),
     "linear_grad_input": ("linear_grad_input",),
     "grouped": ("grouped_linear", "grouped_linear_grad_input", "grouped_matmul", "grouped_outer"),
+    "optim": ("optimizer_step", "sum_of_squares"),
 }
 #: The module of each op.
 MODULES = {op: module for module, ops in _OPS.items() for op in ops}
@@ -38,6 +39,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 #: place), and the grouped ones' expert_ends, of which addresses are made.
 _SHOWN = ("linear", "linear_grad_input")
 _SHOWN_ON = ("cuda", "xpu")
+
+#: Modules whose kernels read tables of addresses. Triton's interpreter copies a GPU's tensors to the host, but not what
+#: such a table leads to.
+_BY_ADDRESSES = ("optim",)
 
 #: Whether kernels do without NVIDIA's inline assembly.
 PORTABLE = INTERPRETED or torch.version.cuda is None
@@ -83,7 +88,8 @@ def register(library) -> None:
     keys = {"cuda": "CUDA", "xpu": "XPU", "cpu": "CPU"}
     for name, module in MODULES.items():
         for device_type in DEVICE_TYPES:
-            if device_type in keys:
+            is_out_of_reach = INTERPRETED and module in _BY_ADDRESSES and device_type != "cpu"
+            if device_type in keys and not is_out_of_reach:
                 library.impl(name, _imported_when_called(name, module), keys[device_type])
         if name in _SHOWN and not INTERPRETED:
             _show_launches(library, name, module)

@@ -37,6 +37,11 @@ def check_dimensions(name: str, tensor: torch.Tensor, dimensions: int) -> None:
         raise wrong(name, f"{dimensions} dimensions", tensor.dim())
 
 
+def check_contiguous(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise wrong(name, "a contiguous tensor", f"strides {list(tensor.stride())} for shape {list(tensor.shape)}")
+
+
 def spec_of(text: str, searched: bool = False) -> fmt.WeightSpec:
     """Return the spec that ``text`` says. ``searched``: its format must be one that has codes for given scales."""
     spec = fmt.WeightSpec.parse(text)

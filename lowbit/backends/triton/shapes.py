@@ -75,6 +75,10 @@ DEQUANTIZE_TILE = {torch.float32: 4096, torch.float16: 8192, torch.bfloat16: 819
 QUANTIZE_ROWS_TILE, DEQUANTIZE_ROWS_TILE = 4096, 8192
 #: Elements of a product that a program sums over its splits.
 SUM_TILE = 1024
+#: Elements that a program of optimizer_step takes, 16 in each thread: so many codes are one access.
+OPTIMIZER_TILE = 2048
+#: Elements whose squares a program sums.
+SUM_OF_SQUARES_TILE = 4096
 #: Rows of a LoRA factor that a program rounds at a time. Where the rank is less than FACTOR_PROGRAMS, so many programs
 #: keep enough loads on their way; more would each read all of the low factor.
 FACTOR_TILE, FACTOR_PROGRAMS = 1024, 128
