@@ -6,6 +6,7 @@ tests/cuda/stub_bindings.cpp registers the ops of the CUDA bindings as ``torch.o
 import contextlib
 import ctypes
 import functools
+import itertools
 
 import numpy as np
 import torch
@@ -64,17 +65,18 @@ def stub():
 def run(op: str, *args, device: int = 0):
     """Run an op of the CUDA bindings with its tensors on ``device``; return its result.
 
-    Asserts that the op only launches kernels there, on torch's current stream: no allocation, no wait.
+    Asserts that the op does no more than launch kernels there, on torch's current stream: no allocation, no wait.
     """
     op, library = getattr(stub(), op), launchers()
-    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    lists = [a if isinstance(a, (list, tuple)) else [a] for a in args]
+    tensors = [a for a in itertools.chain(*lists) if isinstance(a, torch.Tensor)]
     for tensor in tensors:
         library.know(tensor)
     earlier = len(library.launches)
     library.runtime_calls.clear()
     result = op(*args)
     alive.extend((tensors, result))
-    assert {(launch.device, launch.stream) for launch in library.launches[earlier:]} == {(device, STREAM + device)}
+    assert {(launch.device, launch.stream) for launch in library.launches[earlier:]} <= {(device, STREAM + device)}
     assert not library.runtime_calls
     assert library.current_device == 0
     return result

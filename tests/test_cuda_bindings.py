@@ -13,6 +13,8 @@ from cases import DTYPES, FORMATS, make_weight
 from conftest_cuda import CSRC, SOURCES, launchers
 from cuda_bindings import REFERENCE, assert_same, operands, quantized, run, stub, two_gpus
 
+from lowbit.ops.samples import samples
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", FORMATS)
@@ -76,6 +78,9 @@ def every_binding(dtype, device=0):
             x, bias, t, lora_b = operands(rows, 16, k, 4, dtype, dtype)
             on("linear", x, *parts, 16, bias, t, lora_b, 2.0)
             on("linear_grad_input", torch.ones(rows, 16, dtype=dtype), *parts, k, t, torch.ones(4, k))
+    for op, _, arguments in samples(dtype):
+        if op in ("optimizer_step", "sum_of_squares"):
+            on(op, *arguments)
 
 
 def test_nothing_that_a_cuda_graph_cannot_hold():

@@ -152,6 +152,32 @@ def test_grad_input_fma_budget():
         assert kernel.registers <= 128, kernel.name
 
 
+def test_optimizer_step_budget():
+    """16-byte accesses for all that is fp32, three instructions for each of eight steps of a code's search.
+
+    The loop holds every dtype's accesses; tests/test_cuda_optim.py counts what a step of each kind executes of it.
+    """
+    for kernel in kernels_of("optim.cu", "optimizer_step_kernel"):
+        states = 2 if "RuleE0E" in kernel.name else 1
+        loop = kernel.smallest_loop("LDG.128", "STG.128")
+        assert count(loop, "LDG.128") == 2 * (states + 2), kernel.name  # parameter, gradient and states
+        assert count(loop, "STG.128") == 2 * (states + 1), kernel.name
+        assert count(loop, "FSETP.GE") == 64 * states, kernel.name
+        assert count(loop, "LDS") <= 72 * states, kernel.name  # with the map's entries
+        assert len(loop) <= 700 + 700 * states, f"{kernel.name} for {kernel.arch}: {len(loop)}"
+        assert kernel.registers <= 128, kernel.name
+
+
+def test_sum_of_squares_budget():
+    """16-byte loads, and for each element a conversion to fp64 and an FMA: fp64 at half the speed of fp32 keeps up."""
+    for kernel in kernels_of("optim.cu", "square_sums_kernel"):
+        loop = kernel.smallest_loop("LDG.128")
+        assert count(loop, "LDG.128") == 4 + 2 + 2, kernel.name
+        # A short loop for each dtype sums unaligned elements one by one.
+        assert count(loop, "DFMA") == 3 * (16 + 1), kernel.name
+        assert kernel.registers <= 64, kernel.name
+
+
 #: Instructions per 64 weights of a lane in the gemm's main loop, by rows of x in a tile; NOPs (a warp then waits for
 #: its tensor core) left out. Counted: 163 to 198, 206 to 252, 274 to 313, of which 16, 32 and 64 are HMMA.
 GEMM_INSTRUCTIONS = {16: 210, 32: 265, 64: 330}

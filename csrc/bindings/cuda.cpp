@@ -7,6 +7,7 @@
 
 #include "../cuda/kernels.h"
 #include "ops.h"
+#include "optim.h"
 
 // tests/cuda/stub_bindings.cpp compiles this file for CPU tensors and a namespace of its own.
 #if !defined(LOWBIT_CUDA_NAMESPACE)
@@ -58,6 +59,14 @@ class Cuda {
   void encode(const EncodeArgs& args) const { check_launch(cuda::encode(args, stream_), "encode"); }
   void dequantize(const DequantizeArgs& args, const char* op) const {
     check_launch(cuda::dequantize(args, stream_), op);
+  }
+
+  void step(const OptimizerStepArgs& args) const {
+    check_launch(cuda::optimizer_step(args, stream_), "optimizer_step");
+  }
+  void sum_of_squares(const SumOfSquaresArgs& args) const {
+    const Tensor partial_sums = empty({cuda::kMostSumBlocks}, ScalarType::Double);
+    check_launch(cuda::sum_of_squares(args, static_cast<double*>(partial_sums.data_ptr()), stream_), "sum_of_squares");
   }
 
   // Nothing is faster than the exact product.
@@ -154,4 +163,7 @@ class Cuda {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(LOWBIT_CUDA_NAMESPACE, LOWBIT_CUDA_KEY, library) { implement<Cuda>(library); }
+STABLE_TORCH_LIBRARY_IMPL(LOWBIT_CUDA_NAMESPACE, LOWBIT_CUDA_KEY, library) {
+  implement<Cuda>(library);
+  implement_optim<Cuda>(library);
+}

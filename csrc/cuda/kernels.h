@@ -7,6 +7,7 @@
 #pragma once
 
 #include "../arguments.h"
+#include "../optim.h"
 #include "plan.h"
 
 struct CUstream_st;  // of the CUDA runtime
@@ -32,6 +33,12 @@ int search_scales(const SearchScalesArgs& args, Stream stream);
 int encode(const EncodeArgs& args, Stream stream);
 int dequantize(const DequantizeArgs& args, Stream stream);
 int rounded_factors(const RoundedFactorsArgs& args, Stream stream);
+
+// One launch for up to UpdateTable::kCapacity (csrc/cuda/optim.cu) parameters that have elements.
+int optimizer_step(const OptimizerStepArgs& args, Stream stream);
+
+// partial_sums: kMostSumBlocks numbers, of any content.
+int sum_of_squares(const SumOfSquaresArgs& args, double* partial_sums, Stream stream);
 
 // The products, by the kernel that the plan names (not for Path::decode). The plan is for these arguments and the
 // current device; args.workspace has plan.workspace floats.

@@ -3,6 +3,7 @@
 // A warp takes one unit at a time: a tile, or a block that is longer than one. Each lane's 16-byte loads stay in
 // registers from the absmax to the codes (a longer block is read again). The rest and unaligned memory go block by
 // block, element by element.
+#include "device/dynamic_map.cuh"
 #include "device/encode.cuh"
 #include "device/launch.h"
 
@@ -13,7 +14,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kBlocksPerProcessor = 8;
 
-__device__ const ScaleBoundaries device_scale_boundaries = kScaleBoundaries;
+__device__ const BoundaryTree device_scale_boundaries = make_boundary_tree(kScaleBoundaries);
 
 __device__ __forceinline__ float inverse_of(float absmax) {
   return __frcp_rn(absmax < kTinyAbsmax ? kTinyAbsmax : absmax);  // NaN stays
@@ -124,27 +125,17 @@ int launch(const QuantizeArgs& args, Stream stream) {
   return cudaGetLastError();
 }
 
-// The code of a scale in units of its group's: the number of codes that its position lies above.
-__device__ uint8_t encode_scale(float x) {
-  // In this order NaN becomes -1. The two products round apart (no FMA).
-  const float clamped = fminf(fmaxf(x, -1.0f), 1.0f);
-  const int position = static_cast<int>(__fadd_rn(__fmul_rn(__fadd_rn(clamped, 1.0f), 32767.5f), 0.5f));
-  int code = 0;
-#pragma unroll
-  for (int step = 128; step > 0; step /= 2)
-    if (position >= device_scale_boundaries.first_above[code + step - 1]) code += step;
-  return static_cast<uint8_t>(code);
-}
-
 // A group per block of threads, a scale per thread.
 __global__ void __launch_bounds__(kGroupSize)
     quantize_scales_kernel(const float* absmax, const float* offset, int64_t blocks, uint8_t* codes,
                            float* group_scales) {
   constexpr int kGroupWarps = static_cast<int>(kGroupSize) / kWarpSize;
   __shared__ uint32_t largest_of[kGroupWarps];
+  __shared__ BoundaryTree boundaries;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int64_t block = int64_t{blockIdx.x} * kGroupSize + threadIdx.x;
 
+  boundaries.fill(device_scale_boundaries);
   const float value = block < blocks ? __fsub_rn(absmax[block], *offset) : 0.0f;
   Magnitude<float> largest;
   largest.take(value);
@@ -155,7 +146,10 @@ __global__ void __launch_bounds__(kGroupSize)
   for (const uint32_t bits : largest_of) largest.bits = max(largest.bits, bits);
   const float group_scale = largest.value();
   if (threadIdx.x == 0) group_scales[blockIdx.x] = group_scale;
-  if (block < blocks) codes[block] = group_scale == 0.0f ? 0 : encode_scale(__fmul_rn(value, __frcp_rn(group_scale)));
+  if (block >= blocks) return;
+  const float scaled = __fmul_rn(value, __frcp_rn(group_scale));
+  const uint32_t code = __brev(BoundaryTree::find_reversed(scaled, ptx::shared_address(boundaries.nodes))) >> 24;
+  codes[block] = group_scale == 0.0f ? 0 : static_cast<uint8_t>(code);
 }
 
 }  // namespace

@@ -30,6 +30,7 @@ static_assert(is_bijective(8, 16, 16, [](int lane, int i) {
 static_assert(is_bijective(64, kGemvRows, kGemvDepth, gemv_weight));
 // Accesses of a tile of 8 pieces per lane.
 static_assert(is_bijective(8, 1, 8 * kWarpSize, [](int lane, int i) { return Position{0, piece_of(lane, i)}; }));
+static_assert(is_bijective(kLaneElements, 1, 256, [](int lane, int i) { return Position{0, state_element(lane, i)}; }));
 // Tiles in shared memory: each piece in one place, and the two maps of the packed tile each other's inverse.
 static_assert(is_bijective(4, 8, 16, [](int lane, int i) {
   const int row = lane / 4, piece = lane % 4 * 4 + i;

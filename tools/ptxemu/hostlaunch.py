@@ -337,7 +337,7 @@ class _KnownMemory:
     """The arrays that kernels may touch, by address."""
 
     def __init__(self):
-        self._starts, self._arrays = [], []
+        self._starts, self._ends, self._arrays = [], [], []
 
     def add(self, array):
         """Return whether the array was not known before."""
@@ -346,18 +346,20 @@ class _KnownMemory:
         start = _address(array)
         position = bisect.bisect_right(self._starts, start)
         self._starts.insert(position, start)
+        self._ends.insert(position, start + as_bytes(_array(array)).size)
         self._arrays.insert(position, array)
         return True
 
     def remove(self, array):
         position = next(i for i, other in enumerate(self._arrays) if other is array)
-        del self._starts[position], self._arrays[position]
+        del self._starts[position], self._ends[position], self._arrays[position]
 
     def pointer(self, address):
         """Return a Pointer into the array that holds the address (or ends at it), or None."""
         found = None
-        for start, array in zip(self._starts, self._arrays, strict=True):
-            end = start + as_bytes(_array(array)).size
+        if address == 0:  # most of a large struct
+            return None
+        for start, end, array in zip(self._starts, self._ends, self._arrays, strict=True):
             if start <= address < end or (address == end and found is None and end > start):
                 found = Pointer(array, address - start)
             if start <= address < end:

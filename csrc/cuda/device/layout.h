@@ -17,6 +17,11 @@ constexpr int kTileBytes = kWarpSize * kAccessBytes;
 // neighbouring lanes, so that every access of a warp is 512 consecutive bytes.
 LOWBIT_HOST_DEVICE constexpr int piece_of(int lane, int access) { return access * kWarpSize + lane; }
 
+// optimizer_step: which of a warp's block of 256 elements is number i of a lane's 8. Four in a row are 16 bytes of
+// fp32, 8 of 16 bits and 4 of codes: whatever dtypes meet, a warp's accesses are to consecutive memory.
+constexpr int kLaneElements = 8;
+LOWBIT_HOST_DEVICE constexpr int state_element(int lane, int i) { return i / 4 * 128 + lane * 4 + i % 4; }
+
 struct Position {
   int row, column;
 };
