@@ -10,9 +10,6 @@
 
 namespace lowbit::cpu {
 
-// The hardware's prefetcher stops at each page.
-static inline void prefetch_ahead(const void* at) { __builtin_prefetch(static_cast<const char*>(at) + kQuantizeAhead); }
-
 // The blocks of many arrays as one range. Of Isa, so that each instruction set keeps its own copy.
 template <class Isa>
 class BlocksOfAll {
@@ -82,9 +79,6 @@ void adamw(const UpdateConstants& c, float grad_scale, int64_t count, const floa
            float* state2) {
   using Vec = typename Isa::Vec;
   for (int64_t i = 0; i < count; i += Isa::kLanes) {
-    for (const float* operand :
-         {grad, static_cast<const float*>(param), static_cast<const float*>(state1), static_cast<const float*>(state2)})
-      prefetch_ahead(operand + i);
     const Vec g = Isa::mul(Isa::load(grad + i), Isa::broadcast(grad_scale));
     const Vec m =
         Isa::fused(g, Isa::broadcast(c.one_minus_beta1), Isa::mul(Isa::load(state1 + i), Isa::broadcast(c.beta1)));
@@ -214,7 +208,8 @@ double squares_of(const T* values, int64_t count) {
   };
   int64_t i = 0;
   for (; i + kSums <= count; i += kSums) {
-    prefetch_ahead(values + i);
+    // As in quantize; it saves a quarter. (The four streams of a step gain nothing, and small parameters lose 20%.)
+    __builtin_prefetch(reinterpret_cast<const char*>(values + i) + kQuantizeAhead);
     add(values + i);
   }
   float rest[kSums] = {};
