@@ -185,6 +185,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             [_local_parts(call) for call in calls],
             [_dense_gradients(call) for call in calls],
         )
+        grads = [[grad.contiguous() for grad in of_call] for of_call in grads]
         for call, local in zip(calls, params, strict=True):
             if [p.numel() for p in local] != call.sizes:
                 raise ValueError("params: expected the sizes of the first step, got others: make a new optimizer")
@@ -391,7 +392,7 @@ def _local_parts(call: _Call) -> list[torch.Tensor]:
 
 
 def _dense_gradients(call: _Call) -> list[torch.Tensor]:
-    """This process's parts of the gradients, contiguous."""
+    """This process's parts of the gradients."""
     grads = [p.grad for p in call.params]
     for p, grad in zip(call.params, grads, strict=True):
         if grad.layout is not torch.strided:
@@ -401,7 +402,7 @@ def _dense_gradients(call: _Call) -> list[torch.Tensor]:
             )
     if call.is_sharded:
         grads = [_sharded_like(grad, p) for grad, p in zip(grads, call.params, strict=True)]
-    return [grad if grad.is_contiguous() else grad.contiguous() for grad in grads]
+    return grads
 
 
 def _sharded_like(grad: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

@@ -69,7 +69,9 @@ class HostGradient(torch.Tensor):
 
     @staticmethod
     def __new__(cls, grad: torch.Tensor, total: HostSum) -> "HostGradient":
-        made = torch.Tensor._make_wrapper_subclass(cls, grad.shape, dtype=grad.dtype, device=grad.device)
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, grad.shape, strides=grad.stride(), dtype=grad.dtype, device=grad.device
+        )
         made.total = total
         return made
 
