@@ -21,12 +21,13 @@ class _Lane:
         self._under_way: deque[tuple[torch.cuda.Event, torch.Tensor, torch.Tensor]] = deque()
 
     def copy(self, to: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event:
+        to, source = to.detach(), source.detach()  # without the graphs that made them
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream), torch.no_grad():
             to.copy_(source, non_blocking=True)
             done = self.stream.record_event()
-        # Both are kept until then. The allocator would give their memory to others, and autograd would add to a
-        # gradient in place that nobody else seems to have, which Tensor.record_stream does not prevent.
+        # Their memory is kept until then. The allocator would give it to others, and autograd would add in place to a
+        # gradient that nobody else seems to have, which Tensor.record_stream does not prevent.
         self._under_way.append((done, to, source))
         while self._under_way and self._under_way[0][0].query():
             self._under_way.popleft()
