@@ -10,6 +10,8 @@ goes on where it was. The table is made from that file. The score is that of the
 """
 
 import argparse
+import functools
+import itertools
 import json
 import os
 import statistics
@@ -20,6 +22,8 @@ from pathlib import Path
 #: options do not say: minutes on two cores. At 1e-4 the vision transformer's own weights are lost (77% of the digits).
 SIZES = {"text": (2000, 2000, 2, 32, 1e-4), "images": (1000, 1000, 2, 16, 3e-5)}
 GLUE_SIZES = (None, None, 3, 32, 2e-5)
+#: The optimizers, as the table names them.
+OPTIMIZERS = {"torch": "torch AdamW", "paged": "PagedAdamW", "8bit": "AdamW8bit"}
 #: What QLoRA may lose against full fine-tuning, in points (hundredths of the score).
 ALLOWED_LOSS = 0.5
 
@@ -31,13 +35,15 @@ def runs(options: argparse.Namespace) -> list[dict]:
         for task in options.tasks:
             train_rows, test_rows, epochs, batch_size, lr_full = SIZES.get(task, GLUE_SIZES)
             for method in options.methods:
-                for rank in [None] if method == "full" else options.ranks:
+                ranks = [None] if method == "full" else options.ranks
+                for rank, optimizer in itertools.product(ranks, options.optimizers):
                     found.append(
                         {
                             "task": task,
                             "model": options.model,
                             "method": method,
                             "rank": rank,
+                            "optimizer": optimizer,
                             "seed": seed,
                             "train_rows": train_rows if options.train_rows is None else options.train_rows or None,
                             "test_rows": test_rows if options.test_rows is None else options.test_rows or None,
@@ -76,6 +82,18 @@ def append(path: Path, result: dict) -> None:
         os.fsync(file.fileno())
 
 
+def make_optimizer(name: str, model, lr: float, weight_decay: float):
+    """Return an optimizer of what trains of a model."""
+    import torch
+
+    from lowbit_lora import get_paged_optimizer
+
+    if name == "torch":
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
+    bits = 8 if name == "8bit" else 32
+    return get_paged_optimizer(model, lr=lr, weight_decay=weight_decay, bits=bits, paged=name == "paged")
+
+
 def do(run: dict, task, options: argparse.Namespace) -> dict:
     """Train once, and return the line of the results file."""
     import classifier_model
@@ -99,6 +117,7 @@ def do(run: dict, task, options: argparse.Namespace) -> dict:
         loss_of=task.loss,
         score=task.score,
         each_epoch=False,
+        make_optimizer=functools.partial(make_optimizer, run["optimizer"]),
     )
     return {
         "run": run,
@@ -155,16 +174,29 @@ def print_tables(console, rows: list[dict]) -> None:
     """Print a table for each task, and by how much QLoRA is apart from full fine-tuning."""
     from rich.table import Table
 
-    names = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
+    methods = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
     for heading in dict.fromkeys(map(title, rows)):
-        columns = ("method", "r", "lr", "trainable", "seeds", "mean", "deviation", "lowest", "highest", "points")
+        columns = (
+            "method",
+            "optimizer",
+            "r",
+            "lr",
+            "trainable",
+            "seeds",
+            "mean",
+            "deviation",
+            "lowest",
+            "highest",
+            "points",
+        )
         table, verdicts = Table(*columns, title=heading), []
         for row in rows:
             if title(row) != heading:
                 continue
             points = "" if row["points"] is None else f"{row['points']:+.2f}"
             table.add_row(
-                names[row["method"]],
+                methods[row["method"]],
+                OPTIMIZERS[row["optimizer"]],
                 str(row["rank"] or ""),
                 f"{row['lr']:g}",
                 f"{row['trainable']:,}",
@@ -191,6 +223,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=[*BUNDLED], choices=NAMES)
     parser.add_argument("--model", help="for texts: a model folder or a hub name (default: the bundled one, BERT base)")
     parser.add_argument("--methods", nargs="+", default=["full", "lora", "qlora"], choices=["full", "lora", "qlora"])
+    parser.add_argument("--optimizers", nargs="+", default=["paged"], choices=[*OPTIMIZERS])
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 16])
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--train-rows", type=int, help="0: all")

@@ -51,10 +51,17 @@ class Machine:
         return asdict(self)
 
 
-def _bandwidths(device: str, numel: int) -> tuple[float, float]:
-    """GB/s of reading ``numel`` floats, the best of several ways, and of copying them (read + written)."""
+def copy_bandwidth(device: str, numel: int) -> float:
+    """GB/s of copying ``numel`` floats (read + written)."""
     source = torch.ones(numel, device=device)
     target = torch.empty_like(source)
+    copy = interleaved({"copy": lambda: target.copy_(source)}, rounds=5, device=device)["copy"]
+    return 2 * numel * 4 / min(copy.times) / 1e6
+
+
+def _read_bandwidth(device: str, numel: int) -> float:
+    """GB/s of reading ``numel`` floats, the best of several ways."""
+    source = torch.ones(numel, device=device)
     integers = source.view(torch.int32)
     reads = interleaved(
         {
@@ -66,14 +73,14 @@ def _bandwidths(device: str, numel: int) -> tuple[float, float]:
         rounds=5,
         device=device,
     )
-    copy = interleaved({"copy": lambda: target.copy_(source)}, rounds=5, device=device)["copy"]
     read = min(min(sample.times) for sample in reads.values() if not isinstance(sample, Exception))
-    return numel * 4 / read / 1e6, 2 * numel * 4 / min(copy.times) / 1e6
+    return numel * 4 / read / 1e6
 
 
 def measure(device: str, quick: bool) -> Machine:
     """Measure the bandwidths on a gigabyte, and the peak of a large fp32 F.linear."""
-    read_bandwidth, copy_bandwidth = _bandwidths(device, 2**22 if quick else 2**28)
+    numel = 2**22 if quick else 2**28
+    read, copy = _read_bandwidth(device, numel), copy_bandwidth(device, numel)
     size = 256 if quick else 2048
     x, weight = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
     product = interleaved({"linear": lambda: F.linear(x, weight)}, rounds=7, device=device)["linear"]
@@ -86,7 +93,7 @@ def measure(device: str, quick: bool) -> Machine:
         torch_capability=torch.backends.cpu.get_cpu_capability(),
         torch_version=torch.__version__,
         cache_bytes=last_level_cache() if on_cpu else torch.cuda.get_device_properties(0).L2_cache_size,
-        read_bandwidth=read_bandwidth,
-        copy_bandwidth=copy_bandwidth,
+        read_bandwidth=read,
+        copy_bandwidth=copy,
         peak=2 * size**3 / min(product.times) / 1e6,
     )

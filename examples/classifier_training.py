@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from tqdm import tqdm
 
+from lowbit_lora import get_paged_optimizer
+
 WARMUP_SHARE = 0.06
 
 
@@ -107,6 +109,7 @@ def train(
     score: Callable[[torch.Tensor, torch.Tensor], float] = accuracy,
     each_epoch: bool = True,
     labels: int | None = None,
+    make_optimizer: Callable[..., torch.optim.Optimizer] = get_paged_optimizer,
 ) -> History:
     """Train in place with AdamW; return what happened. The test rows are measured after each epoch, or the last.
 
@@ -116,7 +119,7 @@ def train(
     """
     history = History()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    optimizer = make_optimizer(model, lr=lr, weight_decay=weight_decay)
     steps_per_epoch = math.ceil(len(train_rows) / batch_size)
     total = epochs * steps_per_epoch
     shuffler = random.Random(seed)

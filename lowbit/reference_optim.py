@@ -52,7 +52,9 @@ def adamw(param, grad, state1, state2, c: Constants):
     """
     state1 = fma(grad, _like(grad, c.one_minus_beta1), state1 * _like(grad, c.beta1))
     state2 = fma(grad * _like(grad, c.one_minus_beta2), grad, state2 * _like(grad, c.beta2))
-    denominator = state2.sqrt() * _like(grad, c.second_scale) + _like(grad, c.eps)
+    # torch's fp32 square root on a CPU is MKL's, whose last bit may be wrong.
+    root = state2.double().sqrt().float()
+    denominator = root * _like(grad, c.second_scale) + _like(grad, c.eps)
     return param * _like(grad, c.decay) - (state1 * _like(grad, c.step_size)) / denominator, state1, state2
 
 

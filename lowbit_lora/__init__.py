@@ -14,6 +14,7 @@ from .layers import (
     QLoRALinear,
 )
 from .model import LoraModel, QLoRAModel
+from .optim import get_paged_optimizer
 
 #: Another name of LoraModel, in the spelling of the layers.
 LoRAModel = LoraModel
@@ -35,4 +36,5 @@ __all__ = [
     "QLoRALinear",
     "QLoRAModel",
     "QuantizationType",
+    "get_paged_optimizer",
 ]

@@ -242,11 +242,10 @@ class QLoRAConfig(LoraConfig):
             and leaves a smaller error.
         quantize_head: store the output layer (``lm_head``) so too; one that is tied to an embedding needs both.
         quantize_embeddings: store embeddings so too.
-        paged_adamw: to come, with ``get_paged_optimizer``.
+        paged_adamw: ``model.create_optimizer(...)`` pages the states, as ``get_paged_optimizer`` does.
 
     Raises:
         ValueError, TypeError: an argument out of range.
-        NotImplementedError: paged_adamw.
 
     Source: Dettmers et al., "QLoRA", 2023 (arXiv 2305.14314).
     """
@@ -263,8 +262,6 @@ class QLoRAConfig(LoraConfig):
         super().__post_init__()
         self._set("quantization", QuantizationType(self.quantization))
         check_scale(self.scale, self.spec)
-        if self.paged_adamw:
-            raise NotImplementedError("paged_adamw: the paged optimizer is not implemented yet; expected False")
 
     @property
     def spec(self) -> WeightSpec:

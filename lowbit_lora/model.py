@@ -17,6 +17,7 @@ from .config import LoraConfig, QLoRAConfig
 from .exchange import StoredAdapters
 from .layers import DEFAULT, LoRABaseLayer
 from .merge import merge_all
+from .optim import get_paged_optimizer, parameter_groups
 from .training import print_storage
 from .wrap import Plan, check_base
 
@@ -106,20 +107,15 @@ class LoraModel(StoredAdapters):
     def optimizer_groups(
         self, lr: float, *, weight_decay: float = 0.0, lora_plus_ratio: float = 1.0
     ) -> list[dict[str, Any]]:
-        """Parameter groups for an optimizer: what trains, with LoRA+'s learning rate for B, biases without decay.
+        """Parameter groups for an optimizer of torch's: see :func:`lowbit_lora.optim.parameter_groups`."""
+        return parameter_groups(self, lr, weight_decay, lora_plus_ratio)
 
-        Args:
-            lr: of A, and of all that is not LoRA.
-            weight_decay: of what has at least two dimensions.
-            lora_plus_ratio: B's learning rate over A's; LoRA+ proposes about 16 (Hayou et al., 2024, arXiv 2402.12354).
+    def create_optimizer(self, lr: float = 2e-5, weight_decay: float = 0.01, **options: Any) -> torch.optim.Optimizer:
+        """The optimizer that the config asks for: AdamW, paged with ``QLoRAConfig(paged_adamw=True)``.
+
+        Arguments and errors are those of :func:`lowbit_lora.get_paged_optimizer`.
         """
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                is_b = ".lora_B." in name or ".lora_embedding_B." in name
-                decay = weight_decay if parameter.dim() > 1 and ".lora_magnitude_vector." not in name else 0.0
-                groups.setdefault((lr * lora_plus_ratio if is_b else lr, decay), []).append(parameter)
-        return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+        return get_paged_optimizer(self, lr, weight_decay, paged=getattr(self._first, "paged_adamw", False), **options)
 
     def count_parameters(self) -> tuple[int, int]:
         """``(trainable, all)``; a 4-bit weight counts as the number of weights it stores."""

@@ -114,6 +114,20 @@ def test_bench_adapters_writes_its_report(tmp_path):
     assert len([row for row in rows if row["pass"] == "swap" and row["median_ms"] > 0]) == 4
 
 
+def test_bench_optim_writes_its_report(tmp_path):
+    """The time and the memory of a step are what the optimizers are chosen by."""
+    pytest.importorskip("bitsandbytes")
+    done = run("bench_optim.py", "--quick", "--paged-to", tmp_path, "--json", tmp_path / "o.json")
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    rows = {row["name"]: row for row in json.loads((tmp_path / "o.json").read_text())["rows"]}
+    assert set(rows) >= {"lowbit AdamW", "lowbit PagedAdamW8bit", "torch AdamW, fused", "bitsandbytes AdamW8bit"}
+    assert not [name for name, row in rows.items() if "failed" in row and not name.startswith("torchao")]
+    for name, states in (("lowbit AdamW", 2), ("lowbit Lion", 1), ("torch AdamW, fused", 2), ("bitsandbytes AdamW", 2)):
+        assert rows[name]["state_bytes"] == pytest.approx(4 * states)
+    for name in ("lowbit AdamW8bit", "bitsandbytes AdamW8bit"):  # a scale for each 256
+        assert rows[name]["state_bytes"] == pytest.approx(2 + 8 / 256)
+
+
 def test_table_parameters_counts_exactly(monkeypatch, tmp_path, capsys):
     """These are the figures that PEFT and the LoRA paper print for the same choice of layers."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))

@@ -118,7 +118,8 @@ def test_the_table_compares_means_over_seeds(bench_accuracy):
     """The gap between QLoRA and full fine-tuning is what the page is read for."""
 
     def result(method, seed, score, lr=1e-4, task="text"):
-        run = {"task": task, "method": method, "rank": None if method == "full" else 8, "seed": seed, "lr": lr}
+        rank = None if method == "full" else 8
+        run = {"task": task, "method": method, "rank": rank, "optimizer": "paged", "seed": seed, "lr": lr}
         run |= {"epochs": 1, "batch_size": 8}
         rest = {"base": "b", "trainable": 9, "train_rows": 5, "test_rows": 5, "metrics": {"accuracy": 0}}
         return {"run": run, "score": score} | rest

@@ -38,7 +38,6 @@ from lowbit_lora import LoraConfig, LoraModel, QLoRAConfig, QuantizationType
         ({"double_quant": 1}, TypeError, ("double_quant", "1")),
         ({"scale": "best"}, ValueError, ("scale", "absmax", "search", "best")),
         ({"scale": "search", "quantization": "int8"}, ValueError, ("scale", "absmax", "int8")),
-        ({"paged_adamw": True}, NotImplementedError, ("paged_adamw",)),
     ],
 )
 def test_a_wrong_setting_names_itself(settings, error, names):

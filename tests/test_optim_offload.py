@@ -10,10 +10,12 @@ import weakref
 
 import pytest
 import torch
+from conftest_models import IDS, llama
 from conftest_transfer import LateTransfer
 from torch import nn
 
-from lowbit_lora.optim import AdamW, AdamW8bit, Lion, PagedAdamW8bit, get_paged_optimizer
+from lowbit_lora import LoraConfig, LoraModel
+from lowbit_lora.optim import AdamW, AdamW8bit, Lion, PagedAdamW8bit, get_paged_optimizer, optimizer_cls_and_kwargs
 from lowbit_lora.optim import offload as offload_module
 from lowbit_lora.optim.offload import HostGradient
 
@@ -112,6 +114,17 @@ def clipped(bag, optimizer):
     return norms
 
 
+def clipped_by_torch(bag, optimizer):
+    norms = []
+    for seed in (1, 2):
+        bag.loss(seed).backward()
+        bag.loss(seed + 2).backward()
+        norms.append(nn.utils.clip_grad_norm_(bag.parameters(), 3.0, foreach=False))
+        optimizer.step()
+        bag.zero_grad()
+    return norms
+
+
 def not_finite(bag, optimizer):
     norms = []
     for seed, factor in ((0, 1.0), (1, float("nan")), (2, float("inf")), (3, 1.0)):
@@ -184,7 +197,7 @@ def looked_at_between(bag, optimizer):
 
 
 RUNS = [three_steps, zeroed_in_place, accumulated, never_zeroed, zeroed_by_the_module, dropped_by_hand, by_closure]
-RUNS += [changed_between, group_added, thawed, loaded, unpickled, looked_at_between]
+RUNS += [clipped_by_torch, changed_between, group_added, thawed, loaded, unpickled, looked_at_between]
 KINDS = {
     "AdamW": (AdamW, {}),
     "AdamW8bit": (AdamW8bit, {"lr": 0.01, "stochastic_rounding": True, "seed": 5}),
@@ -252,6 +265,33 @@ def test_parameters_of_the_host_change_nothing(offload):
     assert type(bag.often[2].grad) is torch.Tensor and not optimizer._offload._copies
 
 
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return len(IDS)
+
+    def __getitem__(self, i):
+        return {"input_ids": IDS[i], "labels": IDS[i]}
+
+
+def test_transformers_trainer(late_transfer, tmp_path):
+    """Trainer clips by torch and lets the model zero gradients: they would be unclipped, or grow from step to step."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    options = {"max_steps": 3, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "use_cpu": True}
+    options |= {"max_grad_norm": 0.3, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    options |= {"remove_unused_columns": False, "seed": 0}
+    found = []
+    for offload in ({}, GRADIENTS):
+        torch.manual_seed(0)
+        model = LoraModel(llama(), LoraConfig(rank=4))
+        made = optimizer_cls_and_kwargs(model, lr=1e-2, **offload)
+        arguments = transformers.TrainingArguments(str(tmp_path), **options)
+        transformers.Trainer(model, arguments, train_dataset=Rows(), optimizer_cls_and_kwargs=made).train()
+        found.append(bits([p for p in model.parameters() if p.requires_grad]))
+    assert found[0] == found[1]
+    assert "to device" in late_transfer[-1].log
+
+
 def test_states_in_a_file(late_transfer, tmp_path):
     """States that do not fit the host's memory either could not be paged to a disk."""
     bag = Bag()
@@ -317,21 +357,21 @@ def with_scaler(optimizer):
 @pytest.mark.parametrize(
     "use",
     [
-        lambda p, optimizer: nn.utils.clip_grad_norm_([p], 1.0),
         lambda p, optimizer: nn.utils.clip_grad_value_([p], 1.0),
         lambda p, optimizer: with_scaler(optimizer),
         lambda p, optimizer: torch.optim.SGD([p], 0.1).step(),
-        lambda p, optimizer: p.grad.norm(),
-        lambda p, optimizer: p.grad.mul_(2),
+        lambda p, optimizer: p.grad.sum(),
+        lambda p, optimizer: torch.ones(8).add_(p.grad),
+        lambda p, optimizer: p.grad.add_(torch.ones(8), alpha=2),
     ],
-    ids=["clip_grad_norm_", "clip_grad_value_", "GradScaler", "SGD", "norm", "mul_"],
+    ids=["clip_grad_value_", "GradScaler", "SGD", "sum", "of another", "add_ with alpha"],
 )
 def test_others_do_not_reach_gradients(late_transfer, use):
     """Clipping or scaling would leave the gradients out in silence, and train with others."""
     p = nn.Parameter(torch.randn(8))
     before, optimizer = p.detach().clone(), AdamW([p], **GRADIENTS)
     (p * 2).sum().backward()
-    with pytest.raises(RuntimeError, match="offload_gradients=True.*max_grad_norm"):
+    with pytest.raises(RuntimeError, match="offload_gradients=True.*GradScaler"):
         use(p, optimizer)
     assert torch.equal(p, before) and "HostGradient([8]" in repr(p.grad)
 

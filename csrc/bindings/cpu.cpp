@@ -9,6 +9,7 @@
 #include "../cpu/support.h"
 #include "../cuda/kernels.h"
 #include "ops.h"
+#include "optim.h"
 
 namespace {
 
@@ -28,6 +29,7 @@ cpu::ParallelFor parallel_for() {
 int32_t shim_dtype(ScalarType type) {
   if (type == ScalarType::Byte) return aoti_torch_dtype_uint8();
   if (type == ScalarType::Half) return aoti_torch_dtype_float16();
+  if (type == ScalarType::Double) return aoti_torch_dtype_float64();
   return type == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
 }
 
@@ -92,6 +94,9 @@ struct Cpu {
     args.lora_a = call.lora_a.fp32();
     active_kernels().linear_grad_input(args, parallel_for());
   }
+
+  void step(const OptimizerStepArgs& args) const { active_kernels().step(args, parallel_for()); }
+  void sum_of_squares(const SumOfSquaresArgs& args) const { active_kernels().sum_of_squares(args, parallel_for()); }
 
   const Tensor& like;
 };
@@ -181,6 +186,7 @@ void set_cpu_isa(std::string isa) {
 
 STABLE_TORCH_LIBRARY_IMPL(lowbit, CPU, library) {
   implement<Cpu>(library);
+  implement_optim<Cpu>(library);
   library.impl("grouped_linear", TORCH_BOX(&grouped_linear));
   library.impl("grouped_linear_grad_input", TORCH_BOX(&grouped_linear_grad_input));
 }

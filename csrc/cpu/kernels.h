@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../arguments.h"
+#include "../optim.h"
 #include "half.h"
 
 namespace lowbit::cpu {
@@ -29,6 +30,8 @@ struct Kernels {
   // The same product, approximately: codebook and activations in int8 (4-bit weights only).
   void (*linear_approximate)(const LinearArgs&, const ParallelFor&);
   void (*linear_grad_input)(const LinearGradInputArgs&, const ParallelFor&);
+  void (*step)(const OptimizerStepArgs&, const ParallelFor&);
+  void (*sum_of_squares)(const SumOfSquaresArgs&, const ParallelFor&);
 };
 
 extern const Kernels kScalarKernels;

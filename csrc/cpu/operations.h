@@ -5,6 +5,7 @@
 #include "dequantize.h"
 #include "int8.h"
 #include "linear.h"
+#include "optim.h"
 #include "quantize.h"
 #include "search.h"
 
@@ -22,6 +23,8 @@ constexpr Kernels kernels_of() {
       .linear = linear<Isa>,
       .linear_approximate = linear_approximate<Isa>,
       .linear_grad_input = linear_grad_input<Isa>,
+      .step = step<Isa>,
+      .sum_of_squares = sum_of_squares<Isa>,
   };
 }
 

@@ -70,17 +70,19 @@ void quantize(const QuantizeArgs& args, const ParallelFor& parallel_for) {
                });
 }
 
-// The code of each position.
+// The code of each of kScalePositions.
+static inline std::vector<uint8_t> codes_of_positions(const uint16_t (&first_above)[255]) {
+  std::vector<uint8_t> codes(kScalePositions);
+  int code = 0;
+  for (int64_t i = 0; i < kScalePositions; ++i) {
+    while (code < 255 && i >= first_above[code]) ++code;
+    codes[i] = static_cast<uint8_t>(code);
+  }
+  return codes;
+}
+
 static inline const std::vector<uint8_t>& scale_code_table() {
-  static const std::vector<uint8_t> table = [] {
-    std::vector<uint8_t> codes(kScalePositions);
-    int code = 0;
-    for (int64_t i = 0; i < kScalePositions; ++i) {
-      while (code < 255 && i >= kScaleBoundaries.first_above[code]) ++code;
-      codes[i] = static_cast<uint8_t>(code);
-    }
-    return codes;
-  }();
+  static const std::vector<uint8_t> table = codes_of_positions(kScaleBoundaries.first_above);
   return table;
 }
 

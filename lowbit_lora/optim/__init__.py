@@ -1,5 +1,7 @@
 """Optimizers whose states can be paged, or in 8 bits: one fused step over all parameters."""
 
+from .base import FusedOptimizer
+from .groups import parameter_groups
 from .optimizers import (
     AdamW,
     AdamW8bit,
@@ -16,6 +18,7 @@ from .optimizers import (
 __all__ = [
     "AdamW",
     "AdamW8bit",
+    "FusedOptimizer",
     "Lion",
     "Lion8bit",
     "PagedAdamW",
@@ -24,4 +27,5 @@ __all__ = [
     "PagedLion8bit",
     "get_paged_optimizer",
     "optimizer_cls_and_kwargs",
+    "parameter_groups",
 ]

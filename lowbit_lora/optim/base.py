@@ -1,6 +1,10 @@
 """The optimizer that all others here are settings of: torch's interface over one fused step of all parameters."""
 
+import contextlib
 import math
+import os
+import pickle
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -71,8 +75,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         seed: of that.
         offload_states: of parameters on a GPU keep the states, and copies of the parameters, in the host's memory,
             where the step runs. Then do not change parameters in place of ``p.data``, which torch does not count.
-        offload_gradients: move each gradient there as soon as a backward has made it; needs offload_states. Only
-            backward, ``zero_grad`` and ``step`` know such gradients; in GradScaler and others they are an error.
+        offload_gradients: move each gradient there as soon as a backward has made it; needs offload_states. GradScaler
+            and DistributedDataParallel do not know such gradients: an error says so.
 
     Raises:
         ValueError, TypeError: an argument out of range, or no parameter that trains.
@@ -99,6 +103,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         offload_states: bool = False,
         offload_gradients: bool = False,
     ):
+        if paged_to is not None and not self.paged:
+            raise ValueError(
+                f"paged_to: expected only for a paged optimizer, got {paged_to!r} for {type(self).__name__}"
+            )
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm: expected a number above 0, or None, got {max_grad_norm!r}")
         if on_nonfinite is not None:
@@ -268,8 +276,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _arena_of(self, device: torch.device) -> Arena:
         if device not in self._arenas:
-            folder = self._options["paged_to"] if device.type == "cpu" else None
-            self._arenas[device] = Arena(device, paged=self.paged, folder=folder)
+            self._arenas[device] = Arena(device, paged=self.paged, folder=self._options["paged_to"])
         return self._arenas[device]
 
     def _ensure_states(self, wanted: dict[torch.nn.Parameter, dict[str, Any]]) -> None:
@@ -318,6 +325,37 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._arenas[memory.states.device].give_back([memory.place])
 
     # ---- files
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write :meth:`state_dict` to a file. A failed or killed save leaves the old file whole.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        beside = f"{os.fspath(path)}.{uuid.uuid4().hex}.saving"
+        try:
+            with open(beside, "xb") as file:
+                torch.save(self.state_dict(), file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(beside)
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Take over what :meth:`save` wrote; the states are read piece by piece.
+
+        Raises:
+            OSError, ValueError: the file cannot be read, or is one of another optimizer. Nothing has changed then.
+        """
+        try:
+            state_dict = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(f"{os.fspath(path)}: expected a file that an optimizer saved: {error}") from error
+        if not isinstance(state_dict, dict) or not state_dict.keys() >= {"state", "param_groups"}:
+            raise ValueError(f"{os.fspath(path)}: expected the state of an optimizer, got {type(state_dict).__name__}")
+        self.load_state_dict(state_dict)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -397,8 +435,8 @@ def _dense_gradients(call: _Call) -> list[torch.Tensor]:
     for p, grad in zip(call.params, grads, strict=True):
         if grad.layout is not torch.strided:
             raise TypeError(
-                f"gradients: expected dense ones, got {grad.layout} for a parameter {list(p.shape)}; make the embedding "
-                "with sparse=False"
+                f"gradients: expected dense ones, got {grad.layout} for a parameter {list(p.shape)}; make the "
+                "embedding with sparse=False"
             )
     if call.is_sharded:
         grads = [_sharded_like(grad, p) for grad, p in zip(grads, call.params, strict=True)]

@@ -17,8 +17,15 @@ def check_group(group: dict[str, Any], rule: str) -> None:
     betas = group["betas"]
     if not (isinstance(betas, (tuple, list)) and len(betas) == 2 and all(0 <= float(beta) < 1 for beta in betas)):
         raise ValueError(f"betas: expected two numbers in [0, 1), got {betas!r}")
-    check_choice("bits", group["bits"], (8, 32))
+    check_bits(group["bits"])
     check_choice("rule", group["rule"], (rule,))
+
+
+def check_bits(bits: Any) -> int:
+    """``bits``; ValueError unless it is 8 or 32."""
+    if bits not in (8, 32):
+        raise ValueError(f"bits: expected 8 or 32, got {bits!r}")
+    return bits
 
 
 def parameter_groups(

@@ -38,6 +38,11 @@ class HostSum:
         self._settle()
         self._total.zero_()
 
+    def scale(self, factor: torch.Tensor) -> None:
+        """Multiply the sum by a number, as ``clip_grad_norm_`` does."""
+        self._settle()
+        self._total.mul_(factor.to(_HOST))
+
     def value(self) -> torch.Tensor:
         """The sum, once all has arrived."""
         self._settle()
@@ -60,9 +65,9 @@ class HostSum:
 class HostGradient(torch.Tensor):
     """What ``p.grad`` is with ``offload_gradients``: a shape on the GPU, whose numbers are in the host's memory.
 
-    A backward adds to it, and ``zero_grad`` of an optimizer or a module zeroes or removes it. For all else there are no
-    numbers, and an error says so: else GradScaler, ``clip_grad_norm_`` or DistributedDataParallel would leave these
-    gradients out in silence.
+    A backward adds to it, ``zero_grad`` of an optimizer or a module zeroes or removes it, and ``clip_grad_norm_`` takes
+    its norm and scales it. For all else there are no numbers, and an error says so: without it GradScaler or
+    DistributedDataParallel would leave these gradients out in silence.
     """
 
     total: HostSum
@@ -80,18 +85,25 @@ class HostGradient(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        first = args[0] if args else None
-        if func is torch.ops.aten.add_.Tensor and isinstance(first, cls) and not kwargs:
-            first.total.add(args[1])
-            return first
-        if func is torch.ops.aten.zero_.default:
-            first.total.zero()
-            return first
+        own = args[0] if args and isinstance(args[0], cls) else None
+        if own is not None and func in _CHANGES and not kwargs:
+            _CHANGES[func](own.total, *args[1:])
+            return own
+        if own is not None and func is torch.ops.aten.linalg_vector_norm.default:
+            return func(own.total.value(), *args[1:], **(kwargs or {})).to(own.device)
         raise RuntimeError(
-            f"{func}: gradients are in the host's memory (offload_gradients=True), where GradScaler, clip_grad_norm_ "
-            "and DistributedDataParallel do not reach them. Clip by the optimizer's max_grad_norm, skip steps by its "
-            "on_nonfinite, train in bfloat16, or take offload_gradients=False"
+            f"{func}: gradients are in the host's memory (offload_gradients=True), where GradScaler and "
+            "DistributedDataParallel do not reach them. Train in bfloat16, skip steps by the optimizer's on_nonfinite, "
+            "or take offload_gradients=False"
         )
+
+
+#: What may be done to a HostGradient in place.
+_CHANGES = {
+    torch.ops.aten.add_.Tensor: HostSum.add,
+    torch.ops.aten.mul_.Tensor: HostSum.scale,
+    torch.ops.aten.zero_.default: HostSum.zero,
+}
 
 
 class Offload:

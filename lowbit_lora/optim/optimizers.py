@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from lowbit.checks import check_choice
+from lowbit.checks import check_choice, check_switch
 
 from .base import FusedOptimizer
-from .groups import parameter_groups
+from .groups import check_bits, parameter_groups
 
 
 class AdamW(FusedOptimizer):
@@ -89,12 +89,9 @@ class PagedLion8bit(Lion8bit):
     paged = True
 
 
-_PAGED = {
-    ("adamw", 32): PagedAdamW,
-    ("adamw", 8): PagedAdamW8bit,
-    ("lion", 32): PagedLion,
-    ("lion", 8): PagedLion8bit,
-}
+#: By rule, bits and whether it is paged.
+_CLASSES = {(c.rule, c.bits, c.paged): c for c in (AdamW, Lion, AdamW8bit, Lion8bit, PagedAdamW, PagedLion)}
+_CLASSES |= {(c.rule, c.bits, c.paged): c for c in (PagedAdamW8bit, PagedLion8bit)}
 
 
 def optimizer_cls_and_kwargs(
@@ -104,15 +101,17 @@ def optimizer_cls_and_kwargs(
     *,
     optimizer: str = "adamw",
     bits: int = 32,
+    paged: bool = True,
     lora_plus_ratio: float = 1.0,
     decay_biases_and_norms: bool = False,
     **options: Any,
 ) -> tuple[type[FusedOptimizer], dict[str, Any]]:
     """What :func:`get_paged_optimizer` makes, as the argument of this name of transformers' Trainer."""
     check_choice("optimizer", optimizer, ("adamw", "lion"))
-    check_choice("bits", bits, (8, 32))
+    check_bits(bits)
     groups = parameter_groups(model, lr, weight_decay, lora_plus_ratio, decay_biases_and_norms)
-    return _PAGED[optimizer, bits], {"params": groups, "lr": lr, "weight_decay": weight_decay, **options}
+    made = _CLASSES[optimizer, bits, check_switch("paged", paged)]
+    return made, {"params": groups, "lr": lr, "weight_decay": weight_decay, **options}
 
 
 def get_paged_optimizer(
@@ -123,10 +122,10 @@ def get_paged_optimizer(
     Args:
         model: a :class:`LoraModel`, a :class:`QLoRAModel` or any module.
         lr, weight_decay: decoupled decay, of neither biases nor norms.
-        options: ``optimizer`` "adamw" or "lion", ``bits`` 32 or 8; ``lora_plus_ratio`` and ``decay_biases_and_norms``
-            as in :func:`parameter_groups`; others of :class:`AdamW` and :class:`FusedOptimizer`: ``betas``, ``eps``,
-            ``paged_to``, ``max_grad_norm``, ``on_nonfinite``, ``stochastic_rounding``, ``seed``, ``offload_states``,
-            ``offload_gradients``.
+        options: ``optimizer`` "adamw" or "lion", ``bits`` 32 or 8, ``paged`` False for memory like any other;
+            ``lora_plus_ratio`` and ``decay_biases_and_norms`` as in :func:`parameter_groups`; others of :class:`AdamW`
+            and :class:`FusedOptimizer`: ``betas``, ``eps``, ``paged_to``, ``max_grad_norm``, ``on_nonfinite``,
+            ``stochastic_rounding``, ``seed``, ``offload_states``, ``offload_gradients``.
 
     Raises:
         ValueError, TypeError: no parameter that trains, or an argument out of range.

@@ -1,8 +1,9 @@
 // Checks every kernel of every instruction set that this CPU has, without torch: against plain loops in double
-// precision (products.h) or the format's definition (quantize.h). Built with sanitizers and for other CPUs; every
-// buffer has its exact size and starts one element past an aligned address.
+// precision (products.h), the format's definition (quantize.h) or the optimizers' rules (optim.h). Built with
+// sanitizers and for other CPUs; every buffer has its exact size and starts one element past an aligned address.
 //
 //   driver [--quick]    prints each failure, and "N passed, N failed"; exit status 1 if any failed
+#include "optim.h"
 #include "products.h"
 #include "quantize.h"
 
@@ -49,6 +50,12 @@ int main(int argc, char** argv) {
             check_quantize(*kernels, numel, *format, kMinBlockSize << (turn++ % 8), dtype, magnitude, random);
     }
     for (const Dtype dtype : dtypes) check_not_finite(*kernels, kNf4, dtype, random);
+    for (const Rule rule : {Rule::adamw, Rule::lion}) {
+      for (const float magnitude : {1e-20f, 1e-3f, 1.0f, 1e15f})
+        for (const bool stochastic : {false, true}) check_step(*kernels, rule, magnitude, stochastic, quick, random);
+      check_step_not_finite(*kernels, rule, random);
+    }
+    check_sum_of_squares(*kernels, random);
     std::printf("%s: %d checks\n", kernels->isa, passed + failed - before);
   }
   std::printf("%d passed, %d failed\n", passed, failed);

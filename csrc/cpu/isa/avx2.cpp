@@ -30,6 +30,13 @@ struct Avx2 {
   static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
   static Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  static Vec fused(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+  static Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+  static Vec sqrt(Vec a) { return _mm256_sqrt_ps(a); }
+  static Vec sign(Vec a) {
+    const Vec is_positive = _mm256_cmp_ps(a, zero(), _CMP_GT_OQ), is_negative = _mm256_cmp_ps(a, zero(), _CMP_LT_OQ);
+    return sub(_mm256_and_ps(is_positive, broadcast(1.0f)), _mm256_and_ps(is_negative, broadcast(1.0f)));
+  }
   static float sum(Vec a) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -261,6 +268,31 @@ struct Avx2 {
     }
     for (; i < count; ++i) scales[i] = kScaleMap.entries[codes[i]] * group_scale + offset;
   }
+
+  static Vec look_up(const float* map, const uint8_t* codes) {
+    return _mm256_i32gather_ps(map, _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes))), 4);
+  }
+  static void store_positions(Vec v, int32_t* positions) {
+    // Of NaN and a number the maximum is the second operand.
+    const Vec clamped = _mm256_min_ps(_mm256_max_ps(v, broadcast(-1.0f)), broadcast(1.0f));
+    const Vec position = add(mul(add(clamped, broadcast(1.0f)), broadcast(32767.5f)), broadcast(0.5f));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(positions), _mm256_cvttps_epi32(position));
+  }
+
+  struct Squares {
+    __m256d low, high;
+    Squares() : low(_mm256_setzero_pd()), high(low) {}
+    void add(Vec v) {
+      const __m256d first = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
+      const __m256d second = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+      low = _mm256_fmadd_pd(first, first, low);
+      high = _mm256_fmadd_pd(second, second, high);
+    }
+    void store(double* to) const {
+      _mm256_storeu_pd(to, low);
+      _mm256_storeu_pd(to + 4, high);
+    }
+  };
 
   template <class T>
   static uint32_t absmax_bits(const T* values, int64_t count) {

@@ -36,6 +36,15 @@ struct Avx512 {
   static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
   static Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static Vec fused(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+  static Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+  static Vec sqrt(Vec a) { return _mm512_sqrt_ps(a); }
+  static Vec sign(Vec a) {
+    const __mmask16 is_positive = _mm512_cmp_ps_mask(a, zero(), _CMP_GT_OQ);
+    const __mmask16 is_negative = _mm512_cmp_ps_mask(a, zero(), _CMP_LT_OQ);
+    const Vec one_or_zero = _mm512_mask_blend_ps(is_positive, zero(), broadcast(1.0f));
+    return _mm512_mask_blend_ps(is_negative, one_or_zero, broadcast(-1.0f));
+  }
   static float sum(Vec a) {
     const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -157,6 +166,17 @@ struct Avx512 {
     }
   }
 
+  static Vec look_up(const float* map, const uint8_t* codes) {
+    const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    return _mm512_mask_i32gather_ps(zero(), 0xffff, index, map, 4);
+  }
+  static void store_positions(Vec v, int32_t* positions) {
+    // Of NaN and a number the maximum is the second operand.
+    const Vec clamped = _mm512_min_ps(_mm512_max_ps(v, broadcast(-1.0f)), broadcast(1.0f));
+    const Vec position = add(mul(add(clamped, broadcast(1.0f)), broadcast(32767.5f)), broadcast(0.5f));
+    _mm512_storeu_si512(positions, _mm512_cvttps_epi32(position));
+  }
+
   struct Int8Dot {
     explicit Int8Dot(const Format& format) {
       alignas(16) int8_t table[16];
@@ -183,6 +203,21 @@ struct Avx512 {
 
    private:
     __m512i look_up(__m256i codes) const { return _mm512_cvtepi8_epi16(_mm256_shuffle_epi8(codebook, codes)); }
+  };
+
+  struct Squares {
+    __m512d low, high;
+    Squares() : low(_mm512_setzero_pd()), high(low) {}
+    void add(Vec v) {
+      const __m512d first = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+      const __m512d second = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+      low = _mm512_fmadd_pd(first, first, low);
+      high = _mm512_fmadd_pd(second, second, high);
+    }
+    void store(double* to) const {
+      _mm512_storeu_pd(to, low);
+      _mm512_storeu_pd(to + 8, high);
+    }
   };
 
   template <class T>

@@ -22,6 +22,10 @@ struct Neon {
   static Vec sub(Vec a, Vec b) { return {vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
   static Vec mul(Vec a, Vec b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)}; }
+  static Vec fused(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+  static Vec div(Vec a, Vec b) { return {vdivq_f32(a.low, b.low), vdivq_f32(a.high, b.high)}; }
+  static Vec sqrt(Vec a) { return {vsqrtq_f32(a.low), vsqrtq_f32(a.high)}; }
+  static Vec sign(Vec a) { return {sign(a.low), sign(a.high)}; }
   static float sum(Vec a) {
     const float32x4_t four = vaddq_f32(a.low, a.high);
     const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
@@ -183,6 +187,28 @@ struct Neon {
     for (int64_t i = 0; i < count; ++i) scales[i] = kScaleMap.entries[codes[i]] * group_scale + offset;
   }
 
+  static Vec look_up(const float* map, const uint8_t* codes) {
+    float entries[8];
+    for (int i = 0; i < 8; ++i) entries[i] = map[codes[i]];
+    return load(entries);
+  }
+  static void store_positions(Vec v, int32_t* to) {
+    vst1q_s32(to, positions(v.low));
+    vst1q_s32(to + 4, positions(v.high));
+  }
+
+  struct Squares {
+    float64x2_t sums[4] = {vdupq_n_f64(0), vdupq_n_f64(0), vdupq_n_f64(0), vdupq_n_f64(0)};
+    void add(Vec v) {
+      const float64x2_t wide[4] = {vcvt_f64_f32(vget_low_f32(v.low)), vcvt_high_f64_f32(v.low),
+                                   vcvt_f64_f32(vget_low_f32(v.high)), vcvt_high_f64_f32(v.high)};
+      for (int i = 0; i < 4; ++i) sums[i] = vfmaq_f64(sums[i], wide[i], wide[i]);
+    }
+    void store(double* to) const {
+      for (int i = 0; i < 4; ++i) vst1q_f64(to + 2 * i, sums[i]);
+    }
+  };
+
   template <class T>
   static uint32_t absmax_bits(const T* values, int64_t count) {
     const uint32x4_t magnitude = vdupq_n_u32(0x7fffffff);
@@ -241,6 +267,18 @@ struct Neon {
  private:
   static uint8x16_t even_codes(uint8x16_t bytes) { return vshrq_n_u8(bytes, 4); }
   static uint8x16_t odd_codes(uint8x16_t bytes) { return vandq_u8(bytes, vdupq_n_u8(15)); }
+
+  static float32x4_t sign(float32x4_t a) {
+    const uint32x4_t one = vreinterpretq_u32_f32(vdupq_n_f32(1.0f));
+    return vsubq_f32(vreinterpretq_f32_u32(vandq_u32(vcgtzq_f32(a), one)),
+                     vreinterpretq_f32_u32(vandq_u32(vcltzq_f32(a), one)));
+  }
+  static int32x4_t positions(float32x4_t v) {
+    // Of NaN and a number vmaxnmq gives the number.
+    const float32x4_t clamped = vminq_f32(vmaxnmq_f32(v, vdupq_n_f32(-1.0f)), vdupq_n_f32(1.0f));
+    const float32x4_t scaled = vmulq_f32(vaddq_f32(clamped, vdupq_n_f32(1.0f)), vdupq_n_f32(32767.5f));
+    return vcvtq_s32_f32(vaddq_f32(scaled, vdupq_n_f32(0.5f)));
+  }
 
   // v rounded to bf16; a NaN stays one.
   static uint16x4_t bf16_bits(float32x4_t v) {

@@ -30,6 +30,24 @@ struct Scalar {
     for (int i = 0; i < 8; ++i) c.lane[i] += a.lane[i] * b.lane[i];
     return c;
   }
+  // The same sum rounded once, as every other instruction set's fma is; without the instruction it is slow.
+  static Vec fused(const Vec& a, const Vec& b, Vec c) {
+    for (int i = 0; i < 8; ++i) c.lane[i] = std::fma(a.lane[i], b.lane[i], c.lane[i]);
+    return c;
+  }
+  static Vec div(Vec a, const Vec& b) {
+    for (int i = 0; i < 8; ++i) a.lane[i] /= b.lane[i];
+    return a;
+  }
+  static Vec sqrt(Vec a) {
+    for (float& lane : a.lane) lane = std::sqrt(lane);
+    return a;
+  }
+  // 1, -1 or 0.
+  static Vec sign(Vec a) {
+    for (float& lane : a.lane) lane = static_cast<float>((lane > 0.0f) - (lane < 0.0f));
+    return a;
+  }
   static float sum(const Vec& a) {
     // Every instruction set adds in this order: each lane and the one half the lanes further on, again and again.
     return ((a.lane[0] + a.lane[4]) + (a.lane[2] + a.lane[6])) + ((a.lane[1] + a.lane[5]) + (a.lane[3] + a.lane[7]));
@@ -126,6 +144,29 @@ struct Scalar {
   static void decode_scales(const uint8_t* codes, int64_t count, float group_scale, float offset, float* scales) {
     for (int64_t i = 0; i < count; ++i) scales[i] = kScaleMap.entries[codes[i]] * group_scale + offset;
   }
+
+  // Entries of a map of 256.
+  static Vec look_up(const float* map, const uint8_t* codes) {
+    Vec v;
+    for (int i = 0; i < 8; ++i) v.lane[i] = map[codes[i]];
+    return v;
+  }
+  // The nearest of kScalePositions to each lane, clamped to [-1, 1]. NaN counts as -1.
+  static void store_positions(const Vec& v, int32_t* positions) {
+    for (int i = 0; i < 8; ++i) {
+      const float above = v.lane[i] > -1.0f ? v.lane[i] : -1.0f, clamped = above < 1.0f ? above : 1.0f;
+      positions[i] = static_cast<int32_t>((clamped + 1.0f) * 32767.5f + 0.5f);
+    }
+  }
+
+  // Sums in fp64 of the squares of each lane, which are exact there.
+  struct Squares {
+    double lane[8] = {};
+    void add(const Vec& v) {
+      for (int i = 0; i < 8; ++i) lane[i] += double{v.lane[i]} * v.lane[i];
+    }
+    void store(double* to) const { std::copy_n(lane, 8, to); }
+  };
 
   // The largest magnitude as bits: integers order as the floats do, and NaN comes out on top.
   template <class T>

@@ -30,7 +30,9 @@
 #undef _mm512_cvtepu16_epi32
 #undef _mm512_cvtepi32_ps
 #undef _mm512_cvtph_ps
+#undef _mm512_cvtps_pd
 #undef _mm512_cvtps_ph
+#undef _mm512_cvttps_epi32
 #undef _mm512_extractf32x8_ps
 #undef _mm512_reduce_max_epi32
 #undef _mm_maskz_loadu_epi8
@@ -79,6 +81,8 @@ inline __m512i _mm512_cvtepu8_epi16(__m256i a) { return portable::convert<uint16
 inline __m512i _mm512_cvtepu8_epi32(__m128i a) { return portable::convert<uint32_t, __m512i, uint8_t>(a); }
 inline __m512i _mm512_cvtepu16_epi32(__m256i a) { return portable::convert<uint32_t, __m512i, uint16_t>(a); }
 inline __m512 _mm512_cvtepi32_ps(__m512i a) { return portable::convert<float, __m512, int32_t>(a); }
+inline __m512d _mm512_cvtps_pd(__m256 a) { return portable::convert<double, __m512d, float>(a); }
+inline __m512i _mm512_cvttps_epi32(__m512 a) { return portable::convert<int32_t, __m512i, float>(a); }
 inline __m512 _mm512_cvtph_ps(__m256i a) { return portable::convert<float, __m512, _Float16>(a); }
 inline __m256i _mm512_cvtps_ph(__m512 a, int rounding) {
   portable::require(rounding == _MM_FROUND_TO_NEAREST_INT, "_mm512_cvtps_ph: only rounding to nearest is defined");
