@@ -4,6 +4,8 @@ transformers itself is never imported: what is asked of a model is asked through
 """
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -144,8 +146,11 @@ def shape_of_config(model: nn.Module) -> dict[str, str | int]:
     return {name: value for name, value in values.items() if isinstance(value, (str, int))}
 
 
-def check_can_checkpoint(model: nn.Module) -> None:
-    """ValueError unless the model has Hugging Face's activation checkpointing."""
+def check_can_checkpoint(model: nn.Module, by_function: bool = False) -> None:
+    """ValueError unless the model has Hugging Face's activation checkpointing, and takes a function for it if it is to.
+
+    Models of the Hub may be older than transformers 4.35, and call torch's function themselves.
+    """
     if not hasattr(model, "gradient_checkpointing_enable") or not getattr(
         model, "supports_gradient_checkpointing", True
     ):
@@ -153,19 +158,34 @@ def check_can_checkpoint(model: nn.Module) -> None:
             "gradient_checkpointing: expected a Hugging Face model that supports it, got "
             f"{type(model).__name__}; use torch.utils.checkpoint in the model itself"
         )
+    if by_function and "value" in inspect.signature(model._set_gradient_checkpointing).parameters:
+        raise ValueError(
+            "gradient_checkpointing: expected True or False for a model that calls torch's checkpoint itself, such as "
+            f"{type(model).__name__}, got 'offload'"
+        )
 
 
-def enable_checkpointing(model: nn.Module) -> None:
+def enable_checkpointing(model: nn.Module, function: Callable[..., Any] | None = None) -> None:
     """Recompute activations in the backward.
+
+    ``function``: what blocks call with what to compute and its inputs, instead of torch's checkpoint. It may free the
+    first block's input too: the graph does not hold it as a leaf, which ``enable_input_require_grads`` makes of it.
 
     The non-reentrant kind also works where no input of a block requires a gradient, as with a frozen
     embedding; so ``enable_input_require_grads`` is not needed.
     """
     kwargs = {"use_reentrant": False}
+    has_hooks = bool(getattr(model, "_require_grads_hooks", None))
     if hasattr(model, "activation_checkpointing_enable"):  # the newer name
         model.activation_checkpointing_enable(kwargs)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    if function is not None:
+        for module in model.modules():
+            if "_gradient_checkpointing_func" in vars(module):
+                module._gradient_checkpointing_func = function
+        if not has_hooks and getattr(model, "_require_grads_hooks", None):
+            model.disable_input_require_grads()  # newer versions of transformers have just turned it on
 
 
 def disable_checkpointing(model: nn.Module) -> None:

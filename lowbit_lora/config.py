@@ -38,7 +38,13 @@ def _token_indices(name: str, value: Any) -> list[int] | dict[str, list[int]]:
     return checks.check_indices(name, value)
 
 
-#: Setting -> what checks it, and returns what is kept of it. Settings that are True or False by default are not here.
+def _checkpointing(name: str, value: Any) -> bool | str:
+    if value is not True and value is not False and value != "offload":
+        raise ValueError(f"{name}: expected True, False or 'offload', got {value!r}")
+    return value
+
+
+#: Setting -> what checks it, and returns what is kept of it. Those not here that are True or False by default are so.
 _CHECKS = {
     "rank": checks.check_count,
     "lora_alpha": checks.check_positive,
@@ -55,6 +61,7 @@ _CHECKS = {
     "rank_pattern": functools.partial(checks.check_by_name, checks.check_count),
     "alpha_pattern": functools.partial(checks.check_by_name, checks.check_positive),
     "trainable_token_indices": _token_indices,
+    "gradient_checkpointing": _checkpointing,
 }
 
 
@@ -95,7 +102,8 @@ class LoraConfig:
             "random" (B A is not); "pissa", "pissa_niter_N", "olora" or "loftq" (of a QLoRAConfig), which also change
             the base; see :func:`lowbit.lowrank.initial_factors`.
         loftq_iterations: of "loftq".
-        gradient_checkpointing: recompute activations in the backward (Hugging Face models).
+        gradient_checkpointing: recompute activations in the backward (Hugging Face models); "offload": and of a model
+            on a GPU keep the hidden states from which to do so in the host's memory.
         task_type: PEFT's name of the task ("SEQ_CLS", "CAUSAL_LM"...), only written to the file.
 
     Raises:
@@ -125,7 +133,7 @@ class LoraConfig:
     lora_dtype: str = "float32"
     init_lora_weights: str = "default"
     loftq_iterations: int = 1
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | str = False
     task_type: str | None = None
 
     def __new__(cls, *args: Any, **options: Any):
@@ -138,7 +146,7 @@ class LoraConfig:
 
     def __post_init__(self):
         for name, field in self.__dataclass_fields__.items():
-            check = checks.check_switch if isinstance(field.default, bool) else _CHECKS.get(name)
+            check = _CHECKS.get(name, checks.check_switch if isinstance(field.default, bool) else None)
             value = getattr(self, name)
             if check is not None and not (value is None and field.default is None):
                 self._set(name, check(name, value))

@@ -23,6 +23,7 @@ from . import targets
 from .base_tensors import of_base
 from .config import LoraConfig, QLoRAConfig
 from .layers import Adapter, LoRABaseLayer, LoRAExperts, SavedModule, TrainedTokens, layer_class
+from .offload_activations import checkpoint
 from .targets import lora_layers
 from .training import let_train, set_trainable, trainable_biases
 
@@ -54,7 +55,7 @@ class Plan:
         if first is not None:
             _check_further(config, first)
         elif config.gradient_checkpointing:
-            models.check_can_checkpoint(model)
+            models.check_can_checkpoint(model, by_function=config.gradient_checkpointing == "offload")
         self.model, self.name, self.is_first = model, name, first is None
         task_type, heads = models.task_head(model, config.task_type)
         wanted = list(config.modules_to_save or [])
@@ -246,7 +247,7 @@ class Plan:
                 layer.reset_magnitude(self.name)
         if restore:
             if config.gradient_checkpointing:
-                models.enable_checkpointing(model)
+                models.enable_checkpointing(model, checkpoint if config.gradient_checkpointing == "offload" else None)
             restore.freeze(model)
             for part in self.parts.values():
                 part.set_active([self.name])

@@ -141,8 +141,17 @@ def test_pefts_object_is_taken():
         LoraConfig.from_peft(peft.LoHaConfig())
 
 
-@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(QLoRAConfig) if isinstance(f.default, bool)])
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(QLoRAConfig) if f.type is bool])
 def test_a_switch_is_true_or_false(field):
     """The string "false" from a command line would turn it on."""
     with pytest.raises(TypeError, match=f"{field}: expected True or False, got 'false'"):
         QLoRAConfig(**{field: "false"})
+
+
+def test_a_switch_with_a_third_position():
+    """The string "false" from a command line would turn it on, and a typing error keep hidden states on the GPU."""
+    for value in (True, False, "offload"):
+        assert LoraConfig(gradient_checkpointing=value).gradient_checkpointing is value
+    for value in ("false", "Offload", 1, None):
+        with pytest.raises(ValueError, match=f"checkpointing: expected True, False or 'offload', got {value!r}"):
+            LoraConfig(gradient_checkpointing=value)

@@ -20,6 +20,7 @@ from lowbit.optim import Constants, constants, optimizer_step, sum_of_squares
 
 from .arena import Arena
 from .groups import check_group
+from .offload import Offload
 from .states import StatesOf, copy_state, local_part
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,10 +36,10 @@ class _Memory:
 
 @dataclass
 class _Call:
-    """The parameters of one device that had gradients in the last step, and what the op is told of them.
+    """The parameters with states on one device that had gradients in the last step, and what the op is told of them.
 
     Attributes:
-        device: where they are.
+        device: where the states are.
         params: the parameters.
         sizes: of each how many elements its states have.
         is_sharded: whether any is a DTensor.
@@ -72,6 +73,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             in ``skipped_steps``); "raise", a FloatingPointError, with nothing changed. A GPU is waited for.
         stochastic_rounding: round bfloat16 parameters up or down at random, so that small updates are not lost.
         seed: of that.
+        offload_states: of parameters on a GPU keep the states, and copies of the parameters, in the host's memory,
+            where the step runs. Then do not change parameters in place of ``p.data``, which torch does not count.
+        offload_gradients: move each gradient there as soon as a backward has made it; needs offload_states. GradScaler
+            and DistributedDataParallel do not know such gradients: an error says so.
 
     Raises:
         ValueError, TypeError: an argument out of range, or no parameter that trains.
@@ -95,6 +100,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         on_nonfinite: str | None = None,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        offload_states: bool = False,
+        offload_gradients: bool = False,
     ):
         if paged_to is not None and not self.paged:
             raise ValueError(
@@ -110,16 +117,20 @@ class FusedOptimizer(torch.optim.Optimizer):
             "on_nonfinite": on_nonfinite,
             "stochastic_rounding": check_switch("stochastic_rounding", stochastic_rounding),
             "seed": seed,
+            "offload_states": check_switch("offload_states", offload_states),
+            "offload_gradients": check_switch("offload_gradients", offload_gradients),
         }
         self._forget_memory()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bits": self.bits}
         super().__init__(params, defaults | {"rule": self.rule})
         if not any(p.requires_grad for group in self.param_groups for p in group["params"]):
             raise ValueError("params: expected at least one parameter that requires gradients, got none")
-        for device in {p.device for group in self.param_groups for p in group["params"] if p.device.type != "meta"}:
-            self._arena_of(device)  # finds a folder or device that cannot be
+        for p in chain.from_iterable(group["params"] for group in self.param_groups):
+            if p.device.type != "meta":
+                self._arena_of(self._offload.home(p))  # finds a folder or device that cannot be
 
     def _forget_memory(self) -> None:
+        self._offload = Offload(self._options["offload_states"], self._options["offload_gradients"])
         self._arenas: dict[torch.device, Arena] = {}
         self._memory: dict[torch.nn.Parameter, _Memory] = {}
         self._calls: list[_Call] = []
@@ -146,7 +157,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"params: expected float32, bfloat16 or float16, got {parameter.dtype}, "
                     f"{list(parameter.shape)}; take out what does not train"
                 )
+            self._offload.check(parameter)
         super().add_param_group(group)
+        self._offload.watch(self.param_groups[-1]["params"])
 
     @property
     def state_bytes(self) -> int:
@@ -175,8 +188,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         calls = self._prepared_calls()
-        params = [_local_parts(call) for call in calls]
-        grads = [_dense_gradients(call) for call in calls]
+        params, grads = self._offload.arrived(
+            [call.params for call in calls],
+            [_local_parts(call) for call in calls],
+            [_dense_gradients(call) for call in calls],
+        )
+        grads = [[grad.contiguous() for grad in of_call] for of_call in grads]
         for call, local in zip(calls, params, strict=True):
             if [p.numel() for p in local] != call.sizes:
                 raise ValueError("params: expected the sizes of the first step, got others: make a new optimizer")
@@ -216,6 +233,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for parameter, changed in zip(local, dense, strict=True):
             if changed is not parameter:
                 parameter.copy_(changed)
+        self._offload.send_back(call.params)
 
     def _constants(self, group: dict[str, Any], step: int) -> Constants:
         lr, eps, weight_decay = (float(group[name]) for name in ("lr", "eps", "weight_decay"))
@@ -225,14 +243,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         """One call for each device; made anew where other parameters than last time have gradients."""
         now = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         is_known = len(now) == len(self._stepped) and all(map(is_, now, self._stepped))
-        if is_known and all(call.params[0].device == call.device for call in self._calls):
+        if is_known and all(self._offload.home(call.params[0]) == call.device for call in self._calls):
             return self._calls
         self._calls, self._stepped = [], []
+        self._offload.watch(now)
         group_of = {p: group for group in self.param_groups for p in group["params"]}
         self._ensure_states({p: group_of[p] for p in now})
         by_device = defaultdict(list)
         for p in now:
-            by_device[p.device].append((group_of[p], p))
+            by_device[self._offload.home(p)].append((group_of[p], p))
         self._calls = [self._new_call(device, members) for device, members in by_device.items()]
         self._stepped = now
         return self._calls
@@ -268,11 +287,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         new = {}
         for p, group in wanted.items():
             if not self._has_memory(p):
-                new[p] = StatesOf(p, self.rule, group["bits"])
+                new[p] = StatesOf(p, self.rule, group["bits"], self._offload.home(p))
                 if self.state.get(p):
                     new[p].check(self.state[p], p, f"state of a parameter {list(p.shape)}")
         for p, place in self._places_for(new).items():
-            views = new[p].views(self._arenas[p.device].view(place), p)
+            views = new[p].views(self._arenas[self._offload.home(p)].view(place), p)
             old = self.state.get(p) or {"step": 0}
             for name in views.keys() & old.keys():
                 copy_state(views[name], old[name])
@@ -281,13 +300,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.state[p] = {"step": int(old["step"]), **views}
 
     def _has_memory(self, p: torch.nn.Parameter) -> bool:
-        return p in self._memory and self._memory[p].states.device == p.device
+        return p in self._memory and self._memory[p].states.device == self._offload.home(p)
 
     def _places_for(self, new: dict[torch.nn.Parameter, StatesOf]) -> dict[torch.nn.Parameter, tuple[int, int]]:
         """Regions for the states of these parameters: for all of them, or an error and for none."""
         by_device = defaultdict(list)
         for p in new:
-            by_device[p.device].append(p)
+            by_device[self._offload.home(p)].append(p)
         places: dict[torch.nn.Parameter, tuple[int, int]] = {}
         try:
             for device, members in by_device.items():
@@ -296,7 +315,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 places.update(zip(members, found, strict=True))
         except BaseException:
             for p, place in places.items():
-                self._arenas[p.device].give_back([place])
+                self._arenas[self._offload.home(p)].give_back([place])
             raise
         return places
 
@@ -360,7 +379,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         new = {}
         for number, (p, group) in enumerate(group_of.items()):
             if p in loaded:
-                states = StatesOf(p, self.rule, group["bits"])
+                states = StatesOf(p, self.rule, group["bits"], self._offload.home(p))
                 states.check(loaded[p], p, f"state_dict, parameter {number} {list(p.shape)}")
                 new[p] = states
         places = self._places_for({p: states for p, states in new.items() if not self._has_memory(p)})
@@ -369,7 +388,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.state = defaultdict(dict)
         for p, states in new.items():
             place = places[p] if p in places else self._memory[p].place
-            views = states.views(self._arenas[p.device].view(place), p)
+            views = states.views(self._arenas[self._offload.home(p)].view(place), p)
             for name, view in views.items():
                 copy_state(view, loaded[p][name])
             self._memory[p] = _Memory(states, place)
@@ -402,6 +421,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         # Of another process, or a copy: the states get memory of their own at the next step.
         super().__setstate__(state)
         self._forget_memory()
+        self._offload.watch([p for group in self.param_groups for p in group["params"]])
 
 
 def _local_parts(call: _Call) -> list[torch.Tensor]:
@@ -410,7 +430,7 @@ def _local_parts(call: _Call) -> list[torch.Tensor]:
 
 
 def _dense_gradients(call: _Call) -> list[torch.Tensor]:
-    """This process's parts of the gradients, contiguous."""
+    """This process's parts of the gradients."""
     grads = [p.grad for p in call.params]
     for p, grad in zip(call.params, grads, strict=True):
         if grad.layout is not torch.strided:
@@ -420,7 +440,7 @@ def _dense_gradients(call: _Call) -> list[torch.Tensor]:
             )
     if call.is_sharded:
         grads = [_sharded_like(grad, p) for grad, p in zip(grads, call.params, strict=True)]
-    return [grad if grad.is_contiguous() else grad.contiguous() for grad in grads]
+    return grads
 
 
 def _sharded_like(grad: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

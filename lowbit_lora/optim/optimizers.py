@@ -125,7 +125,7 @@ def get_paged_optimizer(
         options: ``optimizer`` "adamw" or "lion", ``bits`` 32 or 8, ``paged`` False for memory like any other;
             ``lora_plus_ratio`` and ``decay_biases_and_norms`` as in :func:`parameter_groups`; others of :class:`AdamW`
             and :class:`FusedOptimizer`: ``betas``, ``eps``, ``paged_to``, ``max_grad_norm``, ``on_nonfinite``,
-            ``stochastic_rounding``, ``seed``.
+            ``stochastic_rounding``, ``seed``, ``offload_states``, ``offload_gradients``.
 
     Raises:
         ValueError, TypeError: no parameter that trains, or an argument out of range.

@@ -55,11 +55,12 @@ class StatesOf:
         pieces: by name, such as "exp_avg" and "exp_avg_absmax".
         nbytes: of the region.
         numel: of this process's part of the parameter.
+        device: where they are.
     """
 
-    def __init__(self, parameter: torch.Tensor, rule: str, bits: int):
+    def __init__(self, parameter: torch.Tensor, rule: str, bits: int, device: torch.device):
         local = local_part(parameter)
-        self.numel, self.device, self.pieces, self.nbytes = local.numel(), local.device, {}, 0
+        self.numel, self.device, self.pieces, self.nbytes = local.numel(), device, {}, 0
         scales, local_scales = self._scale_shapes(parameter, local)
         eight = in_8_bits(parameter, bits)
         for name in STATE_NAMES[rule]:
