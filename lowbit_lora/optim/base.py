@@ -16,12 +16,13 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from lowbit.checks import check_choice, check_switch
-from lowbit.optim import Constants, constants, optimizer_step, sum_of_squares
+from lowbit.optim import Constants, constants, optimizer_step
 
 from .arena import Arena
+from .calls import Call, common_norm, dense_gradients, local_parts
 from .groups import check_group
 from .offload import Offload
-from .states import StatesOf, copy_state, local_part
+from .states import StatesOf, copy_state
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,30 +33,6 @@ class _Memory:
 
     states: StatesOf
     place: tuple[int, int]
-
-
-@dataclass
-class _Call:
-    """The parameters with states on one device that had gradients in the last step, and what the op is told of them.
-
-    Attributes:
-        device: where the states are.
-        params: the parameters.
-        sizes: of each how many elements its states have.
-        is_sharded: whether any is a DTensor.
-        states: of each what ``optimizer.state`` has.
-        layout: of the op.
-        buckets: for each row of the constants a group, and the state of one of its parameters: all have made as many
-            steps.
-    """
-
-    device: torch.device
-    params: list[torch.nn.Parameter]
-    sizes: list[int]
-    is_sharded: bool
-    states: list[dict[str, Any]]
-    layout: torch.Tensor
-    buckets: list[tuple[dict[str, Any], dict[str, Any]]]
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -133,7 +110,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._offload = Offload(self._options["offload_states"], self._options["offload_gradients"])
         self._arenas: dict[torch.device, Arena] = {}
         self._memory: dict[torch.nn.Parameter, _Memory] = {}
-        self._calls: list[_Call] = []
+        self._calls: list[Call] = []
         self._stepped: list[torch.nn.Parameter] = []  # of these calls, in the groups' order
         #: The common norm of the gradients of the last step, fp32, where max_grad_norm or on_nonfinite is set.
         self.grad_norm: torch.Tensor | None = None
@@ -190,8 +167,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         calls = self._prepared_calls()
         params, grads = self._offload.arrived(
             [call.params for call in calls],
-            [_local_parts(call) for call in calls],
-            [_dense_gradients(call) for call in calls],
+            [local_parts(call) for call in calls],
+            [dense_gradients(call) for call in calls],
         )
         grads = [[grad.contiguous() for grad in of_call] for of_call in grads]
         for call, local in zip(calls, params, strict=True):
@@ -200,7 +177,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         max_norm, on_nonfinite = self._options["max_grad_norm"], self._options["on_nonfinite"]
         scale = None
         if calls and (max_norm is not None or on_nonfinite is not None):
-            norm = _norm(calls, grads)
+            norm = common_norm(calls, grads)
             self.grad_norm = norm.float()
             if on_nonfinite is not None and not math.isfinite(norm):
                 if on_nonfinite == "raise":
@@ -216,20 +193,20 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._run(call, local, of_call, None if scale is None else scale.to(call.device))
         return self.grad_norm if closure is None else loss
 
-    def _run(self, call: _Call, local: list[torch.Tensor], grads: list[torch.Tensor], scale: torch.Tensor | None):
+    def _run(self, call: Call, local: list[torch.Tensor], grads: list[torch.Tensor], scale: torch.Tensor | None):
         # Kernels take contiguous memory. Of a parameter that is not they change a copy.
         dense = [p if p.is_contiguous() else p.contiguous() for p in local]
         arena = self._arenas[call.device]
         arena.check_process()
         arena.prefetch()
-        for state in call.states:
-            state["step"] += 1
-        rows = [self._constants(group, state["step"]) for group, state in call.buckets]
+        rows = [self._constants(group, state["step"] + 1) for group, state in call.buckets]
         seed = None
         if self._options["stochastic_rounding"]:
-            newest = max(state["step"] for _, state in call.buckets)
+            newest = 1 + max(state["step"] for _, state in call.buckets)
             seed = (self._options["seed"] & 0x7FFFFFFF) << 32 | newest
         optimizer_step(self.rule, dense, grads, arena.segments, call.layout, rows, scale, seed)
+        for state in call.states:
+            state["step"] += 1
         for parameter, changed in zip(local, dense, strict=True):
             if changed is not parameter:
                 parameter.copy_(changed)
@@ -239,7 +216,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         lr, eps, weight_decay = (float(group[name]) for name in ("lr", "eps", "weight_decay"))
         return constants(self.rule, lr, group["betas"], eps, weight_decay, step)
 
-    def _prepared_calls(self) -> list[_Call]:
+    def _prepared_calls(self) -> list[Call]:
         """One call for each device; made anew where other parameters than last time have gradients."""
         now = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         is_known = len(now) == len(self._stepped) and all(map(is_, now, self._stepped))
@@ -256,7 +233,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._stepped = now
         return self._calls
 
-    def _new_call(self, device: torch.device, members: list[tuple[dict[str, Any], torch.nn.Parameter]]) -> _Call:
+    def _new_call(self, device: torch.device, members: list[tuple[dict[str, Any], torch.nn.Parameter]]) -> Call:
         buckets: dict[tuple[int, int], int] = {}
         found, rows = [], []
         for group, p in members:
@@ -270,7 +247,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         sizes = [self._memory[p].states.numel for p in params]
         layout = torch.tensor(rows, dtype=torch.int64)
         is_sharded = any(isinstance(p, DTensor) for p in params)
-        return _Call(device, params, sizes, is_sharded, [self.state[p] for p in params], layout, found)
+        return Call(device, params, sizes, is_sharded, [self.state[p] for p in params], layout, found)
 
     # ---- the states
 
@@ -422,45 +399,3 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._forget_memory()
         self._offload.watch([p for group in self.param_groups for p in group["params"]])
-
-
-def _local_parts(call: _Call) -> list[torch.Tensor]:
-    """This process's parts of the parameters."""
-    return [local_part(p) for p in call.params] if call.is_sharded else call.params
-
-
-def _dense_gradients(call: _Call) -> list[torch.Tensor]:
-    """This process's parts of the gradients."""
-    grads = [p.grad for p in call.params]
-    for p, grad in zip(call.params, grads, strict=True):
-        if grad.layout is not torch.strided:
-            raise TypeError(
-                f"gradients: expected dense ones, got {grad.layout} for a parameter {list(p.shape)}; make the "
-                "embedding with sparse=False"
-            )
-    if call.is_sharded:
-        grads = [_sharded_like(grad, p) for grad, p in zip(grads, call.params, strict=True)]
-    return grads
-
-
-def _sharded_like(grad: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    if isinstance(parameter, DTensor) and grad.placements != parameter.placements:
-        grad = grad.redistribute(parameter.device_mesh, parameter.placements)
-    return local_part(grad)
-
-
-def _norm(calls: list[_Call], grads: list[list[torch.Tensor]]) -> torch.Tensor:
-    """The common L2 norm of all gradients, those of other processes' shards included: fp64, on the first's device."""
-    total = None
-    for call, of_call in zip(calls, grads, strict=True):
-        by_sharding = defaultdict(list)
-        for p, grad in zip(call.params, of_call, strict=True):
-            by_sharding[(p.device_mesh, p.placements) if isinstance(p, DTensor) else None].append(grad)
-        for sharding, members in by_sharding.items():
-            part = sum_of_squares(members)
-            mesh, placements = sharding or (None, ())
-            for dimension, placement in enumerate(placements):
-                if placement.is_shard():
-                    torch.distributed.all_reduce(part, group=mesh.get_group(dimension))
-            total = part if total is None else total + part.to(total.device)
-    return total.sqrt()
