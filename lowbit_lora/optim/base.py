@@ -13,7 +13,6 @@ from operator import is_
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from lowbit.checks import check_choice, check_switch
 from lowbit.optim import Constants, constants, optimizer_step
@@ -22,7 +21,7 @@ from .arena import Arena
 from .calls import Call, common_norm, dense_gradients, local_parts
 from .groups import check_group
 from .offload import Offload
-from .states import StatesOf, copy_state
+from .states import DTensor, StatesOf, copy_state
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from lowbit.optim import sum_of_squares
 
-from .states import local_part
+from .states import DTensor, local_part
 
 
 @dataclass

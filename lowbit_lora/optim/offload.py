@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from ..transfer import Arrival, Transfer
+from .states import DTensor
 
 _HOST = torch.device("cpu")
 

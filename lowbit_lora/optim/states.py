@@ -4,9 +4,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from lowbit.optim import RULES, STATE_BLOCK
+
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+else:  # a torch that was built without it has no sharded tensors
+    DTensor = Replicate = Shard = type(None)
 
 #: The states of each rule, in torch's names, and the parameters' smallest size for states in 8 bits (bitsandbytes').
 STATE_NAMES = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}
