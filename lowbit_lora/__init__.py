@@ -14,12 +14,14 @@ from .layers import (
     QLoRALinear,
 )
 from .model import LoraModel, QLoRAModel
-from .optim import get_paged_optimizer
+from .optim import AdamW8bit, Lion8bit, PagedAdamW, PagedAdamW8bit, PagedLion, PagedLion8bit, get_paged_optimizer
 
 #: Another name of LoraModel, in the spelling of the layers.
 LoRAModel = LoraModel
 
 __all__ = [
+    "AdamW8bit",
+    "Lion8bit",
     "LoRABaseLayer",
     "LoRAConv1d",
     "LoRAConv2d",
@@ -31,6 +33,10 @@ __all__ = [
     "LoRAMultiheadAttention",
     "LoraConfig",
     "LoraModel",
+    "PagedAdamW",
+    "PagedAdamW8bit",
+    "PagedLion",
+    "PagedLion8bit",
     "QLoRAConfig",
     "QLoRAEmbedding",
     "QLoRALinear",
