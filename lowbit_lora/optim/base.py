@@ -18,7 +18,7 @@ from lowbit.checks import check_choice, check_switch
 from lowbit.optim import Constants, constants, optimizer_step
 
 from .arena import Arena
-from .calls import Call, common_norm, dense_gradients, local_parts
+from .calls import Call, common_norm, contiguous, dense_gradients, local_parts
 from .groups import check_group
 from .offload import Offload
 from .states import DTensor, StatesOf, copy_state
@@ -169,9 +169,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             [local_parts(call) for call in calls],
             [dense_gradients(call) for call in calls],
         )
-        grads = [[grad.contiguous() for grad in of_call] for of_call in grads]
+        grads = list(map(contiguous, grads))
         for call, local in zip(calls, params, strict=True):
-            if [p.numel() for p in local] != call.sizes:
+            if list(map(torch.Tensor.numel, local)) != call.sizes:
                 raise ValueError("params: expected the sizes of the first step, got others: make a new optimizer")
         max_norm, on_nonfinite = self._options["max_grad_norm"], self._options["on_nonfinite"]
         scale = None
@@ -193,8 +193,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return self.grad_norm if closure is None else loss
 
     def _run(self, call: Call, local: list[torch.Tensor], grads: list[torch.Tensor], scale: torch.Tensor | None):
-        # Kernels take contiguous memory. Of a parameter that is not they change a copy.
-        dense = [p if p.is_contiguous() else p.contiguous() for p in local]
+        dense = contiguous(local)  # of a parameter that is not, kernels change a copy
         arena = self._arenas[call.device]
         arena.check_process()
         arena.prefetch()
@@ -206,9 +205,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         optimizer_step(self.rule, dense, grads, arena.segments, call.layout, rows, scale, seed)
         for state in call.states:
             state["step"] += 1
-        for parameter, changed in zip(local, dense, strict=True):
-            if changed is not parameter:
-                parameter.copy_(changed)
+        if dense is not local:
+            torch._foreach_copy_(local, dense)
         self._offload.send_back(call.params)
 
     def _constants(self, group: dict[str, Any], step: int) -> Constants:

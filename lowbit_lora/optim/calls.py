@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -42,16 +43,23 @@ def local_parts(call: Call) -> list[torch.Tensor]:
 
 def dense_gradients(call: Call) -> list[torch.Tensor]:
     """This process's parts of the gradients."""
-    grads = [p.grad for p in call.params]
-    for p, grad in zip(call.params, grads, strict=True):
-        if grad.layout is not torch.strided:
-            raise TypeError(
-                f"gradients: expected dense ones, got {grad.layout} for a parameter {list(p.shape)}; make the "
-                "embedding with sparse=False"
-            )
+    grads = list(map(attrgetter("grad"), call.params))
+    for kind in set(map(attrgetter("layout"), grads)) - {torch.strided}:
+        shapes = [list(p.shape) for p, grad in zip(call.params, grads, strict=True) if grad.layout is kind]
+        raise TypeError(
+            f"gradients: expected dense ones, got {kind} for a parameter {shapes[0]}; make the embedding with "
+            "sparse=False"
+        )
     if call.is_sharded:
         grads = [_sharded_like(grad, p) for grad, p in zip(grads, call.params, strict=True)]
     return grads
+
+
+def contiguous(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors, of those that are not contiguous a copy."""
+    if all(map(torch.Tensor.is_contiguous, tensors)):
+        return tensors
+    return [tensor.contiguous() for tensor in tensors]
 
 
 def _sharded_like(grad: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
