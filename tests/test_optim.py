@@ -465,3 +465,35 @@ def test_constants_of_late_steps():
     optimizer.load_state_dict(saved)
     train(optimizer, params, range(1))
     assert all(math.isfinite(float(p.abs().sum())) for p in params)
+
+
+def test_saved_files(tmp_path, monkeypatch):
+    """A save that fails would leave no file, or half of one; a file of something else would be taken for a state."""
+    params, path = parameters(), tmp_path / "optimizer.pt"
+    optimizer = AdamW8bit(params, lr=1e-2)
+    train(optimizer, params, range(2))
+    optimizer.save(path)
+    saved = snapshot(optimizer)
+    train(optimizer, params, range(2, 3))
+
+    def full(state_dict, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="No space"):
+            optimizer.save(path)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    optimizer.load(path)
+    assert_same(([], snapshot(optimizer)[1]), ([], saved[1]))
+
+    (tmp_path / "garbage").write_bytes(b"not a state")
+    torch.save([1, 2], tmp_path / "list")
+    Lion8bit(params).save(tmp_path / "lion")
+    for name, named in (("garbage", "garbage: expected a file"), ("list", "got list"), ("lion", "rule='adamw'")):
+        with pytest.raises(ValueError, match=named):
+            optimizer.load(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        optimizer.load(tmp_path / "none")
+    assert_same(([], snapshot(optimizer)[1]), ([], saved[1]))
