@@ -376,6 +376,8 @@ def test_clipping_by_the_common_norm(limit):
         plain.step()
         assert float(returned) == pytest.approx(float(norm), rel=1e-5) == float(ours.grad_norm)
         assert all(torch.equal(p.grad, grad) for p, grad in zip(params, kept, strict=True))
+    ours.zero_grad()
+    assert ours.step() is None  # not the norm of another step
     for p, q in zip(params, theirs, strict=True):
         assert torch.allclose(p, q, atol=1e-5)
 

@@ -174,7 +174,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if list(map(torch.Tensor.numel, local)) != call.sizes:
                 raise ValueError("params: expected the sizes of the first step, got others: make a new optimizer")
         max_norm, on_nonfinite = self._options["max_grad_norm"], self._options["on_nonfinite"]
-        scale = None
+        self.grad_norm, scale = None, None
         if calls and (max_norm is not None or on_nonfinite is not None):
             norm = common_norm(calls, grads)
             self.grad_norm = norm.float()
