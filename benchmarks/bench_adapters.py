@@ -8,11 +8,8 @@ and of every adapter, as when they are trained together. --swap times loading a 
 """
 
 import argparse
-import json
-import os
 import sys
 import tempfile
-from pathlib import Path
 
 DTYPES = ("float32", "bfloat16")
 BASES = ("dense", "nf4")
@@ -241,6 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     import torch
     from machine import cpu_name
+    from report import write_json
     from rich.console import Console
 
     if options.threads:
@@ -252,9 +250,7 @@ def main(argv: list[str] | None = None) -> int:
         rows += swaps(options)
     print_tables(console, rows, options)
     if options.json:
-        beside = Path(f"{options.json}.{os.getpid()}")
-        beside.write_text(json.dumps({"options": vars(options), "rows": rows}, indent=1))
-        beside.rename(options.json)
+        write_json(options.json, {"options": vars(options), "rows": rows})
     return 0
 
 

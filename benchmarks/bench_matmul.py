@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
             bar.update()
     report.print_tables(console, rows)
     if options.json:
-        report.write_json(options.json, machine, rows)
+        report.write_json(options.json, {"machine": machine.as_dict(), "rows": rows})
     if options.plot:
         report.plot_roofline(options.plot, machine, rows)
     if options.plot_times:

@@ -10,10 +10,7 @@ tensors that the optimizer holds. --paged-to also times states in a mapped file.
 """
 
 import argparse
-import json
-import os
 import sys
-from pathlib import Path
 
 RANK = 8
 #: For each set its shapes: LoRA's factors of every linear layer of a model, and whole weights.
@@ -195,6 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     import torch
     from machine import copy_bandwidth, cpu_name
+    from report import write_json
     from rich.console import Console
 
     if options.threads:
@@ -207,9 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = times(options)
     print_table(console, rows, bandwidth)
     if options.json:
-        beside = Path(f"{options.json}.{os.getpid()}")
-        beside.write_text(json.dumps({"options": vars(options), "copy_gb_per_s": bandwidth, "rows": rows}, indent=1))
-        beside.rename(options.json)
+        write_json(options.json, {"options": vars(options), "copy_gb_per_s": bandwidth, "rows": rows})
     return 0
 
 

@@ -8,7 +8,6 @@ on all alike. Peak memory is that of the process during the timed steps, above w
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -289,6 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     if options.isa:
         os.environ.update(AVX2_ONLY)  # read by torch when the workers load it
+    from report import write_json
     from rich.console import Console
 
     console = Console(width=170)
@@ -297,9 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [row for dtype in options.dtype for row in run(options, dtype)]
     print_table(console, rows, options)
     if options.json:
-        beside = Path(f"{options.json}.{os.getpid()}")
-        beside.write_text(json.dumps({"options": vars(options), "rows": rows}, indent=1))
-        beside.rename(options.json)
+        write_json(options.json, {"options": vars(options), "rows": rows})
     if options.plot:
         plot(options.plot, rows)
     wrong = [text for dtype in options.dtype for text in wrong_losses([r for r in rows if r["dtype"] == dtype])]

@@ -79,10 +79,10 @@ def print_tables(console: Console, rows: list[dict]) -> None:
         console.print(f"not timed: {name}: {reason}")
 
 
-def write_json(path: str, machine: Machine, rows: list[dict]) -> None:
+def write_json(path: str, content: dict) -> None:
     """Write a file beside ``path`` and rename it, so that a failed write leaves an old file whole."""
     beside = Path(f"{path}.{os.getpid()}")
-    beside.write_text(json.dumps({"machine": machine.as_dict(), "rows": rows}, indent=1))
+    beside.write_text(json.dumps(content, indent=1))
     beside.rename(path)
 
 

@@ -7,10 +7,7 @@ wrapped model, so it is exact.
 """
 
 import argparse
-import json
-import os
 import sys
-from pathlib import Path
 
 #: What the attention's query and value are called in each architecture.
 QUERY_VALUE = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj"]}
@@ -101,14 +98,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
+    from report import write_json
     from rich.console import Console
 
     found = rows(options.models, options.ranks)
     print_table(Console(width=120), found)
     if options.json:
-        beside = Path(f"{options.json}.{os.getpid()}")
-        beside.write_text(json.dumps({"rows": found}, indent=1))
-        beside.rename(options.json)
+        write_json(options.json, {"rows": found})
     return 0
 
 

@@ -5,8 +5,8 @@ import warnings
 from collections.abc import Callable
 
 
-def in_child(function: Callable[[], int]) -> int:
-    """The exit status of a forked child: what the function returns, or 1 where it raises."""
+def start(function: Callable[[], int]) -> int:
+    """The process of a forked child, whose exit status is what the function returns, or 1 where it raises."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of fork where there are threads: the child uses none
         child = os.fork()
@@ -16,4 +16,9 @@ def in_child(function: Callable[[], int]) -> int:
             status = function()
         finally:
             os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return child
+
+
+def in_child(function: Callable[[], int]) -> int:
+    """The exit status of a forked child, once it has ended."""
+    return os.waitstatus_to_exitcode(os.waitpid(start(function), 0)[1])

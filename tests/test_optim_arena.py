@@ -18,6 +18,7 @@ from forked import in_child
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from small_disk import small_disk
 
 from lowbit_lora.optim import arena as module
 from lowbit_lora.optim.arena import Arena
@@ -232,20 +233,13 @@ def test_a_disk_that_others_fill_meanwhile(tmp_path, full_disk):
 
 def test_a_small_disk(tmp_path):
     """The same on a disk, where the space is taken and not only asked for."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("cannot mount a small disk here")
-    try:
+    with small_disk(tmp_path / "disk", "256k") as folder:
         arena = Arena(CPU, folder=folder)
         arena.view(arena.take([128 << 10])[0]).fill_(1)
         assert_take_fails_and_changes_nothing(arena, [200 << 10], OSError, "204,800 bytes are wanted.* 1[0-9,]+ in")
         arena.close()
         gc.collect()  # the error's traceback knows the arena's segments
         Arena(CPU, folder=folder).take([200 << 10])  # the space is back
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_limit_on_the_size_of_files(tmp_path):

@@ -2,16 +2,17 @@
 
 import ctypes
 import errno
+import functools
 import os
 import resource
 import signal
-import subprocess
 import sys
-import warnings
 
+import forked
 import pytest
 import torch
 from conftest_models import mlp
+from small_disk import small_disk
 
 from lowbit_lora import LoraConfig, LoraModel
 
@@ -53,19 +54,15 @@ def ptrace():
 
 def killed_at(trace, number, save):
     """Run ``save`` in a child and kill it before its system call of a number; whether it got so far."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of fork where there are threads: the child uses none
-        child = os.fork()
-    if not child:
-        status = 1
-        try:
-            if trace(TRACEME, 0, None, None) != 0:
-                os._exit(77)
-            os.kill(os.getpid(), signal.SIGSTOP)
-            save()
-            status = 0
-        finally:
-            os._exit(status)
+
+    def traced():
+        if trace(TRACEME, 0, None, None) != 0:
+            return 77
+        os.kill(os.getpid(), signal.SIGSTOP)
+        save()
+        return 0
+
+    child = forked.start(traced)
     _, status = os.waitpid(child, 0)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 77:
         pytest.skip("ptrace is not permitted here")
@@ -162,12 +159,7 @@ def test_a_file_that_becomes_too_large(tmp_path, limited, size):
 
 def test_a_full_disk(tmp_path):
     """The same where there is no space left for a second adapter."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("cannot mount a small disk here")
-    try:
+    with small_disk(tmp_path / "disk", "32k") as folder:
         wrapped(1.0).save_pretrained(folder)
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
         with pytest.raises(OSError, match="No space left") as raised:
@@ -175,8 +167,6 @@ def test_a_full_disk(tmp_path):
         assert raised.value.errno == errno.ENOSPC
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
         assert seen(folder) == 1.0
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_several_processes_save_into_one_folder(tmp_path):
@@ -184,19 +174,13 @@ def test_several_processes_save_into_one_folder(tmp_path):
     models = [wrapped(float(value)) for value in range(1, 5)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    children = []
-    for model in models:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            children.append(os.fork())
-        if not children[-1]:
-            status = 1
-            try:
-                for _ in range(10):
-                    model.save_pretrained(tmp_path)
-                status = 0
-            finally:
-                os._exit(status)
+
+    def save(model):
+        for _ in range(10):
+            model.save_pretrained(tmp_path)
+        return 0
+
+    children = [forked.start(functools.partial(save, model)) for model in models]
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
     torch.set_num_threads(threads)
     assert seen(tmp_path) in (1.0, 2.0, 3.0, 4.0)

@@ -265,13 +265,16 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if self.state.get(p):
                     new[p].check(self.state[p], p, f"state of a parameter {list(p.shape)}")
         for p, place in self._places_for(new).items():
-            views = new[p].views(self._arenas[self._offload.home(p)].view(place), p)
-            old = self.state.get(p) or {"step": 0}
-            for name in views.keys() & old.keys():
-                copy_state(views[name], old[name])
             self._give_back([p])
-            self._memory[p] = _Memory(new[p], place)
-            self.state[p] = {"step": int(old["step"]), **views}
+            self._put(p, _Memory(new[p], place), self.state.get(p) or {"step": 0})
+
+    def _put(self, p: torch.nn.Parameter, memory: _Memory, values: dict[str, Any]) -> None:
+        """Make this memory that of a parameter's states, and write these values of them there."""
+        views = memory.states.views(self._arenas[memory.states.device].view(memory.place), p)
+        for name in views.keys() & values.keys():
+            copy_state(views[name], values[name])
+        self._memory[p] = memory
+        self.state[p] = {"step": int(values["step"]), **views}
 
     def _has_memory(self, p: torch.nn.Parameter) -> bool:
         return p in self._memory and self._memory[p].states.device == self._offload.home(p)
@@ -362,11 +365,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.state = defaultdict(dict)
         for p, states in new.items():
             place = places[p] if p in places else self._memory[p].place
-            views = states.views(self._arenas[self._offload.home(p)].view(place), p)
-            for name, view in views.items():
-                copy_state(view, loaded[p][name])
-            self._memory[p] = _Memory(states, place)
-            self.state[p] = {"step": int(loaded[p]["step"]), **views}
+            self._put(p, _Memory(states, place), loaded[p])
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 

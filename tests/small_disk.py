@@ -1,0 +1,22 @@
+"""A disk that is soon full, for tests."""
+
+import contextlib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """Context in which a new folder is a disk of this size, such as "32k". The test is skipped if it cannot be."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("cannot mount a small disk here")
+    try:
+        yield folder
+    finally:
+        # Lazily: a mapped file may live longer.
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
