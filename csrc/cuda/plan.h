@@ -16,9 +16,10 @@
 namespace lowbit::cuda {
 
 struct Gpu {
-  int capability;       // compute capability, times 10
-  int code_capability;  // of the code that it runs: the last compiled for that is not newer
-  int processors;       // multiprocessors
+  int capability;                // compute capability, times 10
+  int code_capability;           // of the code that it runs: the last compiled for that is not newer
+  int processors;                // multiprocessors
+  int shared_bytes = 99 * 1024;  // of shared memory that a block of threads may have
 };
 
 enum class Path {
@@ -38,6 +39,7 @@ struct Plan {
   int rows = 0, columns = 0;                // of the output in a tile
   int scale_parts = 0;                      // gemv_mma: blocks of W that a step spans
   int scale_columns = 0;                    // gemm: how many columns of W certainly share a scale
+  int stages = 0;                           // gemm: of the ring of tiles
   int panel_steps = 0;                      // gemv: steps of kGemvDepth columns whose scales are decoded at once
   int64_t row_tiles = 0, column_tiles = 0;  // of the output
   // Of the contraction: how many parts it is split into, and how much of it each takes. gemv: panels; gemm: tiles;
@@ -151,38 +153,56 @@ inline bool gemm_fits(const LinearArgs& args) {
   return args.weight.format->bits == 4 && args.dtype != Dtype::f32 && args.k > 0 && args.k % 32 == 0 &&
          args.k < kMaxSide && args.rank < kMaxSide && args.weight.numel / 32 <= UINT32_MAX &&
          is_aligned(args.x, kAccessBytes) && is_aligned(args.weight.packed, kAccessBytes) &&
-         ceil_div(args.m, 16) * ceil_div(args.n, 64) <= INT32_MAX;
+         ceil_div(args.m, 16) * ceil_div(args.n, 128) <= INT32_MAX;
+}
+
+// Cycles of an H200's multiprocessor, of which one block of threads takes all.
+//
+// A step of a warp is 32 x 64 weights, 1 KB, which DRAM at 4.3 TB/s brings in 53 cycles. Shared memory serves it in
+// 32 cycles of look-ups, 16 for W in and out, M for x out and 32 M / N for x in; the L2 brings W and 4 M / N as much
+// of x in 52 (1 + 4 M / N) at 4.4 TB/s, 0.8 of what it can do alone. A block takes 2000 cycles more, for filling the
+// table and the ring and writing out. Where k is split, it writes its sums (24 bytes in a cycle, as all blocks do so at
+// once) and arrives (1500), and the last of a tile's blocks reads all of them (64 bytes in a cycle: few blocks read).
+inline int64_t gemm_cycles(int64_t rows, int64_t columns, int64_t rounds, int64_t tiles_k, int64_t splits) {
+  const int64_t step = std::max(48 + rows + 32 * rows / columns, 52 + 208 * rows / columns);
+  const int64_t sums = 4 * rows * columns;
+  const int64_t reduction = splits == 1 ? 0 : sums / 24 + 1500 + splits * sums / 64;
+  return rounds * (tiles_k * kGemmWarps * step + 2000) + reduction;
 }
 
 // scale_columns: 64 columns share a scale where blocks are that long and start at multiples of it; else 32, for which
 // tiles have at most 32 rows (two sets of block sums beside 64 rows' sums would not fit the registers).
 //
-// The tile is the smallest that holds all rows of x, or the largest: a tile of M rows costs its shared memory 40 + M
-// cycles per step of a warp, so that one large tile beats two small ones.
-//
-// k is split where that costs less. In units of one multiprocessor's time for a tile of k: each round of blocks takes
-// its tiles of k and 4 more (filling table and ring, writing out); the kernel that adds up the splits takes 5, and
-// 8 bytes of each of their sums go through L2, of which 2^16 take about 40 units of one multiprocessor.
+// The tile has as many rows as hold all of x, or the most: each further tile of rows would decode W again. Wide tiles
+// read x less often, and narrow ones leave fewer sums to the last block. The ring has four stages (48 KB of W on their
+// way, where an H200 at full speed needs 26) or, on GPUs whose blocks cannot have so much memory, two (16 KB, where an
+// RTX 5090 needs 9).
 inline Plan plan_gemm(const LinearArgs& args, const Gpu& gpu) {
   Plan plan{Path::gemm};
   plan.scale_columns = args.weight.block_size >= 64 && args.k % 64 == 0 ? 64 : 32;
   plan.rows = args.m <= 16 ? 16 : args.m <= 32 || plan.scale_columns == 32 ? 32 : 64;
-  plan.columns = 4 * plan.rows;
   plan.row_tiles = ceil_div(args.m, plan.rows);
-  plan.column_tiles = ceil_div(args.n, plan.columns);
-  const int64_t tiles_k = ceil_div(args.k, 4096 / plan.rows), tiles = plan.row_tiles * plan.column_tiles;
   int64_t least = INT64_MAX;
-  for (int64_t tried = 1; tried <= std::min<int64_t>(tiles_k, kMaxSplits); ++tried) {
-    const int64_t per_split = ceil_div(tiles_k, tried), splits = ceil_div(tiles_k, per_split);
-    const int64_t rounds = ceil_div(tiles * splits, gpu.processors);
-    const int64_t second_pass = splits == 1 ? 0 : 5 + splits * args.m * args.n / 65536 * 40 / gpu.processors;
-    const int64_t cost = rounds * (per_split + 4) + second_pass;
-    if (cost >= least) continue;
-    least = cost;
-    plan.split_size = per_split;
-    plan.splits = splits;
+  for (const int columns : {128, 256}) {
+    const bool has_wide = plan.rows > 16 && plan.scale_columns == 64;
+    if ((columns == 256 && !has_wide) || gemm_shared_bytes(plan.rows, columns, 2) > gpu.shared_bytes) continue;
+    const int64_t column_tiles = ceil_div(args.n, columns), tiles = plan.row_tiles * column_tiles;
+    const int64_t tiles_k = ceil_div(args.k, gemm_depth(columns));
+    for (int64_t tried = 1; tried <= std::min<int64_t>(tiles_k, kMaxSplits); ++tried) {
+      const int64_t per_split = ceil_div(tiles_k, tried), splits = ceil_div(tiles_k, per_split);
+      const int64_t rounds = ceil_div(tiles * splits, gpu.processors);
+      const int64_t cycles = gemm_cycles(plan.rows, columns, rounds, per_split, splits);
+      if (cycles >= least) continue;
+      least = cycles;
+      plan.columns = columns;
+      plan.column_tiles = column_tiles;
+      plan.split_size = per_split;
+      plan.splits = splits;
+    }
   }
+  plan.stages = gemm_shared_bytes(plan.rows, plan.columns, 4) <= gpu.shared_bytes ? 4 : 2;
   plan.workspace = plan.splits > 1 ? plan.splits * args.m * args.n : 0;
+  plan.counters = plan.splits > 1 ? plan.row_tiles * plan.column_tiles : 0;
   return plan;
 }
 

@@ -122,18 +122,22 @@ int64_t lowbit_linear_grad_input(const void* grad, int dtype, const uint8_t* pac
 int lowbit_linear_gemm(const void* x, int dtype, const uint8_t* packed, const float* absmax, const uint8_t* scale_codes,
                        const float* group_scales, const float* offset, int format, int64_t block_size,
                        const float* bias, const float* t, const float* lora_b, float scaling, int64_t m, int64_t n,
-                       int64_t k, int64_t rank, void* y, float* workspace, void* stream) {
-  const LinearArgs args = linear_args(x, dtype, packed, absmax, scale_codes, group_scales, offset, format, block_size,
-                                      bias, t, lora_b, scaling, m, n, k, rank, y, workspace);
+                       int64_t k, int64_t rank, void* y, float* workspace, uint32_t* counters, void* stream) {
+  LinearArgs args = linear_args(x, dtype, packed, absmax, scale_codes, group_scales, offset, format, block_size, bias,
+                                t, lora_b, scaling, m, n, k, rank, y, workspace);
+  args.counters = counters;
   return cuda::linear(args, cuda::plan_gemm(args, cuda::current_gpu()), static_cast<cuda::Stream>(stream));
 }
 
-// How many floats linear_gemm needs; -1 where it does not serve.
+// How many floats linear_gemm needs, and *counters; -1 where it does not serve.
 int64_t lowbit_linear_gemm_workspace(const void* x, int dtype, const uint8_t* packed, int format, int64_t block_size,
-                                     int64_t m, int64_t n, int64_t k) {
+                                     int64_t m, int64_t n, int64_t k, int64_t* counters) {
   const LinearArgs args = linear_args(x, dtype, packed, nullptr, nullptr, nullptr, nullptr, format, block_size, nullptr,
                                       nullptr, nullptr, 0, m, n, k, 0, nullptr, nullptr);
-  return cuda::gemm_fits(args) ? cuda::plan_gemm(args, cuda::current_gpu()).workspace : -1;
+  if (!cuda::gemm_fits(args)) return -1;
+  const cuda::Plan plan = cuda::plan_gemm(args, cuda::current_gpu());
+  *counters = plan.counters;
+  return plan.workspace;
 }
 
 }  // extern "C"

@@ -90,7 +90,8 @@ int main() {
     for (const int64_t n : {16, 100, 4096})
       for (const int64_t k : {64, 4096, 96 * 1024}) {
         const Plan plan = plan_linear(product(m, Dtype::bf16, kNf4, n, k), gpu);
-        const int64_t unit = plan.path == Path::gemm ? 4096 / plan.rows : int64_t{plan.panel_steps} * kGemvDepth;
+        const int64_t unit =
+            plan.path == Path::gemm ? gemm_depth(plan.columns) : int64_t{plan.panel_steps} * kGemvDepth;
         const bool covers = plan.splits * plan.split_size * unit >= k && (plan.splits - 1) * plan.split_size * unit < k;
         expect(covers && plan.workspace == (plan.splits > 1 ? plan.splits * m * n : 0), plan, "splits");
       }
