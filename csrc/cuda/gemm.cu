@@ -1,23 +1,23 @@
 // linear for more rows of x than the gemv takes, on tensor cores: y = x W^T + scaling t lora_b^T + bias.
 //
 // W is the mma's A (16 rows) and x its B (8 columns), so that y comes out transposed and the rows of x are padded to
-// eights only. Tiles of x and of packed W come through a ring of four stages of cp.async, with one barrier per tile. A
-// weight is decoded in the registers of the lane that multiplies it: the order of the contraction is free, and
-// gemm_k (layout.h) is the one in which a lane's fragments are consecutive bytes of W as stored, and of x.
+// eights only. A block of threads is all that a multiprocessor holds: 16 warps share one table of decoded pairs and
+// each tile of x, and where they stand side by side along k, their sums need no memory. Tiles of x and of packed W come
+// through a ring of cp.async, with one barrier per tile. A weight is decoded in the registers of the lane that
+// multiplies it: the order of the contraction is free, and gemm_k (layout.h) is the one in which a lane's fragments are
+// consecutive bytes of W as stored, and of x. Where k is split, the block that comes last adds up what all have.
 //
 // Costs per 64 weights of a lane (one step of a warp: 32 rows of W, 64 columns), M being the rows of x in the tile:
 //
-// Decode: a byte's two values are one PRMT, which makes the address, and one LDS from a table of pairs with a copy per
+// Decode: a byte's two values are one IDP, which makes the address, and one LDS from a table of pairs with a copy per
 // lane: 64 instructions and 32 cycles of shared memory. From registers (PRMT on 16 entries in two byte planes) it would
 // be 2.6 instructions per weight, 168, and all of them on the pipe that does 64 lanes per cycle: 84 cycles of a
-// multiprocessor per warp and step, where DRAM at full speed leaves an H100 70.
+// multiprocessor per warp and step, where DRAM at full speed leaves an H200 53.
 // x: M / 4 LDS.128, each serving four mma: 16 bytes of every lane, as ldmatrix.x4 would; M cycles of shared memory.
 // Scales: in fp32, on the sums of each block: M FFMA, on a pipe that is free otherwise. Multiplied into the decoded
 // pairs it would be 32 HMUL2 (and their scales' conversion), fewer from M = 32 on, but shared memory is what limits
 // then, and the weight would be rounded twice more (2^-8 each in bf16), and in f16 underflow where scales are small.
 // Here the codebook alone is rounded to 16 bits. (Sums of x times the codebook must fit fp32: |x| below 1e36.)
-// In all, without NOPs, on sm_90: 163 at M = 16, 232 at M = 32, 297 at M = 64 (2.5 to 4.6 per weight), of which 16, 32
-// and 64 are HMMA; 16 to 23 more where scales are double-quantized.
 //
 // LoRA: t and lora_b are in fp32. Each is split into two bf16, of which three products make the fp32 one to 3 * 2^-16,
 // in the same sums: 3 mma per 16 of the rank and fragment, in place of 64 FFMA in fp32.
@@ -81,6 +81,114 @@ struct SplitPair {
   }
 };
 
+// Where a thread's warp works: its tile of the output, and its part of the tile and of k.
+template <class Tile>
+struct Place {
+  int thread, lane, warp_n, warp_k;
+  int64_t m0, n0;
+  int m_left, n_left;  // rows of x and of W in the tile
+
+  __device__ __forceinline__ Place(const LinearArgs& args, int thread, unsigned block)
+      : thread(thread), lane(thread % kWarpSize) {
+    const int warp = ptx::shuffle(thread / kWarpSize, 0);  // so that the compiler knows it for the warp's
+    warp_n = warp % Tile::kWarpsN, warp_k = warp / Tile::kWarpsN;
+    // Blocks that read the same rows of W are neighbours, so that L2 serves all but the first.
+    const auto tiles_m = static_cast<unsigned>(ceil_div(args.m, Tile::kM));
+    m0 = int64_t{block % tiles_m} * Tile::kM, n0 = int64_t{block / tiles_m} * Tile::kN;
+    m_left = static_cast<int>(min(args.m - m0, int64_t{Tile::kM}));
+    n_left = static_cast<int>(min(args.n - n0, int64_t{Tile::kN}));
+  }
+};
+
+// Adds LoRA's product to the warp's sums of kRows rows of x from `first` on, which are at sum_at(tile of W, tile of x,
+// i). The rank's columns, in sixteens, are shared out among the warps along k and the blocks along y.
+template <class Tile, int kRows, class SumAt>
+__device__ __forceinline__ void add_lora(const LinearArgs& args, const Place<Tile>& place, int first,
+                                         const SumAt& sum_at) {
+  constexpr int kTilesA = kGemmWarpN / 16;
+  const float* const t_rows = args.t + place.m0 * args.rank;
+  const float* const b_rows = args.lora_b + place.n0 * args.rank;
+  const int rank = static_cast<int>(args.rank);
+  const auto pair_of = [&](const float* rows, int row, int row_count, int column, float scaling) {
+    const auto element = [&](int at) {
+      return at < rank ? scaling * rows[static_cast<uint32_t>(min(row, row_count - 1) * rank + at)] : 0.0f;
+    };
+    return SplitPair(element(column), element(column + 1));
+  };
+#pragma unroll 1
+  for (int r0 = (blockIdx.y * Tile::kWarpsK + place.warp_k) * 16; r0 < rank; r0 += gridDim.y * Tile::kWarpsK * 16) {
+    uint32_t a[2][kTilesA][4];
+#pragma unroll
+    for (int tile = 0; tile < kTilesA; ++tile)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Position at = mma_a(place.lane, 2 * i);
+        const SplitPair pair =
+            pair_of(b_rows, place.warp_n * kGemmWarpN + tile * 16 + at.row, place.n_left, r0 + at.column, args.scaling);
+        a[0][tile][i] = pair.high, a[1][tile][i] = pair.low;
+      }
+#pragma unroll
+    for (int column = 0; column < kRows / 8; ++column) {
+      uint32_t b[2][2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const Position at = mma_b(place.lane, 2 * i);
+        const SplitPair pair = pair_of(t_rows, first + column * 8 + at.column, place.m_left, r0 + at.row, 1.0f);
+        b[0][i] = pair.high, b[1][i] = pair.low;
+      }
+#pragma unroll
+      for (int tile = 0; tile < kTilesA; ++tile) {
+        float c[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) c[i] = sum_at(tile, column, i);
+        ptx::mma<Bf16>(c, a[1][tile], b[0]);
+        ptx::mma<Bf16>(c, a[0][tile], b[1]);
+        ptx::mma<Bf16>(c, a[0][tile], b[0]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum_at(tile, column, i) = c[i];
+      }
+    }
+  }
+}
+
+// Four sums of a row: of all of k, with the bias, into y; of a split, into its part of the workspace.
+template <class T, class Tile>
+__device__ __forceinline__ void write(const LinearArgs& args, const Place<Tile>& place, int row, int column,
+                                      float (&values)[4], bool is_whole_sum, bool whole) {
+  const int64_t first = place.n0 + column, at = (place.m0 + row) * args.n + first, left = args.n - first;
+  if (!is_whole_sum) return store(values, left, whole, args.workspace + blockIdx.y * args.m * args.n + at);
+  if (args.bias)
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if (j < left) values[j] += args.bias[first + j];
+  store(values, left, whole, static_cast<T*>(args.y) + at);
+}
+
+// Adds up what all blocks along y have written, in their order, so that it is always the same.
+template <class T, class Tile>
+__device__ __forceinline__ void add_splits(const LinearArgs& args, const Place<Tile>& place, bool whole) {
+  constexpr int kFours = Tile::kN / 4, kAhead = 4;
+#pragma unroll 1
+  for (int i = place.thread; i < Tile::kM * kFours; i += kThreads) {
+    const int row = i / kFours, column = i % kFours * 4;
+    if (row >= place.m_left || column >= place.n_left) continue;
+    const float* const from = args.workspace + (place.m0 + row) * args.n + place.n0 + column;
+    float values[4] = {};
+#pragma unroll 1
+    for (unsigned split = 0; split < gridDim.y; split += kAhead) {
+      float4 parts[kAhead] = {};
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j)
+        if (split + j < gridDim.y)
+          parts[j] = load_fresh(from + (split + j) * args.m * args.n, place.n_left - column, whole);
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j)
+        values[0] += parts[j].x, values[1] += parts[j].y, values[2] += parts[j].z, values[3] += parts[j].w;
+    }
+    write<T>(args, place, row, column, values, true, whole);
+  }
+}
+
 // kScaleK: how many columns, from a multiple of it on, certainly share a scale: 32 or 64.
 // stages: 2 or 4. tiles_per_split: tiles of k that block (.., y) sums. whole: rows of four of the output are aligned.
 template <class T, int kRows, int kColumns, int kScaleK, bool kDoubleQuant>
@@ -95,18 +203,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   Shared<T, Tile>& shared = *reinterpret_cast<Shared<T, Tile>*>(memory);
   constexpr int kStageBytes = sizeof(shared.ring[0]);
 
-  const int lane = threadIdx.x % kWarpSize, warp = ptx::shuffle(threadIdx.x / kWarpSize, 0);
-  const int group = lane / 4, quad_lane = lane % 4;
-  const int warp_n = warp % Tile::kWarpsN, warp_k = warp / Tile::kWarpsN;
-  const auto tiles_m = static_cast<uint32_t>(ceil_div(args.m, Tile::kM));
-  // Blocks that read the same rows of W are neighbours, so that L2 serves all but the first.
-  const int64_t m0 = int64_t{blockIdx.x % tiles_m} * Tile::kM, n0 = int64_t{blockIdx.x / tiles_m} * Tile::kN;
+  const Place<Tile> at(args, threadIdx.x, blockIdx.x);
+  const int64_t m0 = at.m0, n0 = at.n0;
+  const int lane = at.lane, group = lane / 4, quad_lane = lane % 4, warp_n = at.warp_n, warp_k = at.warp_k;
+  const int m_left = at.m_left, n_left = at.n_left;
   const int k = static_cast<int>(args.k), k0 = blockIdx.y * tiles_per_split * Tile::kK;
   const int tiles = min(tiles_per_split, (k - k0 + Tile::kK - 1) / Tile::kK);
-  const auto rows_left = [](int64_t all, int64_t first, int tile) {
-    return static_cast<int>(min(all - first, int64_t{tile}));
-  };
-  const int m_left = rows_left(args.m, m0, Tile::kM), n_left = rows_left(args.n, n0, Tile::kN);
   const int k_left = min(k - k0, tiles * Tile::kK);
   const auto reaches = [&](int tile, int column) { return tile * Tile::kK + column < k_left; };
 
@@ -117,20 +219,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kXApart = kThreads / 8 / Tile::kM * 64;
   static_assert(Tile::kN * Tile::kWPieces == 2 * kThreads && (kXCopies == 1 || kXCopies * kXApart == Tile::kK));
   const Position x_at = Tile::x_at(threadIdx.x), w_at = Tile::w_at(threadIdx.x);
-  const char* x_from =
-      static_cast<const char*>(args.x) + ((m0 + min(x_at.row, m_left - 1)) * k + k0 + x_at.column * 8) * 2;
-  const uint8_t* w_from = args.weight.packed + ((n0 + min(w_at.row, n_left - 1)) * k + k0 + w_at.column * 32) / 2;
-  const uint32_t w_half = w_at.row + Tile::kN / 2 < n_left ? Tile::kN / 2 * (k / 2) : 0;
+  // What is the block's is kept apart from what is the thread's, which then takes half the registers.
+  const char* x_from = static_cast<const char*>(args.x) + (m0 * k + k0) * 2;
+  const uint8_t* w_from = args.weight.packed + (n0 * k + k0) / 2;
+  const uint32_t x_offset = (min(x_at.row, m_left - 1) * k + x_at.column * 8) * 2;
+  const uint32_t w_offset = (min(w_at.row, n_left - 1) * (k / 2) + w_at.column * kAccessBytes);
+  const uint32_t w_second = w_offset + (w_at.row + Tile::kN / 2 < n_left ? Tile::kN / 2 * (k / 2) : 0);
   const uint32_t w_to = ptx::shared_address(&shared.ring[0].w[threadIdx.x]);
   const uint32_t x_to = ptx::shared_address(&shared.ring[0].x[threadIdx.x]);
   const auto copy_tile = [&](int tile) {
     const int stage = (tile & (stages - 1)) * kStageBytes;
     const int w_bytes = reaches(tile, w_at.column * 32) ? kAccessBytes : 0;
-    ptx::copy_async_16(w_to + stage, w_from, w_bytes);
-    ptx::copy_async_16(w_to + stage + kThreads * kAccessBytes, w_from + w_half, w_bytes);
+    ptx::copy_async_16(w_to + stage, w_from + w_offset, w_bytes);
+    ptx::copy_async_16(w_to + stage + kThreads * kAccessBytes, w_from + w_second, w_bytes);
 #pragma unroll
     for (int i = 0; i < kXCopies; ++i)
-      ptx::copy_async_16(x_to + stage + i * kThreads * kAccessBytes, x_from + i * kXApart * 2,
+      ptx::copy_async_16(x_to + stage + i * kThreads * kAccessBytes, x_from + (x_offset + i * kXApart * 2),
                          reaches(tile, x_at.column * 8 + i * kXApart) ? kAccessBytes : 0);
     w_from += Tile::kK / 2;
     x_from += Tile::kK * 2;
@@ -226,118 +330,41 @@ __global__ void __launch_bounds__(kThreads, 1)
     multiply(tile & (stages - 1), scales);
   }
 
-  // --- LoRA: the rank's columns in sixteens, shared out among the warps along k and the blocks along y
+  // --- the output: what the warps along k have, added up in shared memory, some rows at a time. (Where the thread
+  // works is found out again, so that the loop need not keep it in registers.)
 
-  const float* const t_rows = args.t + m0 * args.rank;
-  const float* const b_rows = args.lora_b + n0 * args.rank;
-  const int rank = static_cast<int>(args.rank);
-  const auto pair_of = [&](const float* rows, int row, int row_count, int column, float scaling) {
-    const auto element = [&](int at) {
-      return at < rank ? scaling * rows[static_cast<uint32_t>(min(row, row_count - 1) * rank + at)] : 0.0f;
-    };
-    return SplitPair(element(column), element(column + 1));
-  };
-  // --- the output: what the warps along k have, added up in shared memory, some rows at a time
-
-  constexpr int kFours = Tile::kN / 4;  // in a row
-  T* const y = static_cast<T*>(args.y);
-  const int64_t size = args.m * args.n;
-  const auto write = [&](float (&values)[4], int row, int column, bool is_sum) {
-    const int64_t at = (m0 + row) * args.n + n0 + column, left = args.n - n0 - column;
-    if (!is_sum) return store(values, left, whole, args.workspace + blockIdx.y * size + at);
-    if (args.bias)
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        if (j < left) values[j] += args.bias[n0 + column + j];
-    store(values, left, whole, y + at);
-  };
+  const Place<Tile> here(args, ptx::read_thread_index(), ptx::read_block_index());
   const auto sum_at = [&](int tile, int column, int i) -> float& {
-    const Position at = mma_c(lane, i);
-    return shared.sums[warp_k][column * 8 + at.column][warp_n * kGemmWarpN + tile * 16 + at.row];
+    const Position at = mma_c(here.lane, i);
+    return shared.sums[here.warp_k][column * 8 + at.column][here.warp_n * kGemmWarpN + tile * 16 + at.row];
   };
+  constexpr int kStaged = Tile::kStagedRows, kFours = Tile::kN / 4;
   ptx::wait_copies<0>();
-  constexpr int kStagedTiles = Tile::kStagedRows / 8;
 #pragma unroll
-  for (int first = 0; first < kTilesB; first += kStagedTiles) {
+  for (int first = 0; first < Tile::kM; first += kStaged) {
     __syncthreads();
 #pragma unroll
     for (int tile = 0; tile < kTilesA; ++tile)
 #pragma unroll
-      for (int column = 0; column < kStagedTiles; ++column)
+      for (int column = 0; column < kStaged / 8; ++column)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sum_at(tile, column, i) = sums[tile][first + column][i];
-#pragma unroll 1
-    for (int r0 = (blockIdx.y * Tile::kWarpsK + warp_k) * 16; r0 < rank; r0 += gridDim.y * Tile::kWarpsK * 16) {
-      uint32_t a[2][kTilesA][4];
-#pragma unroll
-      for (int tile = 0; tile < kTilesA; ++tile)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const Position at = mma_a(lane, 2 * i);
-          const SplitPair pair =
-              pair_of(b_rows, warp_n * kGemmWarpN + tile * 16 + at.row, n_left, r0 + at.column, args.scaling);
-          a[0][tile][i] = pair.high, a[1][tile][i] = pair.low;
-        }
-#pragma unroll
-      for (int column = 0; column < kStagedTiles; ++column) {
-        uint32_t b[2][2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const Position at = mma_b(lane, 2 * i);
-          const SplitPair pair = pair_of(t_rows, (first + column) * 8 + at.column, m_left, r0 + at.row, 1.0f);
-          b[0][i] = pair.high, b[1][i] = pair.low;
-        }
-#pragma unroll
-        for (int tile = 0; tile < kTilesA; ++tile) {
-          float c[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) c[i] = sum_at(tile, column, i);
-          ptx::mma<Bf16>(c, a[1][tile], b[0]);
-          ptx::mma<Bf16>(c, a[0][tile], b[1]);
-          ptx::mma<Bf16>(c, a[0][tile], b[0]);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sum_at(tile, column, i) = c[i];
-        }
-      }
-    }
-
+        for (int i = 0; i < 4; ++i) sum_at(tile, column, i) = sums[tile][first / 8 + column][i];
+    add_lora<Tile, kStaged>(args, here, first, sum_at);
     __syncthreads();
 #pragma unroll 1
-    for (int i = threadIdx.x; i < kStagedTiles * 8 * kFours; i += kThreads) {
+    for (int i = here.thread; i < kStaged * kFours; i += kThreads) {
       const int row = i / kFours, column = i % kFours * 4;
-      if (first * 8 + row >= m_left || column >= n_left) continue;
+      if (first + row >= here.m_left || column >= here.n_left) continue;
       float values[4] = {};
 #pragma unroll
       for (int part = 0; part < Tile::kWarpsK; ++part) {
         const float4 v = *reinterpret_cast<const float4*>(&shared.sums[part][row][column]);
         values[0] += v.x, values[1] += v.y, values[2] += v.z, values[3] += v.w;
       }
-      write(values, first * 8 + row, column, gridDim.y == 1);
+      write<T>(args, here, first + row, column, values, gridDim.y == 1, whole);
     }
   }
-
-  // --- several blocks along y: the last adds up what all have, in their order, so that it is always the same
-
-  if (gridDim.y == 1 || !is_last_to_arrive(args.counters + blockIdx.x, gridDim.y)) return;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < Tile::kM * kFours; i += kThreads) {
-    const int row = i / kFours, column = i % kFours * 4;
-    if (row >= m_left || column >= n_left) continue;
-    const float* const from = args.workspace + (m0 + row) * args.n + n0 + column;
-    float values[4] = {};
-    constexpr int kAhead = 4;
-#pragma unroll 1
-    for (unsigned split = 0; split < gridDim.y; split += kAhead) {
-      float4 parts[kAhead] = {};
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j)
-        if (split + j < gridDim.y) parts[j] = load_fresh(from + (split + j) * size, n_left - column, whole);
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j)
-        values[0] += parts[j].x, values[1] += parts[j].y, values[2] += parts[j].z, values[3] += parts[j].w;
-    }
-    write(values, row, column, true);
-  }
+  if (gridDim.y > 1 && is_last_to_arrive(args.counters + blockIdx.x, gridDim.y)) add_splits<T>(args, here, whole);
 #endif
 }
 

@@ -161,11 +161,11 @@ inline bool gemm_fits(const LinearArgs& args) {
 //
 // A step of a warp is 32 x 64 weights, 1 KB, which DRAM at 4.3 TB/s brings in 53 cycles. Shared memory serves it in
 // 32 cycles of look-ups, 16 for W in and out, M for x out and 32 M / N for x in; the L2 brings W and 4 M / N as much
-// of x in 52 (1 + 4 M / N) at 4.4 TB/s, 0.8 of what it can do alone. A block takes 2000 cycles more, for filling the
-// table and the ring and writing out. Where k is split, it writes its sums (24 bytes in a cycle, as all blocks do so at
-// once) and arrives (1500), and the last of a tile's blocks reads all of them (64 bytes in a cycle: few blocks read).
+// of x in 42 (1 + 4 M / N) at 5.5 TB/s. A block takes 2000 cycles more, for filling the table and the ring and
+// writing out. Where k is split, it writes its sums (24 bytes in a cycle, as all blocks do so at once) and arrives
+// (1500), and the last of a tile's blocks reads all of them (64 bytes in a cycle: few blocks read).
 inline int64_t gemm_cycles(int64_t rows, int64_t columns, int64_t rounds, int64_t tiles_k, int64_t splits) {
-  const int64_t step = std::max(48 + rows + 32 * rows / columns, 52 + 208 * rows / columns);
+  const int64_t step = std::max(48 + rows + 32 * rows / columns, 42 + 168 * rows / columns);
   const int64_t sums = 4 * rows * columns;
   const int64_t reduction = splits == 1 ? 0 : sums / 24 + 1500 + splits * sums / 64;
   return rounds * (tiles_k * kGemmWarps * step + 2000) + reduction;
@@ -183,10 +183,11 @@ inline Plan plan_gemm(const LinearArgs& args, const Gpu& gpu) {
   plan.scale_columns = args.weight.block_size >= 64 && args.k % 64 == 0 ? 64 : 32;
   plan.rows = args.m <= 16 ? 16 : args.m <= 32 || plan.scale_columns == 32 ? 32 : 64;
   plan.row_tiles = ceil_div(args.m, plan.rows);
+  const int shared_bytes = std::max(gpu.shared_bytes, 99 * 1024);  // every GPU that has bf16 tensor cores has these
   int64_t least = INT64_MAX;
   for (const int columns : {128, 256}) {
     const bool has_wide = plan.rows > 16 && plan.scale_columns == 64;
-    if ((columns == 256 && !has_wide) || gemm_shared_bytes(plan.rows, columns, 2) > gpu.shared_bytes) continue;
+    if ((columns == 256 && !has_wide) || gemm_shared_bytes(plan.rows, columns, 2) > shared_bytes) continue;
     const int64_t column_tiles = ceil_div(args.n, columns), tiles = plan.row_tiles * column_tiles;
     const int64_t tiles_k = ceil_div(args.k, gemm_depth(columns));
     for (int64_t tried = 1; tried <= std::min<int64_t>(tiles_k, kMaxSplits); ++tried) {
@@ -201,7 +202,7 @@ inline Plan plan_gemm(const LinearArgs& args, const Gpu& gpu) {
       plan.splits = splits;
     }
   }
-  plan.stages = gemm_shared_bytes(plan.rows, plan.columns, 4) <= gpu.shared_bytes ? 4 : 2;
+  plan.stages = gemm_shared_bytes(plan.rows, plan.columns, 4) <= shared_bytes ? 4 : 2;
   plan.workspace = plan.splits > 1 ? plan.splits * args.m * args.n : 0;
   plan.counters = plan.splits > 1 ? plan.row_tiles * plan.column_tiles : 0;
   return plan;

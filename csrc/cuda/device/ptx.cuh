@@ -184,13 +184,6 @@ __device__ __forceinline__ uint32_t add_product_of_byte(uint32_t word, int b, ui
   return v;
 }
 
-// Byte `b` of `word` above the lowest byte of `low`, whose highest is 0.
-__device__ __forceinline__ uint32_t byte_above(uint32_t word, int b, uint32_t low) {
-  uint32_t v;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(word), "r"(low), "r"(0x7704 | b << 4));
-  return v;
-}
-
 __device__ __forceinline__ int signed_byte(uint32_t word, int b) {
   int v;
   asm("bfe.s32 %0, %1, %2, 8;" : "=r"(v) : "r"(word), "r"(8 * b));
