@@ -187,7 +187,8 @@ def test_launch_and_bank_conflicts(m, rows, columns, block_size):
     (launch,) = launchers().launches
     assert launch.grid == (-(-m // rows) * -(-260 // columns), 1, 1)
     assert launch.block == (512, 1, 1)
-    assert launch.shared == TABLE_BYTES + 4 * stage_bytes(rows, columns)
+    stages = 2 if (rows, columns) == (64, 128) else 4  # an A100's blocks have 163 KB
+    assert launch.shared == TABLE_BYTES + stages * stage_bytes(rows, columns)
     assert launch.result.bank_conflicts == 0
 
 

@@ -318,7 +318,7 @@ def test_gemm(m):
     rows = 256 if m > 32 else 64
     product = Product(m, rows, torch.bfloat16)
     with running(last_block) as library:
-        assert library.call("lowbit_linear_gemm", *product.arguments(), None, None) == 0
+        assert library.call("lowbit_linear_gemm", *product.arguments(), None, None, None) == 0
     assert library.launches[-1].grid[1] == 1
     exact, magnitude, lora = product.exact()
     tolerance = gemm_tolerance(magnitude, lora, exact, K + RANK, "nf4", torch.bfloat16)
