@@ -56,6 +56,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--record", action="store_true", help="keep the ratios to others for this machine (ratios.py)")
+    parser.add_argument("--check", action="store_true", help="fail if a ratio fell below 80%% of the recorded one")
     parser.add_argument("--plot", metavar="FILE", help="a roofline, as PNG")
     parser.add_argument("--plot-times", metavar="FILE", help="times side by side for the first shape, as PNG")
     parser.add_argument("--isa", choices=["avx2"], help="limit all contenders to this instruction set")
@@ -65,6 +67,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--rounds: expected at least 1, got {options.rounds}")
     if options.backward and "backward" not in options.ops:
         options.ops.append("backward")
+    if options.record and (options.quick or options.isa or options.device != "cpu"):
+        parser.error("--record: expected whole runs on a CPU, without --quick and --isa")
     if options.quick:
         options.shapes, options.m, options.rounds = [["128x256"]], [1, 8], 3
     return options
@@ -111,6 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         # torch and its libraries read these variables when they are loaded, so the program starts again with them.
         environment = os.environ | AVX2_ONLY
         os.execve(sys.executable, [sys.executable, __file__, *(sys.argv[1:] if argv is None else argv)], environment)
+    import ratios
     import report
     import torch
     from machine import measure
@@ -158,7 +163,15 @@ def main(argv: list[str] | None = None) -> int:
         console.print(
             f"WRONG: {row['operation']} {row['dtype']} {row['n']}x{row['k']} m={row['m']}: error {row['error']}"
         )
-    return 1 if wrong else 0
+    behind = None
+    if options.check:
+        behind = ratios.regressions(rows)
+        lines = ["no ratios are recorded for this machine: --record keeps them"] if behind is None else behind
+        for line in lines or ["no ratio fell behind the recorded ones"]:
+            console.print(line)
+    if options.record and not wrong:
+        ratios.record(machine, rows)
+    return 1 if wrong or behind else 0
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ on all alike. Peak memory is that of the process during the timed steps, above w
 """
 
 import argparse
-import multiprocessing
 import os
 import sys
 import time
 from pathlib import Path
 
 from bench_matmul import AVX2_ONLY
+from turns import Contender, memory_kb, take_turns
 
 CONTENDERS = ("lowbit", "PEFT + bitsandbytes", "dense LoRA (PEFT)")
 MODELS = {
@@ -70,110 +70,52 @@ def build(contender: str, options: argparse.Namespace, dtype):
     )
 
 
-def memory_kb(field: str) -> int:
-    """A value in kB from this process's status file; 0 if the system has none."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) for line in lines if line.startswith(field + ":")), 0)
-
-
-def worker(contender: str, options: argparse.Namespace, dtype_name: str, pipe) -> None:
-    """Build the model, then run one step for each message from the pipe, and send its times and memory."""
+def steps(contender: str, options: argparse.Namespace, dtype_name: str):
+    """Build the model, then yield the times and the memory of one training step after the other."""
     import torch
 
-    try:
-        if options.isa:
-            import lowbit  # noqa: F401  (loads the ops)
+    if options.isa:
+        import lowbit  # noqa: F401  (loads the ops)
 
-            torch.ops.lowbit.set_cpu_isa(options.isa)
-        if options.threads:
-            torch.set_num_threads(options.threads)
-        import transformers  # noqa: F401  (part of the base, not of the model)
+        torch.ops.lowbit.set_cpu_isa(options.isa)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    import transformers  # noqa: F401  (part of the base, not of the model)
 
-        base_kb = memory_kb("VmRSS")
-        model = build(contender, options, getattr(torch, dtype_name))
-        model.train()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-        vocabulary = MODELS[options.model]["vocab_size"]
-        ids = torch.randint(vocabulary, (options.batch, options.length), generator=torch.Generator().manual_seed(1))
-        peak = Path("/proc/self/clear_refs")
-        pipe.send({"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)})
-        while pipe.recv() == "step":
-            if peak.exists():
-                peak.write_text("5")  # the peak so far is forgotten
-            start = time.perf_counter()
-            loss = model(input_ids=ids, labels=ids).loss
-            forward = time.perf_counter()
-            loss.backward()
-            backward = time.perf_counter()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            end = time.perf_counter()
-            pipe.send(
-                {
-                    "loss": loss.item(),
-                    "forward": (forward - start) * 1e3,
-                    "backward": (backward - forward) * 1e3,
-                    "optimizer": (end - backward) * 1e3,
-                    "peak_mb": (memory_kb("VmHWM") - base_kb) / 1024,
-                }
-            )
-    except Exception as error:
-        pipe.send({"failed": f"{type(error).__name__}: {error}"})
-
-
-class Contender:
-    """One worker process and what its steps took."""
-
-    def __init__(self, name: str, options: argparse.Namespace, dtype: str):
-        self.name, self.timeout, self.steps, self.failed = name, options.timeout, [], ""
-        # A forked child would share the parent's pages and its thread pool.
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=worker, args=(name, options, dtype, theirs), daemon=True)
-        self.process.start()
-        self.about = self._receive()
-
-    def _receive(self) -> dict:
-        message = {"failed": f"no answer within {self.timeout} s"}
-        if self.pipe.poll(self.timeout):
-            try:
-                message = self.pipe.recv()
-            except EOFError:
-                message = {"failed": "its process ended"}
-        self.failed = self.failed or message.get("failed", "")
-        return message
-
-    def step(self, count: bool) -> None:
-        if self.failed:
-            return
-        self.pipe.send("step")
-        message = self._receive()
-        if not self.failed and (count or not self.steps):
-            self.steps.append(message)
-
-    def close(self) -> None:
-        if self.process.is_alive():
-            self.process.kill()
-        self.process.join()
+    base_kb = memory_kb("VmRSS")
+    model = build(contender, options, getattr(torch, dtype_name))
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    vocabulary = MODELS[options.model]["vocab_size"]
+    ids = torch.randint(vocabulary, (options.batch, options.length), generator=torch.Generator().manual_seed(1))
+    peak = Path("/proc/self/clear_refs")
+    yield {"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    while True:
+        if peak.exists():
+            peak.write_text("5")  # the peak so far is forgotten
+        start = time.perf_counter()
+        loss = model(input_ids=ids, labels=ids).loss
+        forward = time.perf_counter()
+        loss.backward()
+        backward = time.perf_counter()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        end = time.perf_counter()
+        yield {
+            "loss": loss.item(),
+            "forward": (forward - start) * 1e3,
+            "backward": (backward - forward) * 1e3,
+            "optimizer": (end - backward) * 1e3,
+            "peak_mb": (memory_kb("VmHWM") - base_kb) / 1024,
+        }
 
 
 def run(options: argparse.Namespace, dtype: str) -> list[dict]:
     """Time the contenders in one dtype; return the rows of the table."""
     from timing import Sample
-    from tqdm import tqdm
 
-    contenders = [Contender(name, options, dtype) for name in options.contenders]
-    try:
-        with tqdm(total=len(contenders) * (options.steps + 1), unit="step", desc=dtype, disable=None) as bar:
-            for number in range(options.steps + 1):
-                for contender in contenders:
-                    bar.set_postfix_str(contender.name)
-                    contender.step(count=number > 0)
-                    bar.update()
-    finally:
-        for contender in contenders:
-            contender.close()
+    contenders = [Contender(name, options.timeout, steps, name, options, dtype) for name in options.contenders]
+    take_turns(contenders, options.steps, dtype)
     rows = []
     for contender in contenders:
         row = {"dtype": dtype, "name": contender.name}
@@ -181,9 +123,9 @@ def run(options: argparse.Namespace, dtype: str) -> list[dict]:
         if contender.failed:
             row["failed"] = contender.failed
             continue
-        timed = contender.steps[1:] or contender.steps  # the first step warms up
+        timed = contender.timed
         row["trainable"] = contender.about["trainable"]
-        row["first_loss"] = contender.steps[0]["loss"]
+        row["first_loss"] = contender.turns[0]["loss"]
         for phase in ("forward", "backward", "optimizer"):
             row[f"{phase}_ms"] = Sample([step[phase] for step in timed]).median
         total = Sample([step["forward"] + step["backward"] + step["optimizer"] for step in timed])

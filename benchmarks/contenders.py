@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import llama_cpp_product
 import torch
 import torch.nn.functional as F
 from timing import Rotating
@@ -15,6 +16,7 @@ import lowbit
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Error of the approximate product that fails the run, relative to the norm (its docstring says about 1%).
 APPROXIMATE_LIMIT = 0.03
+BITSANDBYTES, BITSANDBYTES_EVAL = "bitsandbytes", "bitsandbytes eval"
 
 
 @dataclass
@@ -118,6 +120,11 @@ def bitsandbytes_or_reason():
     return bitsandbytes, ""
 
 
+@functools.cache
+def ggml_with(threads: int) -> llama_cpp_product.Ggml:
+    return llama_cpp_product.Ggml(threads)
+
+
 def torchao_linear(weight: torch.Tensor):
     """torchao's NF4 product as a function of x, or raises."""
     try:
@@ -153,6 +160,7 @@ def linear_case(o: Operands, m: int, with_reference: bool) -> Case:
             calls = [lambda w=w, xd=xd: F.linear(xd, w) for w in weights]
             case.add(name, Rotating(calls), weights[0].nbytes + (m * (o.n + o.k)) * xd.element_size())
     add_bitsandbytes(case, o, lambda bnb, p, s: bnb.matmul_4bit(x, p.t(), s), io, rotate)
+    add_bitsandbytes_eval(case, o, x, io, rotate)
     try:
         product = torchao_linear(o.weight)
         product(x)
@@ -167,13 +175,57 @@ def linear_case(o: Operands, m: int, with_reference: bool) -> Case:
 def add_bitsandbytes(case: Case, o: Operands, call, io: float, rotate: bool = False) -> None:
     bnb, reason = bitsandbytes_or_reason()
     if bnb is None:
-        case.missing["bitsandbytes"] = reason
+        case.missing[BITSANDBYTES] = reason
         return
     packed, state = bnb.functional.quantize_4bit(
         o.weight, quant_type=o.format, blocksize=o.block_size, compress_statistics=True
     )
     packs = o.clones(packed, rotate)
-    case.add("bitsandbytes", Rotating([lambda p=p: call(bnb, p, state) for p in packs]), o.q.nbytes + io)
+    case.add(BITSANDBYTES, Rotating([lambda p=p: call(bnb, p, state) for p in packs]), o.q.nbytes + io)
+
+
+def add_bitsandbytes_eval(case: Case, o: Operands, x: torch.Tensor, io: float, rotate: bool) -> None:
+    """bitsandbytes as its users run inference: eval mode, in which a layer repacks its weight for AVX512-BF16."""
+    bnb, reason = bitsandbytes_or_reason()
+    if bnb is not None and o.device == "cpu" and not bnb.nn.Linear4bit(64, 64).support_avx512bf16_for_cpu:
+        bnb, reason = None, "it repacks weights only on CPUs with AVX512-BF16"
+    if bnb is None:
+        case.missing[BITSANDBYTES_EVAL] = reason
+        return
+
+    def layer():
+        layer = bnb.nn.Linear4bit(o.k, o.n, bias=False, compute_dtype=o.dtype, quant_type=o.format)
+        layer.weight = bnb.nn.Params4bit(
+            o.weight, requires_grad=False, blocksize=o.block_size, quant_type=o.format, compress_statistics=True
+        )
+        return layer.to(o.device).eval()
+
+    def call(layer):
+        with torch.inference_mode():
+            return layer(x)
+
+    copies = o.copies(o.q.nbytes) if rotate else 1
+    layers = [layer() for _ in range(copies)]
+    for each in layers:
+        call(each)  # repacks
+    case.add(BITSANDBYTES_EVAL, Rotating([lambda each=each: call(each) for each in layers]), o.q.nbytes + io)
+
+
+def add_llama_cpp(case: Case, o: Operands, x: torch.Tensor, io: float, rotate: bool) -> None:
+    """llama.cpp's products, whose activations are in 8 bits as in lowbit's int8 mode."""
+    try:
+        ggml = ggml_with(torch.get_num_threads())
+    except (ImportError, OSError) as error:
+        for kind in llama_cpp_product.TYPES:
+            case.missing[f"llama.cpp {kind}"] = str(error)
+        return
+    for kind in llama_cpp_product.TYPES:
+        if o.k % 256:
+            case.missing[f"llama.cpp {kind}"] = "its rows are multiples of 256"
+            continue
+        copies = o.copies(o.q.nbytes) if rotate else 1
+        products = [llama_cpp_product.Product(ggml, kind, o.weight, x) for _ in range(copies)]
+        case.add(f"llama.cpp {kind}", Rotating(products), products[0].nbytes + io)
 
 
 def backward_case(o: Operands, m: int) -> Case:
@@ -206,6 +258,7 @@ def int8_case(o: Operands, m: int) -> Case:
     weights = o.clones(o.weight.bfloat16(), rotate)
     xb = x.bfloat16()
     case.add("dense bf16", Rotating([lambda w=w: F.linear(xb, w) for w in weights]), weights[0].nbytes + io)
+    add_llama_cpp(case, o, x, io, rotate)
     if rotate:
         add_memory(case, o, READ)
     return case
@@ -228,11 +281,11 @@ def quantize_case(o: Operands, scale: str) -> Case:
 def add_bitsandbytes_quantize(case: Case, o: Operands) -> None:
     bnb, reason = bitsandbytes_or_reason()
     if bnb is None:
-        case.missing["bitsandbytes"] = reason
+        case.missing[BITSANDBYTES] = reason
         return
     call = bnb.functional.quantize_4bit
     case.add(
-        "bitsandbytes",
+        BITSANDBYTES,
         lambda: call(o.weight, quant_type=o.format, blocksize=o.block_size, compress_statistics=True),
         o.weight.nbytes + o.q.nbytes,
     )

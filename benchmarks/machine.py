@@ -59,7 +59,7 @@ def copy_bandwidth(device: str, numel: int) -> float:
     return 2 * numel * 4 / min(copy.times) / 1e6
 
 
-def _read_bandwidth(device: str, numel: int) -> float:
+def read_bandwidth(device: str, numel: int) -> float:
     """GB/s of reading ``numel`` floats, the best of several ways."""
     source = torch.ones(numel, device=device)
     integers = source.view(torch.int32)
@@ -80,7 +80,7 @@ def _read_bandwidth(device: str, numel: int) -> float:
 def measure(device: str, quick: bool) -> Machine:
     """Measure the bandwidths on a gigabyte, and the peak of a large fp32 F.linear."""
     numel = 2**22 if quick else 2**28
-    read, copy = _read_bandwidth(device, numel), copy_bandwidth(device, numel)
+    read, copy = read_bandwidth(device, numel), copy_bandwidth(device, numel)
     size = 256 if quick else 2048
     x, weight = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
     product = interleaved({"linear": lambda: F.linear(x, weight)}, rounds=7, device=device)["linear"]

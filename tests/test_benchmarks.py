@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,3 +141,39 @@ def test_table_parameters_counts_exactly(monkeypatch, tmp_path, capsys):
     assert [row["lora"] for row in rows] == [294912, 1339392, 4194304, 19988480]
     assert [row["head"] for row in rows] == [1538, 1538, 0, 0]
     assert [row["parameters"] for row in rows] == [109483778] * 2 + [6738415616] * 2
+
+
+def test_bench_generate_writes_its_report(tmp_path):
+    """Users compare decoding by these rows; a contender that fails must not stop the others."""
+    done = run("bench_generate.py", "--quick", "--json", tmp_path / "r.json", "--contenders", "lowbit", "lowbit int8")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {row["name"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    assert set(rows) == {"lowbit", "lowbit int8"}
+    for row in rows.values():
+        assert row["tokens_per_s"] > 0 and 0 < row["bound_share"] < 1
+
+
+def test_ratios_that_fell_are_named(bench_matmul, tmp_path):
+    """A kernel that became slower than before, next to torch, would land unseen."""
+    import ratios
+
+    machine = SimpleNamespace(threads=2, torch_version="2.13.0", lowbit_isa="avx2")
+    row = {"operation": "linear", "dtype": "bfloat16", "n": 64, "k": 64, "m": 1, "name": "lowbit", "vs_dense": 2.0}
+    path = tmp_path / "recorded.json"
+    assert ratios.regressions([row], path) is None
+    ratios.record(machine, [row | {"m": 8}], path)
+    ratios.record(machine, [row], path)
+    assert len(next(iter(ratios.recorded(path).values()))["ratios"]) == 2
+    assert ratios.regressions([row | {"vs_dense": 1.7}], path) == []
+    assert ratios.regressions([row | {"vs_dense": 1.5}], path) == [
+        "linear, bfloat16, 64x64, 1 rows: 1.50 times as fast as dense, recorded 2.00"
+    ]
+    assert ratios.regressions([row | {"m": 4, "vs_dense": 0.1}], path) == []
+    assert ratios.machine_key() in ratios.table(path)
+
+
+def test_machines_of_the_docs_are_the_recorded_ones(bench_matmul):
+    """The page would show a machine's figures that no run printed."""
+    import ratios
+
+    assert ratios.table() in (BENCHMARKS.parent / "docs" / "performance.md").read_text()
