@@ -40,7 +40,7 @@ def _operations(text: str) -> list[str]:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda", "stub"], default="cpu", help="stub: stub_cuda.py")
     parser.add_argument("--shapes", nargs="+", type=_shape, default=[SHAPES["default"]], help="names, or OUTxIN")
     parser.add_argument(
         "--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
@@ -56,6 +56,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--jsonl", metavar="FILE", help="append each row to this file as it comes")
     parser.add_argument("--record", action="store_true", help="keep the ratios to others for this machine (ratios.py)")
     parser.add_argument("--check", action="store_true", help="fail if a ratio fell below 80%% of the recorded one")
     parser.add_argument("--plot", metavar="FILE", help="a roofline, as PNG")
@@ -81,12 +82,14 @@ def cases(options: argparse.Namespace, machine):
 
     if "overhead" in options.ops:
         for recording in (False, True):
-            yield lambda recording=recording: contenders.overhead_case(recording, options.dtype[0])
+            yield lambda recording=recording: contenders.overhead_case(recording, options.dtype[0], options.device)
     skipped = {"int8": not contenders.has_int8(), "search": not contenders.has_search()}
     for dtype in options.dtype:
         for shape in dict.fromkeys(sum(options.shapes, [])):
             n, k = (int(size) for size in shape.split("x"))
-            cache, memory = (2**16, 2**30) if options.quick else (machine.cache_bytes, available_memory() // 8)
+            cache, memory = (
+                (2**16, 2**30) if options.quick else (machine.cache_bytes, available_memory(options.device) // 8)
+            )
             operands = contenders.Operands(
                 n, k, dtype, options.device, options.format, options.block_size, cache, memory
             )
@@ -120,12 +123,12 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from machine import measure
     from rich.console import Console
-    from timing import interleaved
+    from timing import cuda_of, interleaved
     from tqdm import tqdm
 
     import lowbit  # noqa: F401  (loads the ops)
 
-    if options.device == "cuda" and not torch.cuda.is_available():
+    if options.device != "cpu" and not cuda_of(options.device).is_available():
         print("--device cuda: torch finds no CUDA device here", file=sys.stderr)
         return 2
     if options.threads:
@@ -149,7 +152,10 @@ def main(argv: list[str] | None = None) -> int:
         for build in cases(options, machine):
             case = build()
             bar.set_postfix_str(f"{case.operation} {case.dtype} {case.n}x{case.k} m={case.m}")
-            rows += report.rows_of(case, interleaved(case.calls, options.rounds, options.device, case.once), machine)
+            clock = "cpu" if case.by_host else options.device
+            found = report.rows_of(case, interleaved(case.calls, options.rounds, clock, case.once), machine)
+            report.append_json_lines(options.jsonl, found)
+            rows += found
             bar.update()
     report.print_tables(console, rows)
     if options.json:

@@ -4,16 +4,18 @@ python benchmarks/bench_train.py --dtype float32 bfloat16 --json train.json --pl
 
 The model has the shape of a 135M-parameter Llama with random weights. Every linear layer but the head is adapted. Each
 contender has a process of its own. The processes take turns, so that each step runs alone and the machine's drift falls
-on all alike. Peak memory is that of the process during the timed steps, above what Python and the libraries take.
+on all alike. Peak memory is that of the process during the timed steps, above what Python and the libraries take; on a
+GPU what torch has allocated there.
 """
 
 import argparse
 import os
 import sys
-import time
 from pathlib import Path
 
 from bench_matmul import AVX2_ONLY
+from machine import place_of
+from timing import Laps, cuda_of
 from turns import Contender, memory_kb, take_turns
 
 CONTENDERS = ("lowbit", "PEFT + bitsandbytes", "dense LoRA (PEFT)")
@@ -25,6 +27,15 @@ MODELS = {
         "num_key_value_heads": 3,
         "intermediate_size": 1536,
         "vocab_size": 49152,
+    },
+    # Eight layers of an 8B Llama, with fewer words: its own 128,256 would make the head a fourth of a step.
+    "8b-8-layers": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 32000,
     },
     "tiny": {
         "hidden_size": 64,
@@ -44,7 +55,8 @@ def build(contender: str, options: argparse.Namespace, dtype):
 
     torch.manual_seed(0)
     config = LlamaConfig(**MODELS[options.model], tie_word_embeddings=True)
-    model = LlamaForCausalLM(config).to(dtype)
+    with torch.device(place_of(options.device)):
+        model = LlamaForCausalLM(config).to(dtype)
     model.config.use_cache = False
     if contender == "lowbit":
         from lowbit_lora import QLoRAConfig, QLoRAModel
@@ -63,11 +75,33 @@ def build(contender: str, options: argparse.Namespace, dtype):
                 quantized.weight = bnb.nn.Params4bit(
                     linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
                 )
-                model.set_submodule(name, quantized.to("cpu"))
+                model.set_submodule(name, quantized.to(place_of(options.device)))
         model.is_loaded_in_4bit = True
     return get_peft_model(
         model, LoraConfig(r=options.rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     )
+
+
+class PeakMemory:
+    """The most memory in use since the last :meth:`restart`, in MB: of this process, or of its part of a GPU."""
+
+    def __init__(self, device: str):
+        self.cuda = None if device == "cpu" else cuda_of(device)
+        self.base_kb = memory_kb("VmRSS")
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        peak = Path("/proc/self/clear_refs")
+        if self.cuda is not None:
+            self.cuda.reset_peak_memory_stats()
+        elif peak.exists():
+            peak.write_text("5")
+
+    def megabytes(self) -> float:
+        """On a CPU, above what the process took when this was made."""
+        if self.cuda is not None:
+            return self.cuda.max_memory_allocated() / 2**20
+        return (memory_kb("VmHWM") - self.base_kb) / 1024
 
 
 def steps(contender: str, options: argparse.Namespace, dtype_name: str):
@@ -82,32 +116,27 @@ def steps(contender: str, options: argparse.Namespace, dtype_name: str):
         torch.set_num_threads(options.threads)
     import transformers  # noqa: F401  (part of the base, not of the model)
 
-    base_kb = memory_kb("VmRSS")
+    peak = PeakMemory(options.device)
     model = build(contender, options, getattr(torch, dtype_name))
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     vocabulary = MODELS[options.model]["vocab_size"]
     ids = torch.randint(vocabulary, (options.batch, options.length), generator=torch.Generator().manual_seed(1))
-    peak = Path("/proc/self/clear_refs")
+    ids = ids.to(place_of(options.device))
     yield {"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}
     while True:
-        if peak.exists():
-            peak.write_text("5")  # the peak so far is forgotten
-        start = time.perf_counter()
+        peak.restart()
+        laps = Laps(options.device)
+        laps.mark()
         loss = model(input_ids=ids, labels=ids).loss
-        forward = time.perf_counter()
+        laps.mark()
         loss.backward()
-        backward = time.perf_counter()
+        laps.mark()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        end = time.perf_counter()
-        yield {
-            "loss": loss.item(),
-            "forward": (forward - start) * 1e3,
-            "backward": (backward - forward) * 1e3,
-            "optimizer": (end - backward) * 1e3,
-            "peak_mb": (memory_kb("VmHWM") - base_kb) / 1024,
-        }
+        laps.mark()
+        times = dict(zip(("forward", "backward", "optimizer"), laps.times(), strict=True))
+        yield {"loss": loss.item(), **times, "peak_mb": peak.megabytes()}
 
 
 def run(options: argparse.Namespace, dtype: str) -> list[dict]:
@@ -205,6 +234,7 @@ def plot(path: str, rows: list[dict]) -> None:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--device", choices=["cpu", "cuda", "stub"], default="cpu", help="stub: stub_cuda.py")
     parser.add_argument("--model", choices=[*MODELS], default="135m")
     parser.add_argument("--contenders", nargs="+", default=[*CONTENDERS], choices=CONTENDERS)
     parser.add_argument("--batch", type=int, default=4)
@@ -215,6 +245,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=600, help="seconds a contender may take for one step")
     parser.add_argument("--isa", choices=["avx2"], help="limit all contenders to this instruction set")
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--jsonl", metavar="FILE", help="append each row to this file as it comes")
     parser.add_argument("--plot", metavar="FILE", help="a PNG")
     parser.add_argument("--quick", action="store_true", help="a smoke test: the tiny model, two steps")
     options = parser.parse_args(argv)
@@ -230,13 +261,20 @@ def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     if options.isa:
         os.environ.update(AVX2_ONLY)  # read by torch when the workers load it
-    from report import write_json
+    from report import append_json_lines, write_json
     from rich.console import Console
 
     console = Console(width=170)
+    if options.device != "cpu" and not cuda_of(options.device).is_available():
+        print("--device cuda: torch finds no CUDA device here", file=sys.stderr)
+        return 2
     if options.isa:
         console.print(f"LIMITED to {options.isa} for every contender")
-    rows = [row for dtype in options.dtype for row in run(options, dtype)]
+    rows = []
+    for dtype in options.dtype:
+        found = run(options, dtype)
+        append_json_lines(options.jsonl, found)
+        rows += found
     print_table(console, rows, options)
     if options.json:
         write_json(options.json, {"options": vars(options), "rows": rows})

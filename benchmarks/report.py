@@ -89,6 +89,13 @@ def write_json(path: str, content: dict) -> None:
     beside.rename(path)
 
 
+def append_json_lines(path: str | None, rows: list[dict]) -> None:
+    """Append a line for each row, at once: what follows may be cut off."""
+    if path:
+        with open(path, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
 def plot_roofline(path: str, machine: Machine, rows: list[dict]) -> None:
     """Draw speed over arithmetic intensity, with the measured bandwidth and peak as the roof."""
     import matplotlib
