@@ -24,8 +24,8 @@ constexpr int64_t kChunksPerThread = 8;
 // A caller waits this long for its team after its own work, and twice the time of a chunk, before the team counts as
 // late. Waking a thread takes up to 0.1 ms on a virtual machine; a slice of the scheduler is 0.7 ms or more.
 constexpr std::chrono::microseconds kLate{500};
-// After a wait of t the team is not called for 20 t: waits then take at most a twentieth of the time.
-constexpr int64_t kPenalty = 20;
+// After a wait of t the team is not called for 50 t: waits then take at most a fiftieth of the time.
+constexpr int64_t kPenalty = 50;
 constexpr std::chrono::seconds kLongestPenalty{1};
 // A caller works this long before it wakes helpers of the pool, which takes it 5 us each. Smaller calls stay on one
 // thread.
@@ -93,6 +93,42 @@ std::atomic<Clock::rep> late_until{std::numeric_limits<Clock::rep>::min()};
 
 bool team_is_late() { return Clock::now().time_since_epoch().count() < late_until.load(std::memory_order_relaxed); }
 
+// Starts a thread on which no signal is handled: a new thread inherits the mask of the one that starts it, and signals
+// are for the threads that the program knows. Returns false where the system allows no more threads.
+template <class Function>
+bool start_thread(const Function& function) {
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  bool started = true;
+  try {
+    std::thread(function).detach();
+  } catch (const std::system_error&) {
+    started = false;
+  }
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  return started;
+}
+
+// While the team is late, a thread holds a second one of its size. GNU's OpenMP then has more threads than cores, and a
+// thread of it that waits sleeps after 100 looks instead of 300 000, which are longer than a slice (GOMP_SPINCOUNT in
+// its manual). So a caller that shares its core with a thread of its team gives it the core, in torch's own operators
+// too: a training step that another process made three times as long takes 1.8 times as long. With no other process it
+// would cost a quarter, so the second team ends once the first counts as on time.
+void hold_second_team(int64_t threads, const Team& team) {
+  static std::atomic<bool> held{false};
+  if (held.exchange(true)) return;
+  const bool started = start_thread([threads, team] {
+    try {
+      team(threads, [](int64_t) {});
+    } catch (...) {  // no second team; nobody is there to tell
+    }
+    while (team_is_late()) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    held.store(false);
+  });
+  if (!started) held.store(false);
+}
+
 // Each thread has a range of chunks, so that one that is called again and again finds its part of the weight in its
 // cache; then it takes what others have left of theirs.
 void run_in_team(Call& call, int64_t threads, const Team& team) {
@@ -124,6 +160,7 @@ void run_in_team(Call& call, int64_t threads, const Team& team) {
   if (waited < kLate + 2 * own / own_chunks) return;
   const Clock::time_point until = end + std::min<Clock::duration>(kPenalty * waited, kLongestPenalty);
   late_until.store(until.time_since_epoch().count(), std::memory_order_relaxed);
+  hold_second_team(threads, team);
 }
 
 // --- the pool
@@ -216,16 +253,8 @@ class Pool {
   int64_t start_helpers(int64_t wanted) {
     if (started_.load(std::memory_order_acquire) >= wanted) return wanted;
     const std::lock_guard<std::mutex> lock(starting_);
-    // A new thread inherits the mask of the one that starts it. Signals are for the threads that the program knows.
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
     int64_t started = started_.load(std::memory_order_relaxed);
-    try {
-      for (; started < wanted; ++started) std::thread([this, started] { help(started); }).detach();
-    } catch (const std::system_error&) {  // no more threads are allowed: those that there are do the work
-    }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    while (started < wanted && start_thread([this, started] { help(started); })) ++started;
     started_.store(started, std::memory_order_release);
     return std::min(started, wanted);
   }

@@ -27,7 +27,7 @@ std::atomic<int> team_calls{0};
 // Threads that begin after `delay`, where those of a team that has its cores begin at once.
 Team team_after(std::chrono::milliseconds delay) {
   return [delay](int64_t parts, const std::function<void(int64_t)>& part) {
-    ++team_calls;
+    if (delay == 0ms) ++team_calls;
     std::vector<std::thread> others;
     for (int64_t i = 1; i < parts; ++i) {
       others.emplace_back([=, &part] {
@@ -195,6 +195,29 @@ void check_late_team() {
   make_on_time();
 }
 
+// Another thread holds a second team while the first is late, so that the threading library lets waiting threads sleep.
+void check_second_team() {
+  make_on_time();
+  const auto caller = std::this_thread::get_id();
+  std::atomic<int64_t> held{0};
+  const Team late = team_after(60ms);
+  const auto patience = Clock::now() + 5s;
+  do {  // the second team of an earlier late call may be about to end
+    make_on_time();
+    share(
+        100, 1, 3,
+        [&, late](int64_t parts, const std::function<void(int64_t)>& part) {
+          if (std::this_thread::get_id() != caller) held = parts;
+          late(parts, part);
+        },
+        [](int64_t, int64_t) {});
+    for (int i = 0; i < 50 && held == 0; ++i) std::this_thread::sleep_for(10ms);
+  } while (held == 0 && Clock::now() < patience);
+  report(held == 3, "a second team of three threads");
+  make_on_time();
+  std::this_thread::sleep_for(200ms);  // until its thread has left this function's variables
+}
+
 // A call whose helpers do not come ends as fast as its caller can: here they are busy with pieces of another call, as
 // they would be where a process has their cores.
 void check_absent_helpers() {
@@ -260,6 +283,7 @@ int main() {
   check_all(false);
   check_all(true);
   check_late_team();
+  check_second_team();
   in_pool = true;
   check_absent_helpers();
   check_numbers_of_threads();
