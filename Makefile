@@ -13,7 +13,7 @@ TEST_ARGS ?= -q
 # All that is compiled or installed. A change in one of these makes the next call install the package again.
 SOURCES := setup.py pyproject.toml $(shell find lowbit lowbit_lora csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo demo-vision demo-adapters test test-fast prove prove-native native-test run-native run-sanitized
+.PHONY: help demo demo-vision demo-adapters test test-fast prove prove-native native-test run-native run-sanitized run-pool
 .PHONY: neon-test run-neon avx512-test run-avx512 headers-test wheel-cuda peft-tests both-ways lint format clean
 .DELETE_ON_ERROR:
 .SECONDARY:  # keep the stamps that pattern rules make
@@ -76,13 +76,22 @@ DRIVER_FLAGS := -std=c++20 -Wall -ffp-contract=off -pthread
 # make native-test SANITIZED_FLAGS="-O1 -g"
 SANITIZED_FLAGS := -O1
 # In two targets, so that make -j runs one while the other, or the package, is still being compiled.
-native-test: run-native run-sanitized
+native-test: run-native run-sanitized run-pool
 
 run-native: build/native/driver
 	build/native/driver
 
 run-sanitized: build/native/driver-sanitized
 	build/native/driver-sanitized
+
+# How threads share a call, under the sanitizer of threads and then, with forks, under that of memory.
+run-pool: build/native/pool-thread build/native/pool-address,undefined
+	build/native/pool-thread
+	build/native/pool-address,undefined
+
+build/native/pool-%: tests/native/pool.cpp csrc/cpu/pool.cpp $(SOURCES)
+	mkdir -p $(@D)
+	$(CXX) -O1 -g $(DRIVER_FLAGS) -Wno-unused-function -fsanitize=$* -fno-sanitize-recover=all -o $@ tests/native/pool.cpp csrc/cpu/pool.cpp
 
 build/native/driver build/native/driver-sanitized build/native/driver-neon build/native/driver-avx512: $(wildcard tests/native/*.h)
 

@@ -12,6 +12,7 @@ SHAPES = {
     "default": ["4096x4096", "4096x14336", "14336x4096", "4096x1024"],
     "llama-8b": ["4096x4096", "1024x4096", "14336x4096", "4096x14336"],
     "smollm-135m": ["576x576", "192x576", "1536x576", "576x1536"],
+    "beside": ["576x576", "192x576", "1536x576", "576x1536", "4096x4096"],
 }
 OPERATIONS = ("linear", "backward", "dequantize", "quantize", "int8", "search", "overhead")
 AVX2_ONLY = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
@@ -41,11 +42,11 @@ def _operations(text: str) -> list[str]:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda", "stub"], default="cpu", help="stub: stub_cuda.py")
-    parser.add_argument("--shapes", nargs="+", type=_shape, default=[SHAPES["default"]], help="names, or OUTxIN")
+    parser.add_argument("--shapes", nargs="+", type=_shape, help="names, or OUTxIN")
     parser.add_argument(
         "--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
     )
-    parser.add_argument("--m", type=_rows, default=[1, 8, 32, 256, 2048], help="rows of x, as 1,8,32,256,2048")
+    parser.add_argument("--m", type=_rows, help="rows of x; default: 1,8,32,256,2048, and 1 with --beside")
     parser.add_argument(
         "--ops", type=_operations, default=["linear", "dequantize", "quantize"], help=",".join(OPERATIONS)
     )
@@ -62,14 +63,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", metavar="FILE", help="a roofline, as PNG")
     parser.add_argument("--plot-times", metavar="FILE", help="times side by side for the first shape, as PNG")
     parser.add_argument("--isa", choices=["avx2"], help="limit all contenders to this instruction set")
+    parser.add_argument("--beside", action="store_true", help="times beside a busy process instead")
+    parser.add_argument("--train", action="store_true", help="with --beside: training steps of the 135M model too")
     parser.add_argument("--quick", action="store_true", help="a smoke test: 128x256, few rounds")
     options = parser.parse_args(argv)
+    if (options.beside and options.device != "cpu") or (options.train and not options.beside):
+        parser.error("--beside: expected --device cpu, and --train only with it")
     if options.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {options.rounds}")
     if options.backward and "backward" not in options.ops:
         options.ops.append("backward")
     if options.record and (options.quick or options.isa or options.device != "cpu"):
         parser.error("--record: expected whole runs on a CPU, without --quick and --isa")
+    options.shapes = options.shapes or [SHAPES["beside" if options.beside else "default"]]
+    options.m = options.m or ([1] if options.beside else [1, 8, 32, 256, 2048])
     if options.quick:
         options.shapes, options.m, options.rounds = [["128x256"]], [1, 8], 3
     return options
@@ -135,6 +142,11 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     if options.isa:
         torch.ops.lowbit.set_cpu_isa(options.isa)
+    if options.beside:
+        import beside
+
+        with torch.no_grad():
+            return beside.main(options)
     console = Console(width=170)
     machine = measure(options.device, options.quick)
     limited = f" LIMITED to {options.isa} for every contender;" if options.isa else ""

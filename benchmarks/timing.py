@@ -137,6 +137,18 @@ def interleaved(
     return results
 
 
+def repeated(call: Callable[[], object], seconds: float) -> Sample:
+    """The times of calls one after the other for ``seconds``, and of ten at least, after uncounted ones."""
+    until, sample = time.perf_counter() + seconds / 4, Sample([])
+    call()
+    while time.perf_counter() < until:
+        call()
+    until = time.perf_counter() + seconds
+    while len(sample.times) < 10 or time.perf_counter() < until:
+        sample.times.append(_cpu_call(call))
+    return sample
+
+
 class Rotating:
     """A call that runs the next of ``calls`` each time, so that no cache still holds its operands."""
 

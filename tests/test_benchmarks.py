@@ -50,6 +50,33 @@ def test_bench_matmul_writes_its_report(tmp_path):
     assert (tmp_path / "r.png").stat().st_size > 10_000
 
 
+def test_bench_matmul_beside_a_busy_process(tmp_path):
+    """Many users share their machine, and choose by what a library does there."""
+    done = run("bench_matmul.py", "--quick", "--beside", "--dtype", "float32", "--json", tmp_path / "b.json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    ours = [row for row in rows if row["name"] == "lowbit"]
+    assert [row["work"] for row in ours] == ["128x256, m=1", "128x256, m=8"]
+    for row in ours:
+        assert row["idle_ms"] > 0 and row["ratio"] == pytest.approx(row["beside_ms"] / row["idle_ms"])
+
+
+def test_the_busy_process_ends_on_errors(monkeypatch):
+    """A benchmark that fails must not leave a core busy."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import beside
+
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *args, **options: started.append(popen(*args, **options)) or started[0]
+    )
+    with pytest.raises(ZeroDivisionError), beside.busy_core():
+        assert started[0].poll() is None
+        raise ZeroDivisionError
+    assert started[0].poll() is not None
+
+
 def test_bench_matmul_fails_on_a_wrong_result(bench_matmul, monkeypatch, capsys):
     """A fast wrong kernel must not get a row and a zero exit status."""
     right = lowbit.linear
@@ -65,6 +92,7 @@ def test_bench_matmul_fails_on_a_wrong_result(bench_matmul, monkeypatch, capsys)
         (["--m", "0"], "expected numbers of rows of at least 1"),
         (["--ops", "linear,sort"], "got 'sort'"),
         (["--rounds", "0"], "--rounds: expected at least 1"),
+        (["--train"], "--train only with it"),
     ],
 )
 def test_bench_matmul_bad_arguments(bench_matmul, capsys, arguments, message):

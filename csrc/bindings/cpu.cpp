@@ -6,6 +6,7 @@
 #endif
 
 #include "../cpu/kernels.h"
+#include "../cpu/pool.h"
 #include "../cpu/support.h"
 #include "../cuda/kernels.h"
 #include "ops.h"
@@ -18,12 +19,18 @@ using namespace lowbit::bindings;
 using lowbit::cpu::active_kernels;
 using lowbit::cpu::Kernels;
 
-// torch's own thread pool.
+void torch_team(int64_t parts, const std::function<void(int64_t)>& part) {
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) part(i);
+  });
+}
+
 cpu::ParallelFor parallel_for() {
-  return {[](int64_t count, int64_t grain, const cpu::Body& body) {
-            if (count > 0) torch::stable::parallel_for(0, count, grain, body);
+  const int64_t threads = torch::stable::get_num_threads();
+  return {[threads](int64_t count, int64_t grain, const cpu::Body& body) {
+            cpu::share(count, grain, threads, torch_team, body);
           },
-          torch::stable::get_num_threads()};
+          threads};
 }
 
 int32_t shim_dtype(ScalarType type) {
