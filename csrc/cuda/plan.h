@@ -44,6 +44,7 @@ struct Plan {
   // grad_input: rows of W.
   int64_t splits = 1, split_size = 0;
   int64_t workspace = 0;  // floats
+  int64_t counters = 0;   // zeros, which the last block of threads to use them leaves as zeros
 
   int64_t blocks() const { return row_tiles * column_tiles * splits; }
 
@@ -53,7 +54,7 @@ struct Plan {
     const auto text = [](int64_t number) { return std::to_string(number); };
     return std::string(kNames[static_cast<int>(path)]) + ": tiles of " + text(rows) + " x " + text(columns) + ", " +
            text(row_tiles) + " x " + text(column_tiles) + " of them, " + text(splits) + " splits of " +
-           text(split_size) + ", workspace " + text(workspace);
+           text(split_size) + ", workspace " + text(workspace) + ", counters " + text(counters);
   }
 };
 

@@ -17,6 +17,11 @@ static QuantizedWeight weight_of(const uint8_t* packed, const float* absmax, con
 
 extern "C" {
 
+int lowbit_forget_gpus() {
+  cuda::forget_gpus();
+  return 0;
+}
+
 int lowbit_quantize(const void* weight, int dtype, int64_t numel, int format, int64_t block_size, uint8_t* packed,
                     float* absmax, void* stream) {
   return cuda::quantize({weight, static_cast<Dtype>(dtype), numel, format_of(format), block_size,
