@@ -11,6 +11,7 @@ extern "C" {
 
 // out[i] = x[i], 16 bytes per lane.
 __global__ void probe_global(const uint4* x, uint4* out) {
+  ptx::prefetch_l2(x + threadIdx.x);
   ptx::store_global_16(out + threadIdx.x, ptx::load_global_16(x + threadIdx.x));
 }
 

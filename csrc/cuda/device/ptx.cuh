@@ -38,6 +38,9 @@ __device__ __forceinline__ void load_global_16_if(bool wanted, uint4& v, const v
       : "l"(from), "r"(static_cast<uint32_t>(wanted)));
 }
 
+// Lets the 32 bytes at `from` come into L2, for a load that follows much later.
+__device__ __forceinline__ void prefetch_l2(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 __device__ __forceinline__ void store_global_16(void* to, uint4 v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
