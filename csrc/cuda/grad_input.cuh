@@ -77,7 +77,7 @@ __device__ __forceinline__ void load_partial(const float* from, float (&sums)[kC
 template <class T, int kRows, int kColumns, int kCount, class SumsAt>
 __device__ __forceinline__ void store_tile(const GradInputProduct& product, const GradInputProduct::Tile& tile,
                                            const SumsAt& sums_at) {
-  constexpr int kGroups = kColumns / kCount;
+  constexpr int kGroups = kColumns / kCount, kTogether = 8;  // loads on their way
   const auto for_each = [&](const auto& visit) {
     for (int i = static_cast<int>(threadIdx.x); i < kRows * kGroups; i += static_cast<int>(blockDim.x)) {
       const int row = i / kGroups, column = i % kGroups * kCount;
@@ -99,12 +99,15 @@ __device__ __forceinline__ void store_tile(const GradInputProduct& product, cons
   if (product.splits == 1 || !is_last_to_arrive(&product.counters[tile.number], product.splits)) return;
   for_each([&](int, int, int64_t at) {
     float sums[kCount] = {};
-#pragma unroll 8
-    for (unsigned split = 0; split < product.splits; ++split) {
-      float parts[kCount];
-      load_partial(product.partial + split * split_size + at, parts);
+    for (unsigned first = 0; first < product.splits; first += kTogether) {
+      float parts[kTogether][kCount] = {};
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) sums[i] += parts[i];
+      for (int j = 0; j < kTogether; ++j)
+        if (first + j < product.splits) load_partial(product.partial + (first + j) * split_size + at, parts[j]);
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j)
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) sums[i] += parts[j][i];
     }
     store_rounded(sums, product.whole_out, out + at);
   });

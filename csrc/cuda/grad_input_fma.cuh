@@ -107,10 +107,11 @@ __global__ void __launch_bounds__(ElementTile::kThreads)
     for (int64_t row = tile.first_row; row < tile.end_row; ++row)
       add(weight_of(row, row * product.k + column), grad + row, product.n);
     const float* grad_t = product.grad_t + tile.row * product.rank;
-#pragma unroll 1
+#pragma unroll 1  // unrolled, it makes ptxas spill
     for (int64_t row = tile.split; row < product.rank; row += product.splits)
       add(product.lora_a[row * product.k + column], grad_t + row, product.rank);
   }
+  // (Each thread reads what it writes; registers have no numbers that a loop can count.)
   for (int r = 0; r < kRows; ++r) sums_of_threads[r][threadIdx.x] = sums[r];
   store_tile<T, kRows, ElementTile::kColumns, 1>(
       product, tile, [&](int row, int at, float (&sum)[1]) { sum[0] = sums_of_threads[row][at]; });
