@@ -142,7 +142,7 @@ def test_grad_input_tensor_core_budget(rows):
         assert kernel.registers <= 128, kernel.name
 
 
-#: Instructions for 16 components of LoRA's rank, by rows of grad in a tile. Counted: 157 to 177, 179 to 200, 228 to 264.
+#: Instructions for 16 components of the rank, by rows of grad in a tile. Counted: 157 to 177, 179 to 200, 228 to 264.
 LORA_INSTRUCTIONS = {8: 185, 16: 210, 32: 275}
 
 
