@@ -46,6 +46,11 @@ void expect_grad_input(Path path, int64_t most, Dtype dtype, int capability) {
   }
 }
 
+Gpu with_shared_memory(Gpu gpu, int kilobytes) {
+  gpu.shared_memory = kilobytes * 1024;
+  return gpu;
+}
+
 // That the splits of grad_input's contraction cover it, none is empty, and there is memory where there are several.
 void expect_splits_of_grad_input(int64_t m, int64_t n, int64_t k, Dtype dtype, const Gpu& gpu) {
   LinearGradInputArgs args{};
@@ -96,7 +101,7 @@ int main() {
   expect_grad_input(Path::grad_input_fma, 16, Dtype::bf16, 75);
   expect_grad_input(Path::grad_input_fma, 48, Dtype::f32, 90);
 
-  const Gpu a100{80, 80, 108, 164 * 1024}, ada{89, 89, 128, 100 * 1024};
+  const Gpu a100 = with_shared_memory({80, 80, 108}, 164), ada = with_shared_memory({89, 89, 128}, 100);
   expect(blocks_per_processor(a100, MmaTile<32>::kSharedBytes) == 2, {}, "blocks on an A100");
   expect(blocks_per_processor(ada, MmaTile<8>::kSharedBytes) == 1, {}, "blocks on an RTX 4090");
   expect(blocks_per_processor(ada, ElementTile::kSharedBytes) == 2, {}, "blocks of little memory");
@@ -104,7 +109,7 @@ int main() {
     for (const int64_t n : {0, 8, 200, 4096, 14336})
       for (const int64_t k : {64, 4096})
         for (const Dtype dtype : {Dtype::f32, Dtype::bf16})
-          for (const Gpu& gpu : {a100, ada, Gpu{90, 90, 132, 228 * 1024}})
+          for (const Gpu& gpu : {a100, ada, with_shared_memory({90, 90, 132}, 228)})
             expect_splits_of_grad_input(m, n, k, dtype, gpu);
 
   // What the fast kernels do not take: a ragged k, memory that is not aligned.
