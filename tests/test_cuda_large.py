@@ -343,7 +343,7 @@ def test_grad_input(dtype, format, kernel, columns):
     with running(last_block) as library:
         assert library.call("lowbit_linear_grad_input", *arguments, sizes, None) == 0
     assert kernel in library.launches[-1].kernel and not sizes.any()
-    rows = [weight.decoded((row + 1) * k - share, (row + 1) * k)[-columns:] for row in range(n)]
+    rows = [weight.decoded((row + 1) * k - share, (row + 1) * k).view(-1)[-columns:] for row in range(n)]
     used, decoded = grad.double(), torch.stack(rows).double()
     exact, magnitude = used @ decoded, used.abs() @ decoded.abs()
     tolerance = tensor_core_tolerance(magnitude, exact, n, dtype, used.abs().sum(-1, keepdim=True))
