@@ -75,8 +75,9 @@ struct LinearArgs {
   float scaling = 1.0f;
   int64_t m, n, k, rank;
   void* y;
-  int64_t first_row = 0;       // CPU: W's first row in the weight, which may be a stack of matrices
-  float* workspace = nullptr;  // CUDA: as many floats as the plan says, of any content
+  int64_t first_row = 0;         // CPU: W's first row in the weight, which may be a stack of matrices
+  float* workspace = nullptr;    // CUDA: as many floats as the plan says, of any content
+  uint32_t* counters = nullptr;  // CUDA: as many as the plan says; zeros, before the launch and after it
 };
 
 // grad_x[m, k] = grad[m, n] W[n, k] + grad_t[m, rank] lora_a[rank, k]
@@ -88,8 +89,9 @@ struct LinearGradInputArgs {
   const float* lora_a = nullptr;
   int64_t m, n, k, rank;
   void* grad_x;
-  int64_t first_row = 0;       // as above
-  float* workspace = nullptr;  // as above; 16-byte aligned
+  int64_t first_row = 0;         // as above
+  float* workspace = nullptr;    // as above; 16-byte aligned
+  uint32_t* counters = nullptr;  // as above
 };
 
 // LoRA's factors rounded to `dtype`: the product low_out up_out^T is scaling low up^T. Only fp16 has too small a range

@@ -116,17 +116,24 @@ def product_tolerance(
 
 
 def tensor_core_tolerance(
-    magnitude: torch.Tensor, exact: torch.Tensor, terms: int, dtype: torch.dtype, operand: torch.Tensor
+    magnitude: torch.Tensor,
+    exact: torch.Tensor,
+    terms: int,
+    dtype: torch.dtype,
+    operand: torch.Tensor,
+    lora_magnitude: torch.Tensor | float = 0.0,
 ) -> torch.Tensor:
     """:func:`product_tolerance` of a CUDA kernel that rounds each weight once to ``dtype`` for the tensor cores.
 
     That is a relative error of 2^-8 in bf16 and 2^-11 in fp16, and near zero an absolute one of TINY_ROUNDOFF, which
     the other operand multiplies (``operand``: the sums of its absolute values that go into each element). Tensor cores
     cut off what does not fit where fp32 arithmetic rounds, which doubles the error of each sum: twice the terms. (Fasi
-    et al., "Numerical behavior of NVIDIA tensor cores", 2021.)
+    et al., "Numerical behavior of NVIDIA tensor cores", 2021.) LoRA's factors, whose magnitude is not in ``magnitude``,
+    are not rounded to ``dtype``: as in :func:`gemm_tolerance`, each of their terms being three.
     """
-    tolerance = product_tolerance(magnitude, exact, 2 * terms, dtype, UNIT_ROUNDOFF[dtype])
-    return tolerance + 1.01 * TINY_ROUNDOFF[dtype] * operand
+    rounding = UNIT_ROUNDOFF[dtype] * magnitude + 4 * 2.0**-16 * lora_magnitude
+    tolerance = product_tolerance(magnitude + lora_magnitude, exact, 2 * terms, dtype)
+    return tolerance + (1 + UNIT_ROUNDOFF[dtype]) * rounding + 1.01 * TINY_ROUNDOFF[dtype] * operand
 
 
 def scaled_codebook_tolerance(

@@ -54,6 +54,7 @@ def launchers():
     device = emulator("device").Device.for_arch(ARCHS[0])
     library = hostlaunch.load(folder / "launchers.so", modules, [each.source for each in found], device)
     library.options = {"warp_races": True, "detect_global_waw": True}
+    library.on_device_change = lambda: library.call("lowbit_forget_gpus")
     return library
 
 

@@ -88,12 +88,14 @@ def two_gpus(arch: str):
     library = launchers()
     library.set_device_count(2)
     library.other_devices = {1: emulator("device").Device.for_arch(arch)}
+    library.on_device_change()
     stub_library().stub_set_device_of_tensors(1)
     try:
         yield
     finally:
         stub_library().stub_set_device_of_tensors(0)
         library.other_devices = {}
+        library.on_device_change()
         library.set_device_count(1)
 
 

@@ -3,6 +3,7 @@
 Only a GPU can prove torch's own device guard, the look-up of its stream, and that the GPU runs the code.
 """
 
+import ctypes
 import dataclasses
 import functools
 import re
@@ -11,7 +12,7 @@ import pytest
 import torch
 from cases import DTYPES, FORMATS, make_weight
 from conftest_cuda import CSRC, SOURCES, launchers
-from cuda_bindings import REFERENCE, assert_same, operands, quantized, run, stub, two_gpus
+from cuda_bindings import REFERENCE, assert_same, operands, quantized, run, stub, stub_library, two_gpus
 
 from lowbit.ops.samples import samples
 
@@ -113,6 +114,31 @@ def test_tensors_on_another_gpu_than_the_current_one():
                 torch.ones(1, 64), *[torch.zeros(1, dtype=torch.uint8)] * 2, None, None, "nf4:64", 2, *[None] * 3, 1
             )
         assert launchers().current_device == 0
+
+
+def test_counters_of_a_stream():
+    """Kernels that run at the same time would count each other's blocks, and give out sums that are not whole.
+
+    A graph may be replayed on any stream, so that what it counts in must be its own.
+    """
+    stub()
+
+    def counters(count: int, stream: int) -> int:
+        address = stub_library().stub_counters(ctypes.c_int64(count), ctypes.c_void_p(stream))
+        assert not any((ctypes.c_uint32 * count).from_address(address))
+        return address
+
+    stub_library().stub_counters.restype = ctypes.c_void_p
+    first, other = counters(10, 1), counters(10, 2)
+    assert counters(4096, 1) == first != other
+    more = counters(5000, 1)
+    assert more != first and counters(10, 1) == more and counters(10, 2) == other
+    launchers().set_capturing(True)
+    try:
+        graphs = {counters(10, 1), counters(10, 1)}
+    finally:
+        launchers().set_capturing(False)
+    assert len(graphs) == 2 and more not in graphs and counters(10, 1) == more
 
 
 @pytest.mark.parametrize("op", ["linear", "linear_grad_input"])

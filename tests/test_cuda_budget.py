@@ -120,9 +120,9 @@ def test_gemv_int8_budget():
 
 @pytest.mark.parametrize("rows", [8, 16, 32])
 def test_grad_input_tensor_core_budget(rows):
-    """Decoding on the way to the tensor cores: at most 4.8 instructions per weight, 2.5 for look-up and scale.
+    """Decoding on the way to the tensor cores: at most 4.55 instructions per weight, 2.5 for look-up and scale.
 
-    (With scales in fp32 4.6.) At DRAM speed an H100 has 4.6 issue slots per weight, and 0.036 cycles of shared memory;
+    (With scales in fp32 4.4.) At DRAM speed an H100 has 4.6 issue slots per weight, and 0.036 cycles of shared memory;
     a weight takes about 0.05 of those, most for its look-up. So the loop runs at 0.7 of DRAM speed there.
     """
     for kernel in kernels_of("grad_input.cu", "grad_input_mma_kernel"):
@@ -130,7 +130,7 @@ def test_grad_input_tensor_core_budget(rows):
             continue
         loop = kernel.smallest_loop("HMMA.16816", "LDGSTS")
         weights = 8 * count(loop, "HMMA.16816") // (rows // 8)  # a lane holds 8 of the 256 of each A
-        limit = 4.8 if "Lb1E" in kernel.name else 4.6
+        limit = 4.55 if "Lb1E" in kernel.name else 4.4
         assert len(loop) <= limit * weights, f"{kernel.name} for {kernel.arch}: {len(loop) / weights:.2f} per weight"
         grad_copies = max(1, rows // 16)
         # W through 16-byte copies, 32 weights each; decoded ones never go back to shared memory, only scales do.
@@ -142,12 +142,36 @@ def test_grad_input_tensor_core_budget(rows):
         assert kernel.registers <= 128, kernel.name
 
 
+#: Instructions for 16 components of the rank, by rows of grad in a tile. Counted: 157 to 177, 179 to 200, 228 to 264.
+LORA_INSTRUCTIONS = {8: 185, 16: 210, 32: 275}
+
+
+@pytest.mark.parametrize("rows", [8, 16, 32])
+def test_grad_input_lora_budget(rows):
+    """Sixteen components of the rank in one trip to L2, for all rows of a tile; the sums of eight splits in another.
+
+    Three mma for each 8 rows make products of fp32 factors; their high and low parts are made once for each tile.
+    """
+    for kernel in kernels_of("grad_input.cu", "grad_input_mma_kernel"):
+        if f"ELi{rows}E" not in kernel.name:
+            continue
+        row_tiles = rows // 8
+        (loop,) = (body for body in kernel.loops() if count(body, "HMMA.16816") == 3 * row_tiles)
+        assert count(loop, "LDG") == 8 + 4 * row_tiles, kernel.name
+        loads = [i for i, text in enumerate(loop) if text.startswith("LDG")]
+        assert loads[-1] < next(i for i, text in enumerate(loop) if text.startswith("HMMA")), kernel.name
+        assert len(loop) <= LORA_INSTRUCTIONS[rows], f"{kernel.name} for {kernel.arch}: {len(loop)}"
+        summing = kernel.smallest_loop("LDG.128.STRONG")
+        assert count(summing, "LDG") == count(summing, "LDG.128") == 8, kernel.name
+        assert count(summing, "FADD") == 8 * 4, kernel.name
+
+
 def test_grad_input_fma_budget():
-    """Without tensor cores two rows at a time: at most 4.8 instructions per weight, of which 2 are FMAs."""
+    """Without tensor cores two rows at a time: at most 4.7 instructions per weight, of which 2 are FMAs."""
     for kernel in kernels_of("grad_input.cu", "grad_input_fma_kernel"):
         loop = kernel.smallest_loop("LDG.128", "FFMA")
         weights = 2 * BYTES_PER_ACCESS * count(loop, "LDG.128")
-        assert len(loop) <= 4.8 * weights, f"{kernel.name} for {kernel.arch}: {len(loop) / weights:.2f} per weight"
+        assert len(loop) <= 4.7 * weights, f"{kernel.name} for {kernel.arch}: {len(loop) / weights:.2f} per weight"
         assert count(loop, "FFMA") == 2 * weights
         assert kernel.registers <= 128, kernel.name
 

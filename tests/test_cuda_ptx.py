@@ -134,3 +134,21 @@ def test_indices(arch):
     threads, blocks = np.full((3, 32), -1, np.int32), np.full((3, 32), 7, np.uint32)
     probe(arch).launch("probe_indices", grid=3, block=32, args=(threads, blocks))
     assert (threads == np.arange(32)).all() and (blocks == np.arange(3)[:, None]).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_blocks": 1}, {"batch_blocks": 2, "schedule": "reverse"}])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_one_block_is_the_last_to_arrive(arch, options):
+    """No block, or one that came too early, would add up a split product; a counter left over would spoil the next."""
+    blocks, threads = 5, 96
+    counter = torch.zeros(2, dtype=torch.int32)
+    for _ in range(2):
+        parts, sums = torch.zeros(blocks, threads), torch.full((threads,), torch.nan)
+        is_last = torch.full((blocks, threads), -1, dtype=torch.int32)
+        arguments = (counter[1:], emulator("address_space").Uninitialized(parts), sums, is_last)
+        result = probe(arch).launch("probe_arrival", grid=blocks, block=threads, args=arguments, **options)
+        assert not result.warnings
+        assert not counter.any()
+        assert is_last.float().mean(1).sort().values.tolist() == [0, 0, 0, 0, 1]
+        fourths = parts.view(blocks, -1, 4)[:, :, 3:].expand(-1, -1, 4).reshape(blocks, threads)
+        assert torch.equal(sums, (parts + fourths).sum(0).flip(0))

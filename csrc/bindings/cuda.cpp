@@ -5,6 +5,9 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <map>
+#include <mutex>
+
 #include "../cuda/kernels.h"
 #include "ops.h"
 #include "optim.h"
@@ -23,6 +26,8 @@ using lowbit::cuda::Path;
 using lowbit::cuda::Plan;
 using lowbit::cuda::Stream;
 
+constexpr int64_t kFewestCounters = 4096;
+
 // torch's current stream of a device. A weak symbol would stay null: Python loads torch's libraries out of the sight of
 // other extensions, and only by its handle can a library that is not linked be asked.
 Stream current_stream(int32_t device_index) {
@@ -35,6 +40,25 @@ Stream current_stream(int32_t device_index) {
   void* stream = nullptr;
   check_call(get(device_index, &stream), "get_current_cuda_stream");
   return static_cast<Stream>(stream);
+}
+
+// Counters for a kernel that is launched next on `stream`: zeros, which it leaves as zeros, so that they are filled
+// once. Each stream has its own, since another stream's kernels run at the same time. So may a graph, on any stream:
+// one that is being captured gets counters of its own, and fills them itself.
+Tensor zeroed_counters(const Tensor& like, Stream stream, int64_t count) {
+  const auto zeros = [&like](int64_t size) {
+    Tensor made = torch::stable::new_empty(like, IntHeaderOnlyArrayRef(&size, 1), ScalarType::Int);
+    torch::stable::zero_(made);
+    return made;
+  };
+  if (cuda::is_capturing(stream)) return zeros(count);
+  static std::mutex mutex;
+  // Never destroyed: at exit torch's allocator may be gone before.
+  static auto& kept = *new std::map<std::pair<int32_t, Stream>, Tensor>;
+  const std::lock_guard lock(mutex);
+  const auto [found, is_new] = kept.try_emplace({like.get_device_index(), stream});
+  if (is_new || found->second.numel() < count) found->second = zeros(std::max(count, kFewestCounters));
+  return found->second;
 }
 
 // Where kernels run: while this lives, the device of the tensors is the current one.
@@ -78,6 +102,7 @@ class Cuda {
       args.t = t.fp32();
       args.lora_b = call.lora_b.fp32();
       const std::optional<Tensor> workspace = workspace_of(plan, &args.workspace);
+      const std::optional<Tensor> counters = counters_of(plan, &args.counters);
       return check_launch(cuda::linear(args, plan, stream_), "linear");
     }
     // LoRA's product first, into y: that of x adds it to its own fp32 sums.
@@ -102,6 +127,7 @@ class Cuda {
       args.grad_t = call.grad_t.fp32();
       args.lora_a = call.lora_a.fp32();
       const std::optional<Tensor> workspace = workspace_of(plan, &args.workspace);
+      const std::optional<Tensor> counters = counters_of(plan, &args.counters);
       return check_launch(cuda::linear_grad_input(args, plan, stream_), kOp);
     }
     // LoRA's product first, as in linear.
@@ -130,6 +156,13 @@ class Cuda {
     Tensor workspace = empty({plan.workspace}, ScalarType::Float);
     *data = static_cast<float*>(workspace.data_ptr());
     return workspace;
+  }
+
+  std::optional<Tensor> counters_of(const Plan& plan, uint32_t** data) const {
+    if (plan.counters == 0) return {};
+    Tensor counters = zeroed_counters(like_, stream_, plan.counters);
+    *data = static_cast<uint32_t*>(counters.data_ptr());
+    return counters;
   }
 
   Tensor decoded(const QuantizedWeight& weight, int64_t rows, int64_t columns, ScalarType type, const char* op) const {

@@ -64,14 +64,6 @@ __device__ __forceinline__ void store(const float (&values)[4], int64_t count, b
     if (i < count) narrow(values[i], to + i);
 }
 
-// Two fp32 as the sums of two bf16 each.
-struct SplitPair {
-  uint32_t high, low;
-  __device__ __forceinline__ SplitPair(float x, float y) : high(ptx::narrow_bf16x2(x, y)) {
-    low = ptx::narrow_bf16x2(x - __uint_as_float(high << 16), y - __uint_as_float(high & 0xffff0000));
-  }
-};
-
 // kScaleK: how many columns, from a multiple of it on, certainly share a scale: 32 or 64.
 // tiles_per_split: tiles of k that block (.., y) sums. whole: rows of four of the output are aligned.
 template <class T, int kRows, int kScaleK, bool kDoubleQuant>

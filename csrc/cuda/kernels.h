@@ -23,8 +23,14 @@ const char* architectures();
 // What an error code means.
 const char* error_message(int code);
 
-// The current device.
+// The current device. Each is asked once what it is.
 Gpu current_gpu();
+
+// Asks again: for tests, in which a device becomes another.
+void forget_gpus();
+
+// Whether what is enqueued on `stream` becomes part of a graph.
+bool is_capturing(Stream stream);
 
 int quantize(const QuantizeArgs& args, Stream stream);
 int quantize_int8(const QuantizeArgs& args, Stream stream);  // which quantize calls
@@ -41,7 +47,7 @@ int optimizer_step(const OptimizerStepArgs& args, Stream stream);
 int sum_of_squares(const SumOfSquaresArgs& args, double* partial_sums, Stream stream);
 
 // The products, by the kernel that the plan names (not for Path::decode). The plan is for these arguments and the
-// current device; args.workspace has plan.workspace floats.
+// current device; args.workspace has plan.workspace floats, and args.counters plan.counters numbers.
 int linear(const LinearArgs& args, const Plan& plan, Stream stream);
 int linear_grad_input(const LinearGradInputArgs& args, const Plan& plan, Stream stream);
 

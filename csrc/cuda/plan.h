@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <string>
 
 #include "../arguments.h"
@@ -16,10 +17,17 @@
 namespace lowbit::cuda {
 
 struct Gpu {
-  int capability;       // compute capability, times 10
-  int code_capability;  // of the code that it runs: the last compiled for that is not newer
-  int processors;       // multiprocessors
+  int capability;                  // compute capability, times 10
+  int code_capability;             // of the code that it runs: the last compiled for that is not newer
+  int processors;                  // multiprocessors
+  int shared_memory = 100 * 1024;  // bytes of a multiprocessor; the fewest since sm_80
 };
+
+// How many blocks of threads, of so many bytes of shared memory, a multiprocessor holds at once. The GPU takes 1 KB for
+// each. (Registers allow for two of each kernel that asks: that is what their __launch_bounds__ are for.)
+inline int blocks_per_processor(const Gpu& gpu, int shared_bytes) {
+  return std::clamp(gpu.shared_memory / (shared_bytes + 1024), 1, 2);
+}
 
 enum class Path {
   gemv_mma,            // linear: W decoded into registers for a few rows of x, on tensor cores
@@ -44,6 +52,7 @@ struct Plan {
   // grad_input: rows of W.
   int64_t splits = 1, split_size = 0;
   int64_t workspace = 0;  // floats
+  int64_t counters = 0;   // zeros, which the last block of threads to use them leaves as zeros
 
   int64_t blocks() const { return row_tiles * column_tiles * splits; }
 
@@ -53,7 +62,7 @@ struct Plan {
     const auto text = [](int64_t number) { return std::to_string(number); };
     return std::string(kNames[static_cast<int>(path)]) + ": tiles of " + text(rows) + " x " + text(columns) + ", " +
            text(row_tiles) + " x " + text(column_tiles) + " of them, " + text(splits) + " splits of " +
-           text(split_size) + ", workspace " + text(workspace);
+           text(split_size) + ", workspace " + text(workspace) + ", counters " + text(counters);
   }
 };
 
@@ -211,36 +220,61 @@ inline bool decodes_first(Path path, const LinearGradInputArgs& args, const Gpu&
   return args.m > ElementTile::kRows;
 }
 
-// Which kernel serves a product, and how its contraction is split: into no more parts than fill the GPU, since each
-// part writes and reads a tile of fp32.
+constexpr int64_t kMostGradInputSplits = 16;
+
+// Splits the contraction, of n rows of W in steps of `depth`, where that takes less time. The unit is a
+// multiprocessor's time for a step of one of the `held` blocks that it holds at once. A lone block takes 1.5, since
+// eight warps do not hide all of their latencies. A round of blocks takes 2 more, to fill table and stages and to write
+// out. Where there are several splits, it takes 1 until the last block knows that it is, and their sums go through L2
+// twice, at 64 bytes in a cycle, of which a unit has about 900.
+inline void split_grad_input(Plan& plan, int64_t n, int64_t depth, int held, const Gpu& gpu) {
+  const int64_t tiles = plan.row_tiles * plan.column_tiles, steps = std::max<int64_t>(ceil_div(n, depth), 1);
+  const auto units = [](int64_t blocks) { return blocks == 1 ? 1.5 : static_cast<double>(blocks); };
+  const double units_of_sums = 2.0 * plan.rows * plan.columns * sizeof(float) / 64 / 900;
+  double least = std::numeric_limits<double>::infinity();
+  for (int64_t tried = 1; tried <= std::min(steps, kMostGradInputSplits); ++tried) {
+    const int64_t per_split = ceil_div(steps, tried), splits = ceil_div(steps, per_split), blocks = tiles * splits;
+    const int64_t rounds = blocks / (held * gpu.processors), rest = blocks % (held * gpu.processors);
+    double cost =
+        (rounds * units(held) + units(ceil_div(rest, gpu.processors))) * per_split + 2 * (rounds + (rest > 0));
+    if (splits > 1) cost += 1 + units_of_sums * ceil_div(blocks, gpu.processors);
+    if (cost >= least) continue;
+    least = cost;
+    plan.split_size = per_split * depth;
+    plan.splits = splits;
+  }
+}
+
+// Which kernel serves a product.
 inline Plan plan_grad_input_kernel(const LinearGradInputArgs& args, const Gpu& gpu) {
-  constexpr int kBlocksPerProcessor = 2;
   constexpr int64_t kMost = 1 << 30;
   const QuantizedWeight& weight = args.weight;
   // 16-byte accesses of W, whose rows the kernels count in 32 bits; for the tensor cores also of grad, whole blocks in
-  // each row, and blocks counted in 32 bits.
+  // each row, and blocks and the rank counted in 32 bits.
   const bool fits_fma = weight.format->bits == 4 && args.k % (2 * kAccessBytes) == 0 &&
                         is_aligned(weight.packed, kAccessBytes) && args.n < kMost;
   const bool fits_mma = fits_fma && has_tensor_cores(args.dtype, gpu) && is_aligned(args.grad, kAccessBytes) &&
                         args.n % (kAccessBytes / 2) == 0 && args.k % weight.block_size == 0 &&
-                        weight.numel / weight.block_size < kMost;
+                        weight.numel / weight.block_size < kMost && args.rank < kMost;
   Plan plan{Path::grad_input_element, ElementTile::kRows, ElementTile::kColumns};
-  int64_t depth = 64;  // rows of W that a block of threads should have at least, in multiples of which it is split
+  int64_t depth = 64;  // rows of W in a step
+  int shared_bytes = ElementTile::kSharedBytes;
   if (fits_mma) {
     const int rows = args.m <= 8 ? 8 : args.m <= 16 || weight.block_size < 64 ? 16 : 32;
     plan = {Path::grad_input_mma, rows, MmaTile<8>::kColumns};
     depth = MmaTile<8>::kDepth;
+    shared_bytes = rows == 8    ? MmaTile<8>::kSharedBytes
+                   : rows == 16 ? MmaTile<16>::kSharedBytes
+                                : MmaTile<32>::kSharedBytes;
   } else if (fits_fma) {
     plan = {Path::grad_input_fma, FmaTile::kRows, FmaTile::kColumns};
+    shared_bytes = FmaTile::kSharedBytes;
   }
   plan.row_tiles = ceil_div(args.m, plan.rows);
   plan.column_tiles = ceil_div(args.k, plan.columns);
-  const int64_t parts = ceil_div(args.n, depth), tiles = std::max<int64_t>(plan.row_tiles * plan.column_tiles, 1);
-  const int64_t wanted =
-      std::clamp<int64_t>(gpu.processors * kBlocksPerProcessor / tiles, 1, std::max<int64_t>(parts, 1));
-  plan.split_size = std::max<int64_t>(ceil_div(parts, wanted), 1) * depth;
-  plan.splits = ceil_div(args.n, plan.split_size);
-  plan.workspace = plan.splits * args.m * args.k;
+  split_grad_input(plan, args.n, depth, blocks_per_processor(gpu, shared_bytes), gpu);
+  plan.workspace = plan.splits > 1 ? plan.splits * args.m * args.k : 0;
+  plan.counters = plan.splits > 1 ? plan.row_tiles * plan.column_tiles : 0;
   return plan;
 }
 

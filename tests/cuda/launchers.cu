@@ -17,6 +17,11 @@ static QuantizedWeight weight_of(const uint8_t* packed, const float* absmax, con
 
 extern "C" {
 
+int lowbit_forget_gpus() {
+  cuda::forget_gpus();
+  return 0;
+}
+
 int lowbit_quantize(const void* weight, int dtype, int64_t numel, int format, int64_t block_size, uint8_t* packed,
                     float* absmax, void* stream) {
   return cuda::quantize({weight, static_cast<Dtype>(dtype), numel, format_of(format), block_size,
@@ -97,11 +102,13 @@ int lowbit_linear_gemv(const void* x, int dtype, const uint8_t* packed, const fl
   return y ? cuda::linear(args, plan, static_cast<cuda::Stream>(stream)) : 0;
 }
 
-// workspace: null to be told how many floats of it are needed, or memory for as many, and the product is launched.
-int64_t lowbit_linear_grad_input(const void* grad, int dtype, const uint8_t* packed, const float* absmax,
-                                 const uint8_t* scale_codes, const float* group_scales, const float* offset, int format,
-                                 int64_t block_size, const float* grad_t, const float* lora_a, int64_t m, int64_t n,
-                                 int64_t k, int64_t rank, void* grad_x, float* workspace, void* stream) {
+// sizes: where to write how many floats of workspace and how many counters are needed; with grad_x null nothing is
+// launched.
+int lowbit_linear_grad_input(const void* grad, int dtype, const uint8_t* packed, const float* absmax,
+                             const uint8_t* scale_codes, const float* group_scales, const float* offset, int format,
+                             int64_t block_size, const float* grad_t, const float* lora_a, int64_t m, int64_t n,
+                             int64_t k, int64_t rank, void* grad_x, float* workspace, uint32_t* counters,
+                             int64_t* sizes, void* stream) {
   const LinearGradInputArgs args{
       grad,
       static_cast<Dtype>(dtype),
@@ -114,9 +121,11 @@ int64_t lowbit_linear_grad_input(const void* grad, int dtype, const uint8_t* pac
       rank,
       grad_x,
       0,
-      workspace};
+      workspace,
+      counters};
   const cuda::Plan plan = cuda::plan_grad_input_kernel(args, cuda::current_gpu());
-  return workspace ? cuda::linear_grad_input(args, plan, static_cast<cuda::Stream>(stream)) : plan.workspace;
+  sizes[0] = plan.workspace, sizes[1] = plan.counters;
+  return grad_x ? cuda::linear_grad_input(args, plan, static_cast<cuda::Stream>(stream)) : 0;
 }
 
 int lowbit_linear_gemm(const void* x, int dtype, const uint8_t* packed, const float* absmax, const uint8_t* scale_codes,

@@ -43,11 +43,35 @@ void expect_grad_input(Path path, int64_t most, Dtype dtype, int capability) {
     args.m = m, args.n = 4096, args.k = 4096;
     const Plan plan = plan_grad_input(args, {capability, capability, 132});
     expect(plan.path == (m > most ? Path::decode : path), plan, "linear_grad_input");
-    expect(plan.splits * plan.split_size >= args.n || plan.path == Path::decode, plan, "rows of W are left out");
   }
 }
 
+Gpu with_shared_memory(Gpu gpu, int kilobytes) {
+  gpu.shared_memory = kilobytes * 1024;
+  return gpu;
+}
+
+// That the splits of grad_input's contraction cover it, none is empty, and there is memory where there are several.
+void expect_splits_of_grad_input(int64_t m, int64_t n, int64_t k, Dtype dtype, const Gpu& gpu) {
+  LinearGradInputArgs args{};
+  args.grad = memory;
+  args.dtype = dtype;
+  args.weight = product(m, dtype, kNf4, n, k).weight;
+  args.m = m, args.n = n, args.k = k;
+  const Plan plan = plan_grad_input_kernel(args, gpu);
+  const bool covers =
+      plan.splits * plan.split_size >= n && (plan.splits - 1) * plan.split_size < std::max<int64_t>(n, 1);
+  const bool shared = plan.splits > 1;
+  expect(covers && plan.workspace == (shared ? plan.splits * m * k : 0) &&
+             plan.counters == (shared ? plan.row_tiles * plan.column_tiles : 0),
+         plan, "splits of grad_input");
+}
+
 }  // namespace
+
+// An A100 holds two blocks of each kernel of grad_input, to the last byte; GPUs with less memory fewer.
+static_assert(MmaTile<32>::kSharedBytes + 1024 == 164 * 1024 / 2);
+static_assert(MmaTile<16>::kSharedBytes < MmaTile<32>::kSharedBytes);
 
 // Columns are shared out where tiles are fewer than multiprocessors, and never into less than a panel or an empty
 // share.
@@ -76,6 +100,17 @@ int main() {
   expect_grad_input(Path::grad_input_mma, 96, Dtype::bf16, 100);
   expect_grad_input(Path::grad_input_fma, 16, Dtype::bf16, 75);
   expect_grad_input(Path::grad_input_fma, 48, Dtype::f32, 90);
+
+  const Gpu a100 = with_shared_memory({80, 80, 108}, 164), ada = with_shared_memory({89, 89, 128}, 100);
+  expect(blocks_per_processor(a100, MmaTile<32>::kSharedBytes) == 2, {}, "blocks on an A100");
+  expect(blocks_per_processor(ada, MmaTile<8>::kSharedBytes) == 1, {}, "blocks on an RTX 4090");
+  expect(blocks_per_processor(ada, ElementTile::kSharedBytes) == 2, {}, "blocks of little memory");
+  for (const int64_t m : {1, 8, 32, 33, 192})
+    for (const int64_t n : {0, 8, 200, 4096, 14336})
+      for (const int64_t k : {64, 4096})
+        for (const Dtype dtype : {Dtype::f32, Dtype::bf16})
+          for (const Gpu& gpu : {a100, ada, with_shared_memory({90, 90, 132}, 228)})
+            expect_splits_of_grad_input(m, n, k, dtype, gpu);
 
   // What the fast kernels do not take: a ragged k, memory that is not aligned.
   const Gpu gpu{90, 90, 132};

@@ -1,4 +1,5 @@
 // Kernels that execute each function of csrc/cuda/device/ptx.cuh, for tests/test_cuda_ptx.py. One warp each.
+#include "cuda/device/arrival.cuh"
 #include "cuda/device/elements.cuh"
 #include "cuda/device/layout.h"
 #include "cuda/device/ptx.cuh"
@@ -10,6 +11,7 @@ extern "C" {
 
 // out[i] = x[i], 16 bytes per lane.
 __global__ void probe_global(const uint4* x, uint4* out) {
+  ptx::prefetch_l2(x + threadIdx.x);
   ptx::store_global_16(out + threadIdx.x, ptx::load_global_16(x + threadIdx.x));
 }
 
@@ -65,6 +67,21 @@ __global__ void probe_words(const uint32_t* x, uint32_t* products, int* signed_b
 __global__ void probe_indices(int* threads, unsigned* blocks) {
   threads[blockIdx.x * kWarpSize + threadIdx.x] = ptx::read_thread_index();
   blocks[blockIdx.x * kWarpSize + threadIdx.x] = ptx::read_block_index();
+}
+
+// Blocks that each leave a part; which is the last, and the sum that it finds.
+__global__ void probe_arrival(uint32_t* counter, float* parts, float* sums, int* is_last) {
+  const int i = threadIdx.x;
+  parts[blockIdx.x * blockDim.x + i] = static_cast<float>(blockIdx.x * blockDim.x + i);
+  const bool last = is_last_to_arrive(counter, gridDim.x);
+  is_last[blockIdx.x * blockDim.x + i] = last;
+  if (!last) return;
+  // What another thread of another block wrote.
+  float sum = 0.0f;
+  for (unsigned block = 0; block < gridDim.x; ++block)
+    sum += ptx::load_global_4_fresh(parts + block * blockDim.x + (blockDim.x - 1 - i)) +
+           ptx::load_global_16_fresh(parts + block * blockDim.x + (blockDim.x - 1 - i) / 4 * 4).w;
+  sums[i] = sum;
 }
 
 }  // extern "C"

@@ -33,6 +33,12 @@ torch::stable::Tensor recorded_to(const torch::stable::Tensor& self, torch::head
   return tensor;
 }
 
+torch::stable::Tensor recorded_zero(torch::stable::Tensor& self) {
+  auto tensor = torch::stable::zero_(self);
+  on_allocation(self.data_ptr(), self.numel() * static_cast<int64_t>(self.element_size()), true);
+  return tensor;
+}
+
 // torch's products, which write memory that a kernel may read after.
 AOTITorchError recorded_call(const char* op, const char* overload, StableIValue* stack, uint64_t version) {
   const AOTITorchError error = torch_call_dispatcher(op, overload, stack, version);
@@ -82,6 +88,7 @@ extern "C" __attribute__((visibility("default"))) void stub_set_device_of_tensor
 namespace torch::stable {
 using ::recorded_empty;
 using ::recorded_to;
+using ::recorded_zero;
 namespace accelerator {
 using ::StubGuard;
 }
@@ -91,6 +98,7 @@ using ::StubGuard;
 #define torch_call_dispatcher recorded_call
 #include "bindings/ops.h"
 #define new_empty recorded_empty
+#define zero_ recorded_zero
 #define to(...) recorded_to(__VA_ARGS__)  // not to<T>(...)
 #define DeviceGuard StubGuard
 #define get_device_index() is_cpu() ? device_of_tensors : -1
@@ -99,3 +107,11 @@ using ::StubGuard;
 #define LOWBIT_CUDA_NAMESPACE lowbit_stub
 #define LOWBIT_CUDA_KEY CPU
 #include "bindings/cuda.cpp"
+
+// The address of so many counters for a kernel on `stream`.
+extern "C" __attribute__((visibility("default"))) void* stub_counters(int64_t count, void* stream) {
+  AtenTensorHandle handle;
+  const int64_t size = 1;
+  aoti_torch_empty_strided(1, &size, &size, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle);
+  return zeroed_counters(torch::stable::Tensor(handle), static_cast<Stream>(stream), count).data_ptr();
+}

@@ -31,7 +31,7 @@ static struct {
   const void* host;
   const char* name;
 } kernels[MAX_KERNELS];
-static int kernel_count, last_error, current_device, device_count = 1;
+static int kernel_count, last_error, current_device, device_count = 1, capturing;
 static Callbacks callbacks;
 static struct {
   Dim3 grid, block;
@@ -44,6 +44,7 @@ static struct {
 void stub_set_callbacks(const Callbacks* set) { callbacks = *set; }
 void stub_set_device_count(int count) { device_count = count; }
 int stub_current_device(void) { return current_device; }
+void stub_set_capturing(int is_capturing) { capturing = is_capturing; }
 void stub_forget_error(void) { last_error = SUCCESS; }
 
 static int fail(int code) {
@@ -204,6 +205,11 @@ int cudaMallocManaged(void** pointer, size_t bytes, unsigned flags) {
 int cudaFree(void* pointer) { return memory("cudaFree", &pointer, NULL, 0, 0, NULL); }
 int cudaFreeAsync(void* pointer, void* stream) { return memory("cudaFreeAsync", &pointer, NULL, 0, 0, stream); }
 int cudaDeviceSynchronize(void) { return memory("cudaDeviceSynchronize", NULL, NULL, 0, 0, NULL); }
+int cudaStreamIsCapturing(void* stream, int* status) {
+  (void)stream;
+  *status = capturing;  // 1: cudaStreamCaptureStatusActive
+  return SUCCESS;
+}
 int cudaStreamSynchronize(void* stream) { return memory("cudaStreamSynchronize", NULL, NULL, 0, 0, stream); }
 
 // ---- errors

@@ -127,8 +127,10 @@ class HostLibrary:
     """
 
     def __init__(self, path, modules, signatures, device):
-        self.modules, self.signatures, self.device, self.options = modules, signatures, device, {}
+        self.modules, self.signatures, self.options = modules, signatures, {}
+        self._every_device = device
         self.other_devices: dict[int, Device] = {}
+        self.on_device_change = lambda: None  # for host code that remembers what a device is
         self.launches: list[HostLaunch] = []
         self.runtime_calls: list[RuntimeCall] = []
         self._known = _KnownMemory()
@@ -151,6 +153,19 @@ class HostLibrary:
     @property
     def current_device(self):
         return self._library.stub_current_device()
+
+    @property
+    def device(self):
+        return self._every_device
+
+    @device.setter
+    def device(self, device):
+        self._every_device = device
+        self.on_device_change()
+
+    def set_capturing(self, is_capturing):
+        """Whether cudaStreamIsCapturing says that what is enqueued becomes part of a graph."""
+        self._library.stub_set_capturing(is_capturing)
 
     def _device(self, number):
         return self.other_devices.get(number, self.device)

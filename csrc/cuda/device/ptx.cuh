@@ -38,8 +38,34 @@ __device__ __forceinline__ void load_global_16_if(bool wanted, uint4& v, const v
       : "l"(from), "r"(static_cast<uint32_t>(wanted)));
 }
 
+// Lets the 32 bytes at `from` come into L2, for a load that follows much later.
+__device__ __forceinline__ void prefetch_l2(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 __device__ __forceinline__ void store_global_16(void* to, uint4 v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// For what other blocks of this launch have written: past L1, which may hold an older value.
+__device__ __forceinline__ float4 load_global_16_fresh(const void* from) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ float load_global_4_fresh(const void* from) {
+  float v;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(from) : "memory");
+  return v;
+}
+
+// What *at was; then it is one more, or 0 again if it was `most`. Orders the GPU's memory: whoever sees the new value
+// sees what was written before it, and reads after it see what the earlier ones had written.
+__device__ __forceinline__ uint32_t increment_or_wrap(uint32_t* at, uint32_t most) {
+  uint32_t v;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(v) : "l"(at), "r"(most) : "memory");
+  return v;
 }
 
 // --- shared memory, by its 32-bit address
