@@ -19,6 +19,7 @@ struct Gpu {
   int capability;       // compute capability, times 10
   int code_capability;  // of the code that it runs: the last compiled for that is not newer
   int processors;       // multiprocessors
+  int64_t l2_bytes = 0;
 };
 
 enum class Path {
@@ -76,24 +77,59 @@ constexpr int64_t kSumTile = 4096;  // elements
 constexpr int64_t kMostSumBlocks = 1024;
 inline unsigned sum_blocks(int64_t tiles) { return blocks_for(tiles, 1, kMostSumBlocks, 1); }
 
-// --- linear: the path
+// --- which path for which rows
 
-// gemv on tensor cores takes up to 8 rows for 2.1 instructions, 0.07 ps, where reading W takes 0.15 ps: it waits for
-// DRAM. More rows would be a second pass, while gemm's tiles have 16 rows at least.
-constexpr int64_t kMostGemvRows = 8;
+// The most rows of x (of grad) that each kernel takes; above them W is decoded first and cuBLAS multiplies.
+// (grad_input's kernels read W once for each tile of rows, so their numbers are whole tiles.)
+struct MostRows {
+  int first_capability;  // of the generation
+  int64_t gemv_mma, gemm, grad_input_mma;
+  // In fp32 arithmetic: fp32 x; 16 bits before sm_80; int8.
+  int64_t gemv_fma, grad_input_fma_16_bits, grad_input_fma_32_bits, grad_input_element;
+};
 
-// gemv in fp32 arithmetic (fp32 x; 16 bits before sm_80; int8) takes 1.9 instructions for each row, 0.07 ps. Decoding
-// into fp32 moves 0.5 + 4 + 4 bytes, 2.5 ps, and an fp32 product at 60 TFLOPS takes 0.03 ps for each row: they meet at
-// 2.5 / (0.07 - 0.03) = 62 rows. On a B200, with 2.4 times the bandwidth and 1.25 times the instructions, at 1.06 /
-// (0.056 - 0.03) = 40; for 16 bits on a T4 (0.5 + 2 + 2 bytes) at 14 / 0.37 = 38; for int8 and 16-bit x (1 + 2 + 2
-// bytes, 2.2 instructions) at 1.5 / 0.08 = 19. One number, below all of them:
-constexpr int64_t kMostFmaRows = 16;
+// gemv_mma takes up to 8 rows for 2.1 instructions, 0.07 ps, where reading W takes 0.15 ps: it waits for DRAM. More
+// rows would be a second pass, while gemm's tiles have 16 rows at least.
+//
+// gemm. Decoding into 16 bits moves 4.5 bytes, 1.3 ps, before a product at 800 TFLOPS begins: 0.0025 ps for each row.
+// gemm reads 0.5 bytes, but mma.sync reaches about 0.6 of that rate, 0.0042 ps for each row, and every tile of 64 rows
+// decodes W again, 4 to 5 instructions or 0.16 ps: at 128 rows these are 0.15 + 2 x 0.16 + 0.54 = 1.0 ps against 1.3 +
+// 0.32 = 1.6, at 256 rows 1.9 against 1.9. An H200 decodes in 1.0 ps, and what no other work hides adds up: 128 rows.
+// An A100 (2 TB/s, 0.051 ps per instruction, one rate for mma.sync and cuBLAS, of which the kernel reaches 0.9): at 256
+// rows 0.25 + 4 x 0.25 + 2.2 = 3.4 against 2.25 + 1.9 = 4.2, at 512 rows 6.6 against 6.1. Ada, and Blackwell without
+// tcgen05 (12.0), have less bandwidth for the same arithmetic, so that decoding pays later still; one number for all.
+// A B200 (7.7 TB/s; mma.sync at 0.0036 ps, cuBLAS 0.001 for each row): at 96 rows 0.065 + 2 x 0.12 + 0.35 = 0.65
+// against 0.58 + 0.1 = 0.68; at 128 rows 0.77 against 0.71.
+//
+// gemv_fma takes 1.9 instructions for each row, 0.07 ps. Decoding into fp32 moves 0.5 + 4 + 4 bytes, 2.5 ps, and an
+// fp32 product at 60 TFLOPS takes 0.03 ps for each row: they meet at 2.5 / (0.07 - 0.03) = 62 rows. On a B200, with 2.4
+// times the bandwidth and 1.25 times the instructions, at 1.06 / (0.056 - 0.03) = 40; for 16 bits on a T4 (0.5 + 2 + 2
+// bytes) at 14 / 0.37 = 38; for int8 and 16-bit x (1 + 2 + 2 bytes, 2.2 instructions) at 1.5 / 0.08 = 19. One number,
+// below all of them.
+//
+// grad_input, in cycles of a multiprocessor per weight. An H100 moves 14 bytes in one. To decode to 16 bits and read
+// that again moves 4.5 bytes: 0.32; to fp32 8.5 bytes, 0.61, and its product of m rows takes m / 128 more. The kernels
+// take
+//   mma      0.058 (shared memory) per 32 rows: 5.5 tiles; 6, since cuBLAS does not reach all of that speed,
+//   fma      4.7 instructions of 128 in a cycle, 0.037, per 2 rows: 8 tiles in 16 bits, 24 in fp32,
+//   element  about 40 instructions, 0.31, per 8 rows: 1 tile.
+// Other GPUs move fewer bytes in a cycle, so that decoding first costs more, but for the B200 (29 bytes: 3 tiles of
+// mma) and the H200, which nothing tells from an H100 (20 bytes: would be 4).
+constexpr MostRows kMostRows[] = {
+    //    gemv  gemm  grad  fma
+    {0, 8, 256, 192, 16, 16, 48, 8},    // no tensor cores that the kernels use before 8.0
+    {80, 8, 256, 192, 16, 16, 48, 8},   // A100; consumer GPUs of 8.6 and 8.9
+    {90, 8, 128, 192, 16, 16, 48, 8},   // H100, H200
+    {100, 8, 96, 96, 16, 16, 48, 8},    // B200
+    {110, 8, 256, 192, 16, 16, 48, 8},  // consumer GPUs of 12.0
+};
 
-// Decoding into 16 bits moves 4.5 bytes, 1.3 ps, before a product at 800 TFLOPS begins: 0.0025 ps for each row. gemm
-// reads 0.5 bytes, but mma.sync reaches about 0.6 of that rate, 0.0042 ps for each row: they would meet at 1.2 / 0.0017
-// = 700 rows. But every tile of rows (128 at most) decodes W again, 4 to 5 instructions or 0.16 ps: at 256 rows these
-// are 0.15 + 2 x 0.16 + 1.08 = 1.5 ps against 1.3 + 0.64 = 1.9 ps; at 512 rows, 2.9 against 2.6.
-constexpr int64_t kMostGemmRows = 256;
+inline const MostRows& most_rows(const Gpu& gpu) {
+  const MostRows* found = kMostRows;
+  for (const MostRows& generation : kMostRows)
+    if (generation.first_capability <= gpu.capability) found = &generation;
+  return *found;
+}
 
 inline bool has_tensor_cores(Dtype dtype, const Gpu& gpu) {
   return dtype != Dtype::f32 && gpu.code_capability >= 80;  // m16n8k16, bf16
@@ -188,28 +224,22 @@ inline Plan plan_gemm(const LinearArgs& args, const Gpu& gpu) {
 }
 
 inline Plan plan_linear(const LinearArgs& args, const Gpu& gpu) {
+  const MostRows& most = most_rows(gpu);
   const bool by_mma = args.weight.format->bits == 4 && has_tensor_cores(args.dtype, gpu);
-  if (args.m <= (by_mma ? kMostGemvRows : kMostFmaRows) || args.n == 0) return plan_gemv(args, gpu);
-  if (by_mma && args.m <= kMostGemmRows && gemm_fits(args)) return plan_gemm(args, gpu);
+  if (args.m <= (by_mma ? most.gemv_mma : most.gemv_fma) || args.n == 0) return plan_gemv(args, gpu);
+  if (by_mma && args.m <= most.gemm && gemm_fits(args)) return plan_gemm(args, gpu);
   return {Path::decode};
 }
 
 // --- linear_grad_input
 
-// Whether it should be faster to decode the weight into 16 or 32 bits and to call cuBLAS: from many rows on.
-//
-// Cycles of a multiprocessor per weight. An H100 moves 14 bytes in one. To decode to 16 bits and read that again moves
-// 4.5 bytes: 0.32; to fp32 8.5 bytes, 0.61, and its product of m rows takes m / 128 more. The kernels take
-//   mma      0.058 (shared memory) per 32 rows: 5.5 tiles; 6, since cuBLAS does not reach all of that speed,
-//   fma      4.7 instructions of 128 in a cycle, 0.037, per 2 rows: 8 tiles in 16 bits, 24 in fp32,
-//   element  about 40 instructions, 0.31, per 8 rows: 1 tile.
-// Other GPUs move fewer bytes in a cycle, so that decoding first costs more, but for the B200 (29 bytes: 3 tiles of
-// mma) and the H200, which nothing tells from an H100 (20 bytes: would be 4).
+// Whether it should be faster to decode the weight into 16 or 32 bits and to call cuBLAS.
 inline bool decodes_first(Path path, const LinearGradInputArgs& args, const Gpu& gpu) {
   if (args.m == 0 || args.n == 0 || args.k == 0) return false;
-  if (path == Path::grad_input_mma) return args.m > (gpu.capability / 10 == 10 ? 3 : 6) * 32;
-  if (path == Path::grad_input_fma) return args.m > (args.dtype == Dtype::f32 ? 24 : 8) * FmaTile::kRows;
-  return args.m > ElementTile::kRows;
+  const MostRows& most = most_rows(gpu);
+  if (path == Path::grad_input_mma) return args.m > most.grad_input_mma;
+  if (path == Path::grad_input_element) return args.m > most.grad_input_element;
+  return args.m > (args.dtype == Dtype::f32 ? most.grad_input_fma_32_bits : most.grad_input_fma_16_bits);
 }
 
 // Which kernel serves a product, and how its contraction is split: into no more parts than fill the GPU, since each
@@ -248,6 +278,31 @@ inline Plan plan_grad_input_kernel(const LinearGradInputArgs& args, const Gpu& g
 inline Plan plan_grad_input(const LinearGradInputArgs& args, const Gpu& gpu) {
   const Plan plan = plan_grad_input_kernel(args, gpu);
   return decodes_first(plan.path, args, gpu) ? Plan{Path::decode} : plan;
+}
+
+// --- a weight that is decoded first
+
+// How many rows of W [n, k] are decoded at a time, for cuBLAS to multiply before the next ones are. What fits half of
+// the L2 cache is read there: 0.5 bytes of DRAM per weight instead of 4.5, and no dense weight in memory. Chunks begin
+// where a group of scales does. Not where all of W fits the cache, and not where a chunk's product has fewer tiles of
+// 128 x 128 than two for each multiprocessor: cuBLAS would leave some idle in each chunk.
+inline int64_t decoded_rows(const QuantizedWeight& weight, Dtype dtype, int64_t m, int64_t n, int64_t k,
+                            const Gpu& gpu) {
+  constexpr int64_t kTile = 128;
+  const int64_t row_bytes = k * size_of(dtype);
+  if (n * row_bytes <= gpu.l2_bytes || k % weight.block_size != 0) return n;
+  const int64_t rows = gpu.l2_bytes / 2 / row_bytes / kGroupSize * kGroupSize;
+  if (rows == 0 || (m / kTile) * (rows / kTile) < 2 * gpu.processors) return n;
+  const int64_t chunks = ceil_div(n, rows);
+  return ceil_div(ceil_div(n, chunks), kGroupSize) * kGroupSize;
+}
+
+// --- LoRA beside a weight that is decoded first
+
+constexpr int64_t kMostLoraRank = 512;
+
+inline bool lora_fits(Dtype dtype, int64_t rank, const Gpu& gpu) {
+  return has_tensor_cores(dtype, gpu) && rank <= kMostLoraRank;
 }
 
 }  // namespace lowbit::cuda

@@ -61,14 +61,6 @@ int lowbit_dequantize(const uint8_t* packed, const float* absmax, const uint8_t*
                           static_cast<cuda::Stream>(stream));
 }
 
-int lowbit_rounded_factors(const void* low, int low_dtype, const void* up, int up_dtype, int64_t up_row_stride,
-                           int64_t up_component_stride, float scaling, int64_t m, int64_t n, int64_t rank,
-                           void* low_out, void* up_out, int dtype, void* stream) {
-  return cuda::rounded_factors({low, static_cast<Dtype>(low_dtype), up, static_cast<Dtype>(up_dtype), up_row_stride,
-                                up_component_stride, scaling, m, n, rank, low_out, up_out, static_cast<Dtype>(dtype)},
-                               static_cast<cuda::Stream>(stream));
-}
-
 // A product's arguments as C++ has them, from plain ones.
 static LinearArgs linear_args(const void* x, int dtype, const uint8_t* packed, const float* absmax,
                               const uint8_t* scale_codes, const float* group_scales, const float* offset, int format,

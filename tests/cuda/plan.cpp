@@ -62,7 +62,10 @@ static_assert(gemv_column_shares(1, 1, 1) == 1);
 int main() {
   // 16 bits on tensor cores.
   expect_linear(Path::gemv_mma, 1, 8, Dtype::bf16, kNf4, 80);
-  expect_linear(Path::gemm, 9, 256, Dtype::f16, kFp4, 90);
+  expect_linear(Path::gemm, 9, 256, Dtype::f16, kFp4, 80);
+  expect_linear(Path::gemm, 9, 128, Dtype::bf16, kNf4, 90);
+  expect_linear(Path::decode, 129, 256, Dtype::bf16, kNf4, 90);
+  expect_linear(Path::gemm, 9, 96, Dtype::bf16, kNf4, 103);
   expect_linear(Path::decode, 257, int64_t{1} << 40, Dtype::bf16, kNf4, 120);
   // Without them, or with nothing for them to do.
   expect_linear(Path::gemv_fma, 1, 16, Dtype::f32, kNf4, 90);
@@ -86,7 +89,7 @@ int main() {
   expect(plan_linear(unaligned, gpu).path == Path::linear_any, {}, "unaligned gemv");
 
   // The splits of a contraction cover it, and ask for memory where there are several.
-  for (const int64_t m : {1, 8, 9, 64, 200})
+  for (const int64_t m : {1, 8, 9, 64, 128})
     for (const int64_t n : {16, 100, 4096})
       for (const int64_t k : {64, 4096, 96 * 1024}) {
         const Plan plan = plan_linear(product(m, Dtype::bf16, kNf4, n, k), gpu);
@@ -94,5 +97,15 @@ int main() {
         const bool covers = plan.splits * plan.split_size * unit >= k && (plan.splits - 1) * plan.split_size * unit < k;
         expect(covers && plan.workspace == (plan.splits > 1 ? plan.splits * m * n : 0), plan, "splits");
       }
+
+  // W is decoded in chunks where these fit half of the L2 cache and cuBLAS still fills the GPU, from a group of scales on.
+  const Gpu h100{90, 90, 132, 50 << 20};
+  const auto rows_of = [&](int64_t m, int64_t n, int64_t k) {
+    return decoded_rows(product(m, Dtype::bf16, kNf4, n, k).weight, Dtype::bf16, m, n, k, h100);
+  };
+  expect(rows_of(2048, 4096, 4096) == 4096, {Path::decode}, "W fits the cache");
+  expect(rows_of(2048, 14336, 4096) == 3072, {Path::decode}, "five chunks");
+  expect(rows_of(512, 14336, 4096) == 14336, {Path::decode}, "a chunk is too small for the GPU");
+  expect(rows_of(2048, 14336, 4096 + 32) == 14336, {Path::decode}, "blocks cross rows");
   return failures > 0;
 }
