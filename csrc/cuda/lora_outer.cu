@@ -97,7 +97,7 @@ int launch(const LoraOuterArgs& args, const LoraOuterPlan& plan, Stream stream) 
 }  // namespace
 
 int lora_outer(const LoraOuterArgs& args, const Gpu& gpu, Stream stream) {
-  if (!lora_fits(args.dtype, args.rank, gpu)) return cudaErrorNotSupported;
+  if (!lora_fits(args, gpu)) return cudaErrorNotSupported;
   if (args.w == 0 || args.rank == 0) return cudaSuccess;
   const LoraOuterPlan plan = plan_lora_outer(args, gpu);
   return args.dtype == Dtype::f16 ? launch<Fp16>(args, plan, stream) : launch<Bf16>(args, plan, stream);

@@ -215,7 +215,7 @@ int launch(const LoraProductArgs& args, const LoraProductPlan& plan, Stream stre
 }  // namespace
 
 int lora_product(const LoraProductArgs& args, const Gpu& gpu, Stream stream) {
-  if (!lora_fits(args.dtype, args.rank, gpu)) return cudaErrorNotSupported;
+  if (!lora_fits(args, gpu)) return cudaErrorNotSupported;
   if (args.m == 0 || (!args.y && (!args.x || args.rank == 0)) || (args.n == 0 && (!args.x || args.rank == 0)))
     return cudaSuccess;
   const LoraProductPlan plan = plan_lora_product(args, gpu);

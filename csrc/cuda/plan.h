@@ -251,11 +251,16 @@ inline Plan plan_grad_input(const LinearGradInputArgs& args, const Gpu& gpu) {
 
 // --- LoRA beside a weight that is decoded first
 
-constexpr int64_t kMostLoraRank = 512;  // as t of 32 rows is kept in shared memory
-constexpr int kMostLoraWarps = 4;       // of a block, side by side over rows (product) or columns (outer)
+constexpr int64_t kMostLoraRank = 512;               // as t of 32 rows is kept in shared memory
+constexpr int64_t kMostLoraSide = int64_t{1} << 30;  // of n and k, or of m in lora_outer: counted in 32 bits
+constexpr int kMostLoraWarps = 4;                    // of a block, side by side over rows (product) or columns (outer)
 
-inline bool lora_fits(Dtype dtype, int64_t rank, const Gpu& gpu) {
-  return has_tensor_cores(dtype, gpu) && rank <= kMostLoraRank;
+inline bool lora_fits(const LoraProductArgs& args, const Gpu& gpu) {
+  return has_tensor_cores(args.dtype, gpu) && args.rank <= kMostLoraRank && std::max(args.n, args.k) <= kMostLoraSide;
+}
+
+inline bool lora_fits(const LoraOuterArgs& args, const Gpu& gpu) {
+  return has_tensor_cores(args.dtype, gpu) && args.rank <= kMostLoraRank && args.m <= kMostLoraSide;
 }
 
 // How many columns of the rank are multiplied at a time.
