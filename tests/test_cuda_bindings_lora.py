@@ -66,28 +66,27 @@ def test_training_a_layer(way, dtype, lora_dtype, bias):
         torch.testing.assert_close(found[3], grad.float().sum(0).to(lora_dtype))
 
 
-def launch_counts(way, lora_dtype, autocast) -> tuple[int, int]:
-    """What a layer's forward and backward launch; under autocast x is fp32, as a norm's output is there."""
+def launch_counts(way, lora_dtype, autocast) -> tuple[list[str], list[str]]:
+    """What a layer's forward and backward launch, x being bf16.
+
+    (Under autocast a norm's output is fp32, and casting it to bf16 is one launch more: nn.Linear's too.)
+    """
     q, lora_a, lora_b, _ = layer(lora_dtype)
-    x = torch.ones(WAYS[way], K, dtype=torch.float32 if autocast else torch.bfloat16)
+    x = torch.ones(WAYS[way], K, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.ones(WAYS[way], N, dtype=torch.bfloat16)
     context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
-    with OnStub() as called:
-        hidden = x.clone().requires_grad_()
-        if autocast:  # the cast of x is not the layer's: three layers that share x make it once each, as nn.Linear does
-            hidden = x.bfloat16().requires_grad_()
-        called.launches.clear()
-        with context:
-            y = lowbit.lora_linear(hidden, q, lora_a, lora_b, SCALING)
-        forward = len(called.launches)
-        y.backward(torch.ones_like(y.detach()))
-        gradients = sum("ones_like" in name or "detach" in name for name in called.launches)
-        return forward, len(called.launches) - forward - gradients
+    with OnStub() as called, context:
+        y = lowbit.lora_linear(x, q, lora_a, lora_b, SCALING)
+        forward = called.launches
+        called.launches = []
+        torch.autograd.grad(y, (x, lora_a, lora_b), grad)
+        return forward, called.launches
 
 
 def test_launches_of_a_layer():
     """Each launch more costs 2 to 5 us of the host, and a copy of x or grad in fp32 three times its memory traffic.
 
-    Prints the table in docs/performance.md.
+    Prints the table of docs/performance.md.
     """
     print("\n| rows go to | adapters | autocast | forward | backward |\n|---|---|---|---|---|")
     for way in WAYS:
@@ -95,6 +94,6 @@ def test_launches_of_a_layer():
             for autocast in (False, True):
                 forward, backward = launch_counts(way, lora_dtype, autocast)
                 name = str(lora_dtype).removeprefix("torch.")
-                print(f"| {way} | {name} | {'on' if autocast else 'off'} | {forward} | {backward} |")
-                if way == "decode":
-                    assert forward <= 3 and backward <= 5
+                counts = f"{len(forward)} | {len(backward)}"
+                print(f"| {way} | {name} | {'on' if autocast else 'off'} | {counts} |")
+                assert len(forward) <= 3 and len(backward) <= (5 if way == "decode" else 6), (forward, backward)

@@ -211,14 +211,18 @@ class Cuda {
     constexpr const char* kOp = "lora_outer";
     const Gpu gpu = cuda::current_gpu();
     const Dtype dtype = dtype_of(wide.scalar_type(), kOp), out_dtype = dtype_of(out.scalar_type(), kOp);
-    if (cuda::lora_fits(dtype, rank, gpu)) {
-      const int64_t wide_stride = is_transposed ? 1 : rank, rank_stride = is_transposed ? w : 1;
-      return check_launch(
-          cuda::lora_outer({float_data(wide, dtype, kOp), dtype, aligned<float>(low, kOp), static_cast<float>(scale),
-                            out.data_ptr(), out_dtype, wide_stride, rank_stride, m, w, rank},
-                           gpu, stream_),
-          kOp);
-    }
+    const LoraOuterArgs args{.wide = float_data(wide, dtype, kOp),
+                             .dtype = dtype,
+                             .low = aligned<float>(low, kOp),
+                             .scale = static_cast<float>(scale),
+                             .out = out.data_ptr(),
+                             .out_dtype = out_dtype,
+                             .out_wide_stride = is_transposed ? 1 : rank,
+                             .out_rank_stride = is_transposed ? w : 1,
+                             .m = m,
+                             .w = w,
+                             .rank = rank};
+    if (cuda::lora_fits(args, gpu)) return check_launch(cuda::lora_outer(args, gpu, stream_), kOp);
     const Tensor wide_rows = matrix_of(converted(wide, ScalarType::Float), m, w), low_rows = matrix_of(low, m, rank);
     const Tensor sums = out_dtype == Dtype::f32 ? out : empty({w * rank}, ScalarType::Float);
     if (is_transposed) {
@@ -280,20 +284,18 @@ class Cuda {
     const int64_t m = lora.m, n = lora.n, k = lora.k, rank = lora.rank;
     float* const t_data = const_cast<float*>(lora.t->fp32());
     const float* const bias = lora.bias ? lora.bias->fp32() : nullptr;
-    if (cuda::lora_fits(dtype, rank, gpu)) {
-      LoraProductArgs args{.dtype = dtype, .t = t_data, .bias = bias, .m = m, .n = n, .k = k, .rank = rank};
-      if (lora.x) {
-        args.x = float_data(*lora.x, dtype, op);
-        args.down = lora.down->matrix(rank, k, lora.down_is_transposed);
-        args.t_scale = static_cast<float>(lora.t_scale);
-      }
-      if (lora.y) {
-        args.y = lora.y->data_ptr();
-        args.up = lora.up->matrix(n, rank, lora.up_is_transposed);
-        args.up_scale = static_cast<float>(lora.up_scale);
-      }
-      return check_launch(cuda::lora_product(args, gpu, stream_), op);
+    LoraProductArgs args{.dtype = dtype, .t = t_data, .bias = bias, .m = m, .n = n, .k = k, .rank = rank};
+    if (lora.x) {
+      args.x = float_data(*lora.x, dtype, op);
+      args.down = lora.down->matrix(rank, k, lora.down_is_transposed);
+      args.t_scale = static_cast<float>(lora.t_scale);
     }
+    if (lora.y) {
+      args.y = lora.y->data_ptr();
+      args.up = lora.up->matrix(n, rank, lora.up_is_transposed);
+      args.up_scale = static_cast<float>(lora.up_scale);
+    }
+    if (cuda::lora_fits(args, gpu)) return check_launch(cuda::lora_product(args, gpu, stream_), op);
     const Tensor t = matrix_of(**lora.t, m, rank);
     if (lora.x) {
       const Tensor down = converted(**lora.down, ScalarType::Float);  // [rank, k]^T for the product

@@ -59,7 +59,8 @@ int linear_gemv_int8(const LinearArgs& args, Stream stream);
 int linear_gemm(const LinearArgs& args, const Plan& plan, Stream stream);
 
 // LoRA beside a weight that is decoded first. Both take one launch and no workspace, and give the same bits each time.
-// They need tensor cores (sm_80) and a rank of kMostLoraRank at most: else cudaErrorNotSupported.
+// cudaErrorNotSupported where lora_fits says no: before sm_80, in fp32, or beyond its sizes. All other sizes, strides
+// and alignments are right; plan_lora_product and plan_lora_outer say which are fast.
 int lora_product(const LoraProductArgs& args, const Gpu& gpu, Stream stream);
 int lora_outer(const LoraOuterArgs& args, const Gpu& gpu, Stream stream);
 
