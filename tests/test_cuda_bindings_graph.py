@@ -51,19 +51,25 @@ def test_a_decoding_step_of_a_llama():
     model = LoraModel(model, LoraConfig(rank=4, target_modules=["q_proj", "v_proj", "down_proj"])).eval()
     cache = transformers.StaticCache(config=config, max_cache_len=16)
 
-    def step(token: int, position: int) -> torch.Tensor:
-        ids, at = torch.tensor([[token]]), torch.tensor([position])
+    def inputs(token: int, position: int) -> dict[str, torch.Tensor]:
+        at = torch.tensor([position])
         mask = (torch.arange(16) <= position)[None, None, None, :]
-        return model(
-            ids, attention_mask=mask, past_key_values=cache, cache_position=at, position_ids=at[None], use_cache=True
-        ).logits
+        return {
+            "input_ids": torch.tensor([[token]]),
+            "attention_mask": mask,
+            "cache_position": at,
+            "position_ids": at[None],
+        }
+
+    def step(given: dict) -> torch.Tensor:
+        return model(**given, past_key_values=cache, use_cache=True).logits
 
     made = []
     with torch.no_grad():
-        step(1, 0)  # the cache is made
-        for token, position in ((2, 1), (3, 2)):
+        step(inputs(1, 0))  # the cache is made
+        for given in (inputs(2, 1), inputs(3, 2)):
             with capture() as called:
-                step(token, position)
+                step(given)
             made.append(called.launches)
     assert made[0] == made[1]  # the second token's step is the first one's
     ours = [name for name in made[0] if "gemv" in name or "lora_product" in name]

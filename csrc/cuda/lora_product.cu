@@ -208,7 +208,7 @@ int launch(const LoraProductArgs& args, const LoraProductPlan& plan, Stream stre
 template <class T>
 int launch(const LoraProductArgs& args, const LoraProductPlan& plan, Stream stream) {
   if (plan.access == LoraAccess::any) return launch<T, AnyElement, 32, true>(args, plan, stream);
-  if (args.up.dtype == Dtype::f32) return launch<T, float>(args, plan, stream);
+  if ((args.x ? args.down : args.up).dtype == Dtype::f32) return launch<T, float>(args, plan, stream);
   return launch<T, T>(args, plan, stream);
 }
 
