@@ -1,11 +1,12 @@
 """The products of csrc/bindings/cuda.cpp: each number of rows takes its planned way, with LoRA and bias."""
 
+import contextlib
 import dataclasses
 import functools
 
 import pytest
 import torch
-from cases import DTYPES, FORMATS, CalledOps
+from cases import DTYPES, FORMATS
 from conftest_cuda import launchers
 from cuda_bindings import REFERENCE, assert_grad_input_is_right, check_linear, operands, quantized, run, stub
 
@@ -154,29 +155,25 @@ def test_rows_of_fp16_are_apart(bad, size):
         torch.testing.assert_close(out, getattr(REFERENCE, op)(*arguments), rtol=2e-3, atol=0.03, equal_nan=True)
 
 
-@pytest.mark.parametrize("lora_dtype", DTYPES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_one_launch_for_both_factors(dtype, lora_dtype):
-    """A chain of torch's ops, of two microseconds each, took as long as the product of a batch of 512 rows."""
-    parts = quantized((16, 64))
-    x, _, t, lora_b = operands(300, 16, 64, 4, dtype, lora_dtype)
-    grad, _, _, lora_a = operands(300, 64, 16, 4, dtype, lora_dtype)
-    for op, arguments in (
-        ("linear", (x, *parts, 16, None, t, lora_b, 0.7)),
-        ("linear_grad_input", (grad, *parts, 64, t, lora_a.T.contiguous())),
-    ):
+@contextlib.contextmanager
+def small_gpu():
+    """Context with a GPU for which a weight of some KB is large."""
+    device = launchers().device
+    launchers().device = dataclasses.replace(device, sm_count=2, l2_cache=64 << 10)
+    try:
+        yield
+    finally:
+        launchers().device = device
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize(("bias", "rank"), [(False, 0), (True, 0), (True, 8)])
+def test_a_large_weight_is_decoded_in_chunks(bias, rank, format):
+    """A chunk with another's scales, or written into another's columns, is a wrong layer."""
+    with small_gpu():
         launchers().launches.clear()
-        with CalledOps(into="lowbit_stub") as called:
-            run(op, *arguments)
-        kernels = [launch.kernel for launch in launchers().launches]
-        is_right = op == "linear_grad_input" and dtype == lora_dtype == torch.bfloat16
-        assert sum("rounded_factors" in kernel for kernel in kernels) == (not is_right)
-        assert "dequantize" in kernels[-1] and len(kernels) == 2 - is_right
-        names = {name.partition(".")[0] for name in called.names}
-        assert "aten::linear" in names
-        assert not names & {
-            f"aten::{name}" for name in ("mul", "div", "sub", "abs", "amax", "clamp", "fill_", "_to_copy")
-        }
+        assert "dequantize" in check_linear(260, 600, 64, torch.bfloat16, format, bias=bias, rank=rank)
+        assert sum("dequantize" in launch.kernel for launch in launchers().launches) == 3
 
 
 @pytest.mark.parametrize(

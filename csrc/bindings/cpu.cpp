@@ -33,13 +33,6 @@ cpu::ParallelFor parallel_for() {
           threads};
 }
 
-int32_t shim_dtype(ScalarType type) {
-  if (type == ScalarType::Byte) return aoti_torch_dtype_uint8();
-  if (type == ScalarType::Half) return aoti_torch_dtype_float16();
-  if (type == ScalarType::Double) return aoti_torch_dtype_float64();
-  return type == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
-}
-
 // Asks for huge pages where a result is large: a new tensor's pages are zeroed by the system as they are touched first,
 // and 4 KB at a time that takes longer than quantizing or decoding into them.
 void advise_huge_pages(const Tensor& tensor, int64_t bytes) {
@@ -55,18 +48,9 @@ void advise_huge_pages(const Tensor& tensor, int64_t bytes) {
 struct Cpu {
   explicit Cpu(const Tensor& like) : like(like) {}
 
-  // Not new_empty: that looks its op up by name, which costs as much as a small kernel.
   Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) const {
-    std::vector<int64_t> strides(sizes.size());
-    int64_t numel = 1;
-    for (size_t i = sizes.size(); i-- > 0; numel *= sizes[i]) strides[i] = std::max<int64_t>(numel, 1);
-    AtenTensorHandle handle;
-    check_call(
-        aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), shim_dtype(type),
-                                 aoti_torch_device_type_cpu(), like.get_device_index(), &handle),
-        "empty_strided");
-    Tensor tensor(handle);
-    advise_huge_pages(tensor, numel * static_cast<int64_t>(tensor.element_size()));
+    Tensor tensor = empty_beside(like, sizes, type);
+    advise_huge_pages(tensor, tensor.numel() * static_cast<int64_t>(tensor.element_size()));
     return tensor;
   }
 

@@ -17,9 +17,10 @@
 namespace lowbit::cuda {
 
 struct Gpu {
-  int capability;                  // compute capability, times 10
-  int code_capability;             // of the code that it runs: the last compiled for that is not newer
-  int processors;                  // multiprocessors
+  int capability;       // compute capability, times 10
+  int code_capability;  // of the code that it runs: the last compiled for that is not newer
+  int processors;       // multiprocessors
+  int64_t l2_bytes = 0;
   int shared_memory = 100 * 1024;  // bytes of a multiprocessor; the fewest since sm_80
 };
 
@@ -84,24 +85,59 @@ constexpr int64_t kSumTile = 4096;  // elements
 constexpr int64_t kMostSumBlocks = 1024;
 inline unsigned sum_blocks(int64_t tiles) { return blocks_for(tiles, 1, kMostSumBlocks, 1); }
 
-// --- linear: the path
+// --- which path for which rows
 
-// gemv on tensor cores takes up to 8 rows for 2.1 instructions, 0.07 ps, where reading W takes 0.15 ps: it waits for
-// DRAM. More rows would be a second pass, while gemm's tiles have 16 rows at least.
-constexpr int64_t kMostGemvRows = 8;
+// The most rows of x (of grad) that each kernel takes; above them W is decoded first and cuBLAS multiplies.
+// (grad_input's kernels read W once for each tile of rows, so their numbers are whole tiles.)
+struct MostRows {
+  int first_capability;  // of the generation
+  int64_t gemv_mma, gemm, grad_input_mma;
+  // In fp32 arithmetic: fp32 x; 16 bits before sm_80; int8.
+  int64_t gemv_fma, grad_input_fma_16_bits, grad_input_fma_32_bits, grad_input_element;
+};
 
-// gemv in fp32 arithmetic (fp32 x; 16 bits before sm_80; int8) takes 1.9 instructions for each row, 0.07 ps. Decoding
-// into fp32 moves 0.5 + 4 + 4 bytes, 2.5 ps, and an fp32 product at 60 TFLOPS takes 0.03 ps for each row: they meet at
-// 2.5 / (0.07 - 0.03) = 62 rows. On a B200, with 2.4 times the bandwidth and 1.25 times the instructions, at 1.06 /
-// (0.056 - 0.03) = 40; for 16 bits on a T4 (0.5 + 2 + 2 bytes) at 14 / 0.37 = 38; for int8 and 16-bit x (1 + 2 + 2
-// bytes, 2.2 instructions) at 1.5 / 0.08 = 19. One number, below all of them:
-constexpr int64_t kMostFmaRows = 16;
+// gemv_mma takes up to 8 rows for 2.1 instructions, 0.07 ps, where reading W takes 0.15 ps: it waits for DRAM. More
+// rows would be a second pass, while gemm's tiles have 16 rows at least.
+//
+// gemm. Decoding into 16 bits moves 4.5 bytes, 1.3 ps, before a product at 800 TFLOPS begins: 0.0025 ps for each row.
+// gemm reads 0.5 bytes, but mma.sync reaches about 0.6 of that rate, 0.0042 ps for each row, and every tile of 64 rows
+// decodes W again, 4 to 5 instructions or 0.16 ps: at 128 rows these are 0.15 + 2 x 0.16 + 0.54 = 1.0 ps against 1.3 +
+// 0.32 = 1.6, at 256 rows 1.9 against 1.9. An H200 decodes in 1.0 ps, and what no other work hides adds up: 128 rows.
+// An A100 (2 TB/s, 0.051 ps per instruction, one rate for mma.sync and cuBLAS, of which the kernel reaches 0.9): at 256
+// rows 0.25 + 4 x 0.25 + 2.2 = 3.4 against 2.25 + 1.9 = 4.2, at 512 rows 6.6 against 6.1. Ada, and Blackwell without
+// tcgen05 (12.0), have less bandwidth for the same arithmetic, so that decoding pays later still; one number for all.
+// A B200 (7.7 TB/s; mma.sync at 0.0036 ps, cuBLAS 0.001 for each row): at 96 rows 0.065 + 2 x 0.12 + 0.35 = 0.65
+// against 0.58 + 0.1 = 0.68; at 128 rows 0.77 against 0.71.
+//
+// gemv_fma takes 1.9 instructions for each row, 0.07 ps. Decoding into fp32 moves 0.5 + 4 + 4 bytes, 2.5 ps, and an
+// fp32 product at 60 TFLOPS takes 0.03 ps for each row: they meet at 2.5 / (0.07 - 0.03) = 62 rows. On a B200, with 2.4
+// times the bandwidth and 1.25 times the instructions, at 1.06 / (0.056 - 0.03) = 40; for 16 bits on a T4 (0.5 + 2 + 2
+// bytes) at 14 / 0.37 = 38; for int8 and 16-bit x (1 + 2 + 2 bytes, 2.2 instructions) at 1.5 / 0.08 = 19. One number,
+// below all of them.
+//
+// grad_input, in cycles of a multiprocessor per weight. An H100 moves 14 bytes in one. To decode to 16 bits and read
+// that again moves 4.5 bytes: 0.32; to fp32 8.5 bytes, 0.61, and its product of m rows takes m / 128 more. The kernels
+// take
+//   mma      0.058 (shared memory) per 32 rows: 5.5 tiles; 6, since cuBLAS does not reach all of that speed,
+//   fma      4.7 instructions of 128 in a cycle, 0.037, per 2 rows: 8 tiles in 16 bits, 24 in fp32,
+//   element  about 40 instructions, 0.31, per 8 rows: 1 tile.
+// Other GPUs move fewer bytes in a cycle, so that decoding first costs more, but for the B200 (29 bytes: 3 tiles of
+// mma) and the H200, which nothing tells from an H100 (20 bytes: would be 4).
+constexpr MostRows kMostRows[] = {
+    //    gemv  gemm  grad  fma
+    {0, 8, 256, 192, 16, 16, 48, 8},    // no tensor cores that the kernels use before 8.0
+    {80, 8, 256, 192, 16, 16, 48, 8},   // A100; consumer GPUs of 8.6 and 8.9
+    {90, 8, 128, 192, 16, 16, 48, 8},   // H100, H200
+    {100, 8, 96, 96, 16, 16, 48, 8},    // B200
+    {110, 8, 256, 192, 16, 16, 48, 8},  // consumer GPUs of 12.0
+};
 
-// Decoding into 16 bits moves 4.5 bytes, 1.3 ps, before a product at 800 TFLOPS begins: 0.0025 ps for each row. gemm
-// reads 0.5 bytes, but mma.sync reaches about 0.6 of that rate, 0.0042 ps for each row: they would meet at 1.2 / 0.0017
-// = 700 rows. But every tile of rows (128 at most) decodes W again, 4 to 5 instructions or 0.16 ps: at 256 rows these
-// are 0.15 + 2 x 0.16 + 1.08 = 1.5 ps against 1.3 + 0.64 = 1.9 ps; at 512 rows, 2.9 against 2.6.
-constexpr int64_t kMostGemmRows = 256;
+inline const MostRows& most_rows(const Gpu& gpu) {
+  const MostRows* found = kMostRows;
+  for (const MostRows& generation : kMostRows)
+    if (generation.first_capability <= gpu.capability) found = &generation;
+  return *found;
+}
 
 inline bool has_tensor_cores(Dtype dtype, const Gpu& gpu) {
   return dtype != Dtype::f32 && gpu.code_capability >= 80;  // m16n8k16, bf16
@@ -196,28 +232,22 @@ inline Plan plan_gemm(const LinearArgs& args, const Gpu& gpu) {
 }
 
 inline Plan plan_linear(const LinearArgs& args, const Gpu& gpu) {
+  const MostRows& most = most_rows(gpu);
   const bool by_mma = args.weight.format->bits == 4 && has_tensor_cores(args.dtype, gpu);
-  if (args.m <= (by_mma ? kMostGemvRows : kMostFmaRows) || args.n == 0) return plan_gemv(args, gpu);
-  if (by_mma && args.m <= kMostGemmRows && gemm_fits(args)) return plan_gemm(args, gpu);
+  if (args.m <= (by_mma ? most.gemv_mma : most.gemv_fma) || args.n == 0) return plan_gemv(args, gpu);
+  if (by_mma && args.m <= most.gemm && gemm_fits(args)) return plan_gemm(args, gpu);
   return {Path::decode};
 }
 
 // --- linear_grad_input
 
-// Whether it should be faster to decode the weight into 16 or 32 bits and to call cuBLAS: from many rows on.
-//
-// Cycles of a multiprocessor per weight. An H100 moves 14 bytes in one. To decode to 16 bits and read that again moves
-// 4.5 bytes: 0.32; to fp32 8.5 bytes, 0.61, and its product of m rows takes m / 128 more. The kernels take
-//   mma      0.058 (shared memory) per 32 rows: 5.5 tiles; 6, since cuBLAS does not reach all of that speed,
-//   fma      4.7 instructions of 128 in a cycle, 0.037, per 2 rows: 8 tiles in 16 bits, 24 in fp32,
-//   element  about 40 instructions, 0.31, per 8 rows: 1 tile.
-// Other GPUs move fewer bytes in a cycle, so that decoding first costs more, but for the B200 (29 bytes: 3 tiles of
-// mma) and the H200, which nothing tells from an H100 (20 bytes: would be 4).
+// Whether it should be faster to decode the weight into 16 or 32 bits and to call cuBLAS.
 inline bool decodes_first(Path path, const LinearGradInputArgs& args, const Gpu& gpu) {
   if (args.m == 0 || args.n == 0 || args.k == 0) return false;
-  if (path == Path::grad_input_mma) return args.m > (gpu.capability / 10 == 10 ? 3 : 6) * 32;
-  if (path == Path::grad_input_fma) return args.m > (args.dtype == Dtype::f32 ? 24 : 8) * FmaTile::kRows;
-  return args.m > ElementTile::kRows;
+  const MostRows& most = most_rows(gpu);
+  if (path == Path::grad_input_mma) return args.m > most.grad_input_mma;
+  if (path == Path::grad_input_element) return args.m > most.grad_input_element;
+  return args.m > (args.dtype == Dtype::f32 ? most.grad_input_fma_32_bits : most.grad_input_fma_16_bits);
 }
 
 constexpr int64_t kMostGradInputSplits = 16;
@@ -281,6 +311,145 @@ inline Plan plan_grad_input_kernel(const LinearGradInputArgs& args, const Gpu& g
 inline Plan plan_grad_input(const LinearGradInputArgs& args, const Gpu& gpu) {
   const Plan plan = plan_grad_input_kernel(args, gpu);
   return decodes_first(plan.path, args, gpu) ? Plan{Path::decode} : plan;
+}
+
+// --- a weight that is decoded first
+
+// How many rows of W [n, k] are decoded at a time, for cuBLAS to multiply before the next ones are. What fits half of
+// the L2 cache is read there: 0.5 bytes of DRAM per weight instead of 4.5, and no dense weight in memory. Chunks begin
+// where a group of scales does. Not where all of W fits the cache, and not where a chunk's product has fewer tiles of
+// 128 x 128 than two for each multiprocessor: cuBLAS would leave some idle in each chunk.
+inline int64_t decoded_rows(const QuantizedWeight& weight, Dtype dtype, int64_t m, int64_t n, int64_t k,
+                            const Gpu& gpu) {
+  constexpr int64_t kTile = 128;
+  const int64_t row_bytes = k * size_of(dtype);
+  if (n * row_bytes <= gpu.l2_bytes || k % weight.block_size != 0) return n;
+  const int64_t rows = gpu.l2_bytes / 2 / row_bytes / kGroupSize * kGroupSize;
+  if (rows == 0 || (m / kTile) * (rows / kTile) < 2 * gpu.processors) return n;
+  const int64_t chunks = ceil_div(n, rows);
+  return ceil_div(ceil_div(n, chunks), kGroupSize) * kGroupSize;
+}
+
+// --- LoRA beside a weight that is decoded first
+
+constexpr int64_t kMostLoraRank = 512;               // as t of 32 rows is kept in shared memory
+constexpr int64_t kMostLoraSide = int64_t{1} << 30;  // of n and k, or of m in lora_outer: counted in 32 bits
+constexpr int kMostLoraWarps = 4;                    // of a block, side by side over rows (product) or columns (outer)
+
+inline bool lora_fits(const LoraProductArgs& args, const Gpu& gpu) {
+  return has_tensor_cores(args.dtype, gpu) && args.rank <= kMostLoraRank && std::max(args.n, args.k) <= kMostLoraSide;
+}
+
+inline bool lora_fits(const LoraOuterArgs& args, const Gpu& gpu) {
+  return has_tensor_cores(args.dtype, gpu) && args.rank <= kMostLoraRank && args.m <= kMostLoraSide;
+}
+
+// How many columns of the rank are multiplied at a time.
+inline int lora_rank_tile(int64_t rank) { return rank <= 16 ? 16 : rank <= 32 ? 32 : 64; }
+
+// What a phase of LoRA's kernels takes, in cycles. A multiprocessor gets 25 bytes from L2 where all of them read (5.5
+// TB/s on an H100), 50 where few do; its four tensor cores take 8 for an mma each. One block runs on each at a time.
+struct LoraPhase {
+  int64_t bytes, mmas;  // of a block
+  int64_t cycles(int64_t blocks, int64_t processors) const {
+    const int64_t rounds = ceil_div(blocks, processors);
+    return std::max({rounds * bytes / 50, rounds * mmas * 2, blocks * bytes / (25 * processors)});
+  }
+};
+
+// Products of two bf16 for one of x, which is one or two of them, and an fp32 factor.
+inline int64_t lora_products(Dtype dtype) { return dtype == Dtype::bf16 ? 2 : 3; }
+
+// How lora_product reads its factors: 4 elements at once along the contraction or across it, or one by one.
+enum class LoraAccess { along, across, any };
+
+struct LoraProductPlan {
+  LoraAccess access = LoraAccess::any;
+  int rank = 32;      // columns of t at a time
+  int row_warps = 1;  // each takes 32 rows
+  int64_t row_tiles = 0;
+  int shares = 1, share_chunks = 0;  // of y's columns, in chunks of 32; a block of each share computes t of its rows
+  int shared_bytes = 0;
+
+  int64_t blocks() const { return row_tiles * shares; }
+};
+
+inline LoraAccess lora_access(const LoraProductArgs& args) {
+  // A factor that is not read may be anything.
+  const Factor &down = args.x ? args.down : args.up, &up = args.y ? args.up : args.down;
+  const auto fits = [&](const Factor& factor, int64_t consecutive, int64_t other) {
+    return consecutive == 1 && other % 4 == 0 && is_aligned(factor.data, 4 * size_of(factor.dtype));
+  };
+  const bool has_dtypes = down.dtype == up.dtype && (down.dtype == Dtype::f32 || down.dtype == args.dtype);
+  const bool has_x = !args.x || (args.k > 0 && args.k % 8 == 0 && is_aligned(args.x, kAccessBytes));
+  const bool has_y = !args.y || (args.n % 4 == 0 && is_aligned(args.y, kAccessBytes / 2));
+  if (!has_dtypes || !has_x || !has_y || args.rank == 0 || args.rank % 4 != 0) return LoraAccess::any;
+  if (fits(down, down.column_stride, down.row_stride) && fits(up, up.column_stride, up.row_stride))
+    return LoraAccess::along;
+  if (fits(down, down.row_stride, down.column_stride) && fits(up, up.row_stride, up.column_stride))
+    return LoraAccess::across;
+  return LoraAccess::any;
+}
+
+// More rows in a block read the factors less often. Fewer rows, and shares of y's columns, fill more multiprocessors.
+inline LoraProductPlan plan_lora_product(const LoraProductArgs& args, const Gpu& gpu) {
+  constexpr int64_t kMostShares = 64, kMostShared = 96 * 1024;  // bytes; every GPU from sm_80 on has 99 KB
+  LoraProductPlan plan;
+  plan.access = lora_access(args);
+  if (plan.access != LoraAccess::any) plan.rank = lora_rank_tile(args.rank);
+  const int64_t rank = ceil_div(args.rank, plan.rank) * plan.rank;
+  const int64_t chunks = args.y ? ceil_div(args.n, LoraTile::kRows) : 0;
+  int64_t least = INT64_MAX;
+  for (int row_warps = 1; row_warps <= kMostLoraWarps; row_warps *= 2) {
+    const int64_t rows = row_warps * LoraTile::kRows, row_tiles = ceil_div(args.m, rows);
+    const int64_t shared = LoraTile::threads(plan.rank) / kWarpSize * LoraTile::kSliceBytes +
+                           rows / 8 * rank / LoraTile::kSliceColumns * LoraTile::kShortRowsBytes;
+    if (shared > kMostShared) break;
+    for (int64_t tried = 1; tried <= std::clamp<int64_t>(chunks, 1, kMostShares); ++tried) {
+      const int64_t share_chunks = ceil_div(chunks, tried), shares = chunks > 0 ? ceil_div(chunks, share_chunks) : 1;
+      const int64_t columns = share_chunks * LoraTile::kRows, blocks = row_tiles * shares;
+      const LoraPhase t{args.k * (rows * 2 + rank * size_of(args.down.dtype)),
+                        rows * args.k * rank / 2048 * lora_products(args.dtype)};
+      const LoraPhase y{columns * (rows * 2 + rank * size_of(args.up.dtype)), rows * columns * rank / 2048 * 3};
+      const int64_t cost = (args.x ? t.cycles(blocks, gpu.processors) : 0) + y.cycles(blocks, gpu.processors);
+      if (cost >= least) continue;
+      least = cost;
+      plan.row_warps = row_warps;
+      plan.row_tiles = row_tiles;
+      plan.shares = static_cast<int>(shares);
+      plan.share_chunks = static_cast<int>(share_chunks);
+      plan.shared_bytes = static_cast<int>(shared);
+    }
+  }
+  return plan;
+}
+
+struct LoraOuterPlan {
+  bool is_whole = false;  // wide accesses fit
+  int rank = 32;          // columns of low at a time
+  int column_warps = 1;   // each takes 32 columns of wide
+  int64_t column_tiles = 0, rank_tiles = 0;
+};
+
+// More columns in a block read low less often. Fewer fill more multiprocessors.
+inline LoraOuterPlan plan_lora_outer(const LoraOuterArgs& args, const Gpu& gpu) {
+  LoraOuterPlan plan;
+  plan.is_whole = args.m >= 8 && args.w % 4 == 0 && args.rank % 4 == 0 && is_aligned(args.wide, kAccessBytes / 2) &&
+                  is_aligned(args.low, kAccessBytes);
+  if (plan.is_whole) plan.rank = lora_rank_tile(args.rank);
+  plan.rank_tiles = ceil_div(args.rank, plan.rank);
+  int64_t least = INT64_MAX;
+  for (int column_warps = 1; column_warps <= kMostLoraWarps; column_warps *= 2) {
+    const int64_t columns = column_warps * LoraTile::kRows, tiles = ceil_div(args.w, columns);
+    const LoraPhase phase{args.m * (columns * 2 + plan.rank * 4),
+                          args.m * columns * plan.rank / 2048 * lora_products(args.dtype)};
+    const int64_t cost = phase.cycles(tiles * plan.rank_tiles, gpu.processors);
+    if (cost >= least) continue;
+    least = cost;
+    plan.column_warps = column_warps;
+    plan.column_tiles = tiles;
+  }
+  return plan;
 }
 
 }  // namespace lowbit::cuda
