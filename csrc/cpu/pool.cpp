@@ -24,7 +24,9 @@ constexpr int64_t kChunksPerThread = 8;
 // A caller waits this long for its team after its own work, and twice the time of a chunk, before the team counts as
 // late. Waking a thread takes up to 0.1 ms on a virtual machine; a slice of the scheduler is 0.7 ms or more.
 constexpr std::chrono::microseconds kLate{500};
-// After a wait of t the team is not called for 50 t: waits then take at most a fiftieth of the time.
+// So long a wait beside a second team means that this did not help: the pool serves.
+constexpr std::chrono::milliseconds kVeryLate{2};
+// After a wait of t, what helps lasts for 50 t: waits then take at most a fiftieth of the time.
 constexpr int64_t kPenalty = 50;
 constexpr std::chrono::seconds kLongestPenalty{1};
 // A caller works this long before it wakes helpers of the pool, which takes it 5 us each. Smaller calls stay on one
@@ -89,9 +91,17 @@ class Call {
 
 // --- the team
 
-std::atomic<Clock::rep> late_until{std::numeric_limits<Clock::rep>::min()};
+// A time that others may move.
+class Deadline {
+ public:
+  bool is_ahead() const { return Clock::now().time_since_epoch().count() < at_.load(std::memory_order_relaxed); }
+  void set(Clock::time_point at) { at_.store(at.time_since_epoch().count(), std::memory_order_relaxed); }
 
-bool team_is_late() { return Clock::now().time_since_epoch().count() < late_until.load(std::memory_order_relaxed); }
+ private:
+  std::atomic<Clock::rep> at_{std::numeric_limits<Clock::rep>::min()};
+};
+
+Deadline second_team_until, pool_until;
 
 // Starts a thread on which no signal is handled: a new thread inherits the mask of the one that starts it, and signals
 // are for the threads that the program knows. Returns false where the system allows no more threads.
@@ -113,20 +123,22 @@ bool start_thread(const Function& function) {
 // While the team is late, a thread holds a second one of its size. GNU's OpenMP then has more threads than cores, and a
 // thread of it that waits sleeps after 100 looks instead of 300 000, which are longer than a slice (GOMP_SPINCOUNT in
 // its manual). So a caller that shares its core with a thread of its team gives it the core, in torch's own operators
-// too: a training step that another process made three times as long takes 1.8 times as long. With no other process it
-// would cost a quarter, so the second team ends once the first counts as on time.
-void hold_second_team(int64_t threads, const Team& team) {
+// too: such an operator and a product of 576 x 576 after it take 0.5 ms beside a busy process instead of 8 to 28. With
+// no other process a second team costs a training step a quarter, so it ends once the first counts as on time.
+// Returns whether there was one before.
+bool hold_second_team(int64_t threads, const Team& team) {
   static std::atomic<bool> held{false};
-  if (held.exchange(true)) return;
+  if (held.exchange(true)) return true;
   const bool started = start_thread([threads, team] {
     try {
       team(threads, [](int64_t) {});
     } catch (...) {  // no second team; nobody is there to tell
     }
-    while (team_is_late()) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    while (second_team_until.is_ahead()) std::this_thread::sleep_for(std::chrono::milliseconds(10));
     held.store(false);
   });
   if (!started) held.store(false);
+  return false;
 }
 
 // Each thread has a range of chunks, so that one that is called again and again finds its part of the weight in its
@@ -159,8 +171,8 @@ void run_in_team(Call& call, int64_t threads, const Team& team) {
   const Clock::duration waited = end - start - own;
   if (waited < kLate + 2 * own / own_chunks) return;
   const Clock::time_point until = end + std::min<Clock::duration>(kPenalty * waited, kLongestPenalty);
-  late_until.store(until.time_since_epoch().count(), std::memory_order_relaxed);
-  hold_second_team(threads, team);
+  second_team_until.set(until);
+  if (hold_second_team(threads, team) && waited > kVeryLate) pool_until.set(until);
 }
 
 // --- the pool
@@ -311,7 +323,7 @@ void share(int64_t count, int64_t grain, int64_t threads, const Team& team, cons
   if (threads <= 1 || count <= chunk || in_body) return body(0, count);
   Call call(body, count, chunk);
   const int64_t helpers = std::min(threads, call.chunks) - 1;
-  if (forked.load(std::memory_order_relaxed) || team_is_late()) {
+  if (forked.load(std::memory_order_relaxed) || pool_until.is_ahead()) {
     pool().run(call, helpers);
   } else {
     run_in_team(call, helpers + 1, team);

@@ -2,14 +2,13 @@
 //
 // The caller's threading library gives a team: threads that are awake between calls, and a barrier at the end that
 // waits for all of them. Where another process has one of their cores, that wait is a slice of the scheduler, 3 to 24
-// ms for a product of 0.05. So the team serves until it was late once. For a while after that the caller works with a
-// pool of this library's own, whose helpers come or do not: chunks are claimed one by one, the caller takes all that
-// nobody else has claimed, and waits for claimed ones alone.
+// ms for a product of 0.05. A call that waited so makes the library's waiting threads sleep for a while, by a second
+// team. Where that does not help, the caller works with a pool of this library's own, whose helpers come or do not.
+// Chunks are claimed one by one: the caller takes all that nobody else has claimed, and waits for claimed ones alone.
 //
-// Two threads on two cores, medians and means of a product of 4096 x 4096 in ms, one core shared with a busy process:
-// the team alone 0.67 and 4.8, this 0.9 and 1.2. The pool alone would be slower where nobody else is: after an operator
-// of torch its threads keep their cores for some 10 ms to be ready for the next one, and helpers of another pool do not
-// get them (1.35 ms for such a product after an operator, instead of 0.86).
+// The pool alone would be slower where nobody else is: after an operator of torch its threads keep their cores for some
+// 10 ms to be ready for the next one, and helpers of another pool do not get them (1.35 ms for a product of 4096 x 4096
+// after an operator, instead of 0.86).
 #pragma once
 
 #include "kernels.h"
