@@ -158,6 +158,7 @@ class LoraLinear(torch.autograd.Function):
         ctx.product, ctx.scaling = product, scaling
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(t)
+        ctx.set_materialize_grads(False)  # zeros for t would be a launch
         return y, t
 
     @staticmethod
