@@ -127,7 +127,7 @@ build/native/driver-neon: $(DRIVER_SOURCES) $(SOURCES)
 	mkdir -p $(@D)
 	$(ARM_CXX) $(NEON_FLAGS) -o $@ $(DRIVER_SOURCES)
 
-AVX512_SOURCES := tests/native/driver.cpp tests/native/simde/available_kernels.cpp \
+AVX512_SOURCES := tests/native/driver.cpp tests/native/simde/available_kernels.cpp csrc/cpu/isa/amx.cpp \
 	csrc/cpu/isa/avx512bf16.cpp csrc/cpu/isa/avx512.cpp csrc/cpu/isa/scalar.cpp
 build/native/driver-avx512: $(AVX512_SOURCES) tests/native/simde/immintrin.h $(SOURCES)
 	@echo '#include <simde/x86/avx512.h>' | $(CXX) -E -x c++ - > /dev/null 2>&1 || { echo "avx512-test needs SIMDe's headers: \
