@@ -63,6 +63,8 @@ class TransposedTiles {
       codes[lane] = weight_.packed + (begin + k0) / 2;
       scales[lane] = scales_.data() + i * scales_stride_;
       element[lane] = (begin & (weight_.block_size - 1)) + k0;
+      // The next tile's codes are fetched meanwhile: a row's are too few for the hardware's prefetcher.
+      for (int64_t ahead = depth; ahead < 2 * depth; ahead += 128) __builtin_prefetch(codes[lane] + ahead / 2);
     }
     for (int64_t k = 0; k < depth; k += 32, to += 32 * kStrip<Isa>) {
       float scale[Isa::kLanes];

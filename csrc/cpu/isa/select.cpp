@@ -45,6 +45,9 @@ const std::vector<const Kernels*>& available_kernels() {
 #if defined(LOWBIT_AMX)
           if (may_use_amx()) found.push_back(&kAmxKernels);
 #endif
+          // A core of Sapphire Rapids does 1.5 G vdpbf16ps a second, of 32 products, and 5.8 G FMAs of 16. AMD's cores
+          // do as many of one as of the other.
+          if (__builtin_cpu_is("intel")) found.push_back(&kAvx512Bf16FmaKernels);
           found.push_back(&kAvx512Bf16Kernels);
         }
         found.push_back(&kAvx512Kernels);
