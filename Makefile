@@ -27,7 +27,7 @@ help:
 	@echo "make prove  execute every emulated proof, and record them"
 	@echo "make native-test  check the kernels without torch, plain and under sanitizers"
 	@echo "make neon-test    check the same, cross-compiled for 64-bit ARM, under an emulator"
-	@echo "make avx512-test  check both sets of AVX-512 kernels on any x86-64 CPU, with SIMDe's portable intrinsics"
+	@echo "make avx512-test  check the kernels of AVX-512 and AMX on any x86-64 CPU, with portable intrinsics (SIMDe's)"
 	@echo "make headers-test compile the bindings against the headers of every torch that is supported (fetches their wheels)"
 	@echo "make wheel-cuda   build a wheel for every GPU generation into dist/ (needs nvcc; a plain build serves one)"
 	@echo "make peft-tests   run PEFT's own LoRA tests against lowbit_lora, and count them (fetches PEFT's source; PEER_ARGS=...)"

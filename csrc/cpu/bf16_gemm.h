@@ -8,9 +8,10 @@
 //   A  [rows][Pairs::kStride]     a block of kDepth along the contraction
 //   B  panels [pairs][width]   of 32 columns, the last one perhaps of 16: a panel of a block stays in the L1 cache
 //
-// Isa::Pairs multiplies a block of A with a panel of B: registers of sums, or tiles. Along the contraction 64 elements
-// stand in the order of Isa::PairDecoder. Each sum is accumulated in the same order whatever the tasks are: results
-// depend neither on the number of threads nor on the rows that are computed beside.
+// Isa::Pairs multiplies a block of A with a panel of B: registers of sums, or tiles. Each 64 elements along a row of W
+// stand in the order of Isa::PairDecoder: those of x too, and columns of grad_x until they are stored. Each sum is
+// accumulated in the same order whatever the tasks are: results depend neither on the number of threads nor on the rows
+// that are computed beside.
 #pragma once
 
 #include "dequantize.h"

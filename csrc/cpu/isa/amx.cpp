@@ -94,16 +94,11 @@ struct TilePairs {
   }
 };
 
+// The compiler itself uses no tiles: what it compiles here for a type of Avx512Bf16 runs on every CPU that has that
+// set.
 struct Amx : Avx512Bf16 {
   static constexpr const char* name = "amx";
   using Pairs = TilePairs;
-
-  // Types of their own; see Avx512Bf16.
-  struct Decoder : Avx512Bf16::Decoder {
-    using Avx512Bf16::Decoder::Decoder;
-  };
-  template <class T, int M>
-  using GemvDecoder = Decoder;
 };
 
 const Kernels kAmxKernels = kernels_of<Amx>();
