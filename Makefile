@@ -27,7 +27,7 @@ help:
 	@echo "make prove  execute every emulated proof, and record them"
 	@echo "make native-test  check the kernels without torch, plain and under sanitizers"
 	@echo "make neon-test    check the same, cross-compiled for 64-bit ARM, under an emulator"
-	@echo "make avx512-test  check both sets of AVX-512 kernels on any x86-64 CPU, with SIMDe's portable intrinsics"
+	@echo "make avx512-test  check the kernels of AVX-512 and AMX on any x86-64 CPU, with portable intrinsics (SIMDe's)"
 	@echo "make headers-test compile the bindings against the headers of every torch that is supported (fetches their wheels)"
 	@echo "make wheel-cuda   build a wheel for every GPU generation into dist/ (needs nvcc; a plain build serves one)"
 	@echo "make peft-tests   run PEFT's own LoRA tests against lowbit_lora, and count them (fetches PEFT's source; PEER_ARGS=...)"
@@ -136,7 +136,7 @@ build/native/driver-neon: $(DRIVER_SOURCES) $(SOURCES)
 	mkdir -p $(@D)
 	$(ARM_CXX) $(NEON_FLAGS) -o $@ $(DRIVER_SOURCES)
 
-AVX512_SOURCES := tests/native/driver.cpp tests/native/simde/available_kernels.cpp \
+AVX512_SOURCES := tests/native/driver.cpp tests/native/simde/available_kernels.cpp csrc/cpu/isa/amx.cpp \
 	csrc/cpu/isa/avx512bf16.cpp csrc/cpu/isa/avx512.cpp csrc/cpu/isa/scalar.cpp
 build/native/driver-avx512: $(AVX512_SOURCES) tests/native/simde/immintrin.h $(SOURCES)
 	@echo '#include <simde/x86/avx512.h>' | $(CXX) -E -x c++ - > /dev/null 2>&1 || { echo "avx512-test needs SIMDe's headers: \

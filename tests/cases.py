@@ -51,9 +51,9 @@ def codebook_error(kernels: str, format: str, dtype: torch.dtype, rows: int, k: 
 def weight_error(kernels: str, format: str, dtype: torch.dtype, rows: int, k: int) -> float:
     """Largest relative error of a weight as ``linear`` multiplies it.
 
-    On AVX512-BF16 ``gemm.h`` rounds weights to bf16 for bf16 activations: for more than four rows, or 4-bit weights
-    whose chunks of 64 cross rows. Its sums stay within Higham's bound: products of two bf16 are exact in fp32. (It
-    takes subnormals for zero; no test of products has any.)
+    The kernels of AVX512-BF16 and AMX round weights to bf16 for bf16 activations (``bf16_gemm.h``): for more than four
+    rows, or 4-bit weights whose chunks of 64 cross rows. Their sums stay within Higham's bound: products of two bf16
+    are exact in fp32. (They take subnormals for zero; no test of products has any.)
     """
     if rows > 4 or (format != "int8" and k % 64):
         return _bf16_weights(kernels, dtype)
@@ -61,12 +61,13 @@ def weight_error(kernels: str, format: str, dtype: torch.dtype, rows: int, k: in
 
 
 def weight_error_backward(kernels: str, format: str, dtype: torch.dtype, rows: int, k: int) -> float:
-    """`weight_error` of ``linear_grad_input``, where few rows times int8 go to ``gemm.h`` too."""
+    """`weight_error` of ``linear_grad_input``, where few rows times int8 go to ``bf16_gemm.h`` too."""
     return _bf16_weights(kernels, dtype) if rows > 4 or format == "int8" or k % 64 else 0.0
 
 
 def _bf16_weights(kernels: str, dtype: torch.dtype) -> float:
-    return UNIT_ROUNDOFF[dtype] if kernels == "native-avx512bf16" and dtype == torch.bfloat16 else 0.0
+    rounds = kernels in ("native-avx512bf16", "native-amx") and dtype == torch.bfloat16
+    return UNIT_ROUNDOFF[dtype] if rounds else 0.0
 
 
 def weight_error_cuda(format: str, dtype: torch.dtype) -> float:

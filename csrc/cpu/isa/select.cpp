@@ -5,10 +5,32 @@
 
 #include "../kernels.h"
 
+#if defined(LOWBIT_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace lowbit::cpu {
 namespace {
 
 std::atomic<const Kernels*> active{nullptr};
+
+#if defined(LOWBIT_AMX)
+// Whether the CPU has AMX's tiles and products of bf16, and the system lets this process use them. Linux (since 5.16)
+// has to be asked: a thread's tiles are 8 KB that it then saves.
+bool may_use_amx() {
+#if defined(__linux__)
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return (edx & kAmxBf16) && (edx & kAmxTile) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 }  // namespace
 
@@ -19,8 +41,15 @@ const std::vector<const Kernels*>& available_kernels() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
       if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+        if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
+#if defined(LOWBIT_AMX)
+          if (may_use_amx()) found.push_back(&kAmxKernels);
+#endif
+          // A core of Sapphire Rapids does 1.5 G vdpbf16ps a second, of 32 products, and 5.8 G FMAs of 16. AMD's cores
+          // do as many of one as of the other.
+          if (__builtin_cpu_is("intel")) found.push_back(&kAvx512Bf16FmaKernels);
           found.push_back(&kAvx512Bf16Kernels);
+        }
         found.push_back(&kAvx512Kernels);
       }
       found.push_back(&kAvx2Kernels);

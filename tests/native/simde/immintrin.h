@@ -1,6 +1,6 @@
-// Stands in for the compiler's <immintrin.h> in `make avx512-test`, so that csrc/cpu/isa_avx512.h and
-// isa_avx512bf16.h run on any x86-64 CPU: the intrinsics as SIMDe defines them in portable C, and here those that SIMDe
-// 0.7.4 (Debian 12) lacks or has otherwise, as Intel's intrinsics guide defines them.
+// Stands in for the compiler's <immintrin.h> in `make avx512-test`, so that csrc/cpu/isa/avx512.h,
+// isa/avx512bf16.h and isa/amx.cpp run on any x86-64 CPU: the intrinsics as SIMDe defines them in portable C, and here
+// those that SIMDe 0.7.4 (Debian 12) lacks or has otherwise, as Intel's intrinsics guide defines them.
 #pragma once
 
 // What SIMDe does not name itself it could not replace: nothing here may come from the compiler's own AVX headers.
@@ -167,4 +167,77 @@ inline __m512i _mm512_dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {
   auto to = portable::elements<int32_t>(sums);
   for (size_t i = 0; i < x.size(); ++i) to[i / 4] += x[i] * y[i];
   return std::bit_cast<__m512i>(to);
+}
+
+// AMX: the tiles of a thread, which exist between _tile_loadconfig and _tile_release. A thread that ends without the
+// latter, or an instruction on tiles of no or another shape, is an error.
+namespace portable {
+
+struct Tile {
+  int rows = 0, row_bytes = 0;
+  uint8_t bytes[16][64] = {};
+};
+struct Tiles {
+  bool configured = false;
+  Tile tile[8];
+  ~Tiles() { require(!configured, "a thread ended without _tile_release"); }
+  Tile& at(int i) {
+    require(configured && i < 8 && tile[i].rows > 0, "an instruction on a tile that is not set up");
+    return tile[i];
+  }
+};
+inline thread_local Tiles tiles;
+
+}  // namespace portable
+
+inline void _tile_release() { portable::tiles.configured = false; }
+inline void _tile_loadconfig(const void* config) {
+  const auto* from = static_cast<const uint8_t*>(config);
+  portable::require(from[0] == 1, "_tile_loadconfig: not palette 1");
+  for (int i = 1; i < 16; ++i) portable::require(from[i] == 0, "_tile_loadconfig: start row or reserved bytes");
+  for (int i = 0; i < 16; ++i) {
+    uint16_t row_bytes;
+    std::memcpy(&row_bytes, from + 16 + 2 * i, 2);
+    const int rows = from[48 + i];
+    portable::require(rows <= 16 && row_bytes <= 64 && (rows == 0) == (row_bytes == 0), "_tile_loadconfig: a shape");
+    portable::require(i < 8 || rows == 0, "_tile_loadconfig: more than 8 tiles");
+    if (i < 8) portable::tiles.tile[i] = {rows, row_bytes, {}};
+  }
+  portable::tiles.configured = true;
+}
+inline void _tile_zero(int to) { std::memset(portable::tiles.at(to).bytes, 0, sizeof(portable::Tile::bytes)); }
+inline void _tile_loadd(int to, const void* from, int64_t stride) {
+  portable::Tile& tile = portable::tiles.at(to);
+  _tile_zero(to);
+  for (int row = 0; row < tile.rows; ++row)
+    std::memcpy(tile.bytes[row], static_cast<const char*>(from) + row * stride, static_cast<size_t>(tile.row_bytes));
+}
+inline void _tile_stored(int from, void* to, int64_t stride) {
+  const portable::Tile& tile = portable::tiles.at(from);
+  for (int row = 0; row < tile.rows; ++row)
+    std::memcpy(static_cast<char*>(to) + row * stride, tile.bytes[row], static_cast<size_t>(tile.row_bytes));
+}
+// Products of even and of odd elements are summed apart, each with one rounding, then added to each other and to the
+// sum; subnormal operands and results are zero.
+inline void _tile_dpbf16ps(int sums, int a, int b) {
+  portable::Tile &to = portable::tiles.at(sums), &x = portable::tiles.at(a), &y = portable::tiles.at(b);
+  portable::require(to.rows == x.rows && to.row_bytes == y.row_bytes && x.row_bytes == 4 * y.rows,
+                    "_tile_dpbf16ps: shapes that do not match");
+  const auto element = [](const portable::Tile& tile, int row, int i) {
+    uint16_t bits;
+    std::memcpy(&bits, tile.bytes[row] + 2 * i, 2);
+    return portable::from_bf16(bits);
+  };
+  for (int row = 0; row < to.rows; ++row) {
+    for (int column = 0; column < to.row_bytes / 4; ++column) {
+      float sum[2] = {};
+      for (int pair = 0; pair < y.rows; ++pair)
+        for (int i = 0; i < 2; ++i)
+          sum[i] = portable::flush(std::fma(element(x, row, 2 * pair + i), element(y, pair, 2 * column + i), sum[i]));
+      float total;
+      std::memcpy(&total, to.bytes[row] + 4 * column, 4);
+      total = portable::flush(portable::flush(total) + portable::flush(sum[0] + sum[1]));
+      std::memcpy(to.bytes[row] + 4 * column, &total, 4);
+    }
+  }
 }
