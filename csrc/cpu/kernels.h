@@ -43,12 +43,12 @@ extern const Kernels kAvx512Bf16Kernels;  // needs AVX512-BF16 and VNNI besides
 extern const Kernels kNeonKernels;
 #endif
 
-// The kernels in use: the widest instruction set of this CPU, or the one chosen by select_isa.
+// The kernels in use: the fastest set of this CPU, or the one chosen by select_isa.
 const Kernels& active_kernels();
-// The kernels that this CPU can run, the widest first.
+// The kernels that this CPU can run, the fastest first.
 const std::vector<const Kernels*>& available_kernels();
-// "scalar", "avx2", "avx512", "avx512bf16", "neon", or "auto" for the widest; false (and no change) where this CPU or
-// build has no such kernels.
+// "scalar", "avx2", "avx512", "avx512vnni" (avx512, and int8 by VNNI), "avx512bf16", "neon", or "auto" for the fastest;
+// false (and no change) where this CPU or build has no such kernels.
 bool select_isa(const char* isa);
 
 }  // namespace lowbit::cpu

@@ -28,8 +28,8 @@ double codebook_error(const std::string& isa, const Format* format, Dtype dtype,
   return worst;
 }
 
-// Whether a product rounds the decoded weights to bf16 before it multiplies: the gemm of AVX512-BF16, to which more
-// than four rows of bf16 go, and fewer where the flat weight's chunks of 64 cross rows.
+// Whether a product rounds the decoded weights to bf16 before it multiplies: AVX512-BF16 does for more than four rows
+// of bf16, and for fewer where the flat weight's chunks of 64 cross rows.
 bool rounds_weights(const std::string& isa, const Format* format, Dtype dtype, int64_t m, int64_t k) {
   return isa == "avx512bf16" && dtype == Dtype::bf16 && (m > 4 || (format->bits == 4 && k % 64));
 }
