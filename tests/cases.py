@@ -52,8 +52,8 @@ def weight_error(kernels: str, format: str, dtype: torch.dtype, rows: int, k: in
     """Largest relative error of a weight as ``linear`` multiplies it.
 
     On AVX512-BF16 ``few_rows.h`` and ``gemm.h`` round weights to bf16 for bf16 activations: for more than four rows, or
-    4-bit weights whose chunks of 64 cross rows. Its sums stay within Higham's bound: products of two bf16 are exact in fp32. (It
-    takes subnormals for zero; no test of products has any.)
+    4-bit weights whose chunks of 64 cross rows. Their sums stay within Higham's bound: products of two bf16 are exact
+    in fp32. (They take subnormals for zero; no test of products has any.)
     """
     if rows > 4 or (format != "int8" and k % 64):
         return _bf16_weights(kernels, dtype)
