@@ -27,7 +27,7 @@ struct Kernels {
   void (*encode)(const EncodeArgs&, const ParallelFor&);
   void (*dequantize)(const DequantizeArgs&, const ParallelFor&);
   void (*linear)(const LinearArgs&, const ParallelFor&);
-  // The same product, approximately: codebook and activations in int8 (4-bit weights only).
+  // The same product, approximately: codebook and activations in int8 (4-bit weights only), where that is faster.
   void (*linear_approximate)(const LinearArgs&, const ParallelFor&);
   void (*linear_grad_input)(const LinearGradInputArgs&, const ParallelFor&);
   void (*step)(const OptimizerStepArgs&, const ParallelFor&);

@@ -194,9 +194,6 @@ struct Avx512 {
   };
 
   static Vec join(Vec low_half, Vec high_half) { return _mm512_mask_blend_ps(0xff00, low_half, high_half); }
-  static Vec scale(const float* entry, const float* group_scale, Vec offset) {
-    return add(mul(broadcast(*entry), broadcast(*group_scale)), offset);
-  }
 
   static void decode_scales(const uint8_t* codes, int64_t count, float group_scale, float offset, float* scales) {
     for (int64_t i = 0; i < count; i += 16) {

@@ -21,10 +21,6 @@ namespace lowbit::cpu {
 struct Avx512Bf16 : Avx512 {
   static constexpr const char* name = "avx512bf16";
 
-  // A type of its own, since the linker keeps one copy of what two files instantiate for one type.
-  struct Decoder : Avx512::Decoder {
-    using Avx512::Decoder::Decoder;
-  };
   // Each lane of a Vec as two bf16: those of `even` and `odd`, rounded to nearest even.
   static Vec bf16_pairs(Vec even, Vec odd) {
     // The instruction puts all of `even` before all of `odd`.
