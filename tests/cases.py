@@ -17,8 +17,8 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 #: (out_features, in_features) that hurt: 1, odd, blocks that cross rows, rows that start inside a byte, empty.
 LINEAR_SHAPES = ((1, 1), (3, 5), (7, 64), (33, 130), (96, 384), (17, 513), (130, 192), (64, 4096), (0, 64), (4, 0))
-#: Rows of x: none, the matrix-vector path, its edge, ragged tiles.
-ROWS = (0, 1, 2, 3, 4, 5, 33)
+#: Rows of x: none, the matrix-vector path, its edge, that of few rows, ragged tiles.
+ROWS = (0, 1, 2, 3, 4, 5, 16, 17, 33)
 
 #: Every set of kernels that runs here: a context manager name for ``kernels`` below.
 KERNELS = tuple(f"native-{isa}" for isa in selftest.isa_names()) + ("reference",)
@@ -51,9 +51,9 @@ def codebook_error(kernels: str, format: str, dtype: torch.dtype, rows: int, k: 
 def weight_error(kernels: str, format: str, dtype: torch.dtype, rows: int, k: int) -> float:
     """Largest relative error of a weight as ``linear`` multiplies it.
 
-    The kernels of AVX512-BF16 and AMX round weights to bf16 for bf16 activations (``bf16_gemm.h``): for more than four
-    rows, or 4-bit weights whose chunks of 64 cross rows. Their sums stay within Higham's bound: products of two bf16
-    are exact in fp32. (They take subnormals for zero; no test of products has any.)
+    The kernels of AVX512-BF16 and AMX round weights to bf16 for bf16 activations (``few_rows.h``, ``bf16_gemm.h``): for
+    more than four rows, or 4-bit weights whose chunks of 64 cross rows. Their sums stay within Higham's bound: products
+    of two bf16 are exact in fp32. (They take subnormals for zero; no test of products has any.)
     """
     if rows > 4 or (format != "int8" and k % 64):
         return _bf16_weights(kernels, dtype)
@@ -68,6 +68,16 @@ def weight_error_backward(kernels: str, format: str, dtype: torch.dtype, rows: i
 def _bf16_weights(kernels: str, dtype: torch.dtype) -> float:
     rounds = kernels in ("native-avx512bf16", "native-amx") and dtype == torch.bfloat16
     return UNIT_ROUNDOFF[dtype] if rounds else 0.0
+
+
+def rounds_to_int8(kernels: str, rows: int, k: int) -> bool:
+    """Whether ``precision="int8"`` rounds 4-bit weights and activations. The exact product serves where it is faster.
+
+    That is for any number of rows on AVX-512 without VNNI, and for more than 16 with it.
+    """
+    if k % 64 or kernels == "native-avx512":
+        return False
+    return rows <= 16 or kernels not in ("native-avx512vnni", "native-avx512bf16", "native-amx")
 
 
 def weight_error_cuda(format: str, dtype: torch.dtype) -> float:

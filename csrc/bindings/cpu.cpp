@@ -169,10 +169,11 @@ std::vector<std::string> cpu_isas() {
 }
 
 void set_cpu_isa(std::string isa) {
-  STD_TORCH_CHECK(cpu::select_isa(isa.c_str()),
-                  "isa: expected auto, scalar, avx2, avx512, avx512bf16, avx512bf16_fma, amx or neon, and one that "
-                  "this CPU has, got ",
-                  isa);
+  STD_TORCH_CHECK(
+      cpu::select_isa(isa.c_str()),
+      "isa: expected auto, scalar, avx2, avx512, avx512vnni, avx512bf16, amx or neon, and one that this CPU "
+      "has, got ",
+      isa);
 }
 
 }  // namespace

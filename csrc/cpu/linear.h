@@ -1,10 +1,12 @@
 // linear: y = x W^T (+ LoRA + bias), and linear_grad_input: grad_x = grad W (+ LoRA), on a quantized W.
-// Few rows go through gemv.h; the rest through gemm.h, for which this file decodes the tiles of W, or bf16_gemm.h.
+// Few rows go through few_rows.h or gemv.h; the rest through gemm.h, for which this file decodes the tiles of W, or
+// bf16_gemm.h.
 #pragma once
 
 #include "bf16_gemm.h"
 #include "dequantize.h"
 #include "epilogue.h"
+#include "few_rows.h"
 #include "gemm.h"
 #include "gemv.h"
 #include "support.h"
@@ -125,6 +127,10 @@ void with_scaled_t(const LinearArgs& args, const Body& body) {
 
 template <class Isa>
 void scaled_linear(const LinearArgs& args, const ParallelFor& parallel_for) {
+  if constexpr (kHasFewRows<Isa>) {
+    if (is_few_rows(args) && (args.dtype != Dtype::bf16 || args.m <= Isa::kFewBf16Rows))
+      return few_rows<Isa>(args, parallel_for);
+  }
   // Chunks of 64 along k have to start where chunks of the flat 4-bit weight do.
   const bool whole_chunks = args.weight.format->bits == 8 || args.k % 64 == 0;
   if (args.m > kGemvMaxRows || args.k == 0 || !whole_chunks) {
@@ -139,7 +145,7 @@ void scaled_linear(const LinearArgs& args, const ParallelFor& parallel_for) {
   for_dtype(args.dtype, [&]<class T>(T) {
     for_few_rows(args.m, [&]<int M>(std::integral_constant<int, M>) {
       if (args.weight.format->bits == 8) return gemv_int8<Isa, M, T>(args, parallel_for);
-      gemv<Isa, typename Isa::template GemvDecoder<T, M>, M, T>(args, parallel_for);
+      if constexpr (!kHasFewRows<Isa>) gemv<Isa, typename Isa::template GemvDecoder<T, M>, M, T>(args, parallel_for);
     });
   });
 }

@@ -28,14 +28,4 @@ constexpr Kernels kernels_of() {
   };
 }
 
-// The same as `others`, but with the products of Isa.
-template <class Isa>
-constexpr Kernels with_products(Kernels others) {
-  others.isa = Isa::name;
-  others.linear = linear<Isa>;
-  others.linear_approximate = linear_approximate<Isa>;
-  others.linear_grad_input = linear_grad_input<Isa>;
-  return others;
-}
-
 }  // namespace lowbit::cpu

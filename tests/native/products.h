@@ -28,8 +28,8 @@ double codebook_error(const std::string& isa, const Format* format, Dtype dtype,
   return worst;
 }
 
-// Whether a product rounds the decoded weights to bf16 before it multiplies: bf16_gemm.h, to which more than four rows
-// of bf16 go, and fewer where the flat weight's chunks of 64 cross rows.
+// Whether a product rounds the decoded weights to bf16 before it multiplies: few_rows.h and bf16_gemm.h do for more
+// than four rows of bf16, and for fewer where the flat weight's chunks of 64 cross rows.
 bool multiplies_pairs(const std::string& isa, Dtype dtype) {
   return (isa == "avx512bf16" || isa == "amx") && dtype == Dtype::bf16;
 }

@@ -98,6 +98,9 @@ struct TilePairs {
 // set.
 struct Amx : Avx512Bf16 {
   static constexpr const char* name = "amx";
+  // Tiles take as long for one row as for sixteen, about as long as few_rows.h for four; and up to four have to be
+  // exact.
+  static constexpr int64_t kFewBf16Rows = 4;
   using Pairs = TilePairs;
 };
 

@@ -9,7 +9,7 @@ const std::vector<const Kernels*>& available_kernels() {
 #if defined(LOWBIT_AMX)
       &kAmxKernels,
 #endif
-      &kAvx512Bf16Kernels, &kAvx512Bf16FmaKernels, &kAvx512Kernels, &kScalarKernels};
+      &kAvx512Bf16Kernels, &kAvx512Kernels, &kScalarKernels};
   return kernels;
 }
 

@@ -38,11 +38,13 @@
 #undef _mm_maskz_loadu_epi8
 #undef _mm512_mask_storeu_ps
 #undef _mm512_mask_i32gather_ps
+#undef _mm512_shuffle_f32x4
 #undef _mm512_stream_si512
 #undef _mm512_madd_epi16
 #undef _mm512_fmadd_ps
 #undef _mm512_dpbf16_ps
 #undef _mm512_cvtne2ps_pbh
+#undef _mm512_cvtneps_pbh
 #undef _mm512_dpbusd_epi32
 
 // They then leave the compiler at the instruction set that everything is compiled for.
@@ -98,6 +100,13 @@ inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
 }
 
 inline __m256 _mm512_extractf32x8_ps(__m512 a, int half) { return portable::elements<__m256>(a)[half & 1]; }
+
+// Two quarters of a, then two of b, as two bits of `order` each say.
+inline __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int order) {
+  const auto low = portable::elements<__m128>(a), high = portable::elements<__m128>(b);
+  return std::bit_cast<__m512>(
+      std::array{low[order & 3], low[order >> 2 & 3], high[order >> 4 & 3], high[order >> 6 & 3]});
+}
 
 inline int _mm512_reduce_max_epi32(__m512i a) {
   int32_t largest = INT32_MIN;
@@ -160,6 +169,12 @@ inline __m512bh _mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
   std::array<uint16_t, 32> to;
   for (size_t i = 0; i < 16; ++i) to[i] = portable::to_bf16(lower[i]), to[i + 16] = portable::to_bf16(upper[i]);
   return std::bit_cast<__m512bh>(to);
+}
+inline __m256bh _mm512_cvtneps_pbh(__m512 a) {
+  const auto from = portable::elements<float>(a);
+  std::array<uint16_t, 16> to;
+  for (size_t i = 0; i < to.size(); ++i) to[i] = portable::to_bf16(from[i]);
+  return std::bit_cast<__m256bh>(to);
 }
 inline __m512i _mm512_dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {
   const auto x = portable::elements<uint8_t>(a);
