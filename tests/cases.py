@@ -100,6 +100,24 @@ def gemm_tolerance(
     )
 
 
+def lora_tolerance(
+    magnitude: torch.Tensor,
+    exact: torch.Tensor,
+    terms: int,
+    operands: tuple[torch.dtype, torch.dtype],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Bound on |computed - exact| of the CUDA products of LoRA, whose operands are sums of bf16 on tensor cores.
+
+    bf16 is one, fp16 exactly two, fp32 two to 2^-16 of it. Where both operands have two, low times low, 2^-16 of the
+    product, is left out; 1.01 covers the second order. Each term is as many as there are products, and their sums are
+    truncated, as in :func:`gemm_tolerance`.
+    """
+    has_two = [operand != torch.bfloat16 for operand in operands]
+    lost = 2.0**-16 * (operands.count(torch.float32) + all(has_two))
+    return product_tolerance(magnitude, exact, 2 * terms * (1 + sum(has_two)), dtype, 1.01 * lost)
+
+
 def product_tolerance(
     magnitude: torch.Tensor, exact: torch.Tensor, terms: int, dtype: torch.dtype, weight_error: float = 0.0
 ) -> torch.Tensor:

@@ -53,4 +53,10 @@ int linear_gemv(const LinearArgs& args, const Plan& plan, Stream stream);
 int linear_gemv_int8(const LinearArgs& args, Stream stream);
 int linear_gemm(const LinearArgs& args, const Plan& plan, Stream stream);
 
+// LoRA beside a weight that is decoded first. Both take one launch and no workspace, and give the same bits each time.
+// cudaErrorNotSupported where lora_fits says no: before sm_80, in fp32, or beyond its sizes. All other sizes, strides
+// and alignments are right; plan_lora_product and plan_lora_outer say which are fast.
+int lora_product(const LoraProductArgs& args, const Gpu& gpu, Stream stream);
+int lora_outer(const LoraOuterArgs& args, const Gpu& gpu, Stream stream);
+
 }  // namespace lowbit::cuda

@@ -249,4 +249,129 @@ inline Plan plan_grad_input(const LinearGradInputArgs& args, const Gpu& gpu) {
   return decodes_first(plan.path, args, gpu) ? Plan{Path::decode} : plan;
 }
 
+// --- LoRA beside a weight that is decoded first
+
+constexpr int64_t kMostLoraRank = 512;               // as t of 32 rows is kept in shared memory
+constexpr int64_t kMostLoraSide = int64_t{1} << 30;  // of n and k, or of m in lora_outer: counted in 32 bits
+constexpr int kMostLoraWarps = 4;                    // of a block, side by side over rows (product) or columns (outer)
+
+inline bool lora_fits(const LoraProductArgs& args, const Gpu& gpu) {
+  return has_tensor_cores(args.dtype, gpu) && args.rank <= kMostLoraRank && std::max(args.n, args.k) <= kMostLoraSide;
+}
+
+inline bool lora_fits(const LoraOuterArgs& args, const Gpu& gpu) {
+  return has_tensor_cores(args.dtype, gpu) && args.rank <= kMostLoraRank && args.m <= kMostLoraSide;
+}
+
+// How many columns of the rank are multiplied at a time. (lora_product in fp16 has the registers for 32 of them.)
+inline int lora_rank_tile(int64_t rank) { return rank <= 16 ? 16 : rank <= 32 ? 32 : 64; }
+
+// What a phase of LoRA's kernels takes, in cycles. A multiprocessor gets 25 bytes from L2 where all of them read (5.5
+// TB/s on an H100), 50 where few do. Each of its four tensor cores takes 8 for an mma, for which 7 to 8 instructions
+// are issued, but 13 where the rank is small. One block runs on a multiprocessor at a time.
+struct LoraPhase {
+  int64_t bytes, mmas;  // of a block
+  int64_t cycles(int64_t blocks, int rank_tile, int64_t processors) const {
+    const int64_t rounds = ceil_div(blocks, processors), of_mma = rank_tile == 16 ? 13 : 8;
+    return std::max({rounds * bytes / 50, rounds * mmas * of_mma / 4, blocks * bytes / (25 * processors)});
+  }
+};
+
+// Products of two bf16 for one of x, which is one or two of them, and an fp32 factor.
+inline int64_t lora_products(Dtype dtype) { return dtype == Dtype::bf16 ? 2 : 3; }
+
+// How lora_product reads its factors: 4 elements at once along the contraction or across it, or one by one.
+enum class LoraAccess { along, across, any };
+
+struct LoraProductPlan {
+  LoraAccess access = LoraAccess::any;
+  int rank = 32;      // columns of t at a time
+  int row_warps = 1;  // each takes 32 rows
+  int64_t row_tiles = 0;
+  int shares = 1, share_chunks = 0;  // of y's columns, in chunks of 32; a block of each share computes t of its rows
+  int shared_bytes = 0;
+
+  int64_t blocks() const { return row_tiles * shares; }
+};
+
+inline LoraAccess lora_access(const LoraProductArgs& args) {
+  // A factor that is not read may be anything.
+  const Factor &down = args.x ? args.down : args.up, &up = args.y ? args.up : args.down;
+  const auto fits = [&](const Factor& factor, int64_t consecutive, int64_t other) {
+    return consecutive == 1 && other % 4 == 0 && is_aligned(factor.data, 4 * size_of(factor.dtype));
+  };
+  const bool has_dtypes = down.dtype == up.dtype && (down.dtype == Dtype::f32 || down.dtype == args.dtype);
+  const bool has_x = !args.x || (args.k > 0 && args.k % 8 == 0 && is_aligned(args.x, kAccessBytes));
+  const bool has_y = !args.y || (args.n % 4 == 0 && is_aligned(args.y, kAccessBytes / 2));
+  if (!has_dtypes || !has_x || !has_y || args.rank == 0 || args.rank % 4 != 0) return LoraAccess::any;
+  if (fits(down, down.column_stride, down.row_stride) && fits(up, up.column_stride, up.row_stride))
+    return LoraAccess::along;
+  if (fits(down, down.row_stride, down.column_stride) && fits(up, up.row_stride, up.column_stride))
+    return LoraAccess::across;
+  return LoraAccess::any;
+}
+
+// More rows in a block read the factors less often. Fewer rows, and shares of y's columns, fill more multiprocessors.
+inline LoraProductPlan plan_lora_product(const LoraProductArgs& args, const Gpu& gpu) {
+  constexpr int64_t kMostShares = 64, kMostShared = 96 * 1024;  // bytes; every GPU from sm_80 on has 99 KB
+  LoraProductPlan plan;
+  plan.access = lora_access(args);
+  if (plan.access != LoraAccess::any)
+    plan.rank = std::min(lora_rank_tile(args.rank), args.dtype == Dtype::bf16 ? 64 : 32);
+  const int64_t rank = ceil_div(args.rank, plan.rank) * plan.rank;
+  const int64_t chunks = args.y ? ceil_div(args.n, LoraTile::kRows) : 0;
+  int64_t least = INT64_MAX;
+  for (int row_warps = 1; row_warps <= kMostLoraWarps; row_warps *= 2) {
+    const int64_t rows = row_warps * LoraTile::kRows, row_tiles = ceil_div(args.m, rows);
+    const int64_t shared = LoraTile::threads(plan.rank) / kWarpSize * LoraTile::kSliceBytes +
+                           rows / 8 * rank / LoraTile::kSliceColumns * LoraTile::kShortRowsBytes;
+    if (shared > kMostShared) break;
+    for (int64_t tried = 1; tried <= std::clamp<int64_t>(chunks, 1, kMostShares); ++tried) {
+      const int64_t share_chunks = ceil_div(chunks, tried), shares = chunks > 0 ? ceil_div(chunks, share_chunks) : 1;
+      const int64_t columns = share_chunks * LoraTile::kRows, blocks = row_tiles * shares;
+      const LoraPhase t{args.k * (rows * 2 + rank * size_of(args.down.dtype)),
+                        rows * args.k * rank / 2048 * lora_products(args.dtype)};
+      const LoraPhase y{columns * (rows * 2 + rank * size_of(args.up.dtype)), rows * columns * rank / 2048 * 3};
+      const int64_t cost =
+          (args.x ? t.cycles(blocks, plan.rank, gpu.processors) : 0) + y.cycles(blocks, plan.rank, gpu.processors);
+      if (cost >= least) continue;
+      least = cost;
+      plan.row_warps = row_warps;
+      plan.row_tiles = row_tiles;
+      plan.shares = static_cast<int>(shares);
+      plan.share_chunks = static_cast<int>(share_chunks);
+      plan.shared_bytes = static_cast<int>(shared);
+    }
+  }
+  return plan;
+}
+
+struct LoraOuterPlan {
+  bool is_whole = false;  // wide accesses fit
+  int rank = 32;          // columns of low at a time
+  int column_warps = 1;   // each takes 32 columns of wide
+  int64_t column_tiles = 0, rank_tiles = 0;
+};
+
+// More columns in a block read low less often. Fewer fill more multiprocessors.
+inline LoraOuterPlan plan_lora_outer(const LoraOuterArgs& args, const Gpu& gpu) {
+  LoraOuterPlan plan;
+  plan.is_whole = args.m >= 8 && args.w % 4 == 0 && args.rank % 4 == 0 && is_aligned(args.wide, kAccessBytes / 2) &&
+                  is_aligned(args.low, kAccessBytes);
+  if (plan.is_whole) plan.rank = lora_rank_tile(args.rank);
+  plan.rank_tiles = ceil_div(args.rank, plan.rank);
+  int64_t least = INT64_MAX;
+  for (int column_warps = 1; column_warps <= kMostLoraWarps; column_warps *= 2) {
+    const int64_t columns = column_warps * LoraTile::kRows, tiles = ceil_div(args.w, columns);
+    const LoraPhase phase{args.m * (columns * 2 + plan.rank * 4),
+                          args.m * columns * plan.rank / 2048 * lora_products(args.dtype)};
+    const int64_t cost = phase.cycles(tiles * plan.rank_tiles, plan.rank, gpu.processors);
+    if (cost >= least) continue;
+    least = cost;
+    plan.column_warps = column_warps;
+    plan.column_tiles = tiles;
+  }
+  return plan;
+}
+
 }  // namespace lowbit::cuda

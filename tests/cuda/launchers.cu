@@ -136,4 +136,32 @@ int64_t lowbit_linear_gemm_workspace(const void* x, int dtype, const uint8_t* pa
   return cuda::gemm_fits(args) ? cuda::plan_gemm(args, cuda::current_gpu()).workspace : -1;
 }
 
+int lowbit_lora_product(const void* x, int dtype, const void* down, int down_dtype, int64_t down_row_stride,
+                        int64_t down_column_stride, float t_scale, float* t, const void* up, int up_dtype,
+                        int64_t up_row_stride, int64_t up_column_stride, float up_scale, const float* bias, void* y,
+                        int64_t m, int64_t n, int64_t k, int64_t rank, void* stream) {
+  const LoraProductArgs args{x,
+                             static_cast<Dtype>(dtype),
+                             {down, static_cast<Dtype>(down_dtype), down_row_stride, down_column_stride},
+                             t_scale,
+                             t,
+                             {up, static_cast<Dtype>(up_dtype), up_row_stride, up_column_stride},
+                             up_scale,
+                             bias,
+                             y,
+                             m,
+                             n,
+                             k,
+                             rank};
+  return cuda::lora_product(args, cuda::current_gpu(), static_cast<cuda::Stream>(stream));
+}
+
+int lowbit_lora_outer(const void* wide, int dtype, const float* low, float scale, void* out, int out_dtype,
+                      int64_t out_wide_stride, int64_t out_rank_stride, int64_t m, int64_t w, int64_t rank,
+                      void* stream) {
+  return cuda::lora_outer({wide, static_cast<Dtype>(dtype), low, scale, out, static_cast<Dtype>(out_dtype),
+                           out_wide_stride, out_rank_stride, m, w, rank},
+                          cuda::current_gpu(), static_cast<cuda::Stream>(stream));
+}
+
 }  // extern "C"

@@ -47,6 +47,41 @@ void expect_grad_input(Path path, int64_t most, Dtype dtype, int capability) {
   }
 }
 
+void expect(bool right, const char* what, int64_t m, int64_t w, int64_t rank) {
+  if (!right) std::printf("%s: m %lld, w %lld, rank %lld\n", what, (long long)m, (long long)w, (long long)rank);
+  failures += !right;
+}
+
+LoraProductArgs lora(int64_t m, int64_t n, int64_t rank, int64_t k = 4096) {
+  LoraProductArgs args{};
+  args.x = args.y = memory;
+  args.dtype = Dtype::bf16;
+  args.down = {memory, Dtype::f32, k, 1};
+  args.up = {memory, Dtype::f32, rank, 1};
+  args.m = m, args.n = n, args.k = k, args.rank = rank;
+  return args;
+}
+
+// Blocks that cover rows and columns, none of them empty, and that fill about half of the GPU where there is work.
+void expect_lora(int64_t m, int64_t w, int64_t rank, const Gpu& gpu) {
+  const LoraProductPlan product = plan_lora_product(lora(m, w, rank), gpu);
+  const int64_t rows = product.row_warps * int64_t{32}, columns = product.share_chunks * int64_t{32};
+  expect(product.row_tiles * rows >= m && (product.row_tiles - 1) * rows < m, "lora_product's rows", m, w, rank);
+  expect(product.shares * columns >= w && (product.shares - 1) * columns < w, "lora_product's shares", m, w, rank);
+  expect(product.shared_bytes <= 96 * 1024, "lora_product's memory", m, w, rank);
+  LoraOuterArgs args{};
+  args.wide = memory, args.dtype = Dtype::bf16, args.low = reinterpret_cast<const float*>(memory);
+  args.m = m, args.w = w, args.rank = rank;
+  const LoraOuterPlan outer = plan_lora_outer(args, gpu);
+  const int64_t wide = outer.column_warps * int64_t{32};
+  expect(outer.column_tiles * wide >= w && (outer.column_tiles - 1) * wide < w, "lora_outer's columns", m, w, rank);
+  expect(outer.rank_tiles * outer.rank >= rank, "lora_outer's rank", m, w, rank);
+  if (m >= 128 && w >= 2048) {
+    expect(product.blocks() >= gpu.processors / 2 - 2, "lora_product's blocks", m, w, rank);
+    expect(outer.column_tiles * outer.rank_tiles >= gpu.processors / 2 - 2, "lora_outer's blocks", m, w, rank);
+  }
+}
+
 }  // namespace
 
 // Columns are shared out where tiles are fewer than multiprocessors, and never into less than a panel or an empty
@@ -94,5 +129,28 @@ int main() {
         const bool covers = plan.splits * plan.split_size * unit >= k && (plan.splits - 1) * plan.split_size * unit < k;
         expect(covers && plan.workspace == (plan.splits > 1 ? plan.splits * m * n : 0), plan, "splits");
       }
+
+  for (const int64_t m : {1, 33, 128, 2048, 16384, 1 << 20})
+    for (const int64_t w : {4, 100, 2048, 4096, 28672})
+      for (const int64_t rank : {1, 4, 16, 64, 128, 512}) expect_lora(m, w, rank, gpu);
+  // Which factors wide loads fit: in the forward along the contraction, in the backward across it; a slice of several
+  // stacked; not an odd rank or two dtypes.
+  const auto access_is = [&](LoraAccess access, const LoraProductArgs& args) {
+    expect(lora_access(args) == access, "how lora_product reads its factors", args.m, args.n, args.rank);
+  };
+  LoraProductArgs args = lora(512, 4096, 16);
+  access_is(LoraAccess::along, args);
+  args.up.row_stride = 3 * 16;
+  access_is(LoraAccess::along, args);
+  args.down = {memory, Dtype::f32, 1, 16};
+  access_is(LoraAccess::any, args);
+  args.up = {memory, Dtype::f32, 1, 4096};
+  access_is(LoraAccess::across, args);
+  args.up.dtype = Dtype::bf16;
+  access_is(LoraAccess::any, args);
+  args.x = nullptr;
+  access_is(LoraAccess::across, args);
+  access_is(LoraAccess::any, lora(512, 4096, 5));
+  access_is(LoraAccess::any, lora(512, 4098, 16));
   return failures > 0;
 }

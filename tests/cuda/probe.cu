@@ -25,6 +25,15 @@ __global__ void probe_cached(const uint4* x, uint4* all, uint4* alternate, int* 
   sums16[threadIdx.x] = ptx::sum_lanes<16>(static_cast<float>(threadIdx.x));
 }
 
+// out[i] = x[i] by 8 and by 4 bytes; the low and the high halves of two words.
+__global__ void probe_narrow_loads(const uint32_t* x, uint2* out8, uint32_t* out4, uint32_t* low, uint32_t* high) {
+  const uint2 v = ptx::load_global_8_cached(x + 2 * threadIdx.x);
+  out8[threadIdx.x] = v;
+  out4[threadIdx.x] = ptx::load_global_4_cached(x + threadIdx.x);
+  low[threadIdx.x] = ptx::low_halves(v.x, v.y);
+  high[threadIdx.x] = ptx::high_halves(v.x, v.y);
+}
+
 // Two floats per lane, rounded and packed, then the first half widened.
 __global__ void probe_conversions(const float2* x, uint32_t* bf16, uint32_t* f16, float* widened, uint16_t* single) {
   const float2 pair = x[threadIdx.x];

@@ -8,7 +8,7 @@
 
 namespace lowbit::cuda::ptx {
 
-// --- global memory: 16 aligned bytes
+// --- global memory, 16 aligned bytes if not said otherwise
 
 // For data that is read once: past L1.
 __device__ __forceinline__ uint4 load_global_16(const void* from) {
@@ -26,7 +26,20 @@ __device__ __forceinline__ uint4 load_global_16_cached(const void* from) {
   return v;
 }
 
-// The same where `wanted`; otherwise v stays as it is. (16 bytes, because nvcc makes a branch of two loads together.)
+// 8 and 4 aligned bytes, likewise.
+__device__ __forceinline__ uint2 load_global_8_cached(const void* from) {
+  uint2 v;
+  asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
+  return v;
+}
+__device__ __forceinline__ uint32_t load_global_4_cached(const void* from) {
+  uint32_t v;
+  asm("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(from));
+  return v;
+}
+
+// The 16 bytes where `wanted`; otherwise v stays as it is. (16 bytes, because nvcc makes a branch of two loads
+// together.)
 __device__ __forceinline__ void load_global_16_if(bool wanted, uint4& v, const void* from) {
   asm volatile(
       "{\n\t"
@@ -165,6 +178,18 @@ __device__ __forceinline__ uint32_t add_product_of_byte(uint32_t word, int b, ui
 __device__ __forceinline__ uint32_t byte_above(uint32_t word, int b, uint32_t low) {
   uint32_t v;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(word), "r"(low), "r"(0x7704 | b << 4));
+  return v;
+}
+
+// Of two pairs of 16 bits, the low halves and the high ones, that of `first` below.
+__device__ __forceinline__ uint32_t low_halves(uint32_t first, uint32_t second) {
+  uint32_t v;
+  asm("prmt.b32 %0, %1, %2, 0x5410;" : "=r"(v) : "r"(first), "r"(second));
+  return v;
+}
+__device__ __forceinline__ uint32_t high_halves(uint32_t first, uint32_t second) {
+  uint32_t v;
+  asm("prmt.b32 %0, %1, %2, 0x7632;" : "=r"(v) : "r"(first), "r"(second));
   return v;
 }
 
