@@ -13,7 +13,8 @@
 namespace lowbit::cuda {
 namespace {
 
-__device__ __forceinline__ void narrow_any(float value, Dtype dtype, void* data, int64_t at) {
+[[maybe_unused]] __device__ __forceinline__ void narrow_any(  // unused before sm_80
+    float value, Dtype dtype, void* data, int64_t at) {
   if (dtype == Dtype::f32) {
     static_cast<float*>(data)[at] = value;
   } else if (dtype == Dtype::f16) {

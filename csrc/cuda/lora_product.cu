@@ -57,18 +57,19 @@ __global__ void __launch_bounds__(LoraTile::threads(kRank), 1)
   };
 
   if (args.x) {
-    const T* x_rows[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      x_rows[i] = static_cast<const T*>(args.x) + min(warp_m0 + group + 8 * i, args.m - 1) * k;
+    // Behind the last row that one again, whose sums are not used.
+    const int64_t first_row = min(warp_m0 + group, args.m - 1);
+    const auto rows_behind = static_cast<int>(min(args.m - 1 - first_row, int64_t{kRows}));
+    const T* const x_first = static_cast<const T*>(args.x) + first_row * k;
     const auto load_x = [&](WideAlong<T>& tile, int column) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
+        const T* const from = x_first + column + int64_t{min(8 * i, rows_behind)} * k;
         if constexpr (kIsWhole) {
-          tile.raw[i] = ptx::load_global_16(x_rows[i] + column);
+          tile.raw[i] = ptx::load_global_16(from);
         } else {
           uint32_t words[4];
-          load_elements(x_rows[i] + column, k - column, words);
+          load_elements(from, k - column, words);
           tile.raw[i] = {words[0], words[1], words[2], words[3]};
         }
       }
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(LoraTile::threads(kRank), 1)
         for_each_pair([&](int row, int pair) {
           const int column = r0 + narrow_row_of<kV>(slice, pair);
           float2 v = sum_slices(slices + row / kRows, column_warps, row_warps, pair, row % kRows);
-          // Columns behind the last must be zero: NaN would reach y.
+          // Columns behind the last are products with some other row of down.
           v.x = column < rank ? v.x * args.t_scale : 0.0f;
           v.y = column + 1 < rank ? v.y * args.t_scale : 0.0f;
           put_t(row, column, v.x, v.y);
@@ -201,8 +202,9 @@ int launch(const LoraProductArgs& args, const LoraProductPlan& plan, Stream stre
                                             : launch<T, F, kRank, false>(args, plan, stream);
   };
   if (plan.rank == 16) return for_rank(std::integral_constant<int, 16>{});
-  if (plan.rank == 32) return for_rank(std::integral_constant<int, 32>{});
-  return for_rank(std::integral_constant<int, 64>{});
+  if constexpr (std::is_same_v<T, Bf16>)
+    if (plan.rank == 64) return for_rank(std::integral_constant<int, 64>{});
+  return for_rank(std::integral_constant<int, 32>{});
 }
 
 template <class T>

@@ -344,16 +344,17 @@ inline bool lora_fits(const LoraOuterArgs& args, const Gpu& gpu) {
   return has_tensor_cores(args.dtype, gpu) && args.rank <= kMostLoraRank && args.m <= kMostLoraSide;
 }
 
-// How many columns of the rank are multiplied at a time.
+// How many columns of the rank are multiplied at a time. (lora_product in fp16 has the registers for 32 of them.)
 inline int lora_rank_tile(int64_t rank) { return rank <= 16 ? 16 : rank <= 32 ? 32 : 64; }
 
 // What a phase of LoRA's kernels takes, in cycles. A multiprocessor gets 25 bytes from L2 where all of them read (5.5
-// TB/s on an H100), 50 where few do; its four tensor cores take 8 for an mma each. One block runs on each at a time.
+// TB/s on an H100), 50 where few do. Each of its four tensor cores takes 8 for an mma, for which 7 to 8 instructions
+// are issued, but 13 where the rank is small. One block runs on a multiprocessor at a time.
 struct LoraPhase {
   int64_t bytes, mmas;  // of a block
-  int64_t cycles(int64_t blocks, int64_t processors) const {
-    const int64_t rounds = ceil_div(blocks, processors);
-    return std::max({rounds * bytes / 50, rounds * mmas * 2, blocks * bytes / (25 * processors)});
+  int64_t cycles(int64_t blocks, int rank_tile, int64_t processors) const {
+    const int64_t rounds = ceil_div(blocks, processors), of_mma = rank_tile == 16 ? 13 : 8;
+    return std::max({rounds * bytes / 50, rounds * mmas * of_mma / 4, blocks * bytes / (25 * processors)});
   }
 };
 
@@ -396,7 +397,8 @@ inline LoraProductPlan plan_lora_product(const LoraProductArgs& args, const Gpu&
   constexpr int64_t kMostShares = 64, kMostShared = 96 * 1024;  // bytes; every GPU from sm_80 on has 99 KB
   LoraProductPlan plan;
   plan.access = lora_access(args);
-  if (plan.access != LoraAccess::any) plan.rank = lora_rank_tile(args.rank);
+  if (plan.access != LoraAccess::any)
+    plan.rank = std::min(lora_rank_tile(args.rank), args.dtype == Dtype::bf16 ? 64 : 32);
   const int64_t rank = ceil_div(args.rank, plan.rank) * plan.rank;
   const int64_t chunks = args.y ? ceil_div(args.n, LoraTile::kRows) : 0;
   int64_t least = INT64_MAX;
@@ -411,7 +413,8 @@ inline LoraProductPlan plan_lora_product(const LoraProductArgs& args, const Gpu&
       const LoraPhase t{args.k * (rows * 2 + rank * size_of(args.down.dtype)),
                         rows * args.k * rank / 2048 * lora_products(args.dtype)};
       const LoraPhase y{columns * (rows * 2 + rank * size_of(args.up.dtype)), rows * columns * rank / 2048 * 3};
-      const int64_t cost = (args.x ? t.cycles(blocks, gpu.processors) : 0) + y.cycles(blocks, gpu.processors);
+      const int64_t cost =
+          (args.x ? t.cycles(blocks, plan.rank, gpu.processors) : 0) + y.cycles(blocks, plan.rank, gpu.processors);
       if (cost >= least) continue;
       least = cost;
       plan.row_warps = row_warps;
@@ -443,7 +446,7 @@ inline LoraOuterPlan plan_lora_outer(const LoraOuterArgs& args, const Gpu& gpu) 
     const int64_t columns = column_warps * LoraTile::kRows, tiles = ceil_div(args.w, columns);
     const LoraPhase phase{args.m * (columns * 2 + plan.rank * 4),
                           args.m * columns * plan.rank / 2048 * lora_products(args.dtype)};
-    const int64_t cost = phase.cycles(tiles * plan.rank_tiles, gpu.processors);
+    const int64_t cost = phase.cycles(tiles * plan.rank_tiles, plan.rank, gpu.processors);
     if (cost >= least) continue;
     least = cost;
     plan.column_warps = column_warps;
