@@ -128,38 +128,4 @@ struct LoraOuterArgs {
   int64_t m, w, rank;
 };
 
-// A matrix of LoRA's: element (i, j) is at data[i * row_stride + j * column_stride]; one of the strides is 1.
-struct Factor {
-  const void* data;
-  Dtype dtype;
-  int64_t row_stride, column_stride;
-};
-
-// t[m, rank] = t_scale x[m, k] down[rank, k]^T and y[m, n] = up_scale t[m, rank] up[n, rank]^T + bias[n]
-struct LoraProductArgs {
-  const void* x;  // null: t is read
-  Dtype dtype;    // of x and y: bf16 or f16
-  Factor down;
-  float t_scale;
-  float* t;  // fp32 [m, rank]: written where x is given
-  Factor up;
-  float up_scale;
-  const float* bias;  // or null
-  void* y;            // null: only t
-  int64_t m, n, k, rank;
-};
-
-// out(j, r) = scale * sum over i of wide[i, j] low[i, r]: [w, rank], element (j, r) at
-// out[j * out_wide_stride + r * out_rank_stride]
-struct LoraOuterArgs {
-  const void* wide;  // [m, w]
-  Dtype dtype;       // bf16 or f16
-  const float* low;  // [m, rank]
-  float scale;
-  void* out;
-  Dtype out_dtype;
-  int64_t out_wide_stride, out_rank_stride;
-  int64_t m, w, rank;
-};
-
 }  // namespace lowbit

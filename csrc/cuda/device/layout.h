@@ -147,15 +147,6 @@ struct LoraTile {
   static LOWBIT_HOST_DEVICE constexpr int threads(int rank) { return rank == 16 ? 512 : 256; }
 };
 
-// LoRA's kernels: threads of a block for `rank` columns of t at a time. Each warp makes 32 rows of them; 64 columns are
-// 64 sums of a lane and 64 registers of a factor on its way.
-struct LoraTile {
-  static constexpr int kRows = 32, kSliceColumns = 16;          // t goes through shared memory 16 columns at a time
-  static constexpr int kSliceBytes = 8 * (kRows + 8) * 8;       // sums of a warp in them
-  static constexpr int kShortRowsBytes = (kWarpSize + 1) * 16;  // 8 rows of them as fragments
-  static LOWBIT_HOST_DEVICE constexpr int threads(int rank) { return rank == 16 ? 512 : 256; }
-};
-
 // The order of the gemm's contraction: which of a warp's 64 columns stands at column `column` of A (row `column` of B)
 // in mma number `step` of 4. In the fragments' columns lane % 4 * 2 + {0, 1, 8, 9}, that is two consecutive bytes of a
 // row of packed W, and over two steps 16 consecutive bytes of a row of x.
