@@ -38,8 +38,26 @@ __device__ __forceinline__ void load_global_16_if(bool wanted, uint4& v, const v
       : "l"(from), "r"(static_cast<uint32_t>(wanted)));
 }
 
+// What other blocks of threads wrote: past L1.
+__device__ __forceinline__ float load_global_4_fresh(const void* from) {
+  float v;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(from) : "memory");
+  return v;
+}
+
+// Brings what will be loaded later into L2.
+__device__ __forceinline__ void prefetch_l2(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 __device__ __forceinline__ void store_global_16(void* to, uint4 v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// What *at was; then it is one more, or 0 again if it was `most`. Orders the GPU's memory: whoever sees the new value
+// sees what was written before it, and reads after it see what the earlier ones had written.
+__device__ __forceinline__ uint32_t increment_or_wrap(uint32_t* at, uint32_t most) {
+  uint32_t v;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(v) : "l"(at), "r"(most) : "memory");
+  return v;
 }
 
 // --- shared memory, by its 32-bit address
@@ -133,6 +151,14 @@ __device__ __forceinline__ uint32_t shuffle(uint32_t value, int lane) {
   uint32_t v;
   asm volatile("shfl.sync.idx.b32 %0, %1, %2, 31, 0xffffffff;" : "=r"(v) : "r"(value), "r"(lane));
   return v;
+}
+
+// Lanes l and l ^ mask, of which the first has that bit clear: its `second` and the other's `first` change places.
+__device__ __forceinline__ void swap_with_lane(uint32_t& first, uint32_t& second, int lane, int mask) {
+  const bool is_upper = lane & mask;
+  const uint32_t received = shuffle_xor(is_upper ? first : second, mask);
+  first = is_upper ? received : first;
+  second = is_upper ? second : received;
 }
 
 // The sum over aligned groups of kLanes lanes; each lane of a group gets it.
