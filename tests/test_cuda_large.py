@@ -280,10 +280,10 @@ class Product:
 def test_gemv(dtype, format, k, kernel):
     """The last outputs of a layer as large as a vocabulary times its width would be other rows'."""
     rows = 4 if kernel == "linear_any" else 16
-    product, size = Product(2, rows, dtype, format, k), np.zeros(1, np.int64)
+    product, sizes = Product(2, rows, dtype, format, k), np.zeros(2, np.int64)
     with running(last_block) as library:
-        assert library.call("lowbit_linear_gemv", *product.arguments(), None, size, None) == 0
-    assert kernel in library.launches[-1].kernel and size[0] == 0
+        assert library.call("lowbit_linear_gemv", *product.arguments(), None, None, sizes, None) == 0
+    assert kernel in library.launches[-1].kernel and not sizes.any()
     exact, magnitude, _ = product.exact()
     tolerance = product_tolerance(magnitude, exact, k + RANK, dtype, 1.01 * weight_error_cuda(format, dtype))
     assert_within(product.y[:, -rows:], exact, tolerance)
@@ -298,11 +298,13 @@ def test_gemv_of_long_rows():
     x, y = torch.zeros(1, k, dtype=torch.bfloat16), torch.zeros(1, n, dtype=torch.bfloat16)
     x[:, -share:] = random(1, share)
     arguments = (x, DTYPE_CODES[x.dtype], *weight.arguments(), None, None, None, 1.0, 1, n, k, 0)
-    size = np.zeros(1, np.int64)
-    with running(last_block, processors=2**17) as library:
-        assert library.call("lowbit_linear_gemv", *arguments, None, None, size, None) == 0
-        assert size[0] == n * k // share
-        assert library.call("lowbit_linear_gemv", *arguments, y, np.zeros(size[0], np.float32), size, None) == 0
+    sizes, shares = np.zeros(2, np.int64), k // share
+    with running(last_block, processors=5 * shares // 2) as library:
+        assert library.call("lowbit_linear_gemv", *arguments, None, None, None, sizes, None) == 0
+        assert sizes.tolist() == [n * shares, n // 16]
+        # The blocks that do not run have written zeros and arrived.
+        workspace, counters = np.zeros(n * shares, np.float32), np.full(n // 16, shares - 1, np.uint32)
+        assert library.call("lowbit_linear_gemv", *arguments, y, workspace, counters, sizes, None) == 0
     rows = [weight.decoded((row + 1) * k - share, (row + 1) * k) for row in range(n - 16, n)]
     decoded, used = torch.stack(rows).double(), x[:, -share:].double()
     exact, magnitude = used @ decoded.T, used.abs() @ decoded.abs().T

@@ -140,6 +140,19 @@ def test_bytes_shuffles_and_shared_memory(arch):
     assert np.array_equal(in_quad.reshape(8, 4, 4), np.repeat(x.reshape(8, 1, 4), 4, axis=1))
 
 
+@pytest.mark.parametrize("mask", [1, 2])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_words_change_places(arch, mask):
+    """An mma would add up weights of two blocks, which have different scales."""
+    x = np.arange(64, dtype=np.uint32).reshape(32, 2)
+    out = np.zeros_like(x)
+    run(arch, "probe_swap", x, mask, out)
+    expected = x.copy()
+    for lane in (lane for lane in range(32) if not lane & mask):
+        expected[lane, 1], expected[lane + mask, 0] = x[lane + mask, 0], x[lane, 1]
+    assert np.array_equal(out, expected)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_indices(arch):
     """A special register would be read by another's name."""

@@ -131,8 +131,8 @@ def test_the_fastest_path_is_chosen():
 #: path that nvcc 13.0 needs for a weight. Other versions of nvcc may differ by a tenth.
 CUDA_COSTS = {
     ("dequantize.cu", 0): (4.22, 0.065),
-    ("gemv.cu", 4): (1.73, 0.029),
-    ("gemv.cu", 8): (2.11, 0.037),
+    ("gemv.cu", 4): (1.72, 0.029),
+    ("gemv.cu", 8): (1.94, 0.031),
     ("gemm.cu", 16): (2.81, 0.040),
     ("gemm.cu", 32): (3.98, 0.048),
     ("gemm.cu", 64): (5.19, 0.064),
@@ -156,8 +156,8 @@ def test_every_pattern_finds_its_kernel(source):
             instructions, cycles = CUDA_COSTS[source, entry.rows]
             assert entry.instructions == pytest.approx(instructions, rel=0.1), entry
             assert entry.cycles == pytest.approx(cycles, rel=0.1), entry
-            # Each weight meets every row once; gemv, with blocks of 64, has two blocks in a tile and half of it unused.
-            assert entry.macs == entry.rows * (2 if source == "gemv.cu" else 1)
+            # Each weight meets every row once; gemv's tile of 4 rows has two blocks of 64, and half of it is unused.
+            assert entry.macs == entry.rows * (2 if (source, entry.rows) == ("gemv.cu", 4) else 1)
             seen.add((source, entry.rows))
     assert seen == {key for key in CUDA_COSTS if key[0] == source}
 

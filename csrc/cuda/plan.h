@@ -45,11 +45,10 @@ enum class Path {
 struct Plan {
   Path path;
   int rows = 0, columns = 0;                // of the output in a tile
-  int scale_parts = 0;                      // gemv_mma: blocks of W that a step spans
+  int step_blocks = 0;                      // gemv_mma: blocks of W that a step spans
   int scale_columns = 0;                    // gemm: how many columns of W certainly share a scale
-  int panel_steps = 0;                      // gemv: steps of kGemvDepth columns whose scales are decoded at once
   int64_t row_tiles = 0, column_tiles = 0;  // of the output
-  // Of the contraction: how many parts it is split into, and how much of it each takes. gemv: panels; gemm: tiles;
+  // Of the contraction: how many parts it is split into, and how much of it each takes. gemv: columns; gemm: tiles;
   // grad_input: rows of W.
   int64_t splits = 1, split_size = 0;
   int64_t workspace = 0;  // floats
@@ -145,17 +144,42 @@ inline bool has_tensor_cores(Dtype dtype, const Gpu& gpu) {
 
 // --- linear: gemv
 
-constexpr int kPanelBlocks = 64;           // most scales of a row that are decoded at once
-constexpr int kPanelElements = 4096;       // most columns of a panel; 4 steps of each warp
+constexpr int kPanelBlocks = 128;          // scales of a row that are decoded at once
 constexpr int64_t kMostColumns = 1 << 26;  // offsets within 8 rows have 32 bits
 
-// Over how many blocks of threads gemv shares out the columns of each of `tiles` tiles: as many panels for each, the
-// last fewer. With a block on every multiprocessor (8 warps with 2 steps of 1 KB on their way: 16 KB, 2.1 MB on the
-// whole GPU) DRAM is about busy (3.35 TB/s times 0.7 us is 2.3 MB). Below that, the multiprocessors without a block are
-// idle. Less than a panel of columns is no work for a block that first fills its table.
-constexpr int64_t gemv_column_shares(int64_t tiles, int64_t panels, int processors) {
-  const int64_t wanted = std::clamp<int64_t>(processors / std::max<int64_t>(tiles, 1), 1, std::max<int64_t>(panels, 1));
-  return ceil_div(panels, ceil_div(panels, wanted));
+struct Shares {
+  int64_t count, size;  // of units; the last may be smaller
+};
+
+// Over how many blocks of threads gemv shares out the columns of each of `tiles` tiles, in units of columns that its
+// warps take in one step: as many as fit with one, two or three blocks on each multiprocessor, if that costs less.
+//
+// In sixths of a multiprocessor's time for a block's unit (8 KB, about 0.24 us): a block takes 6 for each and 2 to
+// begin; half as much again where it is alone, since 8 warps do not keep a multiprocessor busy; and adding up the
+// shares costs 18: the sums go to L2, a counter comes from there, and then the others' sums.
+constexpr Shares gemv_column_shares(int64_t tiles, int64_t units, int processors) {
+  Shares best{1, units};
+  int64_t least = INT64_MAX;
+  for (int per_processor = 0; per_processor <= kGemvResident; ++per_processor) {
+    const int64_t wanted = std::clamp<int64_t>(per_processor * processors / tiles, 1, units);
+    const int64_t size = ceil_div(units, wanted), count = ceil_div(units, size);
+    const int64_t busiest = ceil_div(tiles * count, processors);
+    const int64_t cost = (6 * size + 2) * (busiest == 1 ? 3 : 2 * busiest) / 2 + (count > 1 ? 18 : 0);
+    if (cost >= least) continue;
+    least = cost;
+    best = {count, size};
+  }
+  return best;
+}
+
+// Bytes of W that are on their way to each multiprocessor while gemv runs. DRAM of 4.3 TB/s that answers in 0.8 us
+// under load needs 26 KB for each of 132 (H200), and more to spare, since a warp asks for a step when it has used
+// another.
+inline int64_t gemv_bytes_in_flight(const Plan& plan, const Gpu& gpu) {
+  const int64_t blocks = std::min<int64_t>(ceil_div(plan.blocks(), gpu.processors), kGemvResident);
+  const int64_t ahead = plan.path == Path::gemv_mma ? kGemvMmaAhead : kGemvFmaAhead;
+  const int64_t steps = std::min(ahead, ceil_div(plan.split_size, int64_t{kGemvWarps} * kGemvDepth));
+  return blocks * kGemvWarps * steps * (kGemvRows * kGemvDepth / 2);
 }
 
 // For int8, gemv_int8; for shapes and alignments that the fast kernels do not take, linear_any.
@@ -166,24 +190,28 @@ inline Plan plan_gemv(const LinearArgs& args, const Gpu& gpu) {
   Plan plan{Path::linear_any};
   if (is_int8 && are_aligned && args.k % kAccessBytes == 0) plan.path = Path::gemv_int8;
   if (is_int8 || !are_aligned || args.n < kGemvRows || args.k == 0 || args.k > kMostColumns ||
-      args.k % kGemvLaneDepth != 0 || args.k % weight.block_size != 0)
+      args.k % kGemvLaneDepth != 0 || args.k % weight.block_size != 0 ||
+      weight.numel / weight.block_size > UINT32_MAX || args.rank > kMostColumns)
     return plan;
   if (has_tensor_cores(args.dtype, gpu)) {
     plan.path = Path::gemv_mma;
-    plan.scale_parts = static_cast<int>(std::clamp<int64_t>(kGemvDepth / weight.block_size, 1, 4));
-    plan.rows = plan.scale_parts == 2 && args.m > 4 ? 8 : 8 / plan.scale_parts;
+    plan.step_blocks = static_cast<int>(std::clamp<int64_t>(kGemvDepth / weight.block_size, 1, 4));
+    plan.rows = args.m <= 8 / plan.step_blocks ? 8 / plan.step_blocks : 8;
   } else {
     plan.path = Path::gemv_fma;
     plan.rows = args.m > 1 ? 2 : 1;
   }
   plan.columns = kGemvRows;
-  plan.panel_steps = static_cast<int>(std::min<int64_t>(kPanelElements, kPanelBlocks * weight.block_size)) / kGemvDepth;
   plan.row_tiles = ceil_div(args.m, plan.rows);
   plan.column_tiles = ceil_div(args.n, kGemvRows);
-  const int64_t panels = ceil_div(args.k, int64_t{plan.panel_steps} * kGemvDepth);
-  plan.splits = gemv_column_shares(plan.row_tiles * plan.column_tiles, panels, gpu.processors);
-  plan.split_size = ceil_div(panels, plan.splits);
+  // A share begins with a block.
+  const int64_t unit = std::max<int64_t>(kGemvWarps * kGemvDepth, weight.block_size),
+                tiles = plan.row_tiles * plan.column_tiles;
+  const Shares shares = gemv_column_shares(std::max<int64_t>(tiles, 1), ceil_div(args.k, unit), gpu.processors);
+  plan.splits = shares.count;
+  plan.split_size = shares.size * unit;
   plan.workspace = plan.splits > 1 ? plan.splits * args.m * args.n : 0;
+  plan.counters = plan.splits > 1 ? tiles : 0;
   return plan;
 }
 

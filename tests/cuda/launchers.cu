@@ -82,15 +82,18 @@ static LinearArgs linear_args(const void* x, int dtype, const uint8_t* packed, c
           workspace};
 }
 
-// *workspace_size: how many floats of workspace the launcher wants; with y null nothing is launched.
+// sizes: how many floats of workspace and how many counters the launcher wants; with y null nothing is launched.
 int lowbit_linear_gemv(const void* x, int dtype, const uint8_t* packed, const float* absmax, const uint8_t* scale_codes,
                        const float* group_scales, const float* offset, int format, int64_t block_size,
                        const float* bias, const float* t, const float* lora_b, float scaling, int64_t m, int64_t n,
-                       int64_t k, int64_t rank, void* y, float* workspace, int64_t* workspace_size, void* stream) {
-  const LinearArgs args = linear_args(x, dtype, packed, absmax, scale_codes, group_scales, offset, format, block_size,
-                                      bias, t, lora_b, scaling, m, n, k, rank, y, workspace);
+                       int64_t k, int64_t rank, void* y, float* workspace, uint32_t* counters, int64_t* sizes,
+                       void* stream) {
+  LinearArgs args = linear_args(x, dtype, packed, absmax, scale_codes, group_scales, offset, format, block_size, bias,
+                                t, lora_b, scaling, m, n, k, rank, y, workspace);
+  args.counters = counters;
   const cuda::Plan plan = cuda::plan_gemv(args, cuda::current_gpu());
-  *workspace_size = plan.workspace;
+  sizes[0] = plan.workspace;
+  sizes[1] = plan.counters;
   return y ? cuda::linear(args, plan, static_cast<cuda::Stream>(stream)) : 0;
 }
 

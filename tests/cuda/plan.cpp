@@ -108,15 +108,22 @@ void expect_lora(int64_t m, int64_t w, int64_t rank, const Gpu& gpu) {
 static_assert(MmaTile<32>::kSharedBytes + 1024 == 164 * 1024 / 2);
 static_assert(MmaTile<16>::kSharedBytes < MmaTile<32>::kSharedBytes);
 
-// Columns are shared out where tiles are fewer than multiprocessors, and never into less than a panel or an empty
+// Columns are shared out where the time that it saves is longer than what adding up takes, and never into an empty
 // share.
-static_assert(gemv_column_shares(256, 1, 132) == 1);
-static_assert(gemv_column_shares(256, 4, 132) == 1);
-static_assert(gemv_column_shares(64, 4, 132) == 2);
-static_assert(gemv_column_shares(1, 4, 132) == 4);
-static_assert(gemv_column_shares(10, 12, 132) == 12);
-static_assert(gemv_column_shares(20, 10, 132) == 5);  // 6 are wanted: two panels each fill 5
-static_assert(gemv_column_shares(1, 1, 1) == 1);
+constexpr bool are_shares(int64_t tiles, int64_t units, int64_t count, int64_t size) {
+  const Shares found = gemv_column_shares(tiles, units, 132);
+  return found.count == count && found.size == size;
+}
+static_assert(are_shares(256, 1, 1, 1));
+static_assert(are_shares(896, 4, 1, 4));
+static_assert(are_shares(256, 4, 1, 4));
+static_assert(are_shares(256, 14, 1, 14));
+static_assert(are_shares(128, 4, 1, 4));  // one block on each; 8 shares would save no more than they cost
+static_assert(are_shares(64, 4, 4, 1));
+static_assert(are_shares(64, 14, 4, 4));
+static_assert(are_shares(1, 4, 4, 1));
+static_assert(are_shares(10, 12, 12, 1));
+static_assert(are_shares(1, 1, 1, 1));
 
 int main() {
   // 16 bits on tensor cores.
@@ -158,14 +165,31 @@ int main() {
   unaligned.x = memory + 2;
   expect(plan_linear(unaligned, gpu).path == Path::linear_any, {}, "unaligned gemv");
 
+  // gemv fills an H200: no multiprocessor has a fifth more of W than its part, and DRAM has enough to do (see
+  // gemv_bytes_in_flight), or all of W is on its way at once.
+  const struct {
+    int64_t n, k, blocks, kilobytes;
+  } filled[] = {{1024, 4096, 256, 16}, {1024, 14336, 256, 64}, {2048, 4096, 128, 32},
+                {4096, 4096, 256, 64}, {4096, 14336, 256, 64}, {14336, 4096, 896, 96}};
+  for (const auto& each : filled)
+    for (const int64_t m : {1, 4, 8}) {
+      const Plan plan = plan_linear(product(m, Dtype::bf16, kNf4, each.n, each.k), gpu);
+      expect(plan.blocks() == each.blocks, plan, "blocks");
+      expect(gemv_bytes_in_flight(plan, gpu) == each.kilobytes * 1024, plan, "bytes in flight");
+      const double busiest = static_cast<double>(ceil_div(plan.blocks(), 132) * std::min(plan.split_size, each.k));
+      expect(busiest * 132 <= 1.2 * each.n / 16 * each.k, plan, "a multiprocessor has more than its part");
+    }
+
   // The splits of a contraction cover it, and ask for memory where there are several.
   for (const int64_t m : {1, 8, 9, 64, 128})
     for (const int64_t n : {16, 100, 4096})
       for (const int64_t k : {64, 4096, 96 * 1024}) {
         const Plan plan = plan_linear(product(m, Dtype::bf16, kNf4, n, k), gpu);
-        const int64_t unit = plan.path == Path::gemm ? 4096 / plan.rows : int64_t{plan.panel_steps} * kGemvDepth;
+        const int64_t unit = plan.path == Path::gemm ? 4096 / plan.rows : 1;
         const bool covers = plan.splits * plan.split_size * unit >= k && (plan.splits - 1) * plan.split_size * unit < k;
         expect(covers && plan.workspace == (plan.splits > 1 ? plan.splits * m * n : 0), plan, "splits");
+        expect(plan.path == Path::gemm || plan.counters == (plan.splits > 1 ? plan.row_tiles * plan.column_tiles : 0),
+               plan, "counters");
       }
 
   // W is decoded in chunks where these fit half of the L2 cache and cuBLAS still fills the GPU, from a group of scales

@@ -72,6 +72,15 @@ __global__ void probe_words(const uint32_t* x, uint32_t* products, int* signed_b
   shared16[lane] = ptx::load_shared_16(ptx::shared_address(words + 4 * lane));
 }
 
+// Words that change places between lanes; a prefetch changes nothing.
+__global__ void probe_swap(const uint32_t* x, int mask, uint32_t* out) {
+  uint32_t first = x[2 * threadIdx.x], second = x[2 * threadIdx.x + 1];
+  ptx::prefetch_l2(x + threadIdx.x);
+  ptx::swap_with_lane(first, second, threadIdx.x, mask);
+  out[2 * threadIdx.x] = first;
+  out[2 * threadIdx.x + 1] = second;
+}
+
 // Where each thread stands.
 __global__ void probe_indices(int* threads, unsigned* blocks) {
   threads[blockIdx.x * kWarpSize + threadIdx.x] = ptx::read_thread_index();

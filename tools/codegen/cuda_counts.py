@@ -42,8 +42,8 @@ class Loop:
 LOOPS = (
     Loop("dequantize", CUDA, "dequantize.cu", r"17dequantize_kernelI\w*4Bf16ELb1E", ("LDG.128", "STG.128"),
          {"LDG.128": 32}),
-    Loop("linear", CUDA, "gemv.cu", r"gemv_mma_kernelI\w*4Bf16ELi2ELi1E", ("HMMA.16816",), {"HMMA.16816": 8}, 4),
-    Loop("linear", CUDA, "gemv.cu", r"gemv_mma_kernelI\w*4Bf16ELi2ELi2E", ("HMMA.16816",), {"HMMA.16816": 4}, 8),
+    Loop("linear", CUDA, "gemv.cu", r"gemv_mma_kernelI\w*4Bf16ELi2ELi4E", ("HMMA.16816",), {"HMMA.16816": 8}, 4),
+    Loop("linear", CUDA, "gemv.cu", r"gemv_mma_kernelI\w*4Bf16ELi2ELi8E", ("HMMA.16816",), {"HMMA.16816": 8}, 8),
     Loop("linear", CUDA, "gemm.cu", r"gemm_kernelI\w*4Bf16ELi(?P<rows>\d+)ELi64ELb1E", ("HMMA.16816", "LDGSTS"),
          {"HMMA.16816": 8}, per_row_tile=True),
     Loop("linear_grad_input", CUDA, "grad_input.cu", r"grad_input_mma_kernelI\w*4Bf16ELi(?P<rows>\d+)ELb1E",

@@ -46,6 +46,21 @@ LOWBIT_HOST_DEVICE constexpr Position gemv_weight(int lane, int i) {
   return {lane / 4 + i / kGemvLaneDepth * 8, lane % 4 * kGemvLaneDepth + i % kGemvLaneDepth};
 }
 
+// What a warp has on its way, in steps, and how many blocks of so many warps a multiprocessor holds: 3 of 46 KB of
+// shared memory and 80 registers a thread. Four blocks of 64 registers would have room for two steps only: 64 KB of W
+// on their way to a full multiprocessor instead of 96, and 32 instead of 64 where it has two.
+constexpr int kGemvWarps = 8, kGemvResident = 3;
+constexpr int kGemvMmaAhead = 4, kGemvFmaAhead = 2;
+
+// The same on tensor cores, after the lanes of a quad have exchanged words: the first of the 8 columns that word `word`
+// of a lane's 4 of a row has. A step spans so many blocks, and all lanes have words of the first before the next.
+LOWBIT_HOST_DEVICE constexpr int gemv_word_column(int step_blocks, int lane, int word) {
+  const int in_quad = lane % 4;
+  if (step_blocks == 1) return in_quad * kGemvLaneDepth + word * 8;
+  if (step_blocks == 2) return word / 2 * 64 + in_quad % 2 * kGemvLaneDepth + in_quad / 2 * 16 + word % 2 * 8;
+  return word * 32 + in_quad * 8;
+}
+
 // --- tiles staged in shared memory, in pieces of 16 bytes.
 
 // A tile of 16-bit activations whose rows are whole lines of 128 bytes: where in its row a piece goes, so that eight

@@ -174,6 +174,14 @@ __device__ __forceinline__ uint32_t shuffle(uint32_t value, int lane) {
   return v;
 }
 
+// Lanes l and l ^ mask, of which the first has that bit clear: its `second` and the other's `first` change places.
+__device__ __forceinline__ void swap_with_lane(uint32_t& first, uint32_t& second, int lane, int mask) {
+  const bool is_upper = lane & mask;
+  const uint32_t received = shuffle_xor(is_upper ? first : second, mask);
+  first = is_upper ? received : first;
+  second = is_upper ? second : received;
+}
+
 // The sum over aligned groups of kLanes lanes; each lane of a group gets it.
 template <int kLanes>
 __device__ __forceinline__ float sum_lanes(float value) {
