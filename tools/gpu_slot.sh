@@ -36,7 +36,7 @@ step() {
   timeout --kill-after=5 "$limit" "$@" > "$OUT/$name.log" 2>&1
   status=$?
   ((status == 0)) || FAILED=$((FAILED + 1))
-  tail -n "${SHOWN:-6}" "$OUT/$name.log" | cut -c1-200
+  tail -n "${SHOWN:-6}" "$OUT/$name.log"
   echo "{\"step\": \"$name\", \"status\": $status, \"seconds\": $((SECONDS - start))}" | tee -a "$RESULTS"
 }
 

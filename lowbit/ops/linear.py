@@ -164,6 +164,8 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
+        if grad is None:  # what used y has no gradient for it
+            return (None,) * 7
         x, t, lora_a, lora_b = ctx.saved_tensors
         product = ctx.product
         needs_x, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:4]
