@@ -83,7 +83,7 @@ step extension 150 bash -c extension
 SHOWN=30 step selftest 60 "$PYTHON" -m lowbit
 step test_gpu 90 bash -c "tests -n 12 tests/test_gpu.py"
 SHOWN=60 step products 90 bash -c "matmul --ops linear --m 1,16,128,512,2048 --shapes $SHAPES --rounds 7"
-SHOWN=16 step train_8192 60 bash -c "train --model 8b-8-layers --batch 4 --length 2048 --steps 3"
+SHOWN=16 step train_8192 60 bash -c "train --model 8b-8-layers --batch 4 --length 2048 --steps 3 ${IS_DRY:+--contenders lowbit}"
 SHOWN=16 step train_512 45 bash -c "train --model 8b-8-layers --batch 1 --length 512 --steps 5"
 SHOWN=30 step rest 60 bash -c "matmul --ops backward,dequantize,quantize,search,overhead --m 1,64,512,2048 --shapes 4096x4096 --rounds 7"
 step test_gpu_triton 60 bash -c "tests -n 12 tests/test_gpu_triton.py"
