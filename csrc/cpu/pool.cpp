@@ -7,7 +7,6 @@
 #include <atomic>
 #include <chrono>
 #include <exception>
-#include <limits>
 #include <memory>
 #include <mutex>
 #include <system_error>
@@ -21,14 +20,6 @@ using Clock = std::chrono::steady_clock;
 
 // Pieces of a call per thread: what a thread that comes late leaves to the others is a part of its share.
 constexpr int64_t kChunksPerThread = 8;
-// A caller waits this long for its team after its own work, and twice the time of a chunk, before the team counts as
-// late. Waking a thread takes up to 0.1 ms on a virtual machine; a slice of the scheduler is 0.7 ms or more.
-constexpr std::chrono::microseconds kLate{500};
-// So long a wait beside a second team means that this did not help: the pool serves.
-constexpr std::chrono::milliseconds kVeryLate{2};
-// After a wait of t, what helps lasts for 50 t: waits then take at most a fiftieth of the time.
-constexpr int64_t kPenalty = 50;
-constexpr std::chrono::seconds kLongestPenalty{1};
 // A caller works this long before it wakes helpers of the pool, which takes it 5 us each. Smaller calls stay on one
 // thread.
 constexpr std::chrono::microseconds kAlone{50};
@@ -91,18 +82,6 @@ class Call {
 
 // --- the team
 
-// A time that others may move.
-class Deadline {
- public:
-  bool is_ahead() const { return Clock::now().time_since_epoch().count() < at_.load(std::memory_order_relaxed); }
-  void set(Clock::time_point at) { at_.store(at.time_since_epoch().count(), std::memory_order_relaxed); }
-
- private:
-  std::atomic<Clock::rep> at_{std::numeric_limits<Clock::rep>::min()};
-};
-
-Deadline second_team_until, pool_until;
-
 // Starts a thread on which no signal is handled: a new thread inherits the mask of the one that starts it, and signals
 // are for the threads that the program knows. Returns false where the system allows no more threads.
 template <class Function>
@@ -120,27 +99,6 @@ bool start_thread(const Function& function) {
   return started;
 }
 
-// While the team is late, a thread holds a second one of its size. GNU's OpenMP then has more threads than cores, and a
-// thread of it that waits sleeps after 100 looks instead of 300 000, which are longer than a slice (GOMP_SPINCOUNT in
-// its manual). So a caller that shares its core with a thread of its team gives it the core, in torch's own operators
-// too: such an operator and a product of 576 x 576 after it take 0.5 ms beside a busy process instead of 8 to 28. With
-// no other process a second team costs a training step a quarter, so it ends once the first counts as on time.
-// Returns whether there was one before.
-bool hold_second_team(int64_t threads, const Team& team) {
-  static std::atomic<bool> held{false};
-  if (held.exchange(true)) return true;
-  const bool started = start_thread([threads, team] {
-    try {
-      team(threads, [](int64_t) {});
-    } catch (...) {  // no second team; nobody is there to tell
-    }
-    while (second_team_until.is_ahead()) std::this_thread::sleep_for(std::chrono::milliseconds(10));
-    held.store(false);
-  });
-  if (!started) held.store(false);
-  return false;
-}
-
 // Each thread has a range of chunks, so that one that is called again and again finds its part of the weight in its
 // cache; then it takes what others have left of theirs.
 void run_in_team(Call& call, int64_t threads, const Team& team) {
@@ -154,25 +112,11 @@ void run_in_team(Call& call, int64_t threads, const Team& team) {
     range(i).next.store(call.chunks * i / threads, std::memory_order_relaxed);
     range(i).end = call.chunks * (i + 1) / threads;
   }
-  Clock::duration own{0};
-  int64_t own_chunks = 0;
-  const Clock::time_point start = Clock::now();
   team(threads, [&](int64_t part) {
-    const Clock::time_point begin = Clock::now();
-    int64_t done = 0;
     for (int64_t i = part; i < part + threads; ++i)
-      for (int64_t chunk; (chunk = range(i).next.fetch_add(1, std::memory_order_relaxed)) < range(i).end; ++done)
+      for (int64_t chunk; (chunk = range(i).next.fetch_add(1, std::memory_order_relaxed)) < range(i).end;)
         call.run(chunk);
-    if (part > 0) return;
-    own = Clock::now() - begin;
-    own_chunks = std::max<int64_t>(done, 1);
   });
-  const Clock::time_point end = Clock::now();
-  const Clock::duration waited = end - start - own;
-  if (waited < kLate + 2 * own / own_chunks) return;
-  const Clock::time_point until = end + std::min<Clock::duration>(kPenalty * waited, kLongestPenalty);
-  second_team_until.set(until);
-  if (hold_second_team(threads, team) && waited > kVeryLate) pool_until.set(until);
 }
 
 // --- the pool
@@ -316,19 +260,29 @@ Pool& pool() {
 
 }  // namespace
 
-void share(int64_t count, int64_t grain, int64_t threads, const Team& team, const Body& body) {
+namespace {
+
+// run(call, helpers) on the pieces of [0, count).
+template <class Run>
+void share_by(int64_t count, int64_t grain, int64_t threads, const Body& body, const Run& run) {
   if (count <= 0) return;
   const int64_t chunk =
       std::max({ceil_div(count, kChunksPerThread * std::max<int64_t>(threads, 1)), grain, int64_t{1}});
   if (threads <= 1 || count <= chunk || in_body) return body(0, count);
   Call call(body, count, chunk);
-  const int64_t helpers = std::min(threads, call.chunks) - 1;
-  if (forked.load(std::memory_order_relaxed) || pool_until.is_ahead()) {
-    pool().run(call, helpers);
-  } else {
-    run_in_team(call, helpers + 1, team);
-  }
+  run(call, std::min(threads, call.chunks) - 1);
   call.rethrow();
+}
+
+}  // namespace
+
+void share(int64_t count, int64_t grain, int64_t threads, const Team& team, const Body& body) {
+  if (forked.load(std::memory_order_relaxed)) return share_without_team(count, grain, threads, body);
+  share_by(count, grain, threads, body, [&](Call& call, int64_t helpers) { run_in_team(call, helpers + 1, team); });
+}
+
+void share_without_team(int64_t count, int64_t grain, int64_t threads, const Body& body) {
+  share_by(count, grain, threads, body, [](Call& call, int64_t helpers) { pool().run(call, helpers); });
 }
 
 }  // namespace lowbit::cpu

@@ -24,42 +24,20 @@ using Clock = std::chrono::steady_clock;
 
 std::atomic<int> team_calls{0};
 
-// Threads that begin after `delay`, where those of a team that has its cores begin at once.
-Team team_after(std::chrono::milliseconds delay) {
-  return [delay](int64_t parts, const std::function<void(int64_t)>& part) {
-    if (delay == 0ms) ++team_calls;
-    std::vector<std::thread> others;
-    for (int64_t i = 1; i < parts; ++i) {
-      others.emplace_back([=, &part] {
-        std::this_thread::sleep_for(delay);
-        part(i);
-      });
-    }
-    part(0);
-    for (auto& thread : others) thread.join();
-  };
-}
-const Team on_time = team_after(0ms);
+// New threads for each call.
+const Team new_threads = [](int64_t parts, const std::function<void(int64_t)>& part) {
+  ++team_calls;
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < parts; ++i) others.emplace_back([=, &part] { part(i); });
+  part(0);
+  for (auto& thread : others) thread.join();
+};
 
-// Makes a team late, and then late beside a second one, so that calls are the pool's for the next second.
-std::atomic<Clock::rep> made_late{0};
-void make_late() {
-  made_late = Clock::now().time_since_epoch().count();
-  for (int i = 0; i < 2; ++i) share(100, 1, 2, team_after(60ms), [](int64_t, int64_t) {});
-}
-
-// Waits until the team is asked again.
-void make_on_time() {
-  for (const int before = team_calls; team_calls == before; std::this_thread::sleep_for(20ms))
-    share(100, 1, 2, on_time, [](int64_t, int64_t) {});
-}
-
-// A call by the team if that is on time, and by the pool if `in_pool`.
+// A call by the team, or by the pool if `in_pool`.
 bool in_pool = false;
 void call(int64_t count, int64_t grain, int64_t threads, const Body& body) {
-  const auto since = Clock::now().time_since_epoch() - Clock::duration(made_late);
-  if (in_pool && since > 300ms) make_late();
-  share(count, grain, threads, on_time, body);
+  if (in_pool) return share_without_team(count, grain, threads, body);
+  share(count, grain, threads, new_threads, body);
 }
 
 void work_for(std::chrono::microseconds time) {
@@ -144,7 +122,7 @@ void check_nested(const std::string& way) {
   call(24, 1, 3, [&](int64_t, int64_t) {
     const auto own = std::this_thread::get_id();
     work_for(20us);
-    share(20, 1, 3, on_time, [&](int64_t begin, int64_t end) {
+    share(20, 1, 3, new_threads, [&](int64_t begin, int64_t end) {
       work_for(20us);
       if (std::this_thread::get_id() != own) same_thread = false;
       sum += static_cast<int>(end - begin);
@@ -181,42 +159,6 @@ void check_all(bool with_pool) {
   check_exceptions(way);
   check_nested(way);
   check_callers(way);
-}
-
-// After a late call the team is not asked for a while; then it is again.
-void check_late_team() {
-  in_pool = false;
-  make_on_time();
-  make_late();
-  const auto start = Clock::now();
-  const int before = team_calls;
-  for (int i = 0; i < 5; ++i) call(100, 1, 2, [](int64_t, int64_t) {});
-  report(team_calls == before || Clock::now() - start > 500ms, "calls after a late team do not ask it");
-  make_on_time();
-}
-
-// Another thread holds a second team while the first is late, so that the threading library lets waiting threads sleep.
-void check_second_team() {
-  make_on_time();
-  const auto caller = std::this_thread::get_id();
-  std::atomic<int64_t> held{0};
-  const Team late = team_after(60ms);
-  const auto patience = Clock::now() + 20s;
-  do {
-    make_on_time();
-    std::this_thread::sleep_for(200ms);  // the second team of an earlier late call may be about to end
-    share(
-        100, 1, 3,
-        [&, late](int64_t parts, const std::function<void(int64_t)>& part) {
-          if (std::this_thread::get_id() != caller) held = parts;
-          late(parts, part);
-        },
-        [](int64_t, int64_t) {});
-    for (int i = 0; i < 50 && held == 0; ++i) std::this_thread::sleep_for(10ms);
-  } while (held == 0 && Clock::now() < patience);
-  report(held == 3, "a second team of three threads");
-  make_on_time();
-  std::this_thread::sleep_for(200ms);  // until its thread has left this function's variables
 }
 
 // A call whose helpers do not come ends as fast as its caller can: here they are busy with pieces of another call, as
@@ -283,8 +225,6 @@ void check_fork() {
 int main() {
   check_all(false);
   check_all(true);
-  check_late_team();
-  check_second_team();
   in_pool = true;
   check_absent_helpers();
   check_numbers_of_threads();
