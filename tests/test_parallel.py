@@ -40,6 +40,7 @@ x = torch.ones(8, 1024)
 """
     done = subprocess.run(
         [sys.executable, "-c", imports + program],
+        cwd=os.path.expanduser("~"),  # not the sources, which may have no extension
         capture_output=True,
         text=True,
         timeout=120,
