@@ -17,36 +17,10 @@ import sys
 import time
 from pathlib import Path
 
+from llama_shapes import LLAMAS
 from turns import Contender, take_turns
 
 LOWBIT, INT8, BITSANDBYTES, DENSE, LLAMA_CPP = "lowbit", "lowbit int8", "bitsandbytes eval", "dense", "llama.cpp"
-MODELS = {
-    "1.1b": {
-        "hidden_size": 2048,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "intermediate_size": 5632,
-        "vocab_size": 32000,
-    },
-    "135m": {
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 1536,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 128,
-        "vocab_size": 512,
-    },
-}
 PROMPT = 16  # tokens
 
 
@@ -55,10 +29,12 @@ def load(name: str, dtype):
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    if name not in MODELS:
+    if name not in LLAMAS:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(LlamaConfig(**MODELS[name]), dtype=dtype).eval()
+    return AutoModelForCausalLM.from_config(
+        LlamaConfig(**LLAMAS[name], tie_word_embeddings=name == "135m"), dtype=dtype
+    ).eval()
 
 
 def quantized(contender: str, model, dtype) -> None:
@@ -199,7 +175,7 @@ def print_table(console, rows: list[dict]) -> None:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="1.1b", help=f"{', '.join(MODELS)}, or a folder; default: 1.1b")
+    parser.add_argument("--model", default="1.1b", help=f"{', '.join(LLAMAS)}, or a folder; default: 1.1b")
     parser.add_argument("--gguf", metavar="FILE", help="a model for llama.cpp")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     every = (LOWBIT, INT8, BITSANDBYTES, DENSE, LLAMA_CPP)
@@ -216,8 +192,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
     if options.quick:
         options.model, options.tokens, options.rounds = "tiny", 4, 2
-    if options.model not in MODELS and not Path(options.model, "config.json").exists():
-        parser.error(f"--model: expected {', '.join(MODELS)} or a folder with a config.json, got {options.model}")
+    if options.model not in LLAMAS and not Path(options.model, "config.json").exists():
+        parser.error(f"--model: expected {', '.join(LLAMAS)} or a folder with a config.json, got {options.model}")
     if options.gguf and not Path(options.gguf).exists():
         parser.error(f"--gguf: there is no file {options.gguf}")
     return options

@@ -14,38 +14,12 @@ import sys
 from pathlib import Path
 
 from bench_matmul import AVX2_ONLY
+from llama_shapes import LLAMAS
 from machine import place_of
 from timing import Laps, cuda_of
 from turns import Contender, memory_kb, take_turns
 
 CONTENDERS = ("lowbit", "PEFT + bitsandbytes", "dense LoRA (PEFT)")
-MODELS = {
-    "135m": {
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 1536,
-        "vocab_size": 49152,
-    },
-    # Eight layers of an 8B Llama, with fewer words: its own 128,256 would make the head a fourth of a step.
-    "8b-8-layers": {
-        "hidden_size": 4096,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14336,
-        "vocab_size": 32000,
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 128,
-        "vocab_size": 512,
-    },
-}
 
 
 def build(contender: str, options: argparse.Namespace, dtype):
@@ -54,7 +28,7 @@ def build(contender: str, options: argparse.Namespace, dtype):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(**MODELS[options.model], tie_word_embeddings=True)
+    config = LlamaConfig(**LLAMAS[options.model], tie_word_embeddings=True)
     with torch.device(place_of(options.device)):
         model = LlamaForCausalLM(config).to(dtype)
     model.config.use_cache = False
@@ -120,7 +94,7 @@ def steps(contender: str, options: argparse.Namespace, dtype_name: str):
     model = build(contender, options, getattr(torch, dtype_name))
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    vocabulary = MODELS[options.model]["vocab_size"]
+    vocabulary = LLAMAS[options.model]["vocab_size"]
     ids = torch.randint(vocabulary, (options.batch, options.length), generator=torch.Generator().manual_seed(1))
     ids = ids.to(place_of(options.device))
     yield {"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}
@@ -235,7 +209,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--device", choices=["cpu", "cuda", "stub"], default="cpu", help="stub: stub_cuda.py")
-    parser.add_argument("--model", choices=[*MODELS], default="135m")
+    parser.add_argument("--model", choices=[*LLAMAS], default="135m")
     parser.add_argument("--contenders", nargs="+", default=[*CONTENDERS], choices=CONTENDERS)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import make_weight
 from conftest_cuda import launchers
+from conftest_models import llama
 from cuda_bindings import OnStub
 
 import lowbit
@@ -36,17 +37,8 @@ def test_a_decoding_step_of_a_llama():
     depends on a number that the host reads could not be captured, or would repeat the first token's.
     """
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        attn_implementation="sdpa",
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).bfloat16()
+    model = llama(hidden_size=64, intermediate_size=128, num_hidden_layers=1).bfloat16()
+    config = model.config
     lowbit.quantize_(model, skip=["lm_head"])
     model = LoraModel(model, LoraConfig(rank=4, target_modules=["q_proj", "v_proj", "down_proj"])).eval()
     cache = transformers.StaticCache(config=config, max_cache_len=16)
