@@ -8,10 +8,10 @@ a run with those of the same machine. This prints the table of machines in docs/
 """
 
 import json
-import platform
 import re
 from pathlib import Path
 
+from machine import cpu_name
 from report import write_json
 
 RECORDED = Path(__file__).with_name("recorded_ratios.json")
@@ -27,9 +27,8 @@ def machine_key() -> str:
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     found = {name.strip(): value.strip() for name, value in re.findall(r"(.*?)\t*: (.*)", text.partition("\n\n")[0])}
-    name = found.get("model name") or platform.processor() or platform.machine()
     numbers = [found[key] for key in ("cpu family", "model", "stepping") if key in found]
-    return f"{name} ({'/'.join(numbers)})" if numbers else name
+    return f"{cpu_name()} ({'/'.join(numbers)})" if numbers else cpu_name()
 
 
 def instruction_sets() -> str:

@@ -14,9 +14,7 @@ float encode_activations(const T* from, int8_t* to) {
   float values[kApproximateChunk];
   int8_t codes[kApproximateChunk];
   for (int64_t i = 0; i < kApproximateChunk; i += Isa::kLanes) Isa::store(values + i, Isa::load(from + i));
-  uint32_t bits = 0;
-  for (const float value : values) bits = std::max(bits, bits_of(value) & 0x7fffffff);
-  const float largest = float_of(bits);
+  const float largest = float_of(Isa::absmax_bits(values, kApproximateChunk));
   // NaN and inf make the chunk's scale, and so y, NaN. Activations below 3.7e-37, whose inverse scale would be
   // infinite, count as zero.
   const float inverse = 127 / largest;
