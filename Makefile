@@ -13,7 +13,7 @@ TEST_ARGS ?= -q
 # All that is compiled or installed. A change in one of these makes the next call install the package again.
 SOURCES := setup.py pyproject.toml $(shell find lowbit lowbit_lora csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo demo-vision demo-adapters test test-fast prove prove-native native-test run-native run-sanitized
+.PHONY: help demo demo-vision demo-adapters test test-fast prove prove-native native-test run-native run-sanitized run-pool
 .PHONY: neon-test run-neon avx512-test run-avx512 headers-test wheel-cuda peft-tests both-ways lint format clean
 .DELETE_ON_ERROR:
 .SECONDARY:  # keep the stamps that pattern rules make
@@ -27,7 +27,7 @@ help:
 	@echo "make prove  execute every emulated proof, and record them"
 	@echo "make native-test  check the kernels without torch, plain and under sanitizers"
 	@echo "make neon-test    check the same, cross-compiled for 64-bit ARM, under an emulator"
-	@echo "make avx512-test  check both sets of AVX-512 kernels on any x86-64 CPU, with SIMDe's portable intrinsics"
+	@echo "make avx512-test  check the kernels of AVX-512 and AMX on any x86-64 CPU, with portable intrinsics (SIMDe's)"
 	@echo "make headers-test compile the bindings against the headers of every torch that is supported (fetches their wheels)"
 	@echo "make wheel-cuda   build a wheel for every GPU generation into dist/ (needs nvcc; a plain build serves one)"
 	@echo "make peft-tests   run PEFT's own LoRA tests against lowbit_lora, and count them (fetches PEFT's source; PEER_ARGS=...)"
@@ -76,13 +76,22 @@ DRIVER_FLAGS := -std=c++20 -Wall -ffp-contract=off -pthread
 # make native-test SANITIZED_FLAGS="-O1 -g"
 SANITIZED_FLAGS := -O1
 # In two targets, so that make -j runs one while the other, or the package, is still being compiled.
-native-test: run-native run-sanitized
+native-test: run-native run-sanitized run-pool
 
 run-native: build/native/driver
 	build/native/driver
 
 run-sanitized: build/native/driver-sanitized
 	build/native/driver-sanitized
+
+# How threads share a call, under the sanitizer of threads and then, with forks, under that of memory.
+run-pool: build/native/pool-thread build/native/pool-address,undefined
+	build/native/pool-thread
+	build/native/pool-address,undefined
+
+build/native/pool-%: tests/native/pool.cpp csrc/cpu/pool.cpp $(SOURCES)
+	mkdir -p $(@D)
+	$(CXX) -O1 -g $(DRIVER_FLAGS) -Wno-unused-function -fsanitize=$* -fno-sanitize-recover=all -o $@ tests/native/pool.cpp csrc/cpu/pool.cpp
 
 build/native/driver build/native/driver-sanitized build/native/driver-neon build/native/driver-avx512: $(wildcard tests/native/*.h)
 
@@ -127,7 +136,7 @@ build/native/driver-neon: $(DRIVER_SOURCES) $(SOURCES)
 	mkdir -p $(@D)
 	$(ARM_CXX) $(NEON_FLAGS) -o $@ $(DRIVER_SOURCES)
 
-AVX512_SOURCES := tests/native/driver.cpp tests/native/simde/available_kernels.cpp \
+AVX512_SOURCES := tests/native/driver.cpp tests/native/simde/available_kernels.cpp csrc/cpu/isa/amx.cpp \
 	csrc/cpu/isa/avx512bf16.cpp csrc/cpu/isa/avx512.cpp csrc/cpu/isa/scalar.cpp
 build/native/driver-avx512: $(AVX512_SOURCES) tests/native/simde/immintrin.h $(SOURCES)
 	@echo '#include <simde/x86/avx512.h>' | $(CXX) -E -x c++ - > /dev/null 2>&1 || { echo "avx512-test needs SIMDe's headers: \

@@ -33,12 +33,14 @@ COMPILERS = ("cl",) if os.name == "nt" else ("c++", "g++", "clang++")
 #: Compiles only if the compiler has what the extension needs and finds Python's headers.
 PROBE = """
 #include <Python.h>
+#include <atomic>
 #include <bit>
 #if !defined(__GNUC__)
 #error "the kernels are C++ for g++ and clang++"
 #endif
 constexpr int log2_of_64 = std::countr_zero(64u);
 static_assert(log2_of_64 == 6);
+void wait_while(std::atomic<int>& word, int value) { word.wait(value); }
 """
 #: The default is one architecture: it compiles fast, and its PTX serves every later GPU.
 DEFAULT_CUDA_ARCHS = "80"

@@ -141,7 +141,7 @@ def times(options: argparse.Namespace) -> list[dict]:
 def swaps(options: argparse.Namespace) -> list[dict]:
     """Time loading a saved adapter, files included, into the place of another; return the rows of the table."""
     import torch
-    from bench_train import MODELS
+    from llama_shapes import LLAMAS
     from peft import PeftModel
     from peft.utils.hotswap import hotswap_adapter
     from timing import Sample, interleaved
@@ -153,7 +153,7 @@ def swaps(options: argparse.Namespace) -> list[dict]:
 
     def base():
         torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**MODELS[size]))
+        return LlamaForCausalLM(LlamaConfig(**LLAMAS[size]))
 
     def load_again(model, folder):
         model.delete_adapter("other")

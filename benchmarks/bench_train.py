@@ -4,37 +4,22 @@ python benchmarks/bench_train.py --dtype float32 bfloat16 --json train.json --pl
 
 The model has the shape of a 135M-parameter Llama with random weights. Every linear layer but the head is adapted. Each
 contender has a process of its own. The processes take turns, so that each step runs alone and the machine's drift falls
-on all alike. Peak memory is that of the process during the timed steps, above what Python and the libraries take.
+on all alike. Peak memory is that of the process during the timed steps, above what Python and the libraries take; on a
+GPU what torch has allocated there.
 """
 
 import argparse
-import multiprocessing
 import os
 import sys
-import time
 from pathlib import Path
 
 from bench_matmul import AVX2_ONLY
+from llama_shapes import LLAMAS
+from machine import place_of
+from timing import Laps, cuda_of
+from turns import Contender, memory_kb, take_turns
 
 CONTENDERS = ("lowbit", "PEFT + bitsandbytes", "dense LoRA (PEFT)")
-MODELS = {
-    "135m": {
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 1536,
-        "vocab_size": 49152,
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 128,
-        "vocab_size": 512,
-    },
-}
 
 
 def build(contender: str, options: argparse.Namespace, dtype):
@@ -43,8 +28,9 @@ def build(contender: str, options: argparse.Namespace, dtype):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(**MODELS[options.model], tie_word_embeddings=True)
-    model = LlamaForCausalLM(config).to(dtype)
+    config = LlamaConfig(**LLAMAS[options.model], tie_word_embeddings=True)
+    with torch.device(place_of(options.device)):
+        model = LlamaForCausalLM(config).to(dtype)
     model.config.use_cache = False
     if contender == "lowbit":
         from lowbit_lora import QLoRAConfig, QLoRAModel
@@ -63,117 +49,76 @@ def build(contender: str, options: argparse.Namespace, dtype):
                 quantized.weight = bnb.nn.Params4bit(
                     linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
                 )
-                model.set_submodule(name, quantized.to("cpu"))
+                model.set_submodule(name, quantized.to(place_of(options.device)))
         model.is_loaded_in_4bit = True
     return get_peft_model(
         model, LoraConfig(r=options.rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     )
 
 
-def memory_kb(field: str) -> int:
-    """A value in kB from this process's status file; 0 if the system has none."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) for line in lines if line.startswith(field + ":")), 0)
+class PeakMemory:
+    """The most memory in use since the last :meth:`restart`, in MB: of this process, or of its part of a GPU."""
+
+    def __init__(self, device: str):
+        self.cuda = None if device == "cpu" else cuda_of(device)
+        self.base_kb = memory_kb("VmRSS")
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        peak = Path("/proc/self/clear_refs")
+        if self.cuda is not None:
+            self.cuda.reset_peak_memory_stats()
+        elif peak.exists():
+            peak.write_text("5")
+
+    def megabytes(self) -> float:
+        """On a CPU, above what the process took when this was made."""
+        if self.cuda is not None:
+            return self.cuda.max_memory_allocated() / 2**20
+        return (memory_kb("VmHWM") - self.base_kb) / 1024
 
 
-def worker(contender: str, options: argparse.Namespace, dtype_name: str, pipe) -> None:
-    """Build the model, then run one step for each message from the pipe, and send its times and memory."""
+def steps(contender: str, options: argparse.Namespace, dtype_name: str):
+    """Build the model, then yield the times and the memory of one training step after the other."""
     import torch
 
-    try:
-        if options.isa:
-            import lowbit  # noqa: F401  (loads the ops)
+    if options.isa:
+        import lowbit  # noqa: F401  (loads the ops)
 
-            torch.ops.lowbit.set_cpu_isa(options.isa)
-        if options.threads:
-            torch.set_num_threads(options.threads)
-        import transformers  # noqa: F401  (part of the base, not of the model)
+        torch.ops.lowbit.set_cpu_isa(options.isa)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    import transformers  # noqa: F401  (part of the base, not of the model)
 
-        base_kb = memory_kb("VmRSS")
-        model = build(contender, options, getattr(torch, dtype_name))
-        model.train()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-        vocabulary = MODELS[options.model]["vocab_size"]
-        ids = torch.randint(vocabulary, (options.batch, options.length), generator=torch.Generator().manual_seed(1))
-        peak = Path("/proc/self/clear_refs")
-        pipe.send({"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)})
-        while pipe.recv() == "step":
-            if peak.exists():
-                peak.write_text("5")  # the peak so far is forgotten
-            start = time.perf_counter()
-            loss = model(input_ids=ids, labels=ids).loss
-            forward = time.perf_counter()
-            loss.backward()
-            backward = time.perf_counter()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            end = time.perf_counter()
-            pipe.send(
-                {
-                    "loss": loss.item(),
-                    "forward": (forward - start) * 1e3,
-                    "backward": (backward - forward) * 1e3,
-                    "optimizer": (end - backward) * 1e3,
-                    "peak_mb": (memory_kb("VmHWM") - base_kb) / 1024,
-                }
-            )
-    except Exception as error:
-        pipe.send({"failed": f"{type(error).__name__}: {error}"})
-
-
-class Contender:
-    """One worker process and what its steps took."""
-
-    def __init__(self, name: str, options: argparse.Namespace, dtype: str):
-        self.name, self.timeout, self.steps, self.failed = name, options.timeout, [], ""
-        # A forked child would share the parent's pages and its thread pool.
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=worker, args=(name, options, dtype, theirs), daemon=True)
-        self.process.start()
-        self.about = self._receive()
-
-    def _receive(self) -> dict:
-        message = {"failed": f"no answer within {self.timeout} s"}
-        if self.pipe.poll(self.timeout):
-            try:
-                message = self.pipe.recv()
-            except EOFError:
-                message = {"failed": "its process ended"}
-        self.failed = self.failed or message.get("failed", "")
-        return message
-
-    def step(self, count: bool) -> None:
-        if self.failed:
-            return
-        self.pipe.send("step")
-        message = self._receive()
-        if not self.failed and (count or not self.steps):
-            self.steps.append(message)
-
-    def close(self) -> None:
-        if self.process.is_alive():
-            self.process.kill()
-        self.process.join()
+    peak = PeakMemory(options.device)
+    model = build(contender, options, getattr(torch, dtype_name))
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    vocabulary = LLAMAS[options.model]["vocab_size"]
+    ids = torch.randint(vocabulary, (options.batch, options.length), generator=torch.Generator().manual_seed(1))
+    ids = ids.to(place_of(options.device))
+    yield {"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    while True:
+        peak.restart()
+        laps = Laps(options.device)
+        laps.mark()
+        loss = model(input_ids=ids, labels=ids).loss
+        laps.mark()
+        loss.backward()
+        laps.mark()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        laps.mark()
+        times = dict(zip(("forward", "backward", "optimizer"), laps.times(), strict=True))
+        yield {"loss": loss.item(), **times, "peak_mb": peak.megabytes()}
 
 
 def run(options: argparse.Namespace, dtype: str) -> list[dict]:
     """Time the contenders in one dtype; return the rows of the table."""
     from timing import Sample
-    from tqdm import tqdm
 
-    contenders = [Contender(name, options, dtype) for name in options.contenders]
-    try:
-        with tqdm(total=len(contenders) * (options.steps + 1), unit="step", desc=dtype, disable=None) as bar:
-            for number in range(options.steps + 1):
-                for contender in contenders:
-                    bar.set_postfix_str(contender.name)
-                    contender.step(count=number > 0)
-                    bar.update()
-    finally:
-        for contender in contenders:
-            contender.close()
+    contenders = [Contender(name, options.timeout, steps, name, options, dtype) for name in options.contenders]
+    take_turns(contenders, options.steps, dtype)
     rows = []
     for contender in contenders:
         row = {"dtype": dtype, "name": contender.name}
@@ -181,9 +126,9 @@ def run(options: argparse.Namespace, dtype: str) -> list[dict]:
         if contender.failed:
             row["failed"] = contender.failed
             continue
-        timed = contender.steps[1:] or contender.steps  # the first step warms up
+        timed = contender.timed
         row["trainable"] = contender.about["trainable"]
-        row["first_loss"] = contender.steps[0]["loss"]
+        row["first_loss"] = contender.turns[0]["loss"]
         for phase in ("forward", "backward", "optimizer"):
             row[f"{phase}_ms"] = Sample([step[phase] for step in timed]).median
         total = Sample([step["forward"] + step["backward"] + step["optimizer"] for step in timed])
@@ -263,7 +208,8 @@ def plot(path: str, rows: list[dict]) -> None:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--model", choices=[*MODELS], default="135m")
+    parser.add_argument("--device", choices=["cpu", "cuda", "stub"], default="cpu", help="stub: stub_cuda.py")
+    parser.add_argument("--model", choices=[*LLAMAS], default="135m")
     parser.add_argument("--contenders", nargs="+", default=[*CONTENDERS], choices=CONTENDERS)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
@@ -273,6 +219,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=600, help="seconds a contender may take for one step")
     parser.add_argument("--isa", choices=["avx2"], help="limit all contenders to this instruction set")
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--jsonl", metavar="FILE", help="append each row to this file as it comes")
     parser.add_argument("--plot", metavar="FILE", help="a PNG")
     parser.add_argument("--quick", action="store_true", help="a smoke test: the tiny model, two steps")
     options = parser.parse_args(argv)
@@ -288,13 +235,20 @@ def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     if options.isa:
         os.environ.update(AVX2_ONLY)  # read by torch when the workers load it
-    from report import write_json
+    from report import append_json_lines, write_json
     from rich.console import Console
 
     console = Console(width=170)
+    if options.device != "cpu" and not cuda_of(options.device).is_available():
+        print("--device cuda: torch finds no CUDA device here", file=sys.stderr)
+        return 2
     if options.isa:
         console.print(f"LIMITED to {options.isa} for every contender")
-    rows = [row for dtype in options.dtype for row in run(options, dtype)]
+    rows = []
+    for dtype in options.dtype:
+        found = run(options, dtype)
+        append_json_lines(options.jsonl, found)
+        rows += found
     print_table(console, rows, options)
     if options.json:
         write_json(options.json, {"options": vars(options), "rows": rows})

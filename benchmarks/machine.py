@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timing import interleaved
+from timing import cuda_of, interleaved
 
 
 def cpu_name() -> str:
@@ -25,8 +25,15 @@ def last_level_cache() -> int:
     return max(sizes) or 32 * 2**20
 
 
-def available_memory() -> int:
-    """Bytes that can be used without swapping; 4 GiB if the system does not tell."""
+def place_of(device: str) -> str:
+    """Where tensors are."""
+    return "cpu" if device == "stub" else device
+
+
+def available_memory(device: str = "cpu") -> int:
+    """Bytes that can be used without swapping; 4 GiB if the system does not tell. Of a GPU, what is free."""
+    if device != "cpu":
+        return cuda_of(device).mem_get_info()[0]
     info = Path("/proc/meminfo")
     found = re.search(r"MemAvailable:\s*(\d+) kB", info.read_text()) if info.exists() else None
     return int(found[1]) * 1024 if found else 4 * 2**30
@@ -53,15 +60,15 @@ class Machine:
 
 def copy_bandwidth(device: str, numel: int) -> float:
     """GB/s of copying ``numel`` floats (read + written)."""
-    source = torch.ones(numel, device=device)
+    source = torch.ones(numel, device=place_of(device))
     target = torch.empty_like(source)
     copy = interleaved({"copy": lambda: target.copy_(source)}, rounds=5, device=device)["copy"]
     return 2 * numel * 4 / min(copy.times) / 1e6
 
 
-def _read_bandwidth(device: str, numel: int) -> float:
+def read_bandwidth(device: str, numel: int) -> float:
     """GB/s of reading ``numel`` floats, the best of several ways."""
-    source = torch.ones(numel, device=device)
+    source = torch.ones(numel, device=place_of(device))
     integers = source.view(torch.int32)
     reads = interleaved(
         {
@@ -80,19 +87,19 @@ def _read_bandwidth(device: str, numel: int) -> float:
 def measure(device: str, quick: bool) -> Machine:
     """Measure the bandwidths on a gigabyte, and the peak of a large fp32 F.linear."""
     numel = 2**22 if quick else 2**28
-    read, copy = _read_bandwidth(device, numel), copy_bandwidth(device, numel)
+    read, copy = read_bandwidth(device, numel), copy_bandwidth(device, numel)
     size = 256 if quick else 2048
-    x, weight = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
+    x, weight = (torch.randn(size, size, device=place_of(device)) for _ in range(2))
     product = interleaved({"linear": lambda: F.linear(x, weight)}, rounds=7, device=device)["linear"]
     on_cpu = device == "cpu"
     return Machine(
         device=device,
-        name=cpu_name() if on_cpu else torch.cuda.get_device_name(),
+        name=cpu_name() if on_cpu else cuda_of(device).get_device_name(),
         threads=torch.get_num_threads(),
         lowbit_isa=torch.ops.lowbit.cpu_isa() if on_cpu else "",
         torch_capability=torch.backends.cpu.get_cpu_capability(),
         torch_version=torch.__version__,
-        cache_bytes=last_level_cache() if on_cpu else torch.cuda.get_device_properties(0).L2_cache_size,
+        cache_bytes=last_level_cache() if on_cpu else cuda_of(device).get_device_properties(0).L2_cache_size,
         read_bandwidth=read,
         copy_bandwidth=copy,
         peak=2 * size**3 / min(product.times) / 1e6,

@@ -12,8 +12,23 @@ def of_loop(gpu: Gpu, entry: Counted, m: int, n: int, k: int) -> Prediction:
     """The work of a kernel that reads W once per ``entry.rows`` rows of x, or writes it in 16 bits (``rows`` is 0)."""
     weights = n * k
     moved = weights * WEIGHT_BYTES + (2 * m * (n + k) if entry.rows else 2 * weights)
-    read = weights * (-(-m // entry.rows) if entry.rows else 1)
-    work = Work(moved, read * entry.instructions / 32, read * entry.cycles, read * entry.macs)
+    row_tiles = -(-m // entry.rows) if entry.rows else 1
+    read, again, blocks = weights * row_tiles, 0.0, 0
+    if entry.columns:
+        # Every tile of columns reads x, in whole tiles of rows, and every tile of rows W.
+        column_tiles = -(-n // entry.columns)
+        again = 2 * entry.rows * row_tiles * k * (column_tiles - 1) + (row_tiles - 1) * weights * WEIGHT_BYTES
+        blocks = 0 if entry.splits_k else row_tiles * column_tiles
+    resident = min(entry.resident, -(-blocks // gpu.processors)) if blocks else entry.resident
+    work = Work(
+        moved,
+        read * entry.instructions / 32,
+        read * entry.cycles,
+        read * entry.macs,
+        l2_bytes=again,
+        blocks=blocks,
+        warps=entry.warps * resident,
+    )
     return least_time(gpu, f"{entry.rows} rows" if entry.rows else "dequantize", work)
 
 

@@ -1,12 +1,7 @@
 """Predicts how long the kernels take on GPUs that are not here, from counted instructions. It measures nothing.
 
-For each GPU and layer of a Llama, and of Mixtral's mixture of experts, the time of a kernel is the largest of four:
-
-- DRAM: the bytes that have to be read and written once, at the data sheet's bandwidth;
-- issue: machine instructions, 4 warps' per cycle and multiprocessor;
-- L1/shared: what loads, stores and shuffles move through the data path that L1 and shared memory have in common, 128
-  bytes per cycle and multiprocessor, bank conflicts not counted;
-- tensor: mma.sync, or the operations of wgmma, tcgen05 and dense products, at the tensor cores' rate.
+For each GPU and layer of a Llama, and of Mixtral's mixture of experts, the time of a kernel follows from what it moves
+and executes, by the rules of roofline.py. --check compares these rules with times that others have published.
 
 The main loop of each kernel is counted, and LoRA's loop (of rank 16) if the operation has LoRA. A Triton kernel without
 a loop is counted whole. The counts are of lowbit's CUDA and Triton kernels as nvcc and Triton compile them here, and of
@@ -14,15 +9,15 @@ bitsandbytes' kernels in its wheel. Reads of shared memory by wgmma and tcgen05 
 
 lowbit's CUDA kernels and bitsandbytes are shown by their fastest path. Triton is shown by what its backend would
 launch: its tiles, its splits of sums and the launch that adds them up. For products of many rows each may decode the
-weight and call cuBLAS, which is assumed to reach the whole bandwidth or the whole peak. Launches, latency, the code
-before and after the loop, and GPUs that are not filled are left out for all. So these are lower bounds, and close
-values do not tell which library is faster.
+weight and call cuBLAS. Latency, bank conflicts, and the code before and after the loop are left out for all, so that
+close values do not tell which library is faster.
 
 A row of a mixture's product is a token, which 2 of 8 experts multiply. Tokens are spread evenly. Only the weights of
 experts that have tokens are read, and each expert's last tile counts as a whole. There is no prediction for the CUDA
 kernels there: they are launched once per expert, with scales that torch decodes first.
 
     python benchmarks/predict_gpu.py --plot prediction.png --json prediction.json
+    python benchmarks/predict_gpu.py --check
     python benchmarks/predict_gpu.py --gpu "H100 SXM" --layer "8B q, o" --operation linear --rows 1,64
 """
 
@@ -38,12 +33,13 @@ from rich.console import Console
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("tools", ".")]
 import predict_cuda  # noqa: E402
 import predict_triton  # noqa: E402
+import published  # noqa: E402
 from codegen import cuda_counts  # noqa: E402
 from codegen.cuda_counts import BITSANDBYTES, CUDA  # noqa: E402
 from codegen.instruction_costs import Counted  # noqa: E402
 from codegen.triton_counts import count_all  # noqa: E402
 from predict_triton import OPERATIONS, TRITON  # noqa: E402
-from prediction_report import plot, print_counts, print_missing, print_predictions  # noqa: E402
+from prediction_report import plot, print_comparison, print_counts, print_missing, print_predictions  # noqa: E402
 from roofline import GPUS, TITLE, Gpu  # noqa: E402
 
 #: out_features, in_features
@@ -124,6 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", help=f"default: {','.join(map(str, ROWS))}")
     parser.add_argument("--json", help="write the predictions and the counts here")
     parser.add_argument("--plot", help="draw time over rows, for the first layer, here")
+    parser.add_argument("--check", action="store_true", help="compare with published times, and end")
     parser.add_argument("--markdown", action="store_true", help="print tables in Markdown")
     options = parser.parse_args(arguments)
     gpus = [gpu for gpu in GPUS if not options.gpu or gpu.name in options.gpu]
@@ -137,6 +134,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--plot: expected a product among the operations")
 
     console = Console(width=None if sys.stdout.isatty() else 240)
+    if options.check:
+        print_comparison(console, published.comparison(), options.markdown)
+        return 0
     try:
         predictions = {gpu: rows_of(gpu, cases) for gpu in gpus}
         counts = counts_of(gpus, cases)

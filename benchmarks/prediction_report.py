@@ -37,6 +37,17 @@ def print_missing(console: Console, counts: dict[str, list[Counted]], operations
                 console.print(f"not found for {arch}: {loop.library} {loop.source} {loop.kernel}", markup=False)
 
 
+def print_comparison(console: Console, rows: list, markdown: bool = False) -> None:
+    """Print published times beside predicted ones."""
+    columns = ("kernel", "GPU", "rows", "out x in", "published us", "predicted us", "ratio", "source")
+    table = _table("Published times and their predictions", columns, markdown)
+    for published, prediction, ratio in rows:
+        sizes = (str(published.m), f"{published.n} x {published.k}")
+        times = (f"{published.microseconds:.1f}", f"{prediction.microseconds:.1f}", f"{ratio:.2f}")
+        table.add_row(published.kernel, published.gpu, *sizes, *times, published.source)
+    console.print(table)
+
+
 def print_predictions(console: Console, gpu: Gpu, rows: list[dict], markdown: bool = False) -> None:
     sides = (f"{library}: us, bound by (path)" for library in LIBRARIES)
     columns = ("layer", "out x in", "operation", "rows", *sides, "times faster")

@@ -6,8 +6,11 @@ import time
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 
+import stub_cuda
 import torch
 
+#: Calls of a contender in one CUDA graph, at least.
+GRAPH_CALLS = 32
 #: A call slower than this is timed once: some contenders take half a minute, others take milliseconds.
 SLOW_SECONDS = 5.0
 #: A call faster than this runs a few times uncounted before each timed call. Otherwise it would pay for the contender
@@ -39,31 +42,59 @@ def _cpu_call(call: Callable[[], object]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-class _CudaGraph:
-    """A call that is captured once, replayed, and timed by events. The time includes neither Python nor launches.
+def cuda_of(device: str):
+    """torch.cuda; for the device "stub", which is the CPU, a double of it."""
+    return stub_cuda if device == "stub" else torch.cuda
 
-    For a :class:`Rotating` call, each set of operands is captured, and each replay takes the next one.
+
+class _CudaGraph:
+    """A call captured :data:`GRAPH_CALLS` times in one graph, which events time. The time of one call, without Python
+    and launches by the host.
+
+    The calls of a :class:`Rotating` follow each other in the graph, each as often as the others.
     """
 
-    def __init__(self, call: Callable[[], object]):
-        self.replay = Rotating([self._capture(one) for one in getattr(call, "calls", [call])])
-
-    @staticmethod
-    def _capture(call: Callable[[], object]) -> Callable[[], None]:
-        call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        return graph.replay
+    def __init__(self, call: Callable[[], object], cuda):
+        calls = getattr(call, "calls", [call])
+        self.count = -(-GRAPH_CALLS // len(calls)) * len(calls)
+        for one in calls:  # allocations, autotuning and lazy loading are no part of a graph
+            one()
+        cuda.synchronize()
+        self.cuda, self.graph = cuda, cuda.CUDAGraph()
+        with cuda.graph(self.graph):
+            for one in itertools.islice(itertools.cycle(calls), self.count):
+                one()
 
     def __call__(self) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = self.cuda.Event(enable_timing=True), self.cuda.Event(enable_timing=True)
         start.record()
-        self.replay()
+        self.graph.replay()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end)
+        return start.elapsed_time(end) / self.count
+
+
+class Laps:
+    """Times from one :meth:`mark` to the next, in milliseconds; on a GPU by events."""
+
+    def __init__(self, device: str):
+        self.cuda = None if device == "cpu" else cuda_of(device)
+        self.marks = []
+
+    def mark(self) -> None:
+        """End a lap and begin the next."""
+        if self.cuda is None:
+            self.marks.append(time.perf_counter())
+        else:
+            self.marks.append(self.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+
+    def times(self) -> list[float]:
+        """The laps, after the GPU has finished them."""
+        if self.cuda is None:
+            return [(b - a) * 1e3 for a, b in itertools.pairwise(self.marks)]
+        self.marks[-1].synchronize()
+        return [a.elapsed_time(b) for a, b in itertools.pairwise(self.marks)]
 
 
 def _warm_up(timer: Callable[[], float]) -> None:
@@ -85,7 +116,7 @@ def interleaved(
     slow, quick = set(), set()
     for name, call in contenders.items():
         try:
-            timer = _CudaGraph(call) if device == "cuda" else (lambda call=call: _cpu_call(call))
+            timer = (lambda call=call: _cpu_call(call)) if device == "cpu" else _CudaGraph(call, cuda_of(device))
             first = timer()
         except Exception as error:  # a contender that cannot run is a row of the table, not the end of the benchmark
             results[name] = error
@@ -104,6 +135,18 @@ def interleaved(
             if name not in slow:
                 results[name].times.append(timer())
     return results
+
+
+def repeated(call: Callable[[], object], seconds: float) -> Sample:
+    """The times of calls one after the other for ``seconds``, and of ten at least, after uncounted ones."""
+    until, sample = time.perf_counter() + seconds / 4, Sample([])
+    call()
+    while time.perf_counter() < until:
+        call()
+    until = time.perf_counter() + seconds
+    while len(sample.times) < 10 or time.perf_counter() < until:
+        sample.times.append(_cpu_call(call))
+    return sample
 
 
 class Rotating:

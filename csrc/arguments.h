@@ -94,21 +94,38 @@ struct LinearGradInputArgs {
   uint32_t* counters = nullptr;  // as above
 };
 
-// LoRA's factors rounded to `dtype`: the product low_out up_out^T is scaling low up^T. Only fp16 has too small a range
-// for low, whose size is x's or the loss scale's. There up, which is small, takes over what of low is beyond 2^15 and a
-// large scaling, for each component of the rank. What is not finite stays so in its own row of low and does not count
-// for the other rows.
-struct RoundedFactorsArgs {
-  const void* low;  // [m, rank]
-  Dtype low_dtype;
-  const void* up;  // [n, rank], with these strides
-  Dtype up_dtype;
-  int64_t up_row_stride, up_component_stride;
-  float scaling;
-  int64_t m, n, rank;
-  void* low_out;  // as low
-  void* up_out;   // as up, strides too
+// A matrix of LoRA's: element (i, j) is at data[i * row_stride + j * column_stride]; one of the strides is 1.
+struct Factor {
+  const void* data;
   Dtype dtype;
+  int64_t row_stride, column_stride;
+};
+
+// t[m, rank] = t_scale x[m, k] down[rank, k]^T and y[m, n] = up_scale t[m, rank] up[n, rank]^T + bias[n]
+struct LoraProductArgs {
+  const void* x;  // null: t is read
+  Dtype dtype;    // of x and y: bf16 or f16
+  Factor down;
+  float t_scale;
+  float* t;  // fp32 [m, rank]: written where x is given
+  Factor up;
+  float up_scale;
+  const float* bias;  // or null
+  void* y;            // null: only t
+  int64_t m, n, k, rank;
+};
+
+// out(j, r) = scale * sum over i of wide[i, j] low[i, r]: [w, rank], element (j, r) at
+// out[j * out_wide_stride + r * out_rank_stride]
+struct LoraOuterArgs {
+  const void* wide;  // [m, w]
+  Dtype dtype;       // bf16 or f16
+  const float* low;  // [m, rank]
+  float scale;
+  void* out;
+  Dtype out_dtype;
+  int64_t out_wide_stride, out_rank_stride;
+  int64_t m, w, rank;
 };
 
 }  // namespace lowbit

@@ -41,8 +41,9 @@ def linear(
     ``precision="int8"`` computes approximately, for inference: it rounds activations to int8 with one scale per 64 of a
     row, and the codebook to multiples of 1 / 127, and multiplies integers. The error of y is about 1% of its norm for
     normally distributed activations, and more where a few of each 64 are far larger than the rest. This is faster for
-    a few rows of x, and slower than the exact product for many. Products stay exact with int8 weights, where
-    in_features is not a multiple of 64, and on a GPU, where the exact kernels are the fastest.
+    a few rows of x, and on CPUs without AVX-512 slower than the exact product for many. Products stay exact with int8
+    weights, where in_features is not a multiple of 64, and where the exact kernels are the fastest: on a GPU, on
+    AVX-512 without VNNI, and with VNNI for more than 16 rows.
 
     Args:
         x: [..., in_features], float32, float16 or bfloat16; any leading dimensions, also zero rows.

@@ -8,7 +8,7 @@ from .ops.samples import ROWS, samples
 
 
 def isa_names() -> list[str]:
-    """The instruction sets the native CPU kernels can use on this machine, the widest first."""
+    """The instruction sets the native CPU kernels can use on this machine, the fastest first."""
     if backends.native.missing_reason() is not None:
         return []
     return torch.ops.lowbit.cpu_isas()

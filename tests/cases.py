@@ -17,8 +17,8 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 #: (out_features, in_features) that hurt: 1, odd, blocks that cross rows, rows that start inside a byte, empty.
 LINEAR_SHAPES = ((1, 1), (3, 5), (7, 64), (33, 130), (96, 384), (17, 513), (130, 192), (64, 4096), (0, 64), (4, 0))
-#: Rows of x: none, the matrix-vector path, its edge, ragged tiles.
-ROWS = (0, 1, 2, 3, 4, 5, 33)
+#: Rows of x: none, the matrix-vector path, its edge, that of few rows, ragged tiles.
+ROWS = (0, 1, 2, 3, 4, 5, 16, 17, 33)
 
 #: Every set of kernels that runs here: a context manager name for ``kernels`` below.
 KERNELS = tuple(f"native-{isa}" for isa in selftest.isa_names()) + ("reference",)
@@ -51,9 +51,9 @@ def codebook_error(kernels: str, format: str, dtype: torch.dtype, rows: int, k: 
 def weight_error(kernels: str, format: str, dtype: torch.dtype, rows: int, k: int) -> float:
     """Largest relative error of a weight as ``linear`` multiplies it.
 
-    On AVX512-BF16 ``gemm.h`` rounds weights to bf16 for bf16 activations: for more than four rows, or 4-bit weights
-    whose chunks of 64 cross rows. Its sums stay within Higham's bound: products of two bf16 are exact in fp32. (It
-    takes subnormals for zero; no test of products has any.)
+    The kernels of AVX512-BF16 and AMX round weights to bf16 for bf16 activations (``few_rows.h``, ``bf16_gemm.h``): for
+    more than four rows, or 4-bit weights whose chunks of 64 cross rows. Their sums stay within Higham's bound: products
+    of two bf16 are exact in fp32. (They take subnormals for zero; no test of products has any.)
     """
     if rows > 4 or (format != "int8" and k % 64):
         return _bf16_weights(kernels, dtype)
@@ -61,12 +61,23 @@ def weight_error(kernels: str, format: str, dtype: torch.dtype, rows: int, k: in
 
 
 def weight_error_backward(kernels: str, format: str, dtype: torch.dtype, rows: int, k: int) -> float:
-    """`weight_error` of ``linear_grad_input``, where few rows times int8 go to ``gemm.h`` too."""
+    """`weight_error` of ``linear_grad_input``, where few rows times int8 go to ``bf16_gemm.h`` too."""
     return _bf16_weights(kernels, dtype) if rows > 4 or format == "int8" or k % 64 else 0.0
 
 
 def _bf16_weights(kernels: str, dtype: torch.dtype) -> float:
-    return UNIT_ROUNDOFF[dtype] if kernels == "native-avx512bf16" and dtype == torch.bfloat16 else 0.0
+    rounds = kernels in ("native-avx512bf16", "native-amx") and dtype == torch.bfloat16
+    return UNIT_ROUNDOFF[dtype] if rounds else 0.0
+
+
+def rounds_to_int8(kernels: str, rows: int, k: int) -> bool:
+    """Whether ``precision="int8"`` rounds 4-bit weights and activations. The exact product serves where it is faster.
+
+    That is for any number of rows on AVX-512 without VNNI, and for more than 16 with it.
+    """
+    if k % 64 or kernels == "native-avx512":
+        return False
+    return rows <= 16 or kernels not in ("native-avx512vnni", "native-avx512bf16", "native-amx")
 
 
 def weight_error_cuda(format: str, dtype: torch.dtype) -> float:
@@ -100,6 +111,24 @@ def gemm_tolerance(
     )
 
 
+def lora_tolerance(
+    magnitude: torch.Tensor,
+    exact: torch.Tensor,
+    terms: int,
+    operands: tuple[torch.dtype, torch.dtype],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Bound on |computed - exact| of the CUDA products of LoRA, whose operands are sums of bf16 on tensor cores.
+
+    bf16 is one, fp16 exactly two, fp32 two to 2^-16 of it. Where both operands have two, low times low, 2^-16 of the
+    product, is left out; 1.01 covers the second order. Each term is as many as there are products, and their sums are
+    truncated, as in :func:`gemm_tolerance`.
+    """
+    has_two = [operand != torch.bfloat16 for operand in operands]
+    lost = 2.0**-16 * (operands.count(torch.float32) + all(has_two))
+    return product_tolerance(magnitude, exact, 2 * terms * (1 + sum(has_two)), dtype, 1.01 * lost)
+
+
 def product_tolerance(
     magnitude: torch.Tensor, exact: torch.Tensor, terms: int, dtype: torch.dtype, weight_error: float = 0.0
 ) -> torch.Tensor:
@@ -116,17 +145,24 @@ def product_tolerance(
 
 
 def tensor_core_tolerance(
-    magnitude: torch.Tensor, exact: torch.Tensor, terms: int, dtype: torch.dtype, operand: torch.Tensor
+    magnitude: torch.Tensor,
+    exact: torch.Tensor,
+    terms: int,
+    dtype: torch.dtype,
+    operand: torch.Tensor,
+    lora_magnitude: torch.Tensor | float = 0.0,
 ) -> torch.Tensor:
     """:func:`product_tolerance` of a CUDA kernel that rounds each weight once to ``dtype`` for the tensor cores.
 
     That is a relative error of 2^-8 in bf16 and 2^-11 in fp16, and near zero an absolute one of TINY_ROUNDOFF, which
     the other operand multiplies (``operand``: the sums of its absolute values that go into each element). Tensor cores
     cut off what does not fit where fp32 arithmetic rounds, which doubles the error of each sum: twice the terms. (Fasi
-    et al., "Numerical behavior of NVIDIA tensor cores", 2021.)
+    et al., "Numerical behavior of NVIDIA tensor cores", 2021.) LoRA's factors, whose magnitude is not in ``magnitude``,
+    are not rounded to ``dtype``: as in :func:`gemm_tolerance`, each of their terms being three.
     """
-    tolerance = product_tolerance(magnitude, exact, 2 * terms, dtype, UNIT_ROUNDOFF[dtype])
-    return tolerance + 1.01 * TINY_ROUNDOFF[dtype] * operand
+    rounding = UNIT_ROUNDOFF[dtype] * magnitude + 4 * 2.0**-16 * lora_magnitude
+    tolerance = product_tolerance(magnitude + lora_magnitude, exact, 2 * terms, dtype)
+    return tolerance + (1 + UNIT_ROUNDOFF[dtype]) * rounding + 1.01 * TINY_ROUNDOFF[dtype] * operand
 
 
 def scaled_codebook_tolerance(

@@ -48,20 +48,20 @@ def bert(seed: int = 0):
     return transformers.BertForSequenceClassification(config).eval()
 
 
-def llama(seed: int = 0, tied: bool = False):
-    """LlamaForCausalLM in eval mode."""
+def llama(seed: int = 0, tied: bool = False, **config):
+    """LlamaForCausalLM in eval mode; ``config`` replaces what a LlamaConfig has here."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=64,
-        vocab_size=50,
-        tie_word_embeddings=tied,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 64,
+        "vocab_size": 50,
+        "tie_word_embeddings": tied,
+    }
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | config)).eval()
 
 
 def decoded(tensor: torch.Tensor) -> torch.Tensor:

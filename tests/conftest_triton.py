@@ -260,4 +260,4 @@ def spilled(kernel, target: str, folder: Path) -> int:
         return int(scratch)
     cubin = folder / f"{kernel.metadata.name}.{target}.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
-    return sum(sum(numbers[1:]) for numbers in resources(cubin, target).values())
+    return sum(stack + local for _, stack, _, local in resources(cubin, target).values())

@@ -9,6 +9,7 @@ import functools
 import itertools
 
 import numpy as np
+import pytest
 import torch
 from cases import (
     UNIT_ROUNDOFF,
@@ -19,8 +20,11 @@ from cases import (
     weight_error_cuda,
 )
 from conftest_cuda import emulator, launchers, spec_of, stub_bindings
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowbit import ops
+import lowbit
+from lowbit import backends, ops
+from lowbit.ops import linear
 
 STREAM = 0x5EED  # torch's current stream of device 0, says the stub; the next device's is one further
 REFERENCE = torch.ops.lowbit_reference
@@ -80,6 +84,56 @@ def run(op: str, *args, device: int = 0):
     assert not library.runtime_calls
     assert library.current_device == 0
     return result
+
+
+#: Ops of torch that launch nothing on a GPU: they make memory or look at it in another shape.
+NO_LAUNCH = {
+    "empty",
+    "new_empty",
+    "empty_like",
+    "empty_strided",
+    "as_strided",
+    "view",
+    "_unsafe_view",
+    "_reshape_alias",
+}
+NO_LAUNCH |= {"t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "detach", "alias"}
+
+
+class OnStub(TorchDispatchMode):
+    """Context in which lowbit's public functions run on the CUDA bindings, over the stub runtime.
+
+    ``launches`` lists what would have been launched on a GPU: our kernels, and torch's ops by name.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.launches = []
+        self._patch = pytest.MonkeyPatch()
+
+    def __enter__(self):
+        stub()
+        self._patch.setitem(backends.NAMESPACES, "native", "lowbit_stub")
+        self._patch.setattr(linear, "HAVE_LORA_KERNELS", {("lowbit_stub", "cpu")})
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._patch.undo()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if lowbit.QuantizedTensor in types:
+            return NotImplemented
+        if op.namespace == "lowbit_stub":
+            library, of_torch = launchers(), stub_library().stub_launches_of_torch
+            earlier, earlier_of_torch = len(library.launches), of_torch()
+            result = run(op._opname, *args)
+            self.launches += [launch.kernel for launch in library.launches[earlier:]]
+            self.launches += ["torch"] * (of_torch() - earlier_of_torch)
+            return result
+        if op._opname not in NO_LAUNCH:
+            self.launches.append(op.name())
+        return op(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

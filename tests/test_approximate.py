@@ -14,6 +14,7 @@ from cases import (
     kernels,
     make_weight,
     product_tolerance,
+    rounds_to_int8,
     weight_error,
 )
 from hypothesis import given, settings
@@ -30,8 +31,6 @@ def approximate(x, q, bias=None):
 def rounded_operands(x, q):
     """The operands of the mode in fp64: x and W after their rounding to int8, both [.., in_features]."""
     weight = q.dequantize(torch.float32).double()
-    if x.shape[-1] % 64:
-        return x.double(), weight
     chunks = x.float().unflatten(-1, (-1, 64))
     largest = chunks.abs().amax(-1, keepdim=True)
     inverse = torch.full_like(largest, 127.0) / largest  # 127 / largest would be a reciprocal and a product
@@ -63,26 +62,28 @@ def test_rounding_is_as_documented(name, rows, shape, dtype, format, block_size,
     with kernels(name):
         y = approximate(x, q, bias)
     assert y.dtype == dtype and y.shape == (rows, n)
-    x_rounded, weight = rounded_operands(x, q)
+    rounds = rounds_to_int8(name, rows, k)
+    x_rounded, weight = rounded_operands(x, q) if rounds else (x.double(), q.dequantize(torch.float32).double())
     exact, magnitude = x_rounded @ weight.T, x_rounded.abs() @ weight.T.abs()
     if has_bias:
         exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
-    # Ragged rows are multiplied exactly, as linear multiplies them.
-    rounding = weight_error(name, format, dtype, rows, k) if k % 64 else 0.0
+    # Ragged rows are multiplied exactly, as linear multiplies them, and so is what is faster that way.
+    rounding = 0.0 if rounds else weight_error(name, format, dtype, rows, k)
     assert_within(y, exact, product_tolerance(magnitude, exact, k + 8, dtype, rounding))
 
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("rows", [1, 5])
 def test_error_is_about_one_percent(name, rows):
-    """The docstring promises about 1% of the norm for normally distributed activations."""
+    """The docstring promises at most about 1% of the norm for normally distributed activations."""
     q = lowbit.quantize(make_weight((256, 1024)))
     x = torch.randn(rows, 1024, generator=torch.Generator().manual_seed(0))
     exact = x.double() @ q.dequantize().double().T
     with kernels(name):
         y = approximate(x, q)
     error = float((y.double() - exact).norm() / exact.norm())
-    assert 0.001 < error < 0.015  # an error of zero would mean that the mode was not used
+    assert error < 0.015
+    assert (error > 0.001) == rounds_to_int8(name, rows, 1024)  # without an error the mode was not used
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -107,7 +108,8 @@ def test_infinity_and_nan_stay_in_their_row(name, bad):
         clean = approximate(x, q)
         x[2, 100] = bad
         y = approximate(x, q)
-    assert bool(y[2].isnan().all())
+    assert not bool(y[2].isfinite().any())
+    assert bool(y[2].isnan().all()) or not rounds_to_int8(name, 6, 128)
     rest = [0, 1, 3, 4, 5]
     assert torch.equal(y[rest], clean[rest])
 

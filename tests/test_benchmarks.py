@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,6 +50,33 @@ def test_bench_matmul_writes_its_report(tmp_path):
     assert (tmp_path / "r.png").stat().st_size > 10_000
 
 
+def test_bench_matmul_beside_a_busy_process(tmp_path):
+    """Many users share their machine, and choose by what a library does there."""
+    done = run("bench_matmul.py", "--quick", "--beside", "--dtype", "float32", "--json", tmp_path / "b.json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    ours = [row for row in rows if row["name"] == "lowbit"]
+    assert [row["work"] for row in ours] == ["128x256, m=1", "128x256, m=8"]
+    for row in ours:
+        assert row["idle_ms"] > 0 and row["ratio"] == pytest.approx(row["beside_ms"] / row["idle_ms"])
+
+
+def test_the_busy_process_ends_on_errors(monkeypatch):
+    """A benchmark that fails must not leave a core busy."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import beside
+
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *args, **options: started.append(popen(*args, **options)) or started[0]
+    )
+    with pytest.raises(ZeroDivisionError), beside.busy_core():
+        assert started[0].poll() is None
+        raise ZeroDivisionError
+    assert started[0].poll() is not None
+
+
 def test_bench_matmul_fails_on_a_wrong_result(bench_matmul, monkeypatch, capsys):
     """A fast wrong kernel must not get a row and a zero exit status."""
     right = lowbit.linear
@@ -64,6 +92,7 @@ def test_bench_matmul_fails_on_a_wrong_result(bench_matmul, monkeypatch, capsys)
         (["--m", "0"], "expected numbers of rows of at least 1"),
         (["--ops", "linear,sort"], "got 'sort'"),
         (["--rounds", "0"], "--rounds: expected at least 1"),
+        (["--train"], "--train only with it"),
     ],
 )
 def test_bench_matmul_bad_arguments(bench_matmul, capsys, arguments, message):
@@ -140,3 +169,39 @@ def test_table_parameters_counts_exactly(monkeypatch, tmp_path, capsys):
     assert [row["lora"] for row in rows] == [294912, 1339392, 4194304, 19988480]
     assert [row["head"] for row in rows] == [1538, 1538, 0, 0]
     assert [row["parameters"] for row in rows] == [109483778] * 2 + [6738415616] * 2
+
+
+def test_bench_generate_writes_its_report(tmp_path):
+    """Users compare decoding by these rows; a contender that fails must not stop the others."""
+    done = run("bench_generate.py", "--quick", "--json", tmp_path / "r.json", "--contenders", "lowbit", "lowbit int8")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {row["name"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    assert set(rows) == {"lowbit", "lowbit int8"}
+    for row in rows.values():
+        assert row["tokens_per_s"] > 0 and 0 < row["bound_share"] < 1
+
+
+def test_ratios_that_fell_are_named(bench_matmul, tmp_path):
+    """A kernel that became slower than before, next to torch, would land unseen."""
+    import ratios
+
+    machine = SimpleNamespace(threads=2, torch_version="2.13.0", lowbit_isa="avx2")
+    row = {"operation": "linear", "dtype": "bfloat16", "n": 64, "k": 64, "m": 1, "name": "lowbit", "vs_dense": 2.0}
+    path = tmp_path / "recorded.json"
+    assert ratios.regressions([row], path) is None
+    ratios.record(machine, [row | {"m": 8}], path)
+    ratios.record(machine, [row], path)
+    assert len(next(iter(ratios.recorded(path).values()))["ratios"]) == 2
+    assert ratios.regressions([row | {"vs_dense": 1.7}], path) == []
+    assert ratios.regressions([row | {"vs_dense": 1.5}], path) == [
+        "linear, bfloat16, 64x64, 1 rows: 1.50 times as fast as dense, recorded 2.00"
+    ]
+    assert ratios.regressions([row | {"m": 4, "vs_dense": 0.1}], path) == []
+    assert ratios.machine_key() in ratios.table(path)
+
+
+def test_machines_of_the_docs_are_the_recorded_ones(bench_matmul):
+    """The page would show a machine's figures that no run printed."""
+    import ratios
+
+    assert ratios.table() in (BENCHMARKS.parent / "docs" / "performance.md").read_text()

@@ -78,7 +78,10 @@ def every_binding(dtype, device=0):
         for rows in (1, 8, 16, 300):
             x, bias, t, lora_b = operands(rows, 16, k, 4, dtype, dtype)
             on("linear", x, *parts, 16, bias, t, lora_b, 2.0)
-            on("linear_grad_input", torch.ones(rows, 16, dtype=dtype), *parts, k, t, torch.ones(4, k))
+            grad, lora_a = torch.ones(rows, 16, dtype=dtype), torch.ones(4, k)
+            on("linear_grad_input", grad, *parts, k, t, lora_a)
+            _, t = on("lora_linear", x, *parts, 16, bias, lora_a, lora_b, 2.0)
+            on("lora_linear_backward", grad, x, t, *parts, lora_a, lora_b, 2.0, True, True, True)
     for op, _, arguments in samples(dtype):
         if op in ("optimizer_step", "sum_of_squares"):
             on(op, *arguments)

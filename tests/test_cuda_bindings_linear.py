@@ -1,11 +1,12 @@
 """The products of csrc/bindings/cuda.cpp: each number of rows takes its planned way, with LoRA and bias."""
 
+import contextlib
 import dataclasses
 import functools
 
 import pytest
 import torch
-from cases import DTYPES, FORMATS, CalledOps
+from cases import DTYPES, FORMATS
 from conftest_cuda import launchers
 from cuda_bindings import REFERENCE, assert_grad_input_is_right, check_linear, operands, quantized, run, stub
 
@@ -66,7 +67,8 @@ def test_linear_int8(rows):
 
 def test_linear_workspace():
     """The memory for sums that several blocks share would not come from torch."""
-    assert "split_sum" in check_linear(2, 16, 3 * 4096, torch.bfloat16)
+    assert "gemv" in check_linear(2, 16, 3 * 4096, torch.bfloat16)
+    assert launchers().launches[-1].grid[1] > 1
 
 
 def test_linear_shapes():
@@ -93,8 +95,8 @@ def test_linear_grad_input(format, dtype):
     parts = quantized((n, k), format, 32, double_quant=True)
     rows = torch.randn(250, n, generator=torch.Generator().manual_seed(0)).to(dtype)
     for grad, kernels in (
-        (rows[0].clone(), 2),
-        (rows[:6].clone().view(2, 3, n), 2),
+        (rows[0].clone(), 1),
+        (rows[:6].clone().view(2, 3, n), 1),
         (rows[:0].clone(), 0),
         (rows.clone(), 1),
         (rows.clone().view(5, 50, n), 1),
@@ -115,7 +117,7 @@ def test_linear_grad_input_with_lora(dtype, lora_dtype):
     parts = quantized((n, k), block_size=32)
     generator = torch.Generator().manual_seed(0)
     lora_a = torch.randn(rank, k, generator=generator).to(lora_dtype)
-    for rows, name in ((3, "split_sum"), (250, "dequantize")):
+    for rows, name in ((3, "grad_input"), (250, "dequantize")):
         grad = torch.randn(rows, n, generator=generator).to(dtype)
         grad_t = torch.randn(rows, rank, generator=generator).to(lora_dtype)
         out = run("linear_grad_input", grad, *parts, k, grad_t, lora_a)
@@ -129,7 +131,7 @@ def test_grad_t_beyond_the_range_of_fp16(size):
     parts = quantized((40, 96), block_size=32)
     generator = torch.Generator().manual_seed(0)
     lora_a = torch.randn(5, 96, generator=generator) * 30 / size
-    for rows, name in ((3, "split_sum"), (250, "dequantize")):
+    for rows, name in ((3, "grad_input"), (250, "dequantize")):
         grad = torch.randn(rows, 40, generator=generator).half()
         grad_t = torch.randn(rows, 5, generator=generator) * size
         out = run("linear_grad_input", grad, *parts, 96, grad_t, lora_a)
@@ -151,32 +153,30 @@ def test_rows_of_fp16_are_apart(bad, size):
         out = run(op, *arguments)
         assert "dequantize" in launchers().launches[-1].kernel
         assert not out[1].isfinite().any() and out[0].isfinite().all() and out[2:].isfinite().all()
-        torch.testing.assert_close(out, getattr(REFERENCE, op)(*arguments), rtol=2e-3, atol=0.03, equal_nan=True)
+        expected = getattr(REFERENCE, op)(*arguments)
+        apart = torch.arange(300) != 1  # of which the kernels make NaN where the reference has an infinity
+        torch.testing.assert_close(out[apart], expected[apart], rtol=2e-3, atol=0.03)
 
 
-@pytest.mark.parametrize("lora_dtype", DTYPES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_one_launch_for_both_factors(dtype, lora_dtype):
-    """A chain of torch's ops, of two microseconds each, took as long as the product of a batch of 512 rows."""
-    parts = quantized((16, 64))
-    x, _, t, lora_b = operands(300, 16, 64, 4, dtype, lora_dtype)
-    grad, _, _, lora_a = operands(300, 64, 16, 4, dtype, lora_dtype)
-    for op, arguments in (
-        ("linear", (x, *parts, 16, None, t, lora_b, 0.7)),
-        ("linear_grad_input", (grad, *parts, 64, t, lora_a.T.contiguous())),
-    ):
+@contextlib.contextmanager
+def small_gpu():
+    """Context with a GPU for which a weight of some KB is large."""
+    device = launchers().device
+    launchers().device = dataclasses.replace(device, sm_count=2, l2_cache=64 << 10)
+    try:
+        yield
+    finally:
+        launchers().device = device
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize(("bias", "rank"), [(False, 0), (True, 0), (True, 8)])
+def test_a_large_weight_is_decoded_in_chunks(bias, rank, format):
+    """A chunk with another's scales, or written into another's columns, is a wrong layer."""
+    with small_gpu():
         launchers().launches.clear()
-        with CalledOps(into="lowbit_stub") as called:
-            run(op, *arguments)
-        kernels = [launch.kernel for launch in launchers().launches]
-        is_right = op == "linear_grad_input" and dtype == lora_dtype == torch.bfloat16
-        assert sum("rounded_factors" in kernel for kernel in kernels) == (not is_right)
-        assert "dequantize" in kernels[-1] and len(kernels) == 2 - is_right
-        names = {name.partition(".")[0] for name in called.names}
-        assert "aten::linear" in names
-        assert not names & {
-            f"aten::{name}" for name in ("mul", "div", "sub", "abs", "amax", "clamp", "fill_", "_to_copy")
-        }
+        assert "dequantize" in check_linear(260, 600, 64, torch.bfloat16, format, bias=bias, rank=rank)
+        assert sum("dequantize" in launch.kernel for launch in launchers().launches) == 3
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_rows_from_which_the_weight_is_decoded(dtype, capability, most):
     launchers().device = dataclasses.replace(device, compute_capability=capability)
     parts = quantized((8, 64))
     try:
-        for rows, name in ((most, "split_sum"), (most + 1, "dequantize")):
+        for rows, name in ((most, "grad_input"), (most + 1, "dequantize")):
             out = run("linear_grad_input", torch.ones(rows, 8, dtype=dtype), *parts, 64)
             assert name in launchers().launches[-1].kernel
             assert_grad_input_is_right(out, torch.ones(rows, 8, dtype=dtype), parts, 64)

@@ -74,11 +74,14 @@ def test_a_wrong_build_option_is_named(name, value, message):
     ("rows", "dtype", "format", "capability", "expected"),
     [
         (64, torch.bfloat16, "nf4", (9, 0), "lowbit"),
-        (65, torch.bfloat16, "nf4", (9, 0), "lowbit_triton"),
+        (64, torch.bfloat16, "nf4", (10, 0), "lowbit"),
+        (65, torch.bfloat16, "nf4", (10, 0), "lowbit_triton"),
         (512, torch.float16, "fp4", (10, 0), "lowbit_triton"),
-        (513, torch.bfloat16, "nf4", (9, 0), "lowbit"),
-        (128, torch.float32, "nf4", (9, 0), "lowbit"),
-        (4, torch.bfloat16, "int8", (9, 0), "lowbit"),
+        (513, torch.bfloat16, "nf4", (10, 0), "lowbit"),
+        (128, torch.float32, "nf4", (10, 0), "lowbit"),
+        (128, torch.bfloat16, "nf4", (9, 0), "lowbit"),
+        (128, torch.bfloat16, "int8", (9, 0), "lowbit"),
+        (4, torch.bfloat16, "int8", (8, 0), "lowbit"),
         (5, torch.bfloat16, "int8", (8, 0), "lowbit_triton"),
         (128, torch.float16, "int8", (7, 5), "lowbit"),
         (128, torch.float32, "int8", (8, 0), "lowbit"),
@@ -87,13 +90,16 @@ def test_a_wrong_build_option_is_named(name, value, message):
     ],
 )
 def test_cuda_or_triton(monkeypatch, rows, dtype, format, capability, expected):
-    """Training batches on Hopper lose 40% without wgmma, and int8 without tensor cores. All else loses with Triton."""
+    """Batches on a B200 lose without tcgen05, and int8 without tensor cores. All else is not known to gain."""
     monkeypatch.setattr(native, "DEVICE_TYPES", ("cpu", "meta", "cuda"))
     monkeypatch.setattr(backends.triton, "_MISSING_REASON", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or capability)
+    monkeypatch.setattr(backends, "_CAPABILITIES", {})
     with FakeTensorMode():
         x = torch.empty(rows, 1, 64, dtype=dtype, device="cuda")
     assert backends.namespace_for_product("cuda", x, format, None) == expected
+    assert backends.namespace_for_product("cuda", x, format, None) == expected and len(asked) == 1
     for chosen, namespace in backends.NAMESPACES.items():
         assert backends.namespace_for_product("cuda", x, format, chosen) == namespace
     assert backends.namespace_for_experts("cuda", None) == "lowbit_triton"

@@ -86,14 +86,16 @@ class Case:
             scales = (None, self.absmax, self.group_scales, self.offset.reshape(1))
         weight = (packed, *scales, FORMAT_CODES[self.format], self.block_size)
         lora = (self.bias, self.t, self.lora_b, self.scaling, self.m, self.n, self.k, self.rank)
-        size = np.zeros(1, np.int64)
+        sizes = np.zeros(2, np.int64)
         arguments = ("lowbit_linear_gemv", x, DTYPE_CODES[self.dtype], *weight, *lora)
-        assert launchers().call(*arguments, None, None, size, None) == 0
-        self.workspace = int(size[0])
+        assert launchers().call(*arguments, None, None, None, sizes, None) == 0
+        self.workspace, self.counters = map(int, sizes)
         # Full of anything: a partial sum that is not written would be a fault when it is read.
         memory = np.full(self.workspace, np.nan, np.float32)
         workspace = emulator("address_space").Uninitialized(memory) if self.workspace else None
-        call(*arguments, y, workspace, size)
+        counters = np.zeros(self.counters, np.uint32)
+        call(*arguments, y, workspace, counters if self.counters else None, sizes)
+        assert not counters.any()  # what the next product finds
         return y.view(self.m, self.n)
 
     def decoded(self):
@@ -183,25 +185,62 @@ def test_rows_of_x(m, dtype):
     Case(m, 33, 192, dtype, rank=17, bias=True).check()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("m", [3, 8])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5, 7])
 @pytest.mark.parametrize("block_size", [32, 64])
-def test_several_panels(block_size, dtype):
+def test_rows_that_end_within_a_step(block_size, blocks, m):
+    """The blocks of a step that a row lacks would be those of the row after it, or the last of the step before it."""
+    for tail in (0, 8 * 128 * 2):
+        Case(m, 18, tail + blocks * block_size, torch.bfloat16, block_size=block_size).check()
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(("dtype", "m"), [(torch.float32, 2), (torch.float16, 2), (torch.bfloat16, 5)])
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_several_panels(block_size, dtype, m, double_quant):
     """The scales of the next panel must not overwrite those that a slower warp still reads."""
+    k, panel = 2 * 128 * block_size + 2048 + 192, 128 * block_size
     with multiprocessors(1):
-        case = Case(2, 16, 4096 + 2048 + 192, dtype, block_size=block_size)
-        case.check()
-    assert case.workspace == 0
+        Case(m, 16, k, dtype, block_size=block_size, double_quant=double_quant).check()
+    assert launchers().launches[-1].grid[1] * panel < k
 
 
+@pytest.mark.parametrize("block_size", [32, 64, 2048])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_columns_shared_out_over_blocks(dtype):
-    """Partial sums meet in a workspace: each block writes its own, LoRA and bias count once."""
-    case = Case(5, 20, 3 * 4096 + 64, dtype, rank=8, bias=True)
+def test_columns_shared_out_over_blocks(dtype, block_size):
+    """Partial sums meet in a workspace: each block writes its own, and the last adds up all of them once."""
+    k = 6 * 2048 if block_size == 2048 else 6 * 2048 + 64
+    shares = 6 if block_size == 2048 else 13
+    case = Case(5, 20, k, dtype, block_size=block_size, rank=8, bias=True)
     case.check()
-    assert case.workspace == 4 * 5 * 20
-    assert "split_sum" in kernels_run()
-    first = case.run()
-    assert torch.equal(first.view(torch.uint8), case.run().view(torch.uint8))
+    assert case.workspace == shares * 5 * 20
+    tiles = 2 * (3 if dtype == torch.float32 else 1)
+    assert case.counters == tiles and len(launchers().launches) == 1 and "gemv" in kernels_run()
+    assert launchers().launches[-1].grid == (2, shares, tiles // 2)
+
+
+@pytest.mark.parametrize("order", ["forward", "backward", "shuffled"])
+def test_order_of_arrival(order):
+    """Which block comes last differs from run to run; the sum must not, and no share may be missing."""
+    case = Case(3, 20, 5 * 1024, torch.bfloat16, rank=8, bias=True)
+    expected, options = case.run(), launchers().options
+
+    def blocks(grid):
+        every = [(x, y, 0) for y in range(grid[1]) for x in range(grid[0])]
+        return (
+            every
+            if order == "forward"
+            else every[::-1]
+            if order == "backward"
+            else every[1::3] + every[::3] + every[2::3]
+        )
+
+    launchers().options = {**options, "blocks": blocks, "batch_blocks": 1}
+    try:
+        assert torch.equal(case.run().view(torch.uint8), expected.view(torch.uint8))
+    finally:
+        launchers().options = options
+    assert launchers().launches[-1].grid == (2, 5, 1)
 
 
 def test_shape_of_the_launch():
@@ -284,7 +323,7 @@ def test_nothing_to_multiply(shape, format):
     empty = torch.zeros(0)
     absmax = torch.zeros(n if format == "int8" else n * k // 64)
     weight = (packed, absmax, None, None, None, FORMAT_CODES[format], 64 if format == "nf4" else max(k, 1))
-    arguments = (bias, t, lora_b, 0.5, m, n, k, 2, y, None, np.zeros(1, np.int64))
+    arguments = (bias, t, lora_b, 0.5, m, n, k, 2, y, None, None, np.zeros(2, np.int64))
     x = torch.zeros(m * k) if m * k else empty
     assert launchers().call("lowbit_linear_gemv", x, 0, *weight, *arguments, None) == 0
     assert torch.equal(y, torch.full((m * n,), 2.0))

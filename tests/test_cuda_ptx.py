@@ -81,6 +81,18 @@ def test_cached_loads_and_sums(arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+def test_narrow_loads_and_halves(arch):
+    """Factors of LoRA of 16 bits would be other words, or pairs of other rows."""
+    x = np.random.default_rng(0).integers(0, 2**32, 64, dtype=np.uint32)
+    out8, (out4, low, high) = np.zeros(64, np.uint32), (np.zeros(32, np.uint32) for _ in range(3))
+    run(arch, "probe_narrow_loads", x, out8, out4, low, high)
+    assert np.array_equal(out8, x) and np.array_equal(out4, x[:32])
+    first, second = x[::2], x[1::2]
+    assert np.array_equal(low, first & 0xFFFF | second << 16)
+    assert np.array_equal(high, first >> 16 | second & np.uint32(0xFFFF0000))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 def test_conversions_round_to_nearest_even(arch):
     """Narrowing, with and without the instruction for pairs, has to round as torch does."""
     special = [0.0, -0.0, 1.0, 65504.0, 65520.0, 65519.99, 1e-8, 6e-8, 3.3e38, 3.4e38, float("inf"), -float("inf")]
@@ -125,6 +137,19 @@ def test_bytes_shuffles_and_shared_memory(arch):
     assert np.array_equal(shared8, np.concatenate([x, ~x]))
     assert np.array_equal(shared16, np.concatenate([x, ~x, x + np.uint32(1), x + np.uint32(2)]))
     assert np.array_equal(in_quad.reshape(8, 4, 4), np.repeat(x.reshape(8, 1, 4), 4, axis=1))
+
+
+@pytest.mark.parametrize("mask", [1, 2])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_words_change_places(arch, mask):
+    """An mma would add up weights of two blocks, which have different scales."""
+    x = np.arange(64, dtype=np.uint32).reshape(32, 2)
+    out = np.zeros_like(x)
+    run(arch, "probe_swap", x, mask, out)
+    expected = x.copy()
+    for lane in (lane for lane in range(32) if not lane & mask):
+        expected[lane, 1], expected[lane + mask, 0] = x[lane + mask, 0], x[lane, 1]
+    assert np.array_equal(out, expected)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

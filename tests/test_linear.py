@@ -271,3 +271,23 @@ def test_a_call_that_fitted_does_not_excuse_the_next():
     changed.data = torch.ones(4, 32)
     with pytest.raises(ValueError, match="lora_a: expected shape"):
         lowbit.lora_linear(X, q, changed, B, 1.0)
+
+
+class WithoutGradient(torch.autograd.Function):
+    """The identity, through which no gradient comes."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_an_output_without_a_gradient():
+    """A loss that does not depend on a layer, by a function of the user's, would fail in the layer's backward."""
+    x, bias, lora_a, lora_b = operands(3, (16, 64), 4, torch.float32, torch.float32)
+    y = lowbit.lora_linear(x, lowbit.quantize(make_weight((16, 64), torch.float32)), lora_a, lora_b, 0.5, bias)
+    (WithoutGradient.apply(y).sum() + 2 * lora_a.sum()).backward()
+    assert torch.equal(lora_a.grad, torch.full_like(lora_a, 2.0)) and lora_b.grad is None and x.grad is None

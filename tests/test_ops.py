@@ -12,6 +12,7 @@ import lowbit
 from lowbit.backends import NAMESPACES
 from lowbit.backends import native as native_backend
 from lowbit.ops import OPS
+from lowbit.ops import linear as products
 from lowbit.ops.samples import EXPERTS, IN, OUT, RANK, samples
 
 needs_native = pytest.mark.skipif(native_backend.missing_reason() is not None, reason="no compiled extension")
@@ -126,9 +127,17 @@ def lora_leaves(dtype=torch.float32):
     return [x.to(dtype).requires_grad_(), lora_a.requires_grad_(), lora_b.requires_grad_()]
 
 
+@pytest.mark.parametrize("by_one_op", [False, True], ids=["parts", "one op"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiles_without_graph_break(dtype):
-    """torch.compile users get the same numbers, forward and backward, in one graph."""
+def test_compiles_without_graph_break(monkeypatch, dtype, by_one_op):
+    """torch.compile users get the same numbers, forward and backward, in one graph.
+
+    On a GPU a product and its LoRA are one op each way. Here its kernels are those made of other ops.
+    """
+    if by_one_op:
+        namespace = NAMESPACES["reference" if native_backend.missing_reason() else "native"]
+        monkeypatch.setattr(products, "HAVE_LORA_KERNELS", {(namespace, "cpu")})
+    torch._dynamo.reset()
     leaves = lora_leaves(dtype)
     eager = lora_call(*leaves)
     compiled = torch.compile(lora_call, fullgraph=True)(*leaves)

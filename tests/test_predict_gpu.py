@@ -8,12 +8,14 @@ import json
 import predict_cuda
 import predict_gpu
 import predict_triton
+import published
 import pytest
+import roofline
 from codegen import cuda_counts, triton_counts
 from codegen.instruction_costs import Counted
 from codegen.machine_code import Kernel, cuobjdump
 from conftest_cuda import ROOT, require_nvcc
-from roofline import GPUS
+from roofline import FIRST_LAUNCH, GPUS, NEXT_LAUNCH
 
 H100 = next(gpu for gpu in GPUS if gpu.name == "H100 SXM")
 A100 = next(gpu for gpu in GPUS if gpu.name == "A100 80GB")
@@ -65,9 +67,9 @@ def test_a_loop_is_counted_per_weight():
     ("costs", "bound"),
     [
         ((0.1, 0.001, 0.0), "DRAM"),
-        ((50.0, 0.001, 0.0), "issue"),
+        ((50.0, 0.001, 0.0), "issue + tensor"),
         ((0.1, 1.0, 0.0), "L1/shared"),
-        ((0.1, 0.0, 900.0), "tensor"),
+        ((0.1, 0.0, 900.0), "issue + tensor"),
     ],
 )
 def test_the_largest_of_four_bounds(costs, bound):
@@ -76,12 +78,39 @@ def test_the_largest_of_four_bounds(costs, bound):
     prediction = predict_cuda.of_loop(H100, entry, 16, 4096, 4096)
     assert prediction.bound == bound
     bytes_moved = 4096 * 4096 * predict_cuda.WEIGHT_BYTES + 2 * 16 * 8192
-    assert prediction.microseconds >= bytes_moved / H100.bandwidth / 1e3 * (1 - 1e-9)
-    if bound == "issue":
+    assert prediction.microseconds - FIRST_LAUNCH >= bytes_moved / H100.bandwidth / 1e3 * (1 - 1e-9)
+    if costs[0] == 50.0:
         per_second = 128 * H100.processors * H100.clock * 1e9
-        assert prediction.microseconds == pytest.approx(4096 * 4096 * 50 / per_second * 1e6)
+        assert prediction.microseconds - FIRST_LAUNCH == pytest.approx(4096 * 4096 * 50 / 0.6 / per_second * 1e6)
         # Rows beyond 16 mean that W is decoded again.
-        assert predict_cuda.of_loop(H100, entry, 17, 4096, 4096).microseconds == 2 * prediction.microseconds
+        again = predict_cuda.of_loop(H100, entry, 17, 4096, 4096).microseconds
+        assert again - FIRST_LAUNCH == pytest.approx(2 * (prediction.microseconds - FIRST_LAUNCH))
+
+
+def test_blocks_that_do_not_fill_the_gpu():
+    """64 blocks would be as fast on 132 multiprocessors as if they filled them, and few warps as fast as many."""
+    entry = Counted("linear", "bitsandbytes", "gemm", 64, 11.0, 0.01, 64.0, columns=64, splits_k=False, resident=3)
+    alone = predict_cuda.of_loop(H100, entry, 64, 4096, 4096)
+    filled = predict_cuda.of_loop(H100, dataclasses.replace(entry, splits_k=True), 64, 4096, 4096)
+    # 8 warps on a multiprocessor fill 44% of the issue slots, 24 the most that is assumed.
+    assert alone.microseconds - FIRST_LAUNCH > 132 / 64 * (filled.microseconds - FIRST_LAUNCH)
+    assert roofline.last_wave(H100, 133) == pytest.approx(264 / 133) and roofline.last_wave(H100, 0) == 1
+
+
+def test_x_that_every_tile_of_columns_reads():
+    """Narrow tiles read x as often as W, from the L2, and would seem to be bound by DRAM."""
+    entry = Counted("linear", "lowbit", "gemm", 64, 0.1, 0.0, 1.0, columns=64)
+    assert predict_cuda.of_loop(H100, entry, 64, 14336, 4096).bound == "L2"
+    wide = dataclasses.replace(entry, columns=512)
+    assert predict_cuda.of_loop(H100, wide, 64, 14336, 4096).bound == "DRAM"
+
+
+def test_published_times_are_predicted():
+    """Predictions that miss what others measured by more than 30% would be believed."""
+    compared = published.comparison()
+    assert {each.kernel for each, _, _ in compared} >= {published.MARLIN, published.DENSE}
+    for each, _, ratio in compared:
+        assert 0.7 < ratio < 1.3, each
 
 
 def test_the_fastest_path_is_chosen():
@@ -102,8 +131,8 @@ def test_the_fastest_path_is_chosen():
 #: path that nvcc 13.0 needs for a weight. Other versions of nvcc may differ by a tenth.
 CUDA_COSTS = {
     ("dequantize.cu", 0): (4.22, 0.065),
-    ("gemv.cu", 4): (1.73, 0.029),
-    ("gemv.cu", 8): (2.11, 0.037),
+    ("gemv.cu", 4): (1.72, 0.029),
+    ("gemv.cu", 8): (1.94, 0.031),
     ("gemm.cu", 16): (2.81, 0.040),
     ("gemm.cu", 32): (3.98, 0.048),
     ("gemm.cu", 64): (5.19, 0.064),
@@ -127,8 +156,8 @@ def test_every_pattern_finds_its_kernel(source):
             instructions, cycles = CUDA_COSTS[source, entry.rows]
             assert entry.instructions == pytest.approx(instructions, rel=0.1), entry
             assert entry.cycles == pytest.approx(cycles, rel=0.1), entry
-            # Each weight meets every row once; gemv, with blocks of 64, has two blocks in a tile and half of it unused.
-            assert entry.macs == entry.rows * (2 if source == "gemv.cu" else 1)
+            # Each weight meets every row once; gemv's tile of 4 rows has two blocks of 64, and half of it is unused.
+            assert entry.macs == entry.rows * (2 if (source, entry.rows) == ("gemv.cu", 4) else 1)
             seen.add((source, entry.rows))
     assert seen == {key for key in CUDA_COSTS if key[0] == source}
 
@@ -155,15 +184,15 @@ def triton_case(operation, m):
 
 
 def least_seconds(gpu, entry, weights, weight_bytes, tiles_of_rows):
-    """The least time of the kernel that multiplies: the largest of the four bounds, from its costs per weight."""
+    """The least time of the kernel that multiplies: the largest of the bounds, from its costs per weight."""
     cycles_per_second = gpu.processors * gpu.clock * 1e9
     executed = weights * tiles_of_rows
     return max(
         weights * weight_bytes / (gpu.bandwidth * 1e9),
-        executed * entry.instructions / (128 * cycles_per_second),
         executed * entry.cycles / cycles_per_second,
-        executed * entry.macs / (gpu.mma * cycles_per_second),
-        executed * entry.peak_macs / (gpu.peak / 2 * 1e12),
+        executed * entry.instructions / (0.6 * 128 * cycles_per_second)
+        + executed * entry.macs / (gpu.mma * cycles_per_second)
+        + executed * entry.peak_macs / (gpu.peak / 2 * 1e12),
     )
 
 
@@ -193,7 +222,8 @@ def test_triton_is_counted(operation, gpu):
     tiles_of_rows = sum(-(-each // entry.rows) for each in rows) if m else 1
     least = 1e6 * least_seconds(gpu, entry, n * k, len(rows) * weight_bytes, tiles_of_rows)
     # Beside it there are x and the output, a LoRA of rank 16, the sums of splits, or the scales' own quantization.
-    assert least <= predict_triton.predict(gpu, *case).microseconds <= 1.15 * least
+    found_time = predict_triton.predict(gpu, *case).microseconds - FIRST_LAUNCH
+    assert least * (1 - 1e-9) <= found_time <= 1.15 * least + NEXT_LAUNCH * len(predict_triton.launched(gpu, *case))
 
 
 def test_a_lost_loop_is_an_error():

@@ -13,18 +13,9 @@
 
 #include "../dtype.h"
 #include "../weight.h"
+#include "tensors.h"
 
 namespace lowbit::bindings {
-
-using torch::headeronly::IntHeaderOnlyArrayRef;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// For calls of torch's C interface, which says no more than whether they failed. (torch's own macro for it has another
-// name in each version.)
-inline void check_call(int32_t code, const char* name) {
-  STD_TORCH_CHECK(code == 0, "lowbit: torch's ", name, " failed");
-}
 
 inline const char* name_of(ScalarType type) {
   constexpr std::pair<ScalarType, const char*> kNames[] = {
@@ -106,11 +97,6 @@ inline void check(const Tensor& tensor, const char* name, ScalarType type, int64
   check_size(tensor, name, numel, like);
   STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": expected dtype ", name_of(type), ", got ",
                   name_of(tensor.scalar_type()));
-}
-
-// torch::stable::contiguous looks its op up by name, which costs as much as a small kernel.
-inline Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 // The length of a row of an activation [..., length of a row], and its number of rows.

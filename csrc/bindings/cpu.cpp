@@ -6,6 +6,7 @@
 #endif
 
 #include "../cpu/kernels.h"
+#include "../cpu/pool.h"
 #include "../cpu/support.h"
 #include "../cuda/kernels.h"
 #include "ops.h"
@@ -18,19 +19,18 @@ using namespace lowbit::bindings;
 using lowbit::cpu::active_kernels;
 using lowbit::cpu::Kernels;
 
-// torch's own thread pool.
-cpu::ParallelFor parallel_for() {
-  return {[](int64_t count, int64_t grain, const cpu::Body& body) {
-            if (count > 0) torch::stable::parallel_for(0, count, grain, body);
-          },
-          torch::stable::get_num_threads()};
+void torch_team(int64_t parts, const std::function<void(int64_t)>& part) {
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) part(i);
+  });
 }
 
-int32_t shim_dtype(ScalarType type) {
-  if (type == ScalarType::Byte) return aoti_torch_dtype_uint8();
-  if (type == ScalarType::Half) return aoti_torch_dtype_float16();
-  if (type == ScalarType::Double) return aoti_torch_dtype_float64();
-  return type == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
+cpu::ParallelFor parallel_for() {
+  const int64_t threads = torch::stable::get_num_threads();
+  return {[threads](int64_t count, int64_t grain, const cpu::Body& body) {
+            cpu::share(count, grain, threads, torch_team, body);
+          },
+          threads};
 }
 
 // Asks for huge pages where a result is large: a new tensor's pages are zeroed by the system as they are touched first,
@@ -48,18 +48,9 @@ void advise_huge_pages(const Tensor& tensor, int64_t bytes) {
 struct Cpu {
   explicit Cpu(const Tensor& like) : like(like) {}
 
-  // Not new_empty: that looks its op up by name, which costs as much as a small kernel.
   Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) const {
-    std::vector<int64_t> strides(sizes.size());
-    int64_t numel = 1;
-    for (size_t i = sizes.size(); i-- > 0; numel *= sizes[i]) strides[i] = std::max<int64_t>(numel, 1);
-    AtenTensorHandle handle;
-    check_call(
-        aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), shim_dtype(type),
-                                 aoti_torch_device_type_cpu(), like.get_device_index(), &handle),
-        "empty_strided");
-    Tensor tensor(handle);
-    advise_huge_pages(tensor, numel * static_cast<int64_t>(tensor.element_size()));
+    Tensor tensor = empty_beside(like, sizes, type);
+    advise_huge_pages(tensor, tensor.numel() * static_cast<int64_t>(tensor.element_size()));
     return tensor;
   }
 
@@ -178,8 +169,11 @@ std::vector<std::string> cpu_isas() {
 }
 
 void set_cpu_isa(std::string isa) {
-  STD_TORCH_CHECK(cpu::select_isa(isa.c_str()),
-                  "isa: expected auto, scalar, avx2, avx512, avx512bf16 or neon, and one that this CPU has, got ", isa);
+  STD_TORCH_CHECK(
+      cpu::select_isa(isa.c_str()),
+      "isa: expected auto, scalar, avx2, avx512, avx512vnni, avx512bf16, amx or neon, and one that this CPU "
+      "has, got ",
+      isa);
 }
 
 }  // namespace

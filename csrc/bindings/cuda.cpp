@@ -9,6 +9,7 @@
 #include <mutex>
 
 #include "../cuda/kernels.h"
+#include "lora.h"
 #include "ops.h"
 #include "optim.h"
 
@@ -22,24 +23,58 @@ namespace {
 
 using namespace lowbit;
 using namespace lowbit::bindings;
+using lowbit::cuda::Gpu;
 using lowbit::cuda::Path;
 using lowbit::cuda::Plan;
 using lowbit::cuda::Stream;
 
 constexpr int64_t kFewestCounters = 4096;
 
-// torch's current stream of a device. A weak symbol would stay null: Python loads torch's libraries out of the sight of
-// other extensions, and only by its handle can a library that is not linked be asked.
+// Functions of torch that this file is not linked to. A weak symbol would stay null: Python loads torch's libraries out
+// of the sight of other extensions, and only by its handle can a library that is not linked be asked.
+template <class Function>
+Function of_torch(const char* name) {
+  void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  void* const found = library ? dlsym(library, name) : nullptr;
+  STD_TORCH_CHECK(found, "lowbit: this torch has no ", name,
+                  " (libtorch_cuda.so is not loaded, or of another version)");
+  return reinterpret_cast<Function>(found);
+}
+
+// torch's current stream of a device.
 Stream current_stream(int32_t device_index) {
   using Get = AOTITorchError (*)(int32_t, void**);
-  static const Get get = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library ? reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
-  }();
-  STD_TORCH_CHECK(get, "lowbit: this torch has no CUDA streams (libtorch_cuda.so is not loaded)");
+  static const Get get = of_torch<Get>("aoti_torch_get_current_cuda_stream");
   void* stream = nullptr;
   check_call(get(device_index, &stream), "get_current_cuda_stream");
   return static_cast<Stream>(stream);
+}
+
+// out[m, n] = alpha a[m, k] b[k, n] (+ addend) by torch, that is by cuBLAS. The addend is a bias [n], or [m, n] and may
+// be out. Not by torch's dispatcher: autocast, which may be on in a backward, changes what most of its ops compute in.
+void multiply(const Tensor& a, const Tensor& b, const std::optional<Tensor>& addend, const Tensor& out,
+              double alpha = 1) {
+  using Addmm =
+      AOTITorchError (*)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, double, double);
+  static const Addmm addmm = of_torch<Addmm>("aoti_torch_cuda_addmm_out");
+  const Tensor& added = addend ? *addend : out;
+  check_call(addmm(out.get(), added.get(), a.get(), b.get(), addend ? 1 : 0, alpha), "addmm");
+}
+
+Tensor transposed(const Tensor& contiguous, int64_t rows, int64_t columns) {
+  return matrix_of(contiguous, columns, rows, 1, columns);
+}
+
+// Some rows of a weight [n, k], which begin with a group of scales.
+QuantizedWeight rows_of(const QuantizedWeight& weight, int64_t first, int64_t count, int64_t k) {
+  QuantizedWeight part = weight;
+  const int64_t block = first * k / weight.block_size;
+  part.packed += weight.format->packed_bytes(first * k);
+  part.numel = count * k;
+  Scales& scales = part.scales;
+  if (scales.values) scales.values += block;
+  if (scales.codes) scales.codes += block, scales.group_scales += block / kGroupSize;
+  return part;
 }
 
 // Counters for a kernel that is launched next on `stream`: zeros, which it leaves as zeros, so that they are filled
@@ -47,8 +82,8 @@ Stream current_stream(int32_t device_index) {
 // one that is being captured gets counters of its own, and fills them itself.
 Tensor zeroed_counters(const Tensor& like, Stream stream, int64_t count) {
   const auto zeros = [&like](int64_t size) {
-    Tensor made = torch::stable::new_empty(like, IntHeaderOnlyArrayRef(&size, 1), ScalarType::Int);
-    torch::stable::zero_(made);
+    const Tensor made = empty_beside(like, {size}, ScalarType::Int);
+    check_call(aoti_torch_zero_(made.get()), "zero_");
     return made;
   };
   if (cuda::is_capturing(stream)) return zeros(count);
@@ -67,11 +102,9 @@ class Cuda {
   explicit Cuda(const Tensor& like)
       : like_(like), guard_(like.get_device_index()), stream_(current_stream(like.get_device_index())) {}
 
-  Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) const {
-    return torch::stable::new_empty(like_, IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), type);
-  }
+  Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) const { return empty_beside(like_, sizes, type); }
 
-  Tensor to_fp32(const Tensor& tensor) const { return torch::stable::to(tensor, ScalarType::Float); }
+  Tensor to_fp32(const Tensor& tensor) const { return copied(tensor, ScalarType::Float); }
 
   void quantize(const QuantizeArgs& args) const { check_launch(cuda::quantize(args, stream_), "quantize"); }
   void quantize_scales(const QuantizeScalesArgs& args) const {
@@ -95,53 +128,109 @@ class Cuda {
 
   // Nothing is faster than the exact product.
   void linear(LinearCall<Cuda>& call, Operand<Cuda>& t, const Tensor& y, bool /*approximate*/) const {
+    linear(call, nullptr, t, y);
+  }
+
+  // With lora_a, t is written: t = x lora_a^T.
+  void linear(LinearCall<Cuda>& call, const Operand<Cuda>* lora_a, Operand<Cuda>& t, const Tensor& y) const {
     LinearArgs args = call.args(y);
-    const Plan plan = cuda::plan_linear(args, cuda::current_gpu());
-    if (plan.path != Path::decode) {
+    const Gpu gpu = cuda::current_gpu();
+    const Plan plan = cuda::plan_linear(args, gpu);
+    constexpr const char* kOp = "linear";
+    const bool decodes = plan.path == Path::decode, has_lora = t && call.rank > 0;
+    if (has_lora && (decodes || lora_a)) {
+      // For a weight that is decoded LoRA's product comes first, into y: that of x adds it to its own fp32 sums.
+      LowRankProduct lora{.m = call.m, .rank = call.rank, .t = &t};
+      if (lora_a) lora.read(call.x, call.k, *lora_a, false, 1);
+      if (decodes) lora.write(y, call.n, call.lora_b, false, call.scaling, &call.bias);
+      multiply_low_rank(lora, call.dtype, gpu, kOp);
+    }
+    if (!decodes) {
       args.bias = call.bias.fp32();
       args.t = t.fp32();
       args.lora_b = call.lora_b.fp32();
       const std::optional<Tensor> workspace = workspace_of(plan, &args.workspace);
       const std::optional<Tensor> counters = counters_of(plan, &args.counters);
-      return check_launch(cuda::linear(args, plan, stream_), "linear");
+      return check_launch(cuda::linear(args, plan, stream_), kOp);
     }
-    // LoRA's product first, into y: that of x adds it to its own fp32 sums.
-    const ScalarType type = y.scalar_type();
-    const Tensor out = reshaped(y, call.m, call.n);
-    std::optional<Tensor> addend;
-    if (call.bias) addend = converted(*call.bias, type);
-    if (t && call.rank > 0) {
-      const auto [low, up] = rounded_factors(reshaped(*t, call.m, call.rank), reshaped(*call.lora_b, call.n, call.rank),
-                                             false, type, call.scaling, "linear");
-      multiply(low, up, addend, out);
-      addend = out;
+    const int64_t m = call.m, n = call.n, k = call.k, most = cuda::decoded_rows(args.weight, call.dtype, m, n, k, gpu);
+    const Tensor x = matrix_of(call.x, m, k), dense = empty({std::min(most, n), k}, y.scalar_type());
+    const std::optional<Tensor> bias =
+        call.bias && !has_lora ? std::optional(converted(*call.bias, y.scalar_type())) : std::nullopt;
+    for (int64_t row = 0; row < n; row += most) {
+      const int64_t rows = std::min(most, n - row);
+      dequantize({rows_of(args.weight, row, rows, k), dense.data_ptr(), call.dtype}, kOp);
+      const Tensor out = matrix_of(y, m, rows, n, 1, row);
+      const std::optional<Tensor> addend = has_lora ? out : bias ? std::optional(elements_of(*bias, row, rows)) : bias;
+      multiply(x, transposed(dense, rows, k), addend, out);
     }
-    multiply(reshaped(call.x, call.m, call.k), decoded(args.weight, call.n, call.k, type, "linear"), addend, out);
   }
 
   void linear_grad_input(GradInputCall<Cuda>& call, const Tensor& grad_x) const {
+    linear_grad_input(call, nullptr, 1, grad_x);
+  }
+
+  // With lora_b, grad_t is written: grad_t = scaling grad lora_b.
+  void linear_grad_input(GradInputCall<Cuda>& call, const Operand<Cuda>* lora_b, double scaling,
+                         const Tensor& grad_x) const {
     LinearGradInputArgs args = call.args(grad_x);
-    const Plan plan = cuda::plan_grad_input(args, cuda::current_gpu());
+    const Gpu gpu = cuda::current_gpu();
+    const Plan plan = cuda::plan_grad_input(args, gpu);
     constexpr const char* kOp = "linear_grad_input";
-    if (plan.path != Path::decode) {
+    const bool decodes = plan.path == Path::decode, has_lora = call.grad_t && call.rank > 0;
+    if (has_lora && (decodes || lora_b)) {
+      LowRankProduct lora{.m = call.m, .rank = call.rank, .t = &call.grad_t};
+      if (lora_b) lora.read(call.grad, call.n, *lora_b, true, scaling);
+      if (decodes) lora.write(grad_x, call.k, call.lora_a, true, 1, nullptr);
+      multiply_low_rank(lora, call.dtype, gpu, kOp);
+    }
+    if (!decodes) {
       args.grad_t = call.grad_t.fp32();
       args.lora_a = call.lora_a.fp32();
       const std::optional<Tensor> workspace = workspace_of(plan, &args.workspace);
       const std::optional<Tensor> counters = counters_of(plan, &args.counters);
       return check_launch(cuda::linear_grad_input(args, plan, stream_), kOp);
     }
-    // LoRA's product first, as in linear.
-    const ScalarType type = grad_x.scalar_type();
-    const Tensor out = reshaped(grad_x, call.m, call.k);
-    std::optional<Tensor> addend;
-    if (call.rank > 0) {
-      const auto [low, up] = rounded_factors(reshaped(*call.grad_t, call.m, call.rank),
-                                             reshaped(*call.lora_a, call.rank, call.k), true, type, 1, kOp);
-      multiply(low, torch::stable::transpose(up, 0, 1), {}, out);
-      addend = out;
+    const Tensor out = matrix_of(grad_x, call.m, call.k);
+    const Tensor dense = empty({call.n, call.k}, grad_x.scalar_type());
+    dequantize({args.weight, dense.data_ptr(), call.dtype}, kOp);
+    multiply(matrix_of(call.grad, call.m, call.n), matrix_of(dense, call.n, call.k),
+             has_lora ? std::optional(out) : std::nullopt, out);
+  }
+
+  // call.grad_t = scaling grad lora_b
+  void lora_down(GradInputCall<Cuda>& call, const Operand<Cuda>& lora_b, double scaling) const {
+    LowRankProduct lora{.m = call.m, .rank = call.rank, .t = &call.grad_t};
+    lora.read(call.grad, call.n, lora_b, true, scaling);
+    multiply_low_rank(lora, call.dtype, cuda::current_gpu(), "lora_down");
+  }
+
+  // out[w, rank] = scale wide[m, w]^T low[m, rank], low in fp32; or out is the transpose of that.
+  void lora_outer(const Tensor& wide, const Tensor& low, int64_t m, int64_t w, int64_t rank, double scale,
+                  const Tensor& out, bool is_transposed) const {
+    constexpr const char* kOp = "lora_outer";
+    const Gpu gpu = cuda::current_gpu();
+    const Dtype dtype = dtype_of(wide.scalar_type(), kOp), out_dtype = dtype_of(out.scalar_type(), kOp);
+    const LoraOuterArgs args{.wide = float_data(wide, dtype, kOp),
+                             .dtype = dtype,
+                             .low = aligned<float>(low, kOp),
+                             .scale = static_cast<float>(scale),
+                             .out = out.data_ptr(),
+                             .out_dtype = out_dtype,
+                             .out_wide_stride = is_transposed ? 1 : rank,
+                             .out_rank_stride = is_transposed ? w : 1,
+                             .m = m,
+                             .w = w,
+                             .rank = rank};
+    if (cuda::lora_fits(args, gpu)) return check_launch(cuda::lora_outer(args, gpu, stream_), kOp);
+    const Tensor wide_rows = matrix_of(converted(wide, ScalarType::Float), m, w), low_rows = matrix_of(low, m, rank);
+    const Tensor sums = out_dtype == Dtype::f32 ? out : empty({w * rank}, ScalarType::Float);
+    if (is_transposed) {
+      multiply(transposed(low_rows, m, rank), wide_rows, {}, matrix_of(sums, rank, w), scale);
+    } else {
+      multiply(transposed(wide_rows, m, w), low_rows, {}, matrix_of(sums, w, rank), scale);
     }
-    const Tensor dense = decoded(args.weight, call.n, call.k, type, kOp);
-    multiply(reshaped(call.grad, call.m, call.n), torch::stable::transpose(dense, 0, 1), addend, out);
+    if (out_dtype != Dtype::f32) copy(matrix_of(sums, out.size(0), out.size(1)), out);
   }
 
  private:
@@ -165,28 +254,60 @@ class Cuda {
     return counters;
   }
 
-  Tensor decoded(const QuantizedWeight& weight, int64_t rows, int64_t columns, ScalarType type, const char* op) const {
-    Tensor dense = empty({rows, columns}, type);
-    dequantize({weight, dense.data_ptr(), dtype_of(type, op)}, op);
-    return dense;
-  }
+  // LoRA's two products, or one of them: t[m, rank] = t_scale x down^T, and y = up_scale t up^T + bias.
+  struct LowRankProduct {
+    int64_t m, rank;
+    Operand<Cuda>* t;
+    const Tensor* x = nullptr;
+    int64_t k = 0;
+    const Operand<Cuda>* down = nullptr;  // [rank, k], or the transpose of that
+    bool down_is_transposed = false;
+    double t_scale = 1;
+    const Tensor* y = nullptr;
+    int64_t n = 0;
+    Operand<Cuda>* up = nullptr;  // [n, rank], or the transpose of that
+    bool up_is_transposed = false;
+    double up_scale = 1;
+    Operand<Cuda>* bias = nullptr;
 
-  // low[m, rank] and up, which is [n, rank] or the transpose of that, both contiguous: so that their product becomes
-  // that times scaling, rounded to `type` for cuBLAS.
-  std::pair<Tensor, Tensor> rounded_factors(const Tensor& low, const Tensor& up, bool is_transposed, ScalarType type,
-                                            double scaling, const char* op) const {
-    const bool are_of_type = low.scalar_type() == type && up.scalar_type() == type;
-    if (are_of_type && scaling == 1 && type != ScalarType::Half) return {low, up};
-    const int64_t m = low.size(0), rank = low.size(1), n = up.size(is_transposed ? 1 : 0);
-    const Dtype low_dtype = dtype_of(low.scalar_type(), op), up_dtype = dtype_of(up.scalar_type(), op);
-    const Tensor low_out = empty({m, rank}, type), up_out = empty({up.size(0), up.size(1)}, type);
-    check_launch(
-        cuda::rounded_factors({float_data(low, low_dtype, op), low_dtype, float_data(up, up_dtype, op), up_dtype,
-                               is_transposed ? 1 : rank, is_transposed ? n : 1, static_cast<float>(scaling), m, n, rank,
-                               low_out.data_ptr(), up_out.data_ptr(), dtype_of(type, op)},
-                              stream_),
-        op);
-    return {low_out, up_out};
+    void read(const Tensor& of_x, int64_t of_k, const Operand<Cuda>& of_down, bool is_transposed, double scale) {
+      x = &of_x, k = of_k, down = &of_down, down_is_transposed = is_transposed, t_scale = scale;
+    }
+    void write(const Tensor& of_y, int64_t of_n, Operand<Cuda>& of_up, bool is_transposed, double scale,
+               Operand<Cuda>* of_bias) {
+      y = &of_y, n = of_n, up = &of_up, up_is_transposed = is_transposed, up_scale = scale, bias = of_bias;
+    }
+  };
+
+  // In one launch, without a copy of x. fp32, GPUs before sm_80 and very large ranks: by torch's products, in fp32.
+  void multiply_low_rank(const LowRankProduct& lora, Dtype dtype, const Gpu& gpu, const char* op) const {
+    const int64_t m = lora.m, n = lora.n, k = lora.k, rank = lora.rank;
+    float* const t_data = const_cast<float*>(lora.t->fp32());
+    const float* const bias = lora.bias ? lora.bias->fp32() : nullptr;
+    LoraProductArgs args{.dtype = dtype, .t = t_data, .bias = bias, .m = m, .n = n, .k = k, .rank = rank};
+    if (lora.x) {
+      args.x = float_data(*lora.x, dtype, op);
+      args.down = lora.down->matrix(rank, k, lora.down_is_transposed);
+      args.t_scale = static_cast<float>(lora.t_scale);
+    }
+    if (lora.y) {
+      args.y = lora.y->data_ptr();
+      args.up = lora.up->matrix(n, rank, lora.up_is_transposed);
+      args.up_scale = static_cast<float>(lora.up_scale);
+    }
+    if (cuda::lora_fits(args, gpu)) return check_launch(cuda::lora_product(args, gpu, stream_), op);
+    const Tensor t = matrix_of(**lora.t, m, rank);
+    if (lora.x) {
+      const Tensor down = converted(**lora.down, ScalarType::Float);  // [rank, k]^T for the product
+      multiply(matrix_of(converted(*lora.x, ScalarType::Float), m, k),
+               lora.down_is_transposed ? matrix_of(down, k, rank) : transposed(down, rank, k), {}, t, lora.t_scale);
+    }
+    if (!lora.y) return;
+    const Tensor up = converted(**lora.up, ScalarType::Float);
+    const Tensor y = matrix_of(*lora.y, m, n), sums = dtype == Dtype::f32 ? y : empty({m, n}, ScalarType::Float);
+    const std::optional<Tensor> addend = bias ? std::optional(**lora.bias) : std::nullopt;
+    multiply(t, lora.up_is_transposed ? matrix_of(up, rank, n) : transposed(up, n, rank), addend, sums, lora.up_scale);
+    if (dtype != Dtype::f32) copy(sums, y);
   }
 
   const Tensor& like_;
@@ -198,5 +319,6 @@ class Cuda {
 
 STABLE_TORCH_LIBRARY_IMPL(LOWBIT_CUDA_NAMESPACE, LOWBIT_CUDA_KEY, library) {
   implement<Cuda>(library);
+  implement_lora<Cuda>(library);
   implement_optim<Cuda>(library);
 }

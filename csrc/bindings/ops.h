@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <array>
 #include <tuple>
 #include <vector>
 
@@ -15,25 +14,6 @@
 #include "checks.h"
 
 namespace lowbit::bindings {
-
-inline Tensor converted(const Tensor& tensor, ScalarType type) {
-  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
-}
-
-inline Tensor reshaped(const Tensor& tensor, int64_t rows, int64_t columns) {
-  const int64_t sizes[] = {rows, columns};
-  return torch::stable::view(tensor, IntHeaderOnlyArrayRef(sizes, 2));
-}
-
-// out[m, n] = x[m, k] w[n, k]^T (+ addend) by torch: an addmm where there is an addend, which is a bias [n], or [m, n]
-// and may be out. (An op that is given its result: autocast, which may be on in a backward, changes the dtypes of the
-// others.)
-inline void multiply(const Tensor& x, const Tensor& w, const std::optional<Tensor>& addend, const Tensor& out) {
-  std::array<StableIValue, 4> stack{torch::stable::detail::from(x), torch::stable::detail::from(w),
-                                    torch::stable::detail::from(addend), torch::stable::detail::from(out)};
-  check_call(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION), "linear");
-  torch::stable::detail::to<Tensor>(stack[0]);  // the result is ours to release
-}
 
 // A small operand (bias, t, lora_b, ...), contiguous; its reader says in which dtype.
 template <class Device>
@@ -53,6 +33,12 @@ class Operand {
     if (!tensor_) return nullptr;
     if (tensor_->scalar_type() != ScalarType::Float) tensor_ = device_.to_fp32(*tensor_);
     return aligned<float>(*tensor_, name_);
+  }
+
+  // As a matrix [rows, columns]; or, where its memory holds that one's transpose, so.
+  Factor matrix(int64_t rows, int64_t columns, bool is_transposed) const {
+    const Dtype dtype = dtype_of(tensor_->scalar_type(), name_);
+    return {float_data(*tensor_, dtype, name_), dtype, is_transposed ? 1 : columns, is_transposed ? rows : 1};
   }
 
   const Tensor& operator*() const { return *tensor_; }

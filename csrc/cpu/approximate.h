@@ -3,42 +3,25 @@
 // Rounding errs by up to 1 / 254 of the largest activation of each 64, and of each block's scale.
 #pragma once
 
+#include "activations.h"
 #include "dequantize.h"
 #include "gemv.h"
-#include "int8.h"
 #include "linear.h"
 #include "support.h"
 
 namespace lowbit::cpu {
 
-constexpr int64_t kApproximateChunk = 64;
 constexpr int64_t kApproximateAhead = 8192;  // bytes: the hardware's prefetcher stops at each page
 
-// x [rows, k] rounded to int8: of each chunk the even elements, then the odd ones; scales [rows, k / 64].
+// x [rows, k] in int8; scales [rows, k / 64].
 template <class Isa>
 struct Int8Activations {
   template <class T>
   Int8Activations(const T* x, int64_t rows, int64_t k)
       : scales(static_cast<size_t>(rows * k / kApproximateChunk)), storage_(ceil_div(rows * k, 4)) {
-    for (int64_t chunk = 0; chunk < rows * k / kApproximateChunk; ++chunk) {
-      float values[kApproximateChunk];
-      int8_t codes[kApproximateChunk];
-      for (int64_t i = 0; i < kApproximateChunk; i += Isa::kLanes)
-        Isa::store(values + i, Isa::load(x + chunk * kApproximateChunk + i));
-      const float largest = float_of(Isa::absmax_bits(values, kApproximateChunk));
-      // NaN and inf make the chunk's scale, and so y, NaN. Activations below 3.7e-37, whose inverse scale would be
-      // infinite, count as zero.
-      const float inverse = 127 / largest;
-      const bool in_range =
-          largest <= std::numeric_limits<float>::max() && inverse <= std::numeric_limits<float>::max();
-      scales[static_cast<size_t>(chunk)] = in_range ? largest / 127 : largest * 0.0f;
-      encode_int8(values, kApproximateChunk, in_range ? inverse : 0.0f, codes);
-      int8_t* to = reinterpret_cast<int8_t*>(storage_.data()) + chunk * kApproximateChunk;
-      for (int64_t i = 0; i < kApproximateChunk / 2; ++i) {
-        to[i] = codes[2 * i];
-        to[i + kApproximateChunk / 2] = codes[2 * i + 1];
-      }
-    }
+    int8_t* to = reinterpret_cast<int8_t*>(storage_.data());
+    for (size_t chunk = 0; chunk < scales.size(); ++chunk, x += kApproximateChunk, to += kApproximateChunk)
+      scales[chunk] = encode_activations<Isa>(x, to);
   }
   const int8_t* values() const { return reinterpret_cast<const int8_t*>(storage_.data()); }
   std::vector<float> scales;
@@ -81,16 +64,29 @@ void approximate_rows(const LinearArgs& args, const ParallelFor& parallel_for) {
 
 template <class Isa>
 void linear_approximate(const LinearArgs& args, const ParallelFor& parallel_for) {
-  // Where the format or a ragged k leaves nothing to approximate with, the exact product serves.
-  if (args.weight.format->bits != 4 || args.k % kApproximateChunk || args.k == 0)
+  if constexpr (kHasFewRows<Isa>) {
+    // The exact product of more rows is faster, and without instructions for int8 that of any number of rows.
+    if constexpr (requires { typename Isa::template Int8Chunk<false>; }) {
+      if (is_few_rows(args) && args.m > 0) {
+        return with_scaled_t<Isa>(args, [&](const LinearArgs& scaled) {
+          for_dtype(args.dtype,
+                    [&]<class T>(T) { few_rows_with<Isa, T, Isa::template Int8Chunk>(scaled, parallel_for); });
+        });
+      }
+    }
     return linear<Isa>(args, parallel_for);
-  with_scaled_t<Isa>(args, [&](const LinearArgs& scaled) {
-    for_dtype(args.dtype, [&]<class T>(T) {
-      int64_t m = 0;
-      for (; m + 4 <= args.m; m += 4) approximate_rows<Isa, 4, T>(rows_of(scaled, m, 4), parallel_for);
-      for (; m < args.m; ++m) approximate_rows<Isa, 1, T>(rows_of(scaled, m, 1), parallel_for);
+  } else {
+    // Where the format or a ragged k leaves nothing to approximate with, the exact product serves.
+    if (args.weight.format->bits != 4 || args.k % kApproximateChunk || args.k == 0)
+      return linear<Isa>(args, parallel_for);
+    with_scaled_t<Isa>(args, [&](const LinearArgs& scaled) {
+      for_dtype(args.dtype, [&]<class T>(T) {
+        int64_t m = 0;
+        for (; m + 4 <= args.m; m += 4) approximate_rows<Isa, 4, T>(rows_of(scaled, m, 4), parallel_for);
+        for (; m < args.m; ++m) approximate_rows<Isa, 1, T>(rows_of(scaled, m, 1), parallel_for);
+      });
     });
-  });
+  }
 }
 
 }  // namespace lowbit::cpu

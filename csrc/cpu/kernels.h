@@ -27,7 +27,7 @@ struct Kernels {
   void (*encode)(const EncodeArgs&, const ParallelFor&);
   void (*dequantize)(const DequantizeArgs&, const ParallelFor&);
   void (*linear)(const LinearArgs&, const ParallelFor&);
-  // The same product, approximately: codebook and activations in int8 (4-bit weights only).
+  // The same product, approximately: codebook and activations in int8 (4-bit weights only), where that is faster.
   void (*linear_approximate)(const LinearArgs&, const ParallelFor&);
   void (*linear_grad_input)(const LinearGradInputArgs&, const ParallelFor&);
   void (*step)(const OptimizerStepArgs&, const ParallelFor&);
@@ -39,16 +39,20 @@ extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;        // needs AVX2, FMA and F16C
 extern const Kernels kAvx512Kernels;      // needs AVX-512 F, BW, DQ and VL besides
 extern const Kernels kAvx512Bf16Kernels;  // needs AVX512-BF16 and VNNI besides
+#if __has_include(<amxbf16intrin.h>)      // this compiler knows AMX
+#define LOWBIT_AMX
+extern const Kernels kAmxKernels;  // needs AMX-TILE and AMX-BF16 besides, and the system's permission
+#endif
 #elif defined(__aarch64__)
 extern const Kernels kNeonKernels;
 #endif
 
-// The kernels in use: the widest instruction set of this CPU, or the one chosen by select_isa.
+// The kernels in use: the fastest set of this CPU, or the one chosen by select_isa.
 const Kernels& active_kernels();
-// The kernels that this CPU can run, the widest first.
+// The kernels that this CPU can run, the fastest first.
 const std::vector<const Kernels*>& available_kernels();
-// "scalar", "avx2", "avx512", "avx512bf16", "neon", or "auto" for the widest; false (and no change) where this CPU or
-// build has no such kernels.
+// "scalar", "avx2", "avx512", "avx512vnni" (avx512, and int8 by VNNI), "avx512bf16", "amx", "neon", or "auto" for the
+// fastest; false (and no change) where this CPU or build has no such kernels.
 bool select_isa(const char* isa);
 
 }  // namespace lowbit::cpu

@@ -1,8 +1,12 @@
 // linear: y = x W^T (+ LoRA + bias), and linear_grad_input: grad_x = grad W (+ LoRA), on a quantized W.
-// Few rows go through gemv.h; the rest through gemm.h, for which this file decodes the tiles of W.
+// Few rows go through few_rows.h or gemv.h; the rest through gemm.h, for which this file decodes the tiles of W, or
+// bf16_gemm.h.
 #pragma once
 
+#include "bf16_gemm.h"
 #include "dequantize.h"
+#include "epilogue.h"
+#include "few_rows.h"
 #include "gemm.h"
 #include "gemv.h"
 #include "support.h"
@@ -61,6 +65,8 @@ class TransposedTiles {
       codes[lane] = weight_.packed + (begin + k0) / 2;
       scales[lane] = scales_.data() + i * scales_stride_;
       element[lane] = (begin & (weight_.block_size - 1)) + k0;
+      // The next tile's codes are fetched meanwhile: a row's are too few for the hardware's prefetcher.
+      for (int64_t ahead = depth; ahead < 2 * depth; ahead += 128) __builtin_prefetch(codes[lane] + ahead / 2);
     }
     for (int64_t k = 0; k < depth; k += 32, to += 32 * kStrip<Isa>) {
       float scale[Isa::kLanes];
@@ -87,10 +93,9 @@ class TransposedTiles {
   std::vector<float> scales_;
 };
 
-template <class Isa, class Words>
+template <class Isa>
 void linear_gemm(const LinearArgs& args, const ParallelFor& parallel_for) {
-  const Panels<Isa, Words> x(args.x, args.dtype, args.m, args.k, parallel_for);
-  const Panels<Isa, Fp32Words<Isa>> t(args.t, Dtype::f32, args.m, args.rank, parallel_for);
+  const Panels<Isa> x(args.x, args.dtype, args.m, args.k, parallel_for);
   const Tasks tasks(x.count, Isa::kRows, ceil_div(args.n, kStrip<Isa>), 1, 4, parallel_for.threads);
   parallel_for(tasks.count, 1, [&](int64_t begin, int64_t end) {
     TransposedTiles<Isa> weight(args, tasks.strips_per_task());
@@ -98,30 +103,13 @@ void linear_gemm(const LinearArgs& args, const ParallelFor& parallel_for) {
     const Scratch sums(tasks.panels_per_task() * Isa::kRows * tasks.strips_per_task() * kStrip<Isa>);
     for (int64_t i = begin; i < end; ++i) {
       const Task task = tasks[i];
-      const int64_t m0 = x.first_row(task.panel_begin), m1 = x.first_row(task.panel_end);
-      const int64_t n0 = task.strip_begin * kStrip<Isa>, width = task.strips * kStrip<Isa>;
-      const int64_t n = std::min(width, args.n - n0);
-      std::fill_n(sums.data(), (m1 - m0) * width, 0.0f);
+      const int64_t m0 = x.first_row(task.panel_begin), m = x.first_row(task.panel_end) - m0;
+      const int64_t n0 = task.strip_begin * kStrip<Isa>;
+      std::fill_n(sums.data(), m * task.strips * kStrip<Isa>, 0.0f);
       weight.start(n0, task.strips);
       const auto decode_weight = [&](int64_t k0, int64_t depth, float* to) { weight.fill(k0, depth, to); };
-      // LoRA: `rank` more columns of the contraction, in fp32, into the same sums.
-      const auto copy_lora_b = [&](int64_t r0, int64_t depth, float* to) {
-        for (int64_t s = 0; s < task.strips; ++s) {
-          for (int64_t j = 0; j < kStrip<Isa>; ++j) {
-            const float* row = args.lora_b + std::min(n0 + s * kStrip<Isa> + j, args.n - 1) * args.rank + r0;
-            for (int64_t r = 0; r < depth; ++r) to[(s * kDepth + r) * kStrip<Isa> + j] = row[r];
-          }
-        }
-      };
       accumulate<Isa>(x, task, decode_weight, tile.data(), sums.data());
-      accumulate<Isa>(t, task, copy_lora_b, tile.data(), sums.data());
-      for_dtype(args.dtype, [&]<class T>(T) {
-        for (int64_t m = m0; m < m1; ++m) {
-          float* row = sums.data() + (m - m0) * width;
-          for (int64_t j = 0; args.bias && j < n; ++j) row[j] += args.bias[n0 + j];
-          store_row<Isa>(row, n, static_cast<T*>(args.y) + m * args.n + n0);
-        }
-      });
+      finish_linear<Isa>(args, m0, m, n0, task.strips, tile.data(), sums.data());
     }
   });
 }
@@ -139,18 +127,25 @@ void with_scaled_t(const LinearArgs& args, const Body& body) {
 
 template <class Isa>
 void scaled_linear(const LinearArgs& args, const ParallelFor& parallel_for) {
+  if constexpr (kHasFewRows<Isa>) {
+    if (is_few_rows(args) && (args.dtype != Dtype::bf16 || args.m <= Isa::kFewBf16Rows))
+      return few_rows<Isa>(args, parallel_for);
+  }
   // Chunks of 64 along k have to start where chunks of the flat 4-bit weight do.
   const bool whole_chunks = args.weight.format->bits == 8 || args.k % 64 == 0;
   if (args.m > kGemvMaxRows || args.k == 0 || !whole_chunks) {
     return for_row_blocks(args.m, [&](int64_t m0, int64_t m) {
       const LinearArgs block = rows_of(args, m0, m);
-      with_words<Isa>(args.dtype, [&](auto words) { linear_gemm<Isa, decltype(words)>(block, parallel_for); });
+      if constexpr (MultipliesPairs<Isa>) {
+        if (args.dtype == Dtype::bf16) return linear_bf16_gemm<Isa>(block, parallel_for);
+      }
+      linear_gemm<Isa>(block, parallel_for);
     });
   }
   for_dtype(args.dtype, [&]<class T>(T) {
     for_few_rows(args.m, [&]<int M>(std::integral_constant<int, M>) {
       if (args.weight.format->bits == 8) return gemv_int8<Isa, M, T>(args, parallel_for);
-      gemv<Isa, typename Isa::template GemvDecoder<T, M>, M, T>(args, parallel_for);
+      if constexpr (!kHasFewRows<Isa>) gemv<Isa, typename Isa::template GemvDecoder<T, M>, M, T>(args, parallel_for);
     });
   });
 }
@@ -197,10 +192,9 @@ void fill_natural(const QuantizedWeight& weight, const std::optional<typename Is
   }
 }
 
-template <class Isa, class Words>
+template <class Isa>
 void grad_input_gemm(const LinearGradInputArgs& args, const ParallelFor& parallel_for) {
-  const Panels<Isa, Words> grad(args.grad, args.dtype, args.m, args.n, parallel_for);
-  const Panels<Isa, Fp32Words<Isa>> grad_t(args.grad_t, Dtype::f32, args.m, args.rank, parallel_for);
+  const Panels<Isa> grad(args.grad, args.dtype, args.m, args.n, parallel_for);
   // Whole cache lines of packed weight to a task: 128 columns, or 256.
   const Tasks tasks(grad.count, Isa::kRows, ceil_div(args.k, kStrip<Isa>), 128 / kStrip<Isa>, 256 / kStrip<Isa>,
                     parallel_for.threads);
@@ -211,27 +205,15 @@ void grad_input_gemm(const LinearGradInputArgs& args, const ParallelFor& paralle
     const Scratch sums(tasks.panels_per_task() * Isa::kRows * tasks.strips_per_task() * kStrip<Isa>);
     for (int64_t i = begin; i < end; ++i) {
       const Task task = tasks[i];
-      const int64_t m0 = grad.first_row(task.panel_begin), m1 = grad.first_row(task.panel_end);
+      const int64_t m0 = grad.first_row(task.panel_begin), m = grad.first_row(task.panel_end) - m0;
       const int64_t k0 = task.strip_begin * kStrip<Isa>, width = task.strips * kStrip<Isa>;
       const int64_t k = std::min(width, args.k - k0);
-      std::fill_n(sums.data(), (m1 - m0) * width, 0.0f);
+      std::fill_n(sums.data(), m * width, 0.0f);
       const auto decode_weight = [&](int64_t n0, int64_t depth, float* to) {
         fill_natural<Isa>(args.weight, decode, args.k, k0, k, args.first_row + n0, depth, to);
       };
-      // LoRA: `rank` more rows of the contraction, in fp32, into the same sums.
-      const auto copy_lora_a = [&](int64_t r0, int64_t depth, float* to) {
-        for (int64_t column = 0; column < k; column += kStrip<Isa>) {
-          for (int64_t r = 0; r < depth; ++r)
-            std::copy_n(args.lora_a + (r0 + r) * args.k + k0 + column, std::min(kStrip<Isa>, k - column),
-                        to + column * kDepth + r * kStrip<Isa>);
-        }
-      };
       accumulate<Isa>(grad, task, decode_weight, tile.data(), sums.data());
-      accumulate<Isa>(grad_t, task, copy_lora_a, tile.data(), sums.data());
-      for_dtype(args.dtype, [&]<class T>(T) {
-        for (int64_t m = m0; m < m1; ++m)
-          store_row<Isa>(sums.data() + (m - m0) * width, k, static_cast<T*>(args.grad_x) + m * args.k + k0);
-      });
+      finish_grad_input<Isa>(args, m0, m, k0, task.strips, tile.data(), sums.data());
     }
   });
 }
@@ -246,7 +228,10 @@ void linear_grad_input(const LinearGradInputArgs& args, const ParallelFor& paral
   }
   for_row_blocks(args.m, [&](int64_t m0, int64_t m) {
     const LinearGradInputArgs block = rows_of(args, m0, m);
-    with_words<Isa>(args.dtype, [&](auto words) { grad_input_gemm<Isa, decltype(words)>(block, parallel_for); });
+    if constexpr (MultipliesPairs<Isa>) {
+      if (args.dtype == Dtype::bf16) return grad_input_bf16_gemm<Isa>(block, parallel_for);
+    }
+    grad_input_gemm<Isa>(block, parallel_for);
   });
 }
 

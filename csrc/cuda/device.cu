@@ -22,7 +22,8 @@ Gpu gpu_of(int device) {
     return value;
   };
   Gpu gpu{10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor), 0,
-          std::max(attribute(cudaDevAttrMultiProcessorCount), 1), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+          std::max(attribute(cudaDevAttrMultiProcessorCount), 1), attribute(cudaDevAttrL2CacheSize)};
+  gpu.shared_memory = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   for (const int compiled : {__CUDA_ARCH_LIST__})
     if (compiled / 10 <= gpu.capability) gpu.code_capability = std::max(gpu.code_capability, compiled / 10);
   return gpu;

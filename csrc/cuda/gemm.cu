@@ -73,14 +73,6 @@ __device__ __forceinline__ float4 load_fresh(const float* from, int count, bool 
   return values;
 }
 
-// Two fp32 as the sums of two bf16 each.
-struct SplitPair {
-  uint32_t high, low;
-  __device__ __forceinline__ SplitPair(float x, float y) : high(ptx::narrow_bf16x2(x, y)) {
-    low = ptx::narrow_bf16x2(x - __uint_as_float(high << 16), y - __uint_as_float(high & 0xffff0000));
-  }
-};
-
 // Where a thread's warp works: its tile of the output, and its part of the tile and of k.
 template <class Tile>
 struct Place {

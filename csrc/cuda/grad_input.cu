@@ -8,10 +8,11 @@
 // from 64 rows on, and take fp16 grad out of its range.
 //
 // W is the mma's A (its columns are the 16 rows of A), grad its B, so a lane ends with 8 consecutive columns of a row
-// of grad_x. Blocks of threads write partial sums in fp32, one for each split of the contraction; split_sum adds
-// these up in order, adds LoRA's part and rounds.
+// of grad_x.
+//
+// LoRA: the rows of lora_a are more rows of W, grad_t's columns more of grad, both in fp32. Each is split into two
+// bf16, of which three products make the fp32 one to 3 * 2^-16, in the same sums.
 #include "device/launch.h"
-#include "device/split_sum.cuh"
 #include "grad_input.cuh"
 #include "grad_input_fma.cuh"
 
@@ -24,7 +25,7 @@ struct MmaShared {
   PairTable table;
   uint4 packed[Tile::kStages][Tile::kPackedPieces];
   uint4 grad[Tile::kStages][Tile::kGradPieces];
-  float scales[2][Tile::kUnits * Tile::kUnitStride];
+  float scales[Tile::kThreads / kWarpSize][Tile::kUnits * Tile::kUnitStride];
 };
 
 // Where the four sums of columns 4 quad, ... of a row are. A quad of lanes holds four rows: without the exclusive or
@@ -33,7 +34,68 @@ struct MmaShared {
   return row * 32 + (quad ^ (row / 2 % 2 + row / 4 % 2 * 4));
 }
 
-// Rows of W consist of whole blocks. unit_shift: log2 of how many columns of a tile, 32 to 128, have one scale.
+// Lets what add_lora reads of lora_a come into L2: a thread takes 8 columns of a row.
+template <class Tile>
+__device__ __forceinline__ void prefetch_lora(const GradInputProduct& product, const GradInputProduct::Tile& tile) {
+  constexpr int kRowThreads = Tile::kColumns / 8;
+  static_assert(Tile::kThreads == 16 * kRowThreads);
+  const int thread = threadIdx.x;
+  const int64_t column = tile.column + thread % kRowThreads * 8;
+  for (int64_t r = 16 * tile.split + thread / kRowThreads; r < product.rank; r += 16 * product.splits)
+    if (column < product.k) ptx::prefetch_l2(product.lora_a + r * product.k + column);
+}
+
+// Adds grad_t lora_a to a tile's sums: sixteens of the rank, dealt out to the splits. A warp takes 16 of the columns,
+// so that all have a share of any rank and none needs the registers of the tile's sums.
+template <class Tile, int kRows>
+__device__ __forceinline__ void add_lora(const GradInputProduct& product, const GradInputProduct::Tile& tile,
+                                         int thread, float4* sums) {
+  constexpr int kRowTiles = kRows / 8;
+  static_assert(Tile::kColumns == Tile::kThreads / kWarpSize * 16);
+  const int lane = thread % kWarpSize, first_column = thread / kWarpSize * 16, rank = static_cast<int>(product.rank);
+  const auto a_element = [&](int column, int r) {
+    const int64_t at = tile.column + first_column + column;
+    return r < rank && at < product.k ? product.lora_a[r * product.k + at] : 0.0f;
+  };
+  const auto b_element = [&](int r, int row) {
+    return r < rank ? product.grad_t[min(tile.row + row, product.m - 1) * rank + r] : 0.0f;
+  };
+  float added[kRowTiles][4] = {};
+#pragma unroll 1
+  for (int r0 = 16 * tile.split; r0 < rank; r0 += 16 * product.splits) {
+    uint32_t a_high[4], a_low[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Position at = mma_a(lane, 2 * i);
+      const SplitPair pair(a_element(at.row, r0 + at.column), a_element(at.row, r0 + at.column + 1));
+      a_high[i] = pair.high, a_low[i] = pair.low;
+    }
+#pragma unroll
+    for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
+      uint32_t b_high[2], b_low[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const Position at = mma_b(lane, 2 * i);
+        const int row = row_tile * 8 + at.column;
+        const SplitPair pair(b_element(r0 + at.row, row), b_element(r0 + at.row + 1, row));
+        b_high[i] = pair.high, b_low[i] = pair.low;
+      }
+      ptx::mma<Bf16>(added[row_tile], a_low, b_high);
+      ptx::mma<Bf16>(added[row_tile], a_high, b_low);
+      ptx::mma<Bf16>(added[row_tile], a_high, b_high);
+    }
+  }
+#pragma unroll
+  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Position at = mma_c(lane, i);
+      const int column = first_column + at.row;
+      reinterpret_cast<float*>(&sums[sum_at(row_tile * 8 + at.column, column / 4)])[column % 4] += added[row_tile][i];
+    }
+}
+
+// Rows of W consist of whole blocks. unit_shift: log2 of how many of a warp's columns, 32 or 64, have one scale.
 template <class T, int kRows, bool kDoubleQuant>
 __global__ void __launch_bounds__(MmaTile<kRows>::kThreads, 2)
     grad_input_mma_kernel(const __grid_constant__ GradInputProduct product, const __grid_constant__ Format format,
@@ -83,37 +145,35 @@ __global__ void __launch_bounds__(MmaTile<kRows>::kThreads, 2)
     ptx::commit_copies();
   };
 
-  // Scales of the next tile, in two steps: a thread takes that of one row and unit, and of a second row where there are
-  // four units. Those outside of W are zero. (Block numbers have 32 bits: the launcher sees to it.)
+  // Scales of the next tile, in two steps: a lane takes those of one of its warp's rows. Those outside of W are zero.
+  // (Block numbers have 32 bits: the launcher sees to it.)
   const ScaleReader<kDoubleQuant> scale_of(product.weight.scales);
-  const int units_shift = Tile::kColumnsShift - unit_shift;
-  const int scale_unit = thread & ((1 << units_shift) - 1), scale_row = thread >> units_shift;
-  const int64_t scale_column = tile.column + (scale_unit << unit_shift);
+  const int warp_row = row_warp * Tile::kWarpRows, scale_row = warp_row + lane;
+  const int64_t warp_column = tile.column + column_warp * Tile::kWarpColumns;
   const auto row_blocks = static_cast<uint32_t>(product.k >> product.block_shift);
-  auto block = static_cast<uint32_t>(((tile.first_row + scale_row) * product.k + scale_column) >> product.block_shift);
-  constexpr int kSecond = Tile::kThreads / 4;
-  // Which tiles, by their first row, have the thread's scales.
-  const int scale_end = scale_row < Tile::kDepth && scale_column < product.k ? depth - scale_row : 0;
-  const int second_end = Tile::kUnits == 4 && units_shift == 2 ? scale_end - kSecond : 0;
+  auto block = static_cast<uint32_t>(((tile.first_row + scale_row) * product.k + warp_column) >> product.block_shift);
+  // Which tiles, by their first row, have the lane's scales.
+  const int scale_end = warp_column < product.k ? depth - scale_row : 0;
+  const int second_end = Tile::kUnits == 2 && unit_shift == 5 && warp_column + 32 < product.k ? scale_end : 0;
   typename ScaleReader<kDoubleQuant>::Loaded loaded[2];
   const auto load_scales = [&](int first) {
     if (first < scale_end) loaded[0] = scale_of.load(block);
-    if (first < second_end) loaded[1] = scale_of.load(block + kSecond * row_blocks);
+    if (first < second_end) loaded[1] = scale_of.load(block + 1);
     block += Tile::kDepth * row_blocks;
   };
-  const auto store_scales = [&](int first, int slot) {
-    float* to = &shared.scales[slot][scale_unit * Tile::kUnitStride + scale_row];
-    if (scale_row < Tile::kDepth) to[0] = first < scale_end ? scale_of.decode(loaded[0]) : 0.0f;
-    if (Tile::kUnits == 4 && units_shift == 2) to[kSecond] = first < second_end ? scale_of.decode(loaded[1]) : 0.0f;
+  const auto store_scales = [&](int first) {
+    float* to = &shared.scales[warp][lane];
+    to[0] = first < scale_end ? scale_of.decode(loaded[0]) : 0.0f;
+    if (Tile::kUnits == 2) to[Tile::kUnitStride] = first < second_end ? scale_of.decode(loaded[1]) : 0.0f;
   };
 
   // sums[byte][row tile]: c[0], c[1] belong to the even column of the byte, c[2], c[3] to the odd one.
   float sums[4][kRowTiles][4] = {};
   const uint32_t lane_base = shared.table.lane_base(lane);
-  const int warp_row = row_warp * Tile::kSteps * 16;
-  const uint32_t words_at = packed_offset(warp_row + 2 * in_quad, column_warp * 32 + 4 * group);
-  const int unit = (column_warp * 64 + 8 * group) >> unit_shift;
-  const auto multiply = [&](int stage, int slot) {
+  const uint32_t words_at = packed_offset(warp_row + 2 * in_quad, column_warp * (Tile::kWarpColumns / 2) + 4 * group);
+  const uint32_t scales_from =
+      ptx::shared_address(&shared.scales[warp][(8 * group >> unit_shift) * Tile::kUnitStride + 2 * in_quad]);
+  const auto multiply = [&](int stage) {
     // b of row tiles 2i and 2i + 1, or of both steps of the only one: matrix q of ldmatrix is half q % 2 of the 16 rows
     // of W, for number q / 2 of the two.
     uint32_t b[Tile::kSteps * kRowTiles][2];
@@ -129,8 +189,6 @@ __global__ void __launch_bounds__(MmaTile<kRows>::kThreads, 2)
       b[pair + 1][1] = matrices[3];
     };
     const uint32_t words_from = ptx::shared_address(shared.packed[stage]) + words_at;
-    const uint32_t scales_from =
-        ptx::shared_address(&shared.scales[slot][unit * Tile::kUnitStride + warp_row + 2 * in_quad]);
 #pragma unroll
     for (int step = 0; step < Tile::kSteps; ++step) {
 #pragma unroll
@@ -162,17 +220,19 @@ __global__ void __launch_bounds__(MmaTile<kRows>::kThreads, 2)
 
 #pragma unroll
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) copy(stage * Tile::kDepth, stage);
+  prefetch_lora<Tile>(product, tile);
   shared.table.fill(format);
   load_scales(0);
-  store_scales(0, 0);
-  for (int first = 0, stage = 0, slot = 0; first < depth; first += Tile::kDepth, slot ^= 1) {
+  store_scales(0);
+  for (int first = 0, stage = 0; first < depth; first += Tile::kDepth) {
     ptx::wait_copies<Tile::kStages - 2>();
     __syncthreads();
     const int previous = stage == 0 ? Tile::kStages - 1 : stage - 1;  // which everyone has left
     copy(first + (Tile::kStages - 1) * Tile::kDepth, previous);
     load_scales(first + Tile::kDepth);
-    multiply(stage, slot);
-    store_scales(first + Tile::kDepth, slot ^ 1);
+    multiply(stage);
+    __syncwarp();  // all of its lanes have read this tile's scales
+    store_scales(first + Tile::kDepth);
     stage = stage == Tile::kStages - 1 ? 0 : stage + 1;
   }
   ptx::wait_copies<0>();
@@ -180,13 +240,13 @@ __global__ void __launch_bounds__(MmaTile<kRows>::kThreads, 2)
   // The row warps add up one after the other, in shared memory, so that the sum is always the same. (The thread's place
   // is computed again: what is only needed here would take registers from the loop.)
   __syncthreads();
-  float4* sums_of_warps = reinterpret_cast<float4*>(shared.packed);
-  static_assert(sizeof(shared.packed) >= kRows * Tile::kColumns * sizeof(float));
   const int again = ptx::read_thread_index();
   const auto to_tile = product.tile_of(ptx::read_block_index(), kRows, Tile::kColumns);
+  float4* sums_of_warps = reinterpret_cast<float4*>(shared.packed);
+  static_assert(sizeof(shared.packed) >= kRows * Tile::kColumns * sizeof(float));
   for (int adding = 0; adding < Tile::kRowWarps; ++adding) {
     if (again / kWarpSize / Tile::kColumnWarps == adding) {
-      const int lane_columns = again / kWarpSize % Tile::kColumnWarps * 64 + again % kWarpSize / 4 * 8;
+      const int lane_columns = again / kWarpSize % Tile::kColumnWarps * Tile::kWarpColumns + again % kWarpSize / 4 * 8;
 #pragma unroll
       for (int i = 0; i < 2 * kRowTiles; ++i) {
         const int row = i / 2 * 8 + again % 4 * 2 + i % 2;
@@ -205,12 +265,14 @@ __global__ void __launch_bounds__(MmaTile<kRows>::kThreads, 2)
     }
     __syncthreads();
   }
-#pragma unroll
-  for (int i = again; i < kRows * Tile::kColumns / 4; i += Tile::kThreads) {
-    const int row = i / (Tile::kColumns / 4), quad = i % (Tile::kColumns / 4);
-    if (to_tile.row + row < product.m && to_tile.column + 4 * quad < product.k)
-      *reinterpret_cast<float4*>(&to_tile.out[row * product.k + 4 * quad]) = sums_of_warps[sum_at(row, quad)];
+  if (16 * to_tile.split < product.rank) {
+    add_lora<Tile, kRows>(product, to_tile, again, sums_of_warps);
+    __syncthreads();
   }
+  store_tile<T, kRows, Tile::kColumns, 4>(product, to_tile, [&](int row, int column, float (&four)[4]) {
+    const float4 v = sums_of_warps[sum_at(row, column / 4)];
+    four[0] = v.x, four[1] = v.y, four[2] = v.z, four[3] = v.w;
+  });
 #endif
 }
 
@@ -218,12 +280,13 @@ __global__ void __launch_bounds__(MmaTile<kRows>::kThreads, 2)
 
 template <class T, int kRows>
 int launch_mma(const Plan& plan, const GradInputProduct& product, const Format& format, Stream stream) {
-  constexpr int kSharedBytes = sizeof(MmaShared<kRows>);
+  constexpr int kSharedBytes = MmaTile<kRows>::kSharedBytes;
+  static_assert(kSharedBytes == sizeof(MmaShared<kRows>));
   static_assert(kSharedBytes <= 99 * 1024);  // what every GPU from sm_80 on has
   const auto kernel = product.weight.scales.kind == ScaleKind::block ? grad_input_mma_kernel<T, kRows, false>
                                                                      : grad_input_mma_kernel<T, kRows, true>;
   if (const int error = allow_shared_memory(kernel, kSharedBytes)) return error;
-  const int unit_shift = std::min(product.block_shift, MmaTile<kRows>::kColumnsShift);
+  const int unit_shift = std::min(product.block_shift, 6);
   kernel<<<static_cast<unsigned>(plan.blocks()), MmaTile<kRows>::kThreads, kSharedBytes, stream>>>(product, format,
                                                                                                    unit_shift);
   return cudaGetLastError();
@@ -254,22 +317,24 @@ int launch_product(const Plan& plan, const GradInputProduct& product, const Form
 template <class T>
 int launch(const LinearGradInputArgs& args, const Plan& plan, Stream stream) {
   if (plan.blocks() > INT32_MAX) return cudaErrorInvalidValue;
-  if (plan.splits > 0) {
-    const GradInputProduct product{args.grad,
-                                   args.weight,
-                                   args.m,
-                                   args.n,
-                                   args.k,
-                                   plan.split_size,
-                                   static_cast<unsigned>(plan.row_tiles),
-                                   static_cast<unsigned>(plan.column_tiles),
-                                   args.workspace,
-                                   log2_of(args.weight.block_size)};
-    if (const int error = launch_product<T>(plan, product, *args.weight.format, stream)) return error;
-  }
-  const SplitSum sum{args.workspace, plan.splits, args.m,      args.k,
-                     nullptr,        args.grad_t, args.lora_a, args.grad_t ? args.rank : 0};
-  return sum_splits<T>(sum, args.grad_x, stream);
+  const GradInputProduct product{args.grad,
+                                 args.weight,
+                                 args.grad_t,
+                                 args.lora_a,
+                                 args.m,
+                                 args.n,
+                                 args.k,
+                                 args.grad_t ? args.rank : 0,
+                                 args.grad_x,
+                                 args.workspace,
+                                 args.counters,
+                                 plan.split_size,
+                                 static_cast<unsigned>(plan.splits),
+                                 static_cast<unsigned>(plan.row_tiles),
+                                 static_cast<unsigned>(plan.column_tiles),
+                                 log2_of(args.weight.block_size),
+                                 is_aligned(args.grad_x, 8)};
+  return launch_product<T>(plan, product, *args.weight.format, stream);
 }
 
 }  // namespace

@@ -38,7 +38,6 @@ int quantize_scales(const QuantizeScalesArgs& args, Stream stream);
 int search_scales(const SearchScalesArgs& args, Stream stream);
 int encode(const EncodeArgs& args, Stream stream);
 int dequantize(const DequantizeArgs& args, Stream stream);
-int rounded_factors(const RoundedFactorsArgs& args, Stream stream);
 
 // One launch for up to UpdateTable::kCapacity (csrc/cuda/optim.cu) parameters that have elements.
 int optimizer_step(const OptimizerStepArgs& args, Stream stream);
@@ -58,5 +57,11 @@ int linear_grad_input(const LinearGradInputArgs& args, const Plan& plan, Stream 
 int linear_gemv(const LinearArgs& args, const Plan& plan, Stream stream);
 int linear_gemv_int8(const LinearArgs& args, Stream stream);
 int linear_gemm(const LinearArgs& args, const Plan& plan, Stream stream);
+
+// LoRA beside a weight that is decoded first. Both take one launch and no workspace, and give the same bits each time.
+// cudaErrorNotSupported where lora_fits says no: before sm_80, in fp32, or beyond its sizes. All other sizes, strides
+// and alignments are right; plan_lora_product and plan_lora_outer say which are fast.
+int lora_product(const LoraProductArgs& args, const Gpu& gpu, Stream stream);
+int lora_outer(const LoraOuterArgs& args, const Gpu& gpu, Stream stream);
 
 }  // namespace lowbit::cuda

@@ -110,9 +110,21 @@ def namespace_for_product(device_type: str, x: torch.Tensor, q_format: str, sele
     """:func:`namespace_for`, of ``linear`` on x [..., in_features] and a weight in ``q_format``."""
     if selected is None and device_type == "cuda" and _has_both():
         rows = x.numel() // max(x.shape[-1], 1)
-        if triton_is_faster(rows, x.dtype, q_format, torch.cuda.get_device_capability(x.device)):
+        if triton_is_faster(rows, x.dtype, q_format, _capability(x.device)):
             return NAMESPACES["triton"]
     return namespace_for(device_type, selected)
+
+
+_CAPABILITIES: dict[torch.device, tuple[int, int]] = {}
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """The device's compute capability. torch takes 2 us to tell, so it is asked once."""
+    if torch.compiler.is_compiling():
+        return torch.cuda.get_device_capability(device)
+    if device not in _CAPABILITIES:
+        _CAPABILITIES[device] = torch.cuda.get_device_capability(device)
+    return _CAPABILITIES[device]
 
 
 def namespace_for_experts(device_type: str, selected: str | None) -> str:

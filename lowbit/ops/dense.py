@@ -37,6 +37,10 @@ class DenseProduct(Product):
     def __init__(self, matrix: torch.Tensor):
         self.matrix = matrix
 
+    def has_lora_kernels(self, x: torch.Tensor) -> bool:
+        """The op multiplies quantized weights only."""
+        return False
+
     def forward(self, keyset, x, features, bias, t, lora_b, scaling) -> torch.Tensor:
         """x W^T + scaling t lora_b^T + bias; the sum of both products is rounded once."""
         matrix, x_rows = self.matrix, rows(x)

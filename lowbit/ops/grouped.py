@@ -22,6 +22,10 @@ class GroupedProduct(single.Product):
         super().__init__(namespace, weight)
         self.expert_ends, self.groups = expert_ends, (expert_ends,)
 
+    def has_lora_kernels(self, x: torch.Tensor) -> bool:
+        """Nowhere is a stack of matrices one op with its LoRA."""
+        return False
+
     def matmul(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """x M_e^T, the matrices [E, p, k], in fp32."""
         return op_of(self.namespace, "grouped_matmul")(x, matrix, self.expert_ends)

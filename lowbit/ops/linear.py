@@ -14,6 +14,9 @@ from .record import WEIGHT, Op, below_autograd, is_traced, op_of, wants_gradient
 
 _cached_op = functools.cache(op_of)
 
+#: Namespaces and device types whose ``lora_linear`` and its backward are kernels, rather than made of other ops.
+HAVE_LORA_KERNELS = {("lowbit", "cuda")}
+
 
 def rows(tensor: torch.Tensor) -> torch.Tensor:
     """[..., n] as [rows, n]; unlike reshape(-1, n) also for n = 0."""
@@ -53,8 +56,19 @@ class Product:
         arguments = (x, *self.weight, *self.groups, features, bias, t, lora_b, scaling)
         return below_autograd(_cached_op(self.namespace, self.name), keyset, *arguments)
 
+    def has_lora_kernels(self, x: torch.Tensor) -> bool:
+        """Whether the product and its LoRA are one op for x."""
+        return (self.namespace, x.device.type) in HAVE_LORA_KERNELS
+
     def lora_forward(self, x, features, bias, lora_a, lora_b, scaling) -> tuple[torch.Tensor, torch.Tensor]:
         """(x W^T + scaling t lora_b^T + bias, t) with t = x lora_a^T."""
+        if not self.has_lora_kernels(x):
+            return self.lora_forward_by_parts(x, features, bias, lora_a, lora_b, scaling)
+        op = _cached_op(self.namespace, "lora_linear")
+        return below_autograd(op, None, x, *self.weight, features, bias, lora_a, lora_b, scaling)
+
+    def lora_forward_by_parts(self, x, features, bias, lora_a, lora_b, scaling) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, t by :meth:`matmul`."""
         with torch._C._AutoDispatchBelowAutograd():
             t = self.matmul(x, lora_a)
         return self.forward(None, x, features, bias, t, lora_b, scaling), t
@@ -63,6 +77,29 @@ class Product:
         """grad W + grad_t lora_a."""
         op = _cached_op(self.namespace, f"{self.name}_grad_input")
         return below_autograd(op, None, grad, *self.weight, *self.groups, features, grad_t, lora_a)
+
+    def lora_backward(self, grad, x, t, lora_a, lora_b, scaling, wanted) -> tuple[torch.Tensor | None, ...]:
+        """Gradients for (x, lora_a, lora_b), None where not ``wanted``."""
+        if not self.has_lora_kernels(grad):
+            return self.lora_backward_by_parts(grad, x, t, lora_a, lora_b, scaling, wanted)
+        op = _cached_op(self.namespace, "lora_linear_backward")
+        found = iter(below_autograd(op, None, grad, x, t, *self.weight, lora_a, lora_b, scaling, *wanted))
+        return tuple(next(found) if is_wanted else None for is_wanted in wanted)
+
+    def lora_backward_by_parts(self, grad, x, t, lora_a, lora_b, scaling, wanted) -> tuple[torch.Tensor | None, ...]:
+        """The same by :meth:`matmul`, :meth:`outer` and :meth:`grad_input`."""
+        wants_x, wants_a, wants_b = wanted
+        grad_x = grad_a = grad_b = grad_t = None
+        wide = grad.float() if grad.device.type == "cpu" and any(wanted) else grad  # once for both of its products
+        if wants_x or wants_a:
+            grad_t = self.matmul(wide, lora_b.transpose(-1, -2)) * scaling
+        if wants_b:
+            grad_b = (self.outer(wide, t) * scaling).to(lora_b.dtype)
+        if wants_x:
+            grad_x = self.grad_input(grad, x.shape[-1], grad_t, lora_a)
+        if wants_a:
+            grad_a = self.outer(grad_t, x).to(lora_a.dtype)
+        return grad_x, grad_a, grad_b
 
     def matmul(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """x matrix^T, matrix [p, k], in :func:`product_dtype`."""
@@ -95,9 +132,17 @@ class Linear(torch.autograd.Function):
         t, lora_b = ctx.saved_tensors
         product = ctx.product
         needs_x, needs_bias, needs_t, needs_b = ctx.needs_input_grad[:4]
+        grad_bias = grad_t = grad_b = None
         grad_x = product.grad_input(grad, ctx.in_features) if needs_x else None
-        grad_bias, grad_t, grad_b = _gradients(ctx, grad, t, lora_b, needs_bias, needs_t, needs_b)
-        return grad_x, grad_bias, None if grad_t is None else grad_t.to(t.dtype), grad_b, *[None] * 4
+        if needs_bias:
+            grad_bias = product.sum_rows(grad).to(ctx.bias_dtype)
+        if (needs_t or needs_b) and grad.device.type == "cpu":
+            grad = grad.float()  # once for both
+        if needs_t:
+            grad_t = (product.matmul(grad, lora_b.transpose(-1, -2)) * ctx.scaling).to(t.dtype)
+        if needs_b:
+            grad_b = (product.outer(grad, t) * ctx.scaling).to(lora_b.dtype)
+        return grad_x, grad_bias, grad_t, grad_b, *[None] * 4
 
 
 class LoraLinear(torch.autograd.Function):
@@ -113,33 +158,21 @@ class LoraLinear(torch.autograd.Function):
         ctx.product, ctx.scaling = product, scaling
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(t)
+        ctx.set_materialize_grads(False)  # zeros for t would be a launch
         return y, t
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
+        if grad is None:  # what used y has no gradient for it
+            return (None,) * 7
         x, t, lora_a, lora_b = ctx.saved_tensors
         product = ctx.product
         needs_x, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:4]
-        grad_bias, grad_t, grad_b = _gradients(ctx, grad, t, lora_b, needs_bias, needs_x or needs_a, needs_b)
-        grad_x = product.grad_input(grad, x.shape[-1], grad_t, lora_a) if needs_x else None
-        grad_a = product.outer(grad_t, x).to(lora_a.dtype) if needs_a else None
+        grad_bias = product.sum_rows(grad).to(ctx.bias_dtype) if needs_bias else None
+        wanted = (needs_x, needs_a, needs_b)
+        grad_x, grad_a, grad_b = product.lora_backward(grad, x, t, lora_a, lora_b, ctx.scaling, wanted)
         return grad_x, grad_bias, grad_a, grad_b, *[None] * 3
-
-
-def _gradients(ctx, grad, t, lora_b, needs_bias, needs_t, needs_b):
-    """Gradients for (bias, t, lora_b), that of t in :func:`product_dtype`; None where not needed."""
-    product, scaling = ctx.product, ctx.scaling
-    grad_bias = grad_t = grad_b = None
-    if (needs_t or needs_b) and grad.device.type == "cpu":
-        grad = grad.float()  # once for both
-    if needs_bias:
-        grad_bias = product.sum_rows(grad).to(ctx.bias_dtype)
-    if needs_t:
-        grad_t = product.matmul(grad, lora_b.transpose(-1, -2)) * scaling
-    if needs_b:
-        grad_b = (product.outer(grad, t) * scaling).to(lora_b.dtype)
-    return grad_bias, grad_t, grad_b
 
 
 class _GradInput(torch.autograd.Function):
@@ -218,7 +251,19 @@ def _lora_by_parts(namespace: str):
     """The kernel of every backend: t by torch's product, the rest by the backend's ``linear``."""
 
     def kernel(x, *args):
-        return Product(namespace, args[:5]).lora_forward(x, *args[5:])
+        y, t = Product(namespace, args[:5]).lora_forward_by_parts(x, *args[5:])
+        return y, _cast(t, torch.float32)
+
+    return kernel
+
+
+def _lora_backward_by_parts(namespace: str):
+    def kernel(grad, x, t, *args):
+        *weight, lora_a, lora_b, scaling, wants_x, wants_a, wants_b = args
+        wanted = (wants_x, wants_a, wants_b)
+        product = Product(namespace, tuple(weight))
+        found = product.lora_backward_by_parts(grad, x, t, lora_a, lora_b, scaling, wanted)
+        return [each for each in found if each is not None]
 
     return kernel
 
@@ -228,8 +273,14 @@ def _fake_linear(x, packed, absmax, group_scales, offset, spec, out_features, *r
 
 
 def _fake_lora_linear(x, packed, absmax, group_scales, offset, spec, out_features, bias, lora_a, lora_b, scaling):
-    t = x.new_empty([*x.shape[:-1], lora_a.shape[0]], dtype=product_dtype(x, lora_a))
+    t = x.new_empty([*x.shape[:-1], lora_a.shape[0]], dtype=torch.float32)
     return x.new_empty([*x.shape[:-1], out_features]), t
+
+
+def _fake_lora_linear_backward(grad, x, t, *args):
+    lora_a, lora_b, _, *wanted = args[5:]
+    found = (torch.empty_like(each, memory_format=torch.contiguous_format) for each in (x, lora_a, lora_b))
+    return [each for each, is_wanted in zip(found, wanted, strict=True) if is_wanted]
 
 
 def _fake_linear_grad_input(grad, packed, absmax, group_scales, offset, spec, in_features, *lora):
@@ -251,6 +302,13 @@ OPS = (
         _autograd_lora_linear,
         autocast=True,
         kernel=_lora_by_parts,
+    ),
+    Op(
+        f"lora_linear_backward(Tensor grad, Tensor x, Tensor t, {WEIGHT}, Tensor lora_a, Tensor lora_b, float scaling, "
+        "bool wants_x, bool wants_a, bool wants_b) -> Tensor[]",
+        _fake_lora_linear_backward,
+        without_backward("lora_linear_backward", (0, 1, 2, 8, 9)),
+        kernel=_lora_backward_by_parts,
     ),
     Op(
         f"linear_grad_input(Tensor grad, {WEIGHT}, int in_features, Tensor? grad_t=None, Tensor? lora_a=None)"

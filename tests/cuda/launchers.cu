@@ -61,14 +61,6 @@ int lowbit_dequantize(const uint8_t* packed, const float* absmax, const uint8_t*
                           static_cast<cuda::Stream>(stream));
 }
 
-int lowbit_rounded_factors(const void* low, int low_dtype, const void* up, int up_dtype, int64_t up_row_stride,
-                           int64_t up_component_stride, float scaling, int64_t m, int64_t n, int64_t rank,
-                           void* low_out, void* up_out, int dtype, void* stream) {
-  return cuda::rounded_factors({low, static_cast<Dtype>(low_dtype), up, static_cast<Dtype>(up_dtype), up_row_stride,
-                                up_component_stride, scaling, m, n, rank, low_out, up_out, static_cast<Dtype>(dtype)},
-                               static_cast<cuda::Stream>(stream));
-}
-
 // A product's arguments as C++ has them, from plain ones.
 static LinearArgs linear_args(const void* x, int dtype, const uint8_t* packed, const float* absmax,
                               const uint8_t* scale_codes, const float* group_scales, const float* offset, int format,
@@ -90,23 +82,28 @@ static LinearArgs linear_args(const void* x, int dtype, const uint8_t* packed, c
           workspace};
 }
 
-// *workspace_size: how many floats of workspace the launcher wants; with y null nothing is launched.
+// sizes: how many floats of workspace and how many counters the launcher wants; with y null nothing is launched.
 int lowbit_linear_gemv(const void* x, int dtype, const uint8_t* packed, const float* absmax, const uint8_t* scale_codes,
                        const float* group_scales, const float* offset, int format, int64_t block_size,
                        const float* bias, const float* t, const float* lora_b, float scaling, int64_t m, int64_t n,
-                       int64_t k, int64_t rank, void* y, float* workspace, int64_t* workspace_size, void* stream) {
-  const LinearArgs args = linear_args(x, dtype, packed, absmax, scale_codes, group_scales, offset, format, block_size,
-                                      bias, t, lora_b, scaling, m, n, k, rank, y, workspace);
+                       int64_t k, int64_t rank, void* y, float* workspace, uint32_t* counters, int64_t* sizes,
+                       void* stream) {
+  LinearArgs args = linear_args(x, dtype, packed, absmax, scale_codes, group_scales, offset, format, block_size, bias,
+                                t, lora_b, scaling, m, n, k, rank, y, workspace);
+  args.counters = counters;
   const cuda::Plan plan = cuda::plan_gemv(args, cuda::current_gpu());
-  *workspace_size = plan.workspace;
+  sizes[0] = plan.workspace;
+  sizes[1] = plan.counters;
   return y ? cuda::linear(args, plan, static_cast<cuda::Stream>(stream)) : 0;
 }
 
-// workspace: null to be told how many floats of it are needed, or memory for as many, and the product is launched.
-int64_t lowbit_linear_grad_input(const void* grad, int dtype, const uint8_t* packed, const float* absmax,
-                                 const uint8_t* scale_codes, const float* group_scales, const float* offset, int format,
-                                 int64_t block_size, const float* grad_t, const float* lora_a, int64_t m, int64_t n,
-                                 int64_t k, int64_t rank, void* grad_x, float* workspace, void* stream) {
+// sizes: where to write how many floats of workspace and how many counters are needed; with grad_x null nothing is
+// launched.
+int lowbit_linear_grad_input(const void* grad, int dtype, const uint8_t* packed, const float* absmax,
+                             const uint8_t* scale_codes, const float* group_scales, const float* offset, int format,
+                             int64_t block_size, const float* grad_t, const float* lora_a, int64_t m, int64_t n,
+                             int64_t k, int64_t rank, void* grad_x, float* workspace, uint32_t* counters,
+                             int64_t* sizes, void* stream) {
   const LinearGradInputArgs args{
       grad,
       static_cast<Dtype>(dtype),
@@ -119,9 +116,11 @@ int64_t lowbit_linear_grad_input(const void* grad, int dtype, const uint8_t* pac
       rank,
       grad_x,
       0,
-      workspace};
+      workspace,
+      counters};
   const cuda::Plan plan = cuda::plan_grad_input_kernel(args, cuda::current_gpu());
-  return workspace ? cuda::linear_grad_input(args, plan, static_cast<cuda::Stream>(stream)) : plan.workspace;
+  sizes[0] = plan.workspace, sizes[1] = plan.counters;
+  return grad_x ? cuda::linear_grad_input(args, plan, static_cast<cuda::Stream>(stream)) : 0;
 }
 
 int lowbit_linear_gemm(const void* x, int dtype, const uint8_t* packed, const float* absmax, const uint8_t* scale_codes,
@@ -143,6 +142,34 @@ int64_t lowbit_linear_gemm_workspace(const void* x, int dtype, const uint8_t* pa
   const cuda::Plan plan = cuda::plan_gemm(args, cuda::current_gpu());
   *counters = plan.counters;
   return plan.workspace;
+}
+
+int lowbit_lora_product(const void* x, int dtype, const void* down, int down_dtype, int64_t down_row_stride,
+                        int64_t down_column_stride, float t_scale, float* t, const void* up, int up_dtype,
+                        int64_t up_row_stride, int64_t up_column_stride, float up_scale, const float* bias, void* y,
+                        int64_t m, int64_t n, int64_t k, int64_t rank, void* stream) {
+  const LoraProductArgs args{x,
+                             static_cast<Dtype>(dtype),
+                             {down, static_cast<Dtype>(down_dtype), down_row_stride, down_column_stride},
+                             t_scale,
+                             t,
+                             {up, static_cast<Dtype>(up_dtype), up_row_stride, up_column_stride},
+                             up_scale,
+                             bias,
+                             y,
+                             m,
+                             n,
+                             k,
+                             rank};
+  return cuda::lora_product(args, cuda::current_gpu(), static_cast<cuda::Stream>(stream));
+}
+
+int lowbit_lora_outer(const void* wide, int dtype, const float* low, float scale, void* out, int out_dtype,
+                      int64_t out_wide_stride, int64_t out_rank_stride, int64_t m, int64_t w, int64_t rank,
+                      void* stream) {
+  return cuda::lora_outer({wide, static_cast<Dtype>(dtype), low, scale, out, static_cast<Dtype>(out_dtype),
+                           out_wide_stride, out_rank_stride, m, w, rank},
+                          cuda::current_gpu(), static_cast<cuda::Stream>(stream));
 }
 
 }  // extern "C"

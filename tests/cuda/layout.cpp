@@ -28,6 +28,18 @@ static_assert(is_bijective(8, 16, 16, [](int lane, int i) {
   return Position{ldmatrix_a(lane).row, ldmatrix_a(lane).column + i};
 }));
 static_assert(is_bijective(64, kGemvRows, kGemvDepth, gemv_weight));
+// gemv on tensor cores: a quad's words have each column once, and those that meet in an mma are of one block.
+constexpr bool is_gemv_word_column(int step_blocks) {
+  for (int word = 0; word < 4; ++word)
+    for (int lane = 0; lane < 4; ++lane)
+      if (step_blocks > 1 &&
+          gemv_word_column(step_blocks, lane, word) * step_blocks / kGemvDepth != word * step_blocks / 4)
+        return false;
+  return is_bijective(32, 8, kGemvDepth, [=](int lane, int i) {
+    return Position{lane / 4, gemv_word_column(step_blocks, lane, i / 8) + i % 8};
+  });
+}
+static_assert(is_gemv_word_column(1) && is_gemv_word_column(2) && is_gemv_word_column(4));
 // Accesses of a tile of 8 pieces per lane.
 static_assert(is_bijective(8, 1, 8 * kWarpSize, [](int lane, int i) { return Position{0, piece_of(lane, i)}; }));
 static_assert(is_bijective(kLaneElements, 1, 256, [](int lane, int i) { return Position{0, state_element(lane, i)}; }));

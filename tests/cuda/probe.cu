@@ -11,6 +11,7 @@ extern "C" {
 
 // out[i] = x[i], 16 bytes per lane.
 __global__ void probe_global(const uint4* x, uint4* out) {
+  ptx::prefetch_l2(x + threadIdx.x);
   ptx::store_global_16(out + threadIdx.x, ptx::load_global_16(x + threadIdx.x));
 }
 
@@ -24,6 +25,15 @@ __global__ void probe_cached(const uint4* x, uint4* all, uint4* alternate, int* 
   index[threadIdx.x] = ptx::read_thread_index();
   sums4[threadIdx.x] = ptx::sum_lanes<4>(static_cast<float>(threadIdx.x));
   sums16[threadIdx.x] = ptx::sum_lanes<16>(static_cast<float>(threadIdx.x));
+}
+
+// out[i] = x[i] by 8 and by 4 bytes; the low and the high halves of two words.
+__global__ void probe_narrow_loads(const uint32_t* x, uint2* out8, uint32_t* out4, uint32_t* low, uint32_t* high) {
+  const uint2 v = ptx::load_global_8_cached(x + 2 * threadIdx.x);
+  out8[threadIdx.x] = v;
+  out4[threadIdx.x] = ptx::load_global_4_cached(x + threadIdx.x);
+  low[threadIdx.x] = ptx::low_halves(v.x, v.y);
+  high[threadIdx.x] = ptx::high_halves(v.x, v.y);
 }
 
 // Two floats per lane, rounded and packed, then the first half widened.
@@ -58,6 +68,15 @@ __global__ void probe_words(const uint32_t* x, uint32_t* products, int* signed_b
   shared4[lane] = ptx::load_shared_4(ptx::shared_address(words + lane));
   shared8[lane] = ptx::load_shared_8(ptx::shared_address(words + 2 * lane));
   shared16[lane] = ptx::load_shared_16(ptx::shared_address(words + 4 * lane));
+}
+
+// Words that change places between lanes; a prefetch changes nothing.
+__global__ void probe_swap(const uint32_t* x, int mask, uint32_t* out) {
+  uint32_t first = x[2 * threadIdx.x], second = x[2 * threadIdx.x + 1];
+  ptx::prefetch_l2(x + threadIdx.x);
+  ptx::swap_with_lane(first, second, threadIdx.x, mask);
+  out[2 * threadIdx.x] = first;
+  out[2 * threadIdx.x + 1] = second;
 }
 
 // Where each thread stands.

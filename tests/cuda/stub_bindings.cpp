@@ -2,9 +2,11 @@
 // on launchers that are linked to the emulator's stub runtime. What torch would do on a device is recorded instead.
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
+#include <string_view>
 #include <vector>
 
 namespace {
@@ -12,42 +14,54 @@ namespace {
 // Told of the memory of every tensor that an op makes for a kernel to write or (`filled` by torch) to read.
 void (*on_allocation)(void* data, int64_t bytes, bool filled);
 int device_of_tensors;  // where CPU tensors pretend to be
+int launches_of_torch;  // kernels that torch would launch for the bindings
 // Kept, so that their memory does not become another tensor's, of which the emulator is not told.
 auto& kept = *new std::vector<torch::stable::Tensor>;
 
-void record(const torch::stable::Tensor& tensor, bool filled) {
-  kept.push_back(tensor);
-  on_allocation(tensor.data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()), filled);
+void record(AtenTensorHandle tensor, bool filled) {
+  if (!on_allocation) return;
+  void* data = nullptr;
+  int64_t numel = 0;
+  int32_t dtype = 0;
+  aoti_torch_get_data_ptr(tensor, &data);
+  aoti_torch_get_numel(tensor, &numel);
+  aoti_torch_get_dtype(tensor, &dtype);
+  on_allocation(data, numel * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)), filled);
 }
 
-torch::stable::Tensor recorded_empty(const torch::stable::Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef size,
-                                     torch::headeronly::ScalarType type) {
-  auto tensor = torch::stable::new_empty(like, size, type);
-  record(tensor, false);
-  return tensor;
+AOTITorchError recorded_empty(int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                              int32_t device_type, int32_t device, AtenTensorHandle* made) {
+  const AOTITorchError error = aoti_torch_empty_strided(dimensions, sizes, strides, dtype, device_type, device, made);
+  if (!on_allocation) return error;
+  AtenTensorHandle another;
+  aoti_torch_new_tensor_handle(*made, &another);
+  kept.emplace_back(another);
+  record(*made, false);
+  return error;
 }
 
-torch::stable::Tensor recorded_to(const torch::stable::Tensor& self, torch::headeronly::ScalarType type) {
-  auto tensor = torch::stable::to(self, type);
+AOTITorchError recorded_copy(AtenTensorHandle to, AtenTensorHandle from, int32_t non_blocking) {
+  ++launches_of_torch;
+  const AOTITorchError error = aoti_torch_copy_(to, from, non_blocking);
+  record(to, true);
+  return error;
+}
+
+AOTITorchError recorded_zero(AtenTensorHandle tensor) {
+  ++launches_of_torch;
+  const AOTITorchError error = aoti_torch_zero_(tensor);
   record(tensor, true);
-  return tensor;
-}
-
-torch::stable::Tensor recorded_zero(torch::stable::Tensor& self) {
-  auto tensor = torch::stable::zero_(self);
-  on_allocation(self.data_ptr(), self.numel() * static_cast<int64_t>(self.element_size()), true);
-  return tensor;
+  return error;
 }
 
 // torch's products, which write memory that a kernel may read after.
-AOTITorchError recorded_call(const char* op, const char* overload, StableIValue* stack, uint64_t version) {
-  const AOTITorchError error = torch_call_dispatcher(op, overload, stack, version);
-  const auto result = torch::stable::detail::to<AtenTensorHandle>(stack[0]);
-  void* data = nullptr;
-  int64_t numel = 0;
-  aoti_torch_get_data_ptr(result, &data);
-  aoti_torch_get_numel(result, &numel);
-  on_allocation(data, numel, true);  // of which the address is what counts: its allocation is known
+AOTITorchError recorded_addmm(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle a, AtenTensorHandle b,
+                              double beta, double alpha) {
+  ++launches_of_torch;
+  const AOTITorchError error = aoti_torch_cpu_addmm_out(out, self, a, b, beta, alpha);
+  bool is_contiguous = false;
+  aoti_torch_is_contiguous(out, &is_contiguous);
+  if (is_contiguous) record(out, true);  // of which the address is what counts: its allocation is known
   return error;
 }
 
@@ -73,7 +87,10 @@ AOTITorchError current_stream_stub(int32_t device, void** stream) {
   return 0;
 }
 void* stub_dlopen(const char*, int) { return &on_allocation; }
-void* stub_dlsym(void*, const char*) { return reinterpret_cast<void*>(&current_stream_stub); }
+void* stub_dlsym(void*, const char* name) {
+  return name == std::string_view("aoti_torch_cuda_addmm_out") ? reinterpret_cast<void*>(&recorded_addmm)
+                                                               : reinterpret_cast<void*>(&current_stream_stub);
+}
 
 }  // namespace
 
@@ -81,25 +98,21 @@ extern "C" __attribute__((visibility("default"))) void stub_set_callback_of_bind
                                                                                                         bool)) {
   on_allocation = allocation;
 }
+extern "C" __attribute__((visibility("default"))) int stub_launches_of_torch() { return launches_of_torch; }
 extern "C" __attribute__((visibility("default"))) void stub_set_device_of_tensors(int device) {
   device_of_tensors = device;
 }
 
-namespace torch::stable {
-using ::recorded_empty;
-using ::recorded_to;
-using ::recorded_zero;
-namespace accelerator {
+namespace torch::stable::accelerator {
 using ::StubGuard;
 }
-}  // namespace torch::stable
 
 #include <torch/csrc/stable/accelerator.h>
-#define torch_call_dispatcher recorded_call
+#define aoti_torch_empty_strided recorded_empty
+#define aoti_torch_copy_ recorded_copy
+#define aoti_torch_zero_ recorded_zero
 #include "bindings/ops.h"
-#define new_empty recorded_empty
-#define zero_ recorded_zero
-#define to(...) recorded_to(__VA_ARGS__)  // not to<T>(...)
+#include "bindings/tensors.h"
 #define DeviceGuard StubGuard
 #define get_device_index() is_cpu() ? device_of_tensors : -1
 #define dlopen stub_dlopen
@@ -112,6 +125,6 @@ using ::StubGuard;
 extern "C" __attribute__((visibility("default"))) void* stub_counters(int64_t count, void* stream) {
   AtenTensorHandle handle;
   const int64_t size = 1;
-  aoti_torch_empty_strided(1, &size, &size, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle);
+  recorded_empty(1, &size, &size, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle);
   return zeroed_counters(torch::stable::Tensor(handle), static_cast<Stream>(stream), count).data_ptr();
 }

@@ -28,14 +28,17 @@ double codebook_error(const std::string& isa, const Format* format, Dtype dtype,
   return worst;
 }
 
-// Whether a product rounds the decoded weights to bf16 before it multiplies: the gemm of AVX512-BF16, to which more
-// than four rows of bf16 go, and fewer where the flat weight's chunks of 64 cross rows.
+// Whether a product rounds the decoded weights to bf16 before it multiplies: few_rows.h and bf16_gemm.h do for more
+// than four rows of bf16, and for fewer where the flat weight's chunks of 64 cross rows.
+bool multiplies_pairs(const std::string& isa, Dtype dtype) {
+  return (isa == "avx512bf16" || isa == "amx") && dtype == Dtype::bf16;
+}
 bool rounds_weights(const std::string& isa, const Format* format, Dtype dtype, int64_t m, int64_t k) {
-  return isa == "avx512bf16" && dtype == Dtype::bf16 && (m > 4 || (format->bits == 4 && k % 64));
+  return multiplies_pairs(isa, dtype) && (m > 4 || (format->bits == 4 && k % 64));
 }
 // The same for the product with W itself, where few rows times int8 go to the gemm too.
 bool rounds_weights_backward(const std::string& isa, const Format* format, Dtype dtype, int64_t m, int64_t k) {
-  return isa == "avx512bf16" && dtype == Dtype::bf16 && (m > 4 || format->bits == 8 || k % 64);
+  return multiplies_pairs(isa, dtype) && (m > 4 || format->bits == 8 || k % 64);
 }
 
 // y against exact sums of x (m x k) times `decoded` as W^T, rounded to bf16 where asked, plus LoRA and bias; names the

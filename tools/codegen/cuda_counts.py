@@ -11,6 +11,7 @@ from .instruction_costs import Counted, data_path_cycles, mma_macs
 from .machine_code import Kernel, count, disassemble_once
 
 CUDA, BITSANDBYTES = "lowbit", "bitsandbytes"
+_REGISTERS = 65536  # of a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Loop:
     """A kernel's main loop: where to find it, and how many weights a lane handles in it.
 
     ``kernel`` is a pattern of the mangled name. Its group ``rows``, if it has one, is the number of rows of x that one
-    reading of W serves; otherwise the field ``rows`` is (0: W is only decoded). ``weights`` counts weights per
+    reading of W serves; otherwise the field ``rows`` is (0: W is only decoded). So is ``columns``, of the output in a
+    tile. ``weights`` counts weights per
     instruction of an opcode of the loop. With ``per_row_tile`` it is divided by rows / 8, because the mma of several
     row tiles meet one weight.
     """
@@ -31,24 +33,28 @@ class Loop:
     weights: dict[str, float]
     rows: int = 0
     per_row_tile: bool = False
+    columns: int = 0  # as Counted's, as the next
+    splits_k: bool = True
+    warps: int = 8
 
 
 #: Kernels that this build lacks are left out, and reported.
 LOOPS = (
     Loop("dequantize", CUDA, "dequantize.cu", r"17dequantize_kernelI\w*4Bf16ELb1E", ("LDG.128", "STG.128"),
          {"LDG.128": 32}),
-    Loop("linear", CUDA, "gemv.cu", r"gemv_mma_kernelI\w*4Bf16ELi2ELi1E", ("HMMA.16816",), {"HMMA.16816": 8}, 4),
-    Loop("linear", CUDA, "gemv.cu", r"gemv_mma_kernelI\w*4Bf16ELi2ELi2E", ("HMMA.16816",), {"HMMA.16816": 4}, 8),
-    Loop("linear", CUDA, "gemm.cu", r"gemm_kernelI\w*4Bf16ELi(?P<rows>16(?=ELi128E)|\d+(?=ELi256E))ELi\d+ELi64ELb1E",
-         ("HMMA.16816", "LDGSTS"), {"HMMA.16816": 8}, per_row_tile=True),
+    Loop("linear", CUDA, "gemv.cu", r"gemv_mma_kernelI\w*4Bf16ELi2ELi4E", ("HMMA.16816",), {"HMMA.16816": 8}, 4),
+    Loop("linear", CUDA, "gemv.cu", r"gemv_mma_kernelI\w*4Bf16ELi2ELi8E", ("HMMA.16816",), {"HMMA.16816": 8}, 8),
+    Loop("linear", CUDA, "gemm.cu", r"gemm_kernelI\w*4Bf16ELi(?P<rows>\d+)ELi64ELb1E", ("HMMA.16816", "LDGSTS"),
+         {"HMMA.16816": 8}, per_row_tile=True),
     Loop("linear_grad_input", CUDA, "grad_input.cu", r"grad_input_mma_kernelI\w*4Bf16ELi(?P<rows>\d+)ELb1E",
          ("HMMA.16816", "LDGSTS"), {"HMMA.16816": 8}, per_row_tile=True),
     Loop("dequantize", BITSANDBYTES, BITSANDBYTES, r"kDequantizeBlockwiseI13__nv_bfloat16Li512ELi64ELi8ELi2E",
          ("LDG.U8", "STG"), {"STG.U16": 1, "STG.128": 8}),
     Loop("linear", BITSANDBYTES, BITSANDBYTES, r"gemm_4bit_simtI13__nv_bfloat16Li(?P<rows>\d+)E", ("LDG.EF.128",),
          {"LDG.EF.128": 32}),
-    Loop("linear", BITSANDBYTES, BITSANDBYTES, r"gemm_4bit_sm80_m16n8k16I13__nv_bfloat16Li(?P<rows>\d+)E",
-         ("LDG.EF", "HMMA"), {"LDG.EF.128": 32, "LDG.EF.64": 16}),
+    Loop("linear", BITSANDBYTES, BITSANDBYTES,
+         r"gemm_4bit_sm80_m16n8k16I13__nv_bfloat16Li(?P<rows>\d+)ELi(?P<columns>\d+)E",
+         ("LDG.EF", "HMMA"), {"LDG.EF.128": 32, "LDG.EF.64": 16}, splits_k=False),
 )  # fmt: skip
 
 
@@ -59,7 +65,7 @@ def counted(loop: Loop, kernel: Kernel) -> Counted | None:
     if not named or not fitting:
         return None
     body = min(fitting, key=len)
-    rows = int(named["rows"]) if "rows" in named.groupdict() else loop.rows
+    rows, columns = (int(named.groupdict().get(name) or getattr(loop, name)) for name in ("rows", "columns"))
     weights = sum(count(body, opcode) * each for opcode, each in loop.weights.items())
     if loop.per_row_tile:
         weights /= rows / 8
@@ -71,6 +77,10 @@ def counted(loop: Loop, kernel: Kernel) -> Counted | None:
         len(body) / weights,
         data_path_cycles(body) / (32 * weights),
         mma_macs(body) / (32 * weights),
+        columns=columns,
+        splits_k=loop.splits_k,
+        warps=loop.warps,
+        resident=max(1, min(64 // loop.warps, _REGISTERS // (kernel.registers * 32 * loop.warps))),
     )
 
 

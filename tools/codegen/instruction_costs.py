@@ -21,6 +21,10 @@ class Counted:
     cycles: float  # of the L1/shared data path, for a lane's weight: 32 lanes share each
     macs: float  # of mma.sync
     peak_macs: float = 0.0  # of wgmma and tcgen05, which reach the peak
+    columns: int = 0  # of the output in a block's tile; 0: not known
+    splits_k: bool = True  # whether as many blocks share k as fill the GPU
+    warps: int = 8  # of a block
+    resident: int = 8  # blocks that the registers of a multiprocessor hold
 
 
 def data_path_cycles(body: list[str]) -> float:

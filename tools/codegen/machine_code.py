@@ -24,6 +24,7 @@ class Kernel:
     stack: int
     local: int
     instructions: list[tuple[int, str]]
+    shared: int = 0  # bytes that it declares
 
     def loops(self) -> list[list[str]]:
         """The bodies of all loops: from the target of each backward branch to the branch."""
@@ -65,13 +66,13 @@ def _dump(option: str, binary: Path, arch: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _resources_in(usage: str) -> dict[str, tuple[int, int, int]]:
-    lines = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
+def _resources_in(usage: str) -> dict[str, tuple[int, int, int, int]]:
+    lines = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*?SHARED:(\d+).*?LOCAL:(\d+)", usage)
     return {name: tuple(map(int, numbers)) for name, *numbers in lines}
 
 
-def resources(binary: Path, arch: str) -> dict[str, tuple[int, int, int]]:
-    """Registers, bytes of stack and bytes of local memory of each kernel of a cubin or a library."""
+def resources(binary: Path, arch: str) -> dict[str, tuple[int, int, int, int]]:
+    """Registers, bytes of stack, of shared and of local memory of each kernel of a cubin or a library."""
     return _resources_in(_dump("-res-usage", binary, arch))
 
 
@@ -81,7 +82,9 @@ def _kernels_in(sass: str, usage: str, arch: str) -> list[Kernel]:
     for part in sass.split("Function : ")[1:]:
         name = part.split()[0]
         lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(.*?);", part)
-        found.append(Kernel(name, arch, *used[name], [(int(address, 16), text) for address, text in lines]))
+        registers, stack, shared, local = used[name]
+        instructions = [(int(address, 16), text) for address, text in lines]
+        found.append(Kernel(name, arch, registers, stack, local, instructions, shared))
     return found
 
 

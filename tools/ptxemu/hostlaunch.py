@@ -82,6 +82,7 @@ class HostLaunch:
     stream: int  # the opaque pointer as given; 0 is the default stream
     device: int
     result: Result
+    arguments: list[bytes]  # as given: addresses of the host's
 
 
 @dataclass
@@ -166,6 +167,17 @@ class HostLibrary:
     def set_capturing(self, is_capturing):
         """Whether cudaStreamIsCapturing says that what is enqueued becomes part of a graph."""
         self._library.stub_set_capturing(is_capturing)
+
+    def set_idle(self, is_idle):
+        """Whether launches do nothing, not even call Python: to time the host code."""
+        self._library.stub_set_idle(is_idle)
+
+    def replay(self, launch):
+        """Run a kernel again as a graph does: with the arguments that it had, on what is in memory now."""
+        addresses = [ctypes.create_string_buffer(argument, len(argument)) for argument in launch.arguments]
+        pointers = (ctypes.c_void_p * len(addresses))(*map(ctypes.addressof, addresses))
+        dims = [(_Dim3 * 1)(_Dim3(*size)) for size in (launch.grid, launch.block)]
+        self._launch(launch.kernel.encode(), *dims, launch.shared, pointers, launch.stream)
 
     def _device(self, number):
         return self.other_devices.get(number, self.device)
@@ -292,7 +304,9 @@ class HostLibrary:
             device=self._device(self.current_device),
             **self.options,
         )
-        self.launches.append(HostLaunch(kernel.name, grid, block, shared, stream or 0, self.current_device, result))
+        given = [ctypes.string_at(arguments[i], parameter.size) for i, parameter in enumerate(kernel.parameters)]
+        stream = stream or 0
+        self.launches.append(HostLaunch(kernel.name, grid, block, shared, stream, self.current_device, result, given))
 
     def _kernel_argument(self, address, parameter):
         """Bytes of an argument, with pointers into known memory (also inside structs) made the emulator's."""

@@ -28,6 +28,7 @@ struct Avx512 {
   using Vec = __m512;
   static constexpr const char* name = "avx512";
   static constexpr int64_t kLanes = 16;
+  static constexpr int64_t kFewBf16Rows = INT64_MAX;  // most rows of bf16 that go to few_rows.h
   static constexpr int kRows = 12;  // 24 sums, two vectors of weights and a broadcast: 27 of 32 registers
 
   static Vec zero() { return _mm512_setzero_ps(); }
@@ -50,6 +51,27 @@ struct Avx512 {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+
+  // Lane l is the sum of the 16 values at from + l * stride.
+  static Vec sums_of_rows(const float* from, int64_t stride) {
+    Vec rows[16];
+#pragma GCC unroll 16
+    for (int row = 0; row < 16; ++row) rows[row] = _mm512_loadu_ps(from + row * stride);
+    // Halves the vectors four times: each step adds what two of them have beside each other.
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+      rows[i] = add(_mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]), _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512d low = _mm512_castps_pd(rows[2 * i]), high = _mm512_castps_pd(rows[2 * i + 1]);
+      rows[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+      rows[i] = add(_mm512_shuffle_f32x4(rows[2 * i], rows[2 * i + 1], 0x88),
+                    _mm512_shuffle_f32x4(rows[2 * i], rows[2 * i + 1], 0xdd));
+    return add(_mm512_shuffle_f32x4(rows[0], rows[1], 0x88), _mm512_shuffle_f32x4(rows[0], rows[1], 0xdd));
   }
 
   static Vec load(const float* from) { return _mm512_loadu_ps(from); }
@@ -84,17 +106,8 @@ struct Avx512 {
   // The whole fp32 codebook fits a register: one permutation looks up sixteen codes and reads no index bit but the
   // lowest four, so that codes need a shift and no mask.
   struct Decoder {
-    static constexpr int64_t kChunk = 128;
     explicit Decoder(const Format& format) : codebook(_mm512_loadu_ps(format.codebook)) {}
     __m512 codebook;
-
-    void operator()(const uint8_t* packed, Vec (&values)[8]) const {
-      const __m512i dwords = _mm512_loadu_si512(packed);
-#pragma GCC unroll 8
-      for (int nibble = 0; nibble < 8; ++nibble) values[nibble] = look_up(_mm512_srli_epi32(dwords, 4 * nibble));
-    }
-    // Lane l has the eight elements of dword l; the even one of a byte is its high nibble.
-    static constexpr int64_t element(int64_t i) { return i % 16 * 8 + (i / 16 ^ 1); }
 
     void natural(const uint8_t* packed, float low, float high, Vec (&values)[4]) const {
       const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
@@ -144,17 +157,44 @@ struct Avx512 {
     __m512 look_up(__m512i codes) const { return _mm512_permutexvar_ps(codes, codebook); }
   };
 
-  template <class T, int M>
-  using GemvDecoder = Decoder;
+  // few_rows.h: 64 weights as four vectors. Lane l of vector v is element 4 l + (v ^ 1), and halves of a chunk that
+  // have a scale each, of blocks of 32, are halves of every vector.
+  template <bool kHalves>
+  struct Fp32Chunk {
+    static constexpr int kVectors = 4, kFloats = 64, kScales = kHalves ? 2 : 1;
+    explicit Fp32Chunk(const Format& format) : codebook(load(format.codebook)) {}
+    Vec codebook;
+
+    struct Weights {
+      __m512i codes;
+      Vec table, scale;
+      Vec vector(int v) const {
+        const Vec value = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, static_cast<unsigned>(4 * v)), table);
+        return kHalves ? mul(value, scale) : value;
+      }
+      static Vec fma(Vec w, Vec x, Vec sums) { return Avx512::fma(w, x, sums); }
+    };
+    Weights weights(const uint8_t* packed, const float* scales) const {
+      const __m512i codes = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+      if (kHalves) return {codes, codebook, join(broadcast(scales[0]), broadcast(scales[1]))};
+      return {codes, mul(codebook, broadcast(scales[0])), zero()};
+    }
+    static Vec x(const float* arranged, int v) { return load(arranged + v * kLanes); }
+    template <class T>
+    static void arrange(const T* from, float* to) {
+      const Vec first = load(from), second = load(from + 16), third = load(from + 32), fourth = load(from + 48);
+      for (int v = 0; v < 4; ++v) {
+        // Elements v, v + 4, ... of the 32 of two vectors, in the low half.
+        const auto every_fourth = [v](Vec low, Vec high) {
+          const __m512i index = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+          return _mm512_permutex2var_ps(low, _mm512_add_epi32(index, _mm512_set1_epi32(v)), high);
+        };
+        store(to + (v ^ 1) * 16, join(every_fourth(first, second), every_fourth(third, fourth)));
+      }
+    }
+  };
 
   static Vec join(Vec low_half, Vec high_half) { return _mm512_mask_blend_ps(0xff00, low_half, high_half); }
-  static Vec scale(const float* entry, const float* group_scale, Vec offset) {
-    return add(mul(broadcast(*entry), broadcast(*group_scale)), offset);
-  }
-  static Vec quarters(float first, float second, float third, float fourth) {
-    const __m512i quarters = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    return _mm512_permutexvar_ps(quarters, _mm512_castps128_ps512(_mm_setr_ps(first, second, third, fourth)));
-  }
 
   static void decode_scales(const uint8_t* codes, int64_t count, float group_scale, float offset, float* scales) {
     for (int64_t i = 0; i < count; i += 16) {
@@ -176,34 +216,6 @@ struct Avx512 {
     const Vec position = add(mul(add(clamped, broadcast(1.0f)), broadcast(32767.5f)), broadcast(0.5f));
     _mm512_storeu_si512(positions, _mm512_cvttps_epi32(position));
   }
-
-  struct Int8Dot {
-    explicit Int8Dot(const Format& format) {
-      alignas(16) int8_t table[16];
-      for (int code = 0; code < 16; ++code) table[code] = int8_codebook(format, code);
-      codebook = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
-    }
-    __m256i codebook;
-
-    template <int M>
-    void operator()(const uint8_t* packed, const int8_t* x, int64_t x_stride, Vec (&sums)[M]) const {
-      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
-      const __m256i low_nibble = _mm256_set1_epi8(15);
-      const __m512i even = look_up(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), low_nibble));
-      const __m512i odd = look_up(_mm256_and_si256(bytes, low_nibble));
-      for (int m = 0; m < M; ++m) {
-        const auto wide = [&](int half) {
-          const int8_t* from = x + m * x_stride + 32 * half;
-          return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-        };
-        sums[m] =
-            _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_madd_epi16(even, wide(0)), _mm512_madd_epi16(odd, wide(1))));
-      }
-    }
-
-   private:
-    __m512i look_up(__m256i codes) const { return _mm512_cvtepi8_epi16(_mm256_shuffle_epi8(codebook, codes)); }
-  };
 
   struct Squares {
     __m512d low, high;

@@ -42,6 +42,16 @@ __device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
   return ptx::narrow_f16x2(low, high);
 }
 
+// Two fp32 as the sums of two bf16 each.
+struct SplitPair {
+  uint32_t high, low;
+
+  SplitPair() = default;
+  __device__ __forceinline__ SplitPair(float x, float y) : high(ptx::narrow_bf16x2(x, y)) {
+    low = ptx::narrow_bf16x2(x - __uint_as_float(high << 16), y - __uint_as_float(high & 0xffff0000));
+  }
+};
+
 template <class T>
 __device__ __forceinline__ uint4 narrow(const float (&values)[kPerAccess<T>]) {
   uint32_t words[4];

@@ -46,6 +46,21 @@ LOWBIT_HOST_DEVICE constexpr Position gemv_weight(int lane, int i) {
   return {lane / 4 + i / kGemvLaneDepth * 8, lane % 4 * kGemvLaneDepth + i % kGemvLaneDepth};
 }
 
+// What a warp has on its way, in steps, and how many blocks of so many warps a multiprocessor holds: 3 of 46 KB of
+// shared memory and 80 registers a thread. Four blocks of 64 registers would have room for two steps only: 64 KB of W
+// on their way to a full multiprocessor instead of 96, and 32 instead of 64 where it has two.
+constexpr int kGemvWarps = 8, kGemvResident = 3;
+constexpr int kGemvMmaAhead = 4, kGemvFmaAhead = 2;
+
+// The same on tensor cores, after the lanes of a quad have exchanged words: the first of the 8 columns that word `word`
+// of a lane's 4 of a row has. A step spans so many blocks, and all lanes have words of the first before the next.
+LOWBIT_HOST_DEVICE constexpr int gemv_word_column(int step_blocks, int lane, int word) {
+  const int in_quad = lane % 4;
+  if (step_blocks == 1) return in_quad * kGemvLaneDepth + word * 8;
+  if (step_blocks == 2) return word / 2 * 64 + in_quad % 2 * kGemvLaneDepth + in_quad / 2 * 16 + word % 2 * 8;
+  return word * 32 + in_quad * 8;
+}
+
 // --- tiles staged in shared memory, in pieces of 16 bytes.
 
 // A tile of 16-bit activations whose rows are whole lines of 128 bytes: where in its row a piece goes, so that eight
@@ -107,27 +122,35 @@ template <int kRows>
 struct MmaTile {
   static constexpr int kColumnWarps = 2, kRowWarps = 4;
   static constexpr int kThreads = kColumnWarps * kRowWarps * kWarpSize;
-  static constexpr int kColumns = 2 * kPackedRowBytes, kColumnsShift = 7;
+  static constexpr int kColumns = 2 * kPackedRowBytes;
   static constexpr int kSteps = 2;  // of 16 rows of W, by each warp
   static constexpr int kDepth = kRowWarps * kSteps * 16;
   static constexpr int kStages = 3;
   static constexpr int kPackedPieces = kDepth * kPackedRowBytes / kAccessBytes;
   static constexpr int kGradRowPieces = kDepth * 2 / kAccessBytes;
   static constexpr int kGradPieces = kRows * kGradRowPieces;
-  // Scales of a tile: for each row of W one per unit of columns. With 32 rows four units, which are blocks of 32, would
-  // take more than 128 registers.
-  static constexpr int kUnits = kColumns / (kRows < 32 ? 32 : 64);
-  static constexpr int kUnitStride = kDepth + 8;  // two units' scales of a quad's rows are in different banks
+  // Scales of a warp: for each of its rows of W one per unit of columns. With 32 rows of grad two units, which are
+  // blocks of 32, would take more than 128 registers.
+  static constexpr int kWarpColumns = kColumns / kColumnWarps, kWarpRows = kSteps * 16;
+  static constexpr int kUnits = kWarpColumns / (kRows < 32 ? 32 : 64);
+  static constexpr int kUnitStride = kWarpRows + 8 * (kUnits - 1);  // two units' scales of a quad's rows: other banks
+  // The table of pairs, the stages, the scales. Of 32 rows' 81 KB, and the 1 KB that the GPU adds, an A100 holds two
+  // blocks, and no byte more.
+  static constexpr int kSharedBytes = 256 * 16 * 8 + kStages * (kPackedPieces + kGradPieces) * kAccessBytes +
+                                      kThreads / kWarpSize * kUnits * kUnitStride * 4;
 };
 
 // In fp32 arithmetic, for rows of W whose start has 16-byte alignment: a lane takes 32 columns of a row at a time, a
-// warp 1024; the warps of a block share out the rows of W.
+// warp 256 of each of four rows, which are whole lines of 128 bytes; the warps of a block share out the rows of W.
 struct FmaTile {
   static constexpr int kRows = 2;  // 64 sums a lane
   static constexpr int kLaneColumns = 2 * kAccessBytes;
-  static constexpr int kColumns = kWarpSize * kLaneColumns;
+  static constexpr int kColumnLanes = 8, kWarpRows = kWarpSize / kColumnLanes;
+  static constexpr int kColumns = kColumnLanes * kLaneColumns;
   static constexpr int kWarps = 8;
   static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kSumStride = kWarpSize + 1;  // of a lane's sums: no two lanes meet in a bank, whoever reads
+  static constexpr int kSharedBytes = 256 * 16 * 8 + kRows * kLaneColumns * kSumStride * 4;  // the table of pairs, sums
 };
 
 // For any shape: a thread takes one column, element by element.
@@ -135,6 +158,16 @@ struct ElementTile {
   static constexpr int kRows = 8;
   static constexpr int kColumns = 256;
   static constexpr int kThreads = kColumns;
+  static constexpr int kSharedBytes = kRows * kThreads * 4;
+};
+
+// LoRA's kernels: threads of a block for `rank` columns of t at a time. Each warp makes 32 rows of them; 64 columns are
+// 64 sums of a lane and 64 registers of a factor on its way.
+struct LoraTile {
+  static constexpr int kRows = 32, kSliceColumns = 16;          // t goes through shared memory 16 columns at a time
+  static constexpr int kSliceBytes = 8 * (kRows + 8) * 8;       // sums of a warp in them
+  static constexpr int kShortRowsBytes = (kWarpSize + 1) * 16;  // 8 rows of them as fragments
+  static LOWBIT_HOST_DEVICE constexpr int threads(int rank) { return rank == 16 ? 512 : 256; }
 };
 
 // The order of the gemm's contraction: which of a warp's 64 columns stands at column `column` of A (row `column` of B)

@@ -8,7 +8,7 @@
 
 namespace lowbit::cuda::ptx {
 
-// --- global memory: 16 aligned bytes
+// --- global memory, 16 aligned bytes if not said otherwise
 
 // For data that is read once: past L1.
 __device__ __forceinline__ uint4 load_global_16(const void* from) {
@@ -26,7 +26,20 @@ __device__ __forceinline__ uint4 load_global_16_cached(const void* from) {
   return v;
 }
 
-// The same where `wanted`; otherwise v stays as it is. (16 bytes, because nvcc makes a branch of two loads together.)
+// 8 and 4 aligned bytes, likewise.
+__device__ __forceinline__ uint2 load_global_8_cached(const void* from) {
+  uint2 v;
+  asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
+  return v;
+}
+__device__ __forceinline__ uint32_t load_global_4_cached(const void* from) {
+  uint32_t v;
+  asm("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(from));
+  return v;
+}
+
+// The 16 bytes where `wanted`; otherwise v stays as it is. (16 bytes, because nvcc makes a branch of two loads
+// together.)
 __device__ __forceinline__ void load_global_16_if(bool wanted, uint4& v, const void* from) {
   asm volatile(
       "{\n\t"
@@ -37,6 +50,9 @@ __device__ __forceinline__ void load_global_16_if(bool wanted, uint4& v, const v
       : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
       : "l"(from), "r"(static_cast<uint32_t>(wanted)));
 }
+
+// Lets the 32 bytes at `from` come into L2, for a load that follows much later.
+__device__ __forceinline__ void prefetch_l2(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 __device__ __forceinline__ void store_global_16(void* to, uint4 v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
@@ -158,6 +174,14 @@ __device__ __forceinline__ uint32_t shuffle(uint32_t value, int lane) {
   return v;
 }
 
+// Lanes l and l ^ mask, of which the first has that bit clear: its `second` and the other's `first` change places.
+__device__ __forceinline__ void swap_with_lane(uint32_t& first, uint32_t& second, int lane, int mask) {
+  const bool is_upper = lane & mask;
+  const uint32_t received = shuffle_xor(is_upper ? first : second, mask);
+  first = is_upper ? received : first;
+  second = is_upper ? second : received;
+}
+
 // The sum over aligned groups of kLanes lanes; each lane of a group gets it.
 template <int kLanes>
 __device__ __forceinline__ float sum_lanes(float value) {
@@ -181,6 +205,25 @@ __device__ __forceinline__ uint32_t shuffle_quad(uint32_t value, int lane) {
 __device__ __forceinline__ uint32_t add_product_of_byte(uint32_t word, int b, uint32_t factor, uint32_t sum) {
   uint32_t v;
   asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(v) : "r"(word), "r"(factor << 8 * b), "r"(sum));
+  return v;
+}
+
+// Byte `b` of `word` above the lowest byte of `low`, whose highest is 0.
+__device__ __forceinline__ uint32_t byte_above(uint32_t word, int b, uint32_t low) {
+  uint32_t v;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(word), "r"(low), "r"(0x7704 | b << 4));
+  return v;
+}
+
+// Of two pairs of 16 bits, the low halves and the high ones, that of `first` below.
+__device__ __forceinline__ uint32_t low_halves(uint32_t first, uint32_t second) {
+  uint32_t v;
+  asm("prmt.b32 %0, %1, %2, 0x5410;" : "=r"(v) : "r"(first), "r"(second));
+  return v;
+}
+__device__ __forceinline__ uint32_t high_halves(uint32_t first, uint32_t second) {
+  uint32_t v;
+  asm("prmt.b32 %0, %1, %2, 0x7632;" : "=r"(v) : "r"(first), "r"(second));
   return v;
 }
 

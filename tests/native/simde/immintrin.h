@@ -1,6 +1,6 @@
-// Stands in for the compiler's <immintrin.h> in `make avx512-test`, so that csrc/cpu/isa_avx512.h and
-// isa_avx512bf16.h run on any x86-64 CPU: the intrinsics as SIMDe defines them in portable C, and here those that SIMDe
-// 0.7.4 (Debian 12) lacks or has otherwise, as Intel's intrinsics guide defines them.
+// Stands in for the compiler's <immintrin.h> in `make avx512-test`, so that csrc/cpu/isa/avx512.h,
+// isa/avx512bf16.h and isa/amx.cpp run on any x86-64 CPU: the intrinsics as SIMDe defines them in portable C, and here
+// those that SIMDe 0.7.4 (Debian 12) lacks or has otherwise, as Intel's intrinsics guide defines them.
 #pragma once
 
 // What SIMDe does not name itself it could not replace: nothing here may come from the compiler's own AVX headers.
@@ -38,11 +38,13 @@
 #undef _mm_maskz_loadu_epi8
 #undef _mm512_mask_storeu_ps
 #undef _mm512_mask_i32gather_ps
+#undef _mm512_shuffle_f32x4
 #undef _mm512_stream_si512
 #undef _mm512_madd_epi16
 #undef _mm512_fmadd_ps
 #undef _mm512_dpbf16_ps
 #undef _mm512_cvtne2ps_pbh
+#undef _mm512_cvtneps_pbh
 #undef _mm512_dpbusd_epi32
 
 // They then leave the compiler at the instruction set that everything is compiled for.
@@ -98,6 +100,13 @@ inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
 }
 
 inline __m256 _mm512_extractf32x8_ps(__m512 a, int half) { return portable::elements<__m256>(a)[half & 1]; }
+
+// Two quarters of a, then two of b, as two bits of `order` each say.
+inline __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int order) {
+  const auto low = portable::elements<__m128>(a), high = portable::elements<__m128>(b);
+  return std::bit_cast<__m512>(
+      std::array{low[order & 3], low[order >> 2 & 3], high[order >> 4 & 3], high[order >> 6 & 3]});
+}
 
 inline int _mm512_reduce_max_epi32(__m512i a) {
   int32_t largest = INT32_MIN;
@@ -161,10 +170,89 @@ inline __m512bh _mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
   for (size_t i = 0; i < 16; ++i) to[i] = portable::to_bf16(lower[i]), to[i + 16] = portable::to_bf16(upper[i]);
   return std::bit_cast<__m512bh>(to);
 }
+inline __m256bh _mm512_cvtneps_pbh(__m512 a) {
+  const auto from = portable::elements<float>(a);
+  std::array<uint16_t, 16> to;
+  for (size_t i = 0; i < to.size(); ++i) to[i] = portable::to_bf16(from[i]);
+  return std::bit_cast<__m256bh>(to);
+}
 inline __m512i _mm512_dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {
   const auto x = portable::elements<uint8_t>(a);
   const auto y = portable::elements<int8_t>(b);
   auto to = portable::elements<int32_t>(sums);
   for (size_t i = 0; i < x.size(); ++i) to[i / 4] += x[i] * y[i];
   return std::bit_cast<__m512i>(to);
+}
+
+// AMX: the tiles of a thread, which exist between _tile_loadconfig and _tile_release. A thread that ends without the
+// latter, or an instruction on tiles of no or another shape, is an error.
+namespace portable {
+
+struct Tile {
+  int rows = 0, row_bytes = 0;
+  uint8_t bytes[16][64] = {};
+};
+struct Tiles {
+  bool configured = false;
+  Tile tile[8];
+  ~Tiles() { require(!configured, "a thread ended without _tile_release"); }
+  Tile& at(int i) {
+    require(configured && i < 8 && tile[i].rows > 0, "an instruction on a tile that is not set up");
+    return tile[i];
+  }
+};
+inline thread_local Tiles tiles;
+
+}  // namespace portable
+
+inline void _tile_release() { portable::tiles.configured = false; }
+inline void _tile_loadconfig(const void* config) {
+  const auto* from = static_cast<const uint8_t*>(config);
+  portable::require(from[0] == 1, "_tile_loadconfig: not palette 1");
+  for (int i = 1; i < 16; ++i) portable::require(from[i] == 0, "_tile_loadconfig: start row or reserved bytes");
+  for (int i = 0; i < 16; ++i) {
+    uint16_t row_bytes;
+    std::memcpy(&row_bytes, from + 16 + 2 * i, 2);
+    const int rows = from[48 + i];
+    portable::require(rows <= 16 && row_bytes <= 64 && (rows == 0) == (row_bytes == 0), "_tile_loadconfig: a shape");
+    portable::require(i < 8 || rows == 0, "_tile_loadconfig: more than 8 tiles");
+    if (i < 8) portable::tiles.tile[i] = {rows, row_bytes, {}};
+  }
+  portable::tiles.configured = true;
+}
+inline void _tile_zero(int to) { std::memset(portable::tiles.at(to).bytes, 0, sizeof(portable::Tile::bytes)); }
+inline void _tile_loadd(int to, const void* from, int64_t stride) {
+  portable::Tile& tile = portable::tiles.at(to);
+  _tile_zero(to);
+  for (int row = 0; row < tile.rows; ++row)
+    std::memcpy(tile.bytes[row], static_cast<const char*>(from) + row * stride, static_cast<size_t>(tile.row_bytes));
+}
+inline void _tile_stored(int from, void* to, int64_t stride) {
+  const portable::Tile& tile = portable::tiles.at(from);
+  for (int row = 0; row < tile.rows; ++row)
+    std::memcpy(static_cast<char*>(to) + row * stride, tile.bytes[row], static_cast<size_t>(tile.row_bytes));
+}
+// Products of even and of odd elements are summed apart, each with one rounding, then added to each other and to the
+// sum; subnormal operands and results are zero.
+inline void _tile_dpbf16ps(int sums, int a, int b) {
+  portable::Tile &to = portable::tiles.at(sums), &x = portable::tiles.at(a), &y = portable::tiles.at(b);
+  portable::require(to.rows == x.rows && to.row_bytes == y.row_bytes && x.row_bytes == 4 * y.rows,
+                    "_tile_dpbf16ps: shapes that do not match");
+  const auto element = [](const portable::Tile& tile, int row, int i) {
+    uint16_t bits;
+    std::memcpy(&bits, tile.bytes[row] + 2 * i, 2);
+    return portable::from_bf16(bits);
+  };
+  for (int row = 0; row < to.rows; ++row) {
+    for (int column = 0; column < to.row_bytes / 4; ++column) {
+      float sum[2] = {};
+      for (int pair = 0; pair < y.rows; ++pair)
+        for (int i = 0; i < 2; ++i)
+          sum[i] = portable::flush(std::fma(element(x, row, 2 * pair + i), element(y, pair, 2 * column + i), sum[i]));
+      float total;
+      std::memcpy(&total, to.bytes[row] + 4 * column, 4);
+      total = portable::flush(portable::flush(total) + portable::flush(sum[0] + sum[1]));
+      std::memcpy(to.bytes[row] + 4 * column, &total, 4);
+    }
+  }
 }

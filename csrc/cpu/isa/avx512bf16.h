@@ -1,0 +1,277 @@
+// What AVX512-BF16 and VNNI do better than the rest of AVX-512: products of bf16 and of int8.
+#pragma once
+
+#include "avx512.h"
+
+// The code below is compiled for these too. What avx512.h defines is not: the kernels of Avx512 may share it.
+#if defined(LOWBIT_PORTABLE_INTRINSICS)
+#elif defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(                                                                          \
+    __attribute__((target("avx512bf16,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
+#else
+#pragma GCC target("avx512bf16,avx512vnni")
+#endif
+
+#include "../activations.h"
+
+namespace lowbit::cpu {
+
+template <class Isa>
+struct VectorPairs;
+
+struct Avx512Bf16 : Avx512 {
+  static constexpr const char* name = "avx512bf16";
+
+  // A type of its own, since the linker keeps one copy of what two files instantiate for one type.
+  struct Decoder : Avx512::Decoder {
+    using Avx512::Decoder::Decoder;
+  };
+  using Pairs = VectorPairs<Avx512Bf16>;
+
+  // sums + both products of each lane's pairs. Subnormal factors and sums (below 1.2e-38) count as zero.
+  static Vec bf16_fma(Vec a, Vec b, Vec sums) {
+    return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+
+  // 64 words of a row: those of even index and those of odd index.
+  struct Halves {
+    __m512i even, odd;
+  };
+
+  // Decodes 64 elements of a 4-bit weight to bf16, rounded once after their scale: scales[0] of the first 32, and
+  // scales[1]. One permutation looks up 32 codes in both scaled codebooks: its index has a fifth bit.
+  struct PairDecoder {
+    explicit PairDecoder(const Format& format)
+        : codebook(_mm512_loadu_ps(format.codebook)),
+          low_nibble(_mm512_set1_epi16(15)),
+          in_second(_mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1)) {}
+    __m512 codebook;
+    __m512i low_nibble, in_second;
+
+    // 32 pairs of neighbours in memory order: elements (0, 2), (4, 6), ... and then (1, 3), (5, 7), ...
+    void one_row(const uint8_t* packed, const float* scales, float* to) const {
+      const Halves row = look_up(packed, scales);
+      store_words(to, row.even);
+      store_words(to + 16, row.odd);
+    }
+    // 64 pairs of one element of each row: of the even elements, and then of the odd ones; see store_joined().
+    void two_rows(const uint8_t* packed, const float* scales, const uint8_t* packed_below, const float* scales_below,
+                  float* even, float* odd) const {
+      store_joined(look_up(packed, scales), look_up(packed_below, scales_below), even, odd);
+    }
+
+   private:
+    Halves look_up(const uint8_t* packed, const float* scales) const {
+      const __m512 first = mul(codebook, broadcast(scales[0])), second = mul(codebook, broadcast(scales[1]));
+      const __m512i table = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+      const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+      const __m512i even = _mm512_or_si512(_mm512_srli_epi16(bytes, 4), in_second);
+      const __m512i odd = _mm512_or_si512(_mm512_and_si512(bytes, low_nibble), in_second);
+      return {_mm512_permutexvar_epi16(even, table), _mm512_permutexvar_epi16(odd, table)};
+    }
+  };
+
+  // 64 elements of bf16 in the order of PairDecoder::one_row.
+  static void split_pairs(const Bf16* from, float* to) {
+    const Halves row = split(from);
+    store_words(to, row.even);
+    store_words(to + 16, row.odd);
+  }
+  // 64 elements of two rows in the order of PairDecoder::two_rows.
+  static void join_rows(const Bf16* row, const Bf16* row_below, float* even, float* odd) {
+    store_joined(split(row), split(row_below), even, odd);
+  }
+
+  // 64 elements of each of 16 rows, `row_stride` apart, in the order of PairDecoder::one_row: pair i of row r goes to
+  // to[i * stride + r].
+  static void transpose_pairs(const Bf16* from, int64_t row_stride, float* to, int64_t stride) {
+    __m512i even[16], odd[16];
+    for (int row = 0; row < 16; ++row) {
+      const Halves halves = split(from + row * row_stride);
+      even[row] = halves.even;
+      odd[row] = halves.odd;
+    }
+    transpose(even);
+    transpose(odd);
+    for (int i = 0; i < 16; ++i) store_words(to + i * stride, even[i]);
+    for (int i = 0; i < 16; ++i) store_words(to + (16 + i) * stride, odd[i]);
+  }
+
+  // 64 sums of columns in the order of PairDecoder::two_rows, in place: their natural order.
+  static void restore_columns(float* sums) {
+    const __m512i a = load_words(sums), b = load_words(sums + 16), c = load_words(sums + 32),
+                  d = load_words(sums + 48);  // elements 0, 2, 4, 6 of each 16; 8, 10, ...; 1, 3, ...; 9, 11, ...
+    const __m512i q0 = _mm512_unpacklo_epi32(a, c), q1 = _mm512_unpackhi_epi32(a, c);
+    const __m512i q2 = _mm512_unpacklo_epi32(b, d), q3 = _mm512_unpackhi_epi32(b, d);
+    const __m512i q01_low = _mm512_shuffle_i32x4(q0, q1, 0x44), q01_high = _mm512_shuffle_i32x4(q0, q1, 0xee);
+    const __m512i q23_low = _mm512_shuffle_i32x4(q2, q3, 0x44), q23_high = _mm512_shuffle_i32x4(q2, q3, 0xee);
+    store_words(sums, _mm512_shuffle_i32x4(q01_low, q23_low, 0x88));
+    store_words(sums + 16, _mm512_shuffle_i32x4(q01_low, q23_low, 0xdd));
+    store_words(sums + 32, _mm512_shuffle_i32x4(q01_high, q23_high, 0x88));
+    store_words(sums + 48, _mm512_shuffle_i32x4(q01_high, q23_high, 0xdd));
+  }
+
+  // to[j * to_stride + i] = from[i * stride + j], 16 x 16.
+  static void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+    __m512i rows[16];
+    for (int i = 0; i < 16; ++i) rows[i] = load_words(from + i * stride);
+    transpose(rows);
+    for (int i = 0; i < 16; ++i) store_words(to + i * to_stride, rows[i]);
+  }
+
+  // few_rows.h: 64 weights as two vectors of pairs, the even elements and the odd ones, rounded to bf16 once after the
+  // scale. A look-up reads the lowest five bits of each word: the table has the sixteen values twice, so that the fifth
+  // does not matter, or those of two blocks.
+  template <bool kHalves>
+  struct Bf16Chunk {
+    static constexpr int kVectors = 2, kFloats = 32, kScales = kHalves ? 2 : 1;
+    explicit Bf16Chunk(const Format& format) : codebook(load(format.codebook)) {}
+    Vec codebook;
+
+    struct Weights {
+      __m512i bytes, table;
+      Vec vector(int v) const {
+        __m512i codes = v == 0 ? _mm512_srli_epi16(bytes, 4) : bytes;
+        if (kHalves) {  // the second half looks up in the second half of the table
+          const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+          codes = _mm512_or_si512(_mm512_and_si512(codes, _mm512_set1_epi16(15)), second);
+        }
+        return _mm512_castsi512_ps(_mm512_permutexvar_epi16(codes, table));
+      }
+      static Vec fma(Vec w, Vec x, Vec sums) { return bf16_fma(w, x, sums); }
+    };
+    Weights weights(const uint8_t* packed, const float* scales) const {
+      const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+      const Vec low = mul(codebook, broadcast(scales[0]));
+      if (kHalves) {
+        const Vec high = mul(codebook, broadcast(scales[1]));
+        return {bytes, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low))};
+      }
+      return {bytes, _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(low)))};
+    }
+    static Vec x(const float* arranged, int v) { return load(arranged + v * kLanes); }
+    static void arrange(const Bf16* from, float* to) {
+      alignas(64) static constexpr auto even_words = [] {
+        std::array<uint16_t, 32> words{};
+        for (uint16_t i = 0; i < 32; ++i) words[i] = static_cast<uint16_t>(2 * i);
+        return words;
+      }();
+      const __m512i even = _mm512_load_si512(even_words.data()), odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
+      const __m512i low = _mm512_loadu_si512(from), high = _mm512_loadu_si512(from + 32);
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(low, even, high));
+      _mm512_storeu_si512(to + kLanes, _mm512_permutex2var_epi16(low, odd, high));
+    }
+  };
+
+  // few_rows.h: 64 weights as one vector of bytes, the even elements before the odd ones, and their products with x in
+  // int8 (approximate.h). The instruction takes one factor as unsigned: that is w + 128, and sums start at -128 x.
+  template <bool kHalves>
+  struct Int8Chunk {
+    static constexpr int kVectors = 1, kFloats = 48, kScales = kHalves ? 2 : 1;
+    explicit Int8Chunk(const Format& format) {
+      alignas(16) uint8_t table[16];
+      for (int code = 0; code < 16; ++code) table[code] = static_cast<uint8_t>(int8_codebook(format, code) + 128);
+      codebook = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+    }
+    __m512i codebook;
+
+    struct Arranged {
+      __m512i values, start;
+      Vec scale;
+    };
+    struct Weights {
+      Vec values, scale;
+      Vec vector(int) const { return values; }
+      Vec fma(Vec w, const Arranged& x, Vec sums) const {
+        const __m512i dot = _mm512_dpbusd_epi32(x.start, _mm512_castps_si512(w), x.values);
+        return Avx512::fma(_mm512_cvtepi32_ps(dot), mul(scale, x.scale), sums);
+      }
+    };
+    Weights weights(const uint8_t* packed, const float* scales) const {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+      const __m512i nibbles = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_srli_epi16(bytes, 4)), bytes, 1);
+      const __m512i w = _mm512_shuffle_epi8(codebook, _mm512_and_si512(nibbles, _mm512_set1_epi8(15)));
+      Vec scale = broadcast(scales[0]);
+      // Lanes 0 to 3 are even elements of the first half of the chunk, 4 to 7 of the second; the odd ones follow.
+      if (kHalves) scale = _mm512_mask_blend_ps(0xf0f0, scale, broadcast(scales[1]));
+      return {_mm512_castsi512_ps(w), scale};
+    }
+    static Arranged x(const float* arranged, int) {
+      return {_mm512_loadu_si512(arranged), _mm512_loadu_si512(arranged + kLanes), load(arranged + 2 * kLanes)};
+    }
+    template <class T>
+    static void arrange(const T* from, float* to) {
+      int8_t values[64];
+      const float scale = encode_activations<Avx512Bf16>(from, values);
+      int32_t start[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int8_t* four = values + 4 * lane;
+        start[lane] = -128 * (four[0] + four[1] + four[2] + four[3]);
+      }
+      std::memcpy(to, values, sizeof(values));
+      std::memcpy(to + kLanes, start, sizeof(start));
+      store(to + 2 * kLanes, broadcast(scale * (1.0f / 127)));
+    }
+  };
+
+ private:
+  static __m512i load_words(const void* from) { return _mm512_loadu_si512(from); }
+  static void store_words(float* to, __m512i words) { _mm512_storeu_si512(to, words); }
+
+  static Halves split(const Bf16* row) {
+    const __m512i low = load_words(row), high = load_words(row + 32);
+    return {_mm512_permutex2var_epi16(low, every_second<0>(), high),
+            _mm512_permutex2var_epi16(low, every_second<1>(), high)};
+  }
+  template <int kFirst>
+  static __m512i every_second() {
+    alignas(64) static constexpr auto order = [] {
+      std::array<uint16_t, 32> words{};
+      for (uint16_t i = 0; i < 32; ++i) words[i] = static_cast<uint16_t>(2 * i + kFirst);
+      return words;
+    }();
+    return _mm512_load_si512(order.data());
+  }
+
+  // Pairs of one word of each row: words 0 to 3, 8 to 11, ... and then 4 to 7, 12 to 15, ...
+  static void store_joined(Halves row, Halves row_below, float* even, float* odd) {
+    store_words(even, _mm512_unpacklo_epi16(row.even, row_below.even));
+    store_words(even + 16, _mm512_unpackhi_epi16(row.even, row_below.even));
+    store_words(odd, _mm512_unpacklo_epi16(row.odd, row_below.odd));
+    store_words(odd + 16, _mm512_unpackhi_epi16(row.odd, row_below.odd));
+  }
+
+  static void transpose(__m512i (&rows)[16]) {
+    __m512i t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {  // rows[i + c]: column c of each four, of rows i to i + 3
+      rows[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+      rows[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+      rows[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+      rows[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {  // of rows 0 to 7, then 8 to 15: columns c and c + 8, c + 4 and c + 12
+      t[c] = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0x88);
+      t[4 + c] = _mm512_shuffle_i32x4(rows[c], rows[4 + c], 0xdd);
+      t[8 + c] = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0x88);
+      t[12 + c] = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      rows[c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0x88);
+      rows[c + 8] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0xdd);
+      rows[c + 4] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0x88);
+      rows[c + 12] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0xdd);
+    }
+  }
+};
+
+}  // namespace lowbit::cpu

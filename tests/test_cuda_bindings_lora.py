@@ -1,0 +1,99 @@
+"""A weight and its LoRA as one op in csrc/bindings/cuda.cpp: values, gradients, and how many launches they are."""
+
+import contextlib
+
+import pytest
+import torch
+from cases import UNIT_ROUNDOFF, assert_within, make_weight, product_tolerance
+from cuda_bindings import OnStub
+
+import lowbit
+
+N, K, RANK, SCALING = 72, 192, 8, 0.7
+#: Rows of x by the way that W takes there.
+WAYS = {"gemv": 3, "gemm": 20, "decode": 260}
+
+
+def layer(lora_dtype=torch.float32, bias=False, n=N, k=K, rank=RANK):
+    """(weight, lora_a, lora_b, bias), all but the weight with a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    q = lowbit.quantize(make_weight((n, k)))
+    factors = [torch.randn(shape, generator=generator).to(lora_dtype) for shape in ((rank, k), (n, rank))]
+    made = [*factors, torch.randn(n, generator=generator).to(lora_dtype) if bias else None]
+    return q, *(each if each is None else each.requires_grad_() for each in made)
+
+
+def exact_gradients(x, q, lora_a, lora_b, bias, grad, change=lambda tensor: tensor):
+    """In fp64: [y, and the gradients for x, lora_a and lora_b], all operands having gone through ``change``."""
+    leaves = [change(each.detach().double()).requires_grad_() for each in (x, lora_a, lora_b)]
+    y = leaves[0] @ change(q.dequantize(torch.float32).double()).T
+    y = y + SCALING * (leaves[0] @ leaves[1].T) @ leaves[2].T
+    y = y if bias is None else y + change(bias.detach().double())
+    return [y.detach(), *torch.autograd.grad(y, leaves, change(grad.double()))]
+
+
+def assert_right(ours, x, q, lora_a, lora_b, bias, grad):
+    """Check [y, and the gradients for x, lora_a and lora_b]."""
+    exact = exact_gradients(x, q, lora_a, lora_b, bias, grad)
+    magnitude = exact_gradients(x, q, lora_a, lora_b, bias, grad, torch.Tensor.abs)
+    u = UNIT_ROUNDOFF[x.dtype]
+    for i, our in enumerate(ours):
+        of_weight = i < 2  # W or LoRA's product are rounded before the other is added to it
+        terms = (K, N, max(x.shape[:-1].numel(), N), max(x.shape[:-1].numel(), K))[i] + RANK
+        # LoRA's factors are split into two bf16 each, off by 2^-16; their products are three.
+        bound = product_tolerance(magnitude[i], exact[i], 3 * terms, our.dtype, 3.1 * u * of_weight + 2.0**-13)
+        assert our.shape == exact[i].shape
+        assert_within(our, exact[i], bound)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("way", WAYS)
+def test_training_a_layer(way, dtype, lora_dtype, bias):
+    """A factor read as its transpose, or a gradient of the other dtype, trains to something else."""
+    q, lora_a, lora_b, bias_values = layer(lora_dtype, bias)
+    x = torch.randn(WAYS[way], K, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    grad = torch.randn(WAYS[way], N, generator=torch.Generator().manual_seed(2)).to(dtype)
+    with OnStub() as called:
+        y = lowbit.lora_linear(x, q, lora_a, lora_b, SCALING, bias_values)
+        leaves = [x, lora_a, lora_b, *([bias_values] if bias else [])]
+        found = torch.autograd.grad(y, leaves, grad)
+    assert [each.dtype for each in found] == [each.dtype for each in leaves]
+    assert any(way.replace("decode", "dequantize") in name for name in called.launches) or dtype == torch.float32
+    assert_right([y, *found[:3]], x, q, lora_a, lora_b, bias_values, grad)
+    if bias:
+        torch.testing.assert_close(found[3], grad.float().sum(0).to(lora_dtype))
+
+
+def launch_counts(way, lora_dtype, autocast) -> tuple[list[str], list[str]]:
+    """What a layer's forward and backward launch, x being bf16.
+
+    (Under autocast a norm's output is fp32, and casting it to bf16 is one launch more: nn.Linear's too.)
+    """
+    q, lora_a, lora_b, _ = layer(lora_dtype)
+    x = torch.ones(WAYS[way], K, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.ones(WAYS[way], N, dtype=torch.bfloat16)
+    context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+    with OnStub() as called, context:
+        y = lowbit.lora_linear(x, q, lora_a, lora_b, SCALING)
+        forward = called.launches
+        called.launches = []
+        torch.autograd.grad(y, (x, lora_a, lora_b), grad)
+        return forward, called.launches
+
+
+def test_launches_of_a_layer():
+    """Each launch more costs 2 to 5 us of the host, and a copy of x or grad in fp32 three times its memory traffic.
+
+    Prints the table of docs/performance.md.
+    """
+    print("\n| rows go to | adapters | autocast | forward | backward |\n|---|---|---|---|---|")
+    for way in WAYS:
+        for lora_dtype in (torch.float32, torch.bfloat16):
+            for autocast in (False, True):
+                forward, backward = launch_counts(way, lora_dtype, autocast)
+                name = str(lora_dtype).removeprefix("torch.")
+                counts = f"{len(forward)} | {len(backward)}"
+                print(f"| {way} | {name} | {'on' if autocast else 'off'} | {counts} |")
+                assert len(forward) <= 3 and len(backward) <= (5 if way == "decode" else 6), (forward, backward)
