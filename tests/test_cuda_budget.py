@@ -226,8 +226,8 @@ def test_sum_of_squares_budget():
 
 
 #: Instructions per 64 weights of a lane in the gemm's main loop, by rows of x in a tile; NOPs (a warp then waits for
-#: its tensor core) left out. Counted: 157 to 178, 193 to 227, 279 to 325, of which 16, 32 and 64 are HMMA.
-GEMM_INSTRUCTIONS = {16: 185, 32: 235, 64: 330}
+#: its tensor core) left out. Counted: 166 to 186, 201 to 226, 258 to 288, of which 16, 32 and 64 are HMMA.
+GEMM_INSTRUCTIONS = {16: 195, 32: 235, 64: 300}
 
 
 def is_padding(text: str) -> bool:
@@ -242,12 +242,14 @@ def test_gemm_budget():
         loop = kernel.smallest_loop("HMMA", "LDGSTS")
         # Packed weights: two pieces per thread and tile. x: 4 rows / columns as many bytes.
         assert count(loop, "LDGSTS") == count(loop, "LDGSTS.128") == 2 + 8 * rows // columns, kernel.name
-        assert count(loop, "LDG") == (3 if double_quant else 1) * (64 // scale_columns), kernel.name
+        # For each scale: a number, or a group's, a code and what that means; and the offset of all.
+        scales = 64 // scale_columns
+        assert count(loop, "LDG") == (3 * scales + 1 if double_quant else scales), kernel.name
         assert not count(loop, "STS") and not count(loop, "STG") and not count(loop, "ATOMS"), kernel.name
         assert count(loop, "BAR") == 1, kernel.name
         # Waits until two of its tiles at most are under way, or none, beside the one that it multiplies.
         waits = {text.split()[-1] for text in loop if text.startswith("DEPBAR.LE SB0")}
-        assert waits == {"0x2", "0x0"}, kernel.name
+        assert waits == ({"0x0"} if rows == 64 else {"0x2", "0x0"}), kernel.name
         assert kernel.registers <= 128, kernel.name
         if scale_columns == 32:
             continue  # an inner loop, whose instructions count twice

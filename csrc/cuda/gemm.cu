@@ -2,10 +2,13 @@
 //
 // W is the mma's A (16 rows) and x its B (8 columns), so that y comes out transposed and the rows of x are padded to
 // eights only. A block of threads is all that a multiprocessor holds: 16 warps share one table of decoded pairs and
-// each tile of x, and where they stand side by side along k, their sums need no memory. Tiles of x and of packed W come
-// through a ring of cp.async, with one barrier per tile. A weight is decoded in the registers of the lane that
+// each tile of x, and add up in shared memory what those have that stand side by side along k. Tiles of x and of packed
+// W come through a ring of cp.async, with one barrier per tile. A weight is decoded in the registers of the lane that
 // multiplies it: the order of the contraction is free, and gemm_k (layout.h) is the one in which a lane's fragments are
 // consecutive bytes of W as stored, and of x. Where k is split, the block that comes last adds up what all have.
+//
+// Tiles of 64 rows leave no register to spare of the 128 that 16 warps have: what a tile's copies and scales need is
+// kept as offsets of 32 bits and one count of columns, or found out again from the thread's number.
 //
 // Costs per 64 weights of a lane (one step of a warp: 32 rows of W, 64 columns), M being the rows of x in the tile:
 //
@@ -29,10 +32,9 @@ namespace lowbit::cuda {
 namespace {
 
 constexpr int kThreads = kGemmWarps * kWarpSize;
-constexpr int kMostStages = 4;
 constexpr int kPad = 4;  // floats after each row of the staged output: its writers' rows fall into distinct banks
 
-// The table and the ring; after the last tile, what each warp along k has summed for some rows of the output.
+// The table and the ring; after the last tile, the sums of the output.
 template <class T, class Tile>
 union Shared {
   struct Stage {
@@ -40,9 +42,9 @@ union Shared {
   };
   struct {
     NarrowPairTable<T> table;
-    Stage ring[kMostStages];  // as many as the plan says
+    Stage ring[Tile::kMostStages];  // as many as the plan says
   };
-  float sums[Tile::kWarpsK][Tile::kStagedRows][Tile::kN + kPad];
+  float sums[Tile::kM][Tile::kN + kPad];
   static_assert(sizeof(table) == kGemmTableBytes && sizeof(sums) <= gemm_shared_bytes(Tile::kM, Tile::kN, 2));
   static_assert(sizeof(table) + 2 * sizeof(Stage) == gemm_shared_bytes(Tile::kM, Tile::kN, 2));
 };
@@ -92,11 +94,10 @@ struct Place {
   }
 };
 
-// Adds LoRA's product to the warp's sums of kRows rows of x from `first` on, which are at sum_at(tile of W, tile of x,
-// i). The rank's columns, in sixteens, are shared out among the warps along k and the blocks along y.
-template <class Tile, int kRows, class SumAt>
-__device__ __forceinline__ void add_lora(const LinearArgs& args, const Place<Tile>& place, int first,
-                                         const SumAt& sum_at) {
+// Adds LoRA's product to the sums, which are at sum_at(tile of W, tile of x, i) of the warp's rows of W. Its tiles of x
+// are shared out among the warps along k, and the rank's columns, in sixteens, among the blocks along y.
+template <class Tile, class SumAt>
+__device__ __forceinline__ void add_lora(const LinearArgs& args, const Place<Tile>& place, const SumAt& sum_at) {
   constexpr int kTilesA = kGemmWarpN / 16;
   const float* const t_rows = args.t + place.m0 * args.rank;
   const float* const b_rows = args.lora_b + place.n0 * args.rank;
@@ -108,7 +109,7 @@ __device__ __forceinline__ void add_lora(const LinearArgs& args, const Place<Til
     return SplitPair(element(column), element(column + 1));
   };
 #pragma unroll 1
-  for (int r0 = (blockIdx.y * Tile::kWarpsK + place.warp_k) * 16; r0 < rank; r0 += gridDim.y * Tile::kWarpsK * 16) {
+  for (int r0 = blockIdx.y * 16; r0 < rank; r0 += gridDim.y * 16) {
     uint32_t a[2][kTilesA][4];
 #pragma unroll
     for (int tile = 0; tile < kTilesA; ++tile)
@@ -119,13 +120,13 @@ __device__ __forceinline__ void add_lora(const LinearArgs& args, const Place<Til
             pair_of(b_rows, place.warp_n * kGemmWarpN + tile * 16 + at.row, place.n_left, r0 + at.column, args.scaling);
         a[0][tile][i] = pair.high, a[1][tile][i] = pair.low;
       }
-#pragma unroll
-    for (int column = 0; column < kRows / 8; ++column) {
+#pragma unroll 1
+    for (int column = place.warp_k; column < Tile::kM / 8; column += Tile::kWarpsK) {
       uint32_t b[2][2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const Position at = mma_b(place.lane, 2 * i);
-        const SplitPair pair = pair_of(t_rows, first + column * 8 + at.column, place.m_left, r0 + at.row, 1.0f);
+        const SplitPair pair = pair_of(t_rows, column * 8 + at.column, place.m_left, r0 + at.row, 1.0f);
         b[0][i] = pair.high, b[1][i] = pair.low;
       }
 #pragma unroll
@@ -182,11 +183,12 @@ __device__ __forceinline__ void add_splits(const LinearArgs& args, const Place<T
 }
 
 // kScaleK: how many columns, from a multiple of it on, certainly share a scale: 32 or 64.
-// stages: 2 or 4. tiles_per_split: tiles of k that block (.., y) sums. whole: rows of four of the output are aligned.
+// planned_stages: of the ring, 2 or the most. tiles_per_split: tiles of k that block (.., y) sums. whole: rows of four
+// of the output are aligned.
 template <class T, int kRows, int kColumns, int kScaleK, bool kDoubleQuant>
 __global__ void __launch_bounds__(kThreads, 1)
     gemm_kernel(const __grid_constant__ LinearArgs args, const __grid_constant__ Format format, int scale_shift,
-                int stages, int tiles_per_split, bool whole) {
+                int planned_stages, int tiles_per_split, bool whole) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   using Tile = GemmTile<kRows, kColumns>;
   constexpr int kTilesA = kGemmWarpN / 16, kTilesB = Tile::kM / 8;      // of mma, in what a warp multiplies
@@ -200,9 +202,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int lane = at.lane, group = lane / 4, quad_lane = lane % 4, warp_n = at.warp_n, warp_k = at.warp_k;
   const int m_left = at.m_left, n_left = at.n_left;
   const int k = static_cast<int>(args.k), k0 = blockIdx.y * tiles_per_split * Tile::kK;
-  const int tiles = min(tiles_per_split, (k - k0 + Tile::kK - 1) / Tile::kK);
-  const int k_left = min(k - k0, tiles * Tile::kK);
-  const auto reaches = [&](int tile, int column) { return tile * Tile::kK + column < k_left; };
+  const int k_left = min(k - k0, tiles_per_split * Tile::kK);
+  // The ring. (Where it has two stages on every GPU, ptxas knows that and needs fewer registers.)
+  const int stages = Tile::kMostStages == 2 ? 2 : planned_stages;
+  const auto next = [&](int stage) { return stage == (stages - 1) * kStageBytes ? 0 : stage + kStageBytes; };
 
   // --- copies: some pieces of x and two of W per thread and tile. Behind the last row some other row is read, for sums
   // that are not written. Behind the last column there are zeros, which add nothing: codes decode to finite numbers
@@ -211,25 +214,29 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kXApart = kThreads / 8 / Tile::kM * 64;
   static_assert(Tile::kN * Tile::kWPieces == 2 * kThreads && (kXCopies == 1 || kXCopies * kXApart == Tile::kK));
   const Position x_at = Tile::x_at(threadIdx.x), w_at = Tile::w_at(threadIdx.x);
-  // What is the block's is kept apart from what is the thread's, which then takes half the registers.
-  const char* x_from = static_cast<const char*>(args.x) + (m0 * k + k0) * 2;
-  const uint8_t* w_from = args.weight.packed + (n0 * k + k0) / 2;
-  const uint32_t x_offset = (min(x_at.row, m_left - 1) * k + x_at.column * 8) * 2;
-  const uint32_t w_offset = (min(w_at.row, n_left - 1) * (k / 2) + w_at.column * kAccessBytes);
-  const uint32_t w_second = w_offset + (w_at.row + Tile::kN / 2 < n_left ? Tile::kN / 2 * (k / 2) : 0);
-  const uint32_t w_to = ptx::shared_address(&shared.ring[0].w[threadIdx.x]);
-  const uint32_t x_to = ptx::shared_address(&shared.ring[0].x[threadIdx.x]);
-  const auto copy_tile = [&](int tile) {
-    const int stage = (tile & (stages - 1)) * kStageBytes;
-    const int w_bytes = reaches(tile, w_at.column * 32) ? kAccessBytes : 0;
-    ptx::copy_async_16(w_to + stage, w_from + w_offset, w_bytes);
-    ptx::copy_async_16(w_to + stage + kThreads * kAccessBytes, w_from + w_second, w_bytes);
+  const char* const x_base = static_cast<const char*>(args.x) + (m0 * k + k0) * 2;
+  const uint8_t* const w_base = args.weight.packed + (n0 * k + k0) / 2;
+  uint32_t x_from = (min(x_at.row, m_left - 1) * k + x_at.column * 8) * 2;
+  uint32_t w_from = (min(w_at.row, n_left - 1) * (k / 2) + w_at.column * kAccessBytes);
+  // Where all threads' pieces are of the same kScaleK columns, of which k is a multiple, one register serves them all.
+  const int w_column = Tile::kHalf * 32 <= kScaleK ? 0 : w_at.column * 32;
+  const int x_column = kThreads / 8 <= Tile::kM && kScaleK == 64 ? 0 : x_at.column * 8;
+  constexpr int kAtX = sizeof(shared.ring[0].w);
+  const uint32_t to = ptx::shared_address(shared.ring[0].w);
+  int copy_stage = 0;                     // of the next tile
+  const auto copy_tile = [&](int left) {  // left: columns from it on
+    const uint32_t w_to = to + copy_stage + ptx::read_thread_index() * kAccessBytes, x_to = w_to + kAtX;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      ptx::copy_async_16(w_to + i * kThreads * kAccessBytes, w_base + w_from + i * Tile::kHalf * kAccessBytes,
+                         w_column + i * Tile::kK / 2 < left ? kAccessBytes : 0);
 #pragma unroll
     for (int i = 0; i < kXCopies; ++i)
-      ptx::copy_async_16(x_to + stage + i * kThreads * kAccessBytes, x_from + (x_offset + i * kXApart * 2),
-                         reaches(tile, x_at.column * 8 + i * kXApart) ? kAccessBytes : 0);
+      ptx::copy_async_16(x_to + i * kThreads * kAccessBytes, x_base + x_from + i * kXApart * 2,
+                         x_column + i * kXApart < left ? kAccessBytes : 0);
     w_from += Tile::kK / 2;
     x_from += Tile::kK * 2;
+    copy_stage = next(copy_stage);
     ptx::commit_copies();
   };
 
@@ -239,14 +246,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int scale_row = warp_n * kGemmWarpN + quad_lane * 8 + group;
   uint32_t scale_from = static_cast<uint32_t>(((n0 + min(scale_row, n_left - 1)) * k + k0 + warp_k * kGemmWarpK) /
                                               kScaleK);  // in units of kScaleK columns
-  const ScaleReader<kDoubleQuant> scale_of(args.weight.scales);
   using LoadedScale = typename ScaleReader<kDoubleQuant>::Loaded;
-  const auto load_scales = [&](int tile, LoadedScale(&scales)[kScales]) {
+  const auto load_scales = [&](int left, LoadedScale(&scales)[kScales]) {
+    const int column = ptx::read_thread_index() / (kWarpSize * Tile::kWarpsN) * kGemmWarpK;
 #pragma unroll
     for (int i = 0; i < kScales; ++i) {
       scales[i] = {};
-      if (!reaches(tile, warp_k * kGemmWarpK + i * kScaleK)) continue;
-      scales[i] = scale_of.load((scale_from + i) >> scale_shift);
+      if (column + i * kScaleK < left)
+        scales[i] = ScaleReader<kDoubleQuant>(args.weight.scales).load((scale_from + i) >> scale_shift);
     }
     scale_from += Tile::kK / kScaleK;
   };
@@ -260,7 +267,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t x_lane = ptx::shared_address(&shared.ring[0].x[Tile::x_place(0, warp_k * 8)]) +
                           Tile::x_place(group, quad_lane) * kAccessBytes;
   const auto multiply = [&](int stage, const float (&row_scales)[kScales]) {
-    uint32_t w_from = w_lane + stage * kStageBytes, x_from = x_lane + stage * kStageBytes;
+    uint32_t w_from = w_lane + stage, x_from = x_lane + stage;
 #pragma unroll 1  // or ptxas makes all loads first, with more registers than there are
     for (int i_scale = 0; i_scale < kScales; ++i_scale) {
       const float row_scale = i_scale == 0 ? row_scales[0] : row_scales[kScales - 1];
@@ -306,55 +313,59 @@ __global__ void __launch_bounds__(kThreads, 1)
   // --- the pipeline
 
 #pragma unroll 1
-  for (int tile = 0; tile < stages - 1; ++tile) copy_tile(tile);
+  for (int tile = 0; tile < stages - 1; ++tile) copy_tile(k_left - tile * Tile::kK);
   LoadedScale stored[kScales];
-  load_scales(0, stored);
+  load_scales(k_left, stored);
   shared.table.fill(format);
+  int stage = 0;
 #pragma unroll 1
-  for (int tile = 0; tile < tiles; ++tile) {
-    stages == kMostStages ? ptx::wait_copies<kMostStages - 2>() : ptx::wait_copies<0>();
-    __syncthreads();  // the tile is here for all, and the stage before it is free
-    copy_tile(tile + stages - 1);
-    float scales[kScales];
+  for (int left = k_left; left > 0; left -= Tile::kK) {
+    stages == 2 ? ptx::wait_copies<0>() : ptx::wait_copies<Tile::kMostStages - 2>();
+    __syncthreads();        // the tile is here for all, and the stage before it is free
+    float scales[kScales];  // their offset is read each time: kept, it would be a register too many
 #pragma unroll
-    for (int i = 0; i < kScales; ++i) scales[i] = scale_of.decode(stored[i]);
-    load_scales(tile + 1, stored);
-    multiply(tile & (stages - 1), scales);
+    for (int i = 0; i < kScales; ++i) scales[i] = ScaleReader<kDoubleQuant>(args.weight.scales).decode(stored[i]);
+    load_scales(left - Tile::kK, stored);
+    copy_tile(left - (stages - 1) * Tile::kK);
+    multiply(stage, scales);
+    stage = next(stage);
   }
 
-  // --- the output: what the warps along k have, added up in shared memory, some rows at a time. (Where the thread
+  // --- the sums go to shared memory: those of the warps along k are added up there, and LoRA's. (Where the thread
   // works is found out again, so that the loop need not keep it in registers.)
 
   const Place<Tile> here(args, ptx::read_thread_index(), ptx::read_block_index());
   const auto sum_at = [&](int tile, int column, int i) -> float& {
     const Position at = mma_c(here.lane, i);
-    return shared.sums[here.warp_k][column * 8 + at.column][here.warp_n * kGemmWarpN + tile * 16 + at.row];
+    return shared.sums[column * 8 + at.column][here.warp_n * kGemmWarpN + tile * 16 + at.row];
   };
-  constexpr int kStaged = Tile::kStagedRows, kFours = Tile::kN / 4;
   ptx::wait_copies<0>();
-#pragma unroll
-  for (int first = 0; first < Tile::kM; first += kStaged) {
+#pragma unroll 1
+  for (int part = 0; part < Tile::kWarpsK; ++part) {
     __syncthreads();
+    if (here.warp_k != part) continue;
 #pragma unroll
     for (int tile = 0; tile < kTilesA; ++tile)
 #pragma unroll
-      for (int column = 0; column < kStaged / 8; ++column)
+      for (int column = 0; column < kTilesB; ++column)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sum_at(tile, column, i) = sums[tile][first / 8 + column][i];
-    add_lora<Tile, kStaged>(args, here, first, sum_at);
-    __syncthreads();
+        for (int i = 0; i < 4; ++i)
+          sum_at(tile, column, i) = sums[tile][column][i] + (part == 0 ? 0.0f : sum_at(tile, column, i));
+  }
+  __syncthreads();
+  if (args.rank > 0) add_lora<Tile>(args, here, sum_at);
+  __syncthreads();
+
+  // --- the output
+
+  constexpr int kFours = Tile::kN / 4;  // in a row
 #pragma unroll 1
-    for (int i = here.thread; i < kStaged * kFours; i += kThreads) {
-      const int row = i / kFours, column = i % kFours * 4;
-      if (first + row >= here.m_left || column >= here.n_left) continue;
-      float values[4] = {};
-#pragma unroll
-      for (int part = 0; part < Tile::kWarpsK; ++part) {
-        const float4 v = *reinterpret_cast<const float4*>(&shared.sums[part][row][column]);
-        values[0] += v.x, values[1] += v.y, values[2] += v.z, values[3] += v.w;
-      }
-      write<T>(args, here, first + row, column, values, gridDim.y == 1, whole);
-    }
+  for (int i = here.thread; i < Tile::kM * kFours; i += kThreads) {
+    const int row = i / kFours, column = i % kFours * 4;
+    if (row >= here.m_left || column >= here.n_left) continue;
+    const float4 v = *reinterpret_cast<const float4*>(&shared.sums[row][column]);
+    float values[4] = {v.x, v.y, v.z, v.w};
+    write<T>(args, here, row, column, values, gridDim.y == 1, whole);
   }
   if (gridDim.y > 1 && is_last_to_arrive(args.counters + blockIdx.x, gridDim.y)) add_splits<T>(args, here, whole);
 #endif
@@ -376,13 +387,11 @@ int launch(const LinearArgs& args, const Plan& plan, Stream stream) {
 
 template <class T>
 int launch(const LinearArgs& args, const Plan& plan, Stream stream) {
-  const bool is_wide = plan.columns == 256;
   if (plan.scale_columns == 32)
     return plan.rows == 16 ? launch<T, 16, 128, 32>(args, plan, stream) : launch<T, 32, 128, 32>(args, plan, stream);
   if (plan.rows == 16) return launch<T, 16, 128, 64>(args, plan, stream);
-  if (plan.rows == 32)
-    return is_wide ? launch<T, 32, 256, 64>(args, plan, stream) : launch<T, 32, 128, 64>(args, plan, stream);
-  return is_wide ? launch<T, 64, 256, 64>(args, plan, stream) : launch<T, 64, 128, 64>(args, plan, stream);
+  if (plan.rows == 64) return launch<T, 64, 256, 64>(args, plan, stream);
+  return plan.columns == 256 ? launch<T, 32, 256, 64>(args, plan, stream) : launch<T, 32, 128, 64>(args, plan, stream);
 }
 
 }  // namespace

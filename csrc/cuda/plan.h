@@ -242,38 +242,39 @@ inline int64_t gemm_cycles(int64_t rows, int64_t columns, int64_t rounds, int64_
   return rounds * (tiles_k * kGemmWarps * step + 2000) + reduction;
 }
 
-// scale_columns: 64 columns share a scale where blocks are that long and start at multiples of it; else 32, for which
-// tiles have at most 32 rows (two sets of block sums beside 64 rows' sums would not fit the registers).
+// The tiles that the kernel is compiled for; only the first two where 32 columns share a scale, and not 64. (Tiles of
+// 64 x 128 would take a register more than there are, as would two sets of block sums beside 64 rows' sums.)
+struct GemmShape {
+  int rows, columns;
+};
+constexpr GemmShape kGemmShapes[] = {{16, 128}, {32, 128}, {32, 256}, {64, 256}};
+
+// scale_columns: 64 columns share a scale where blocks are that long and start at multiples of it; else 32.
 //
-// The tile has as many rows as hold all of x, or the most: each further tile of rows would decode W again. Wide tiles
-// read x less often, and narrow ones leave fewer sums to the last block. The ring has four stages (48 KB of W on their
-// way, where an H200 at full speed needs 26) or, on GPUs whose blocks cannot have so much memory, two (16 KB, where an
-// RTX 5090 needs 9).
+// Large tiles read x less often and decode W once for more rows; small ones leave fewer sums to the last block, since k
+// is split less often. The tiles and the splits that take the fewest cycles are taken. GPUs whose blocks cannot have
+// the memory for four stages have two: 16 KB of W on their way, where an RTX 5090 needs 9.
 inline Plan plan_gemm(const LinearArgs& args, const Gpu& gpu) {
   Plan plan{Path::gemm};
   plan.scale_columns = args.weight.block_size >= 64 && args.k % 64 == 0 ? 64 : 32;
-  plan.rows = args.m <= 16 ? 16 : args.m <= 32 || plan.scale_columns == 32 ? 32 : 64;
-  plan.row_tiles = ceil_div(args.m, plan.rows);
-  const int shared_bytes = gpu.shared_memory - 1024;  // which the GPU takes
   int64_t least = INT64_MAX;
-  for (const int columns : {128, 256}) {
-    const bool has_wide = plan.rows > 16 && plan.scale_columns == 64;
-    if ((columns == 256 && !has_wide) || gemm_shared_bytes(plan.rows, columns, 2) > shared_bytes) continue;
-    const int64_t column_tiles = ceil_div(args.n, columns), tiles = plan.row_tiles * column_tiles;
-    const int64_t tiles_k = ceil_div(args.k, gemm_depth(columns));
+  for (const GemmShape& shape : kGemmShapes) {
+    if (plan.scale_columns == 32 && &shape > &kGemmShapes[1]) break;
+    const int64_t row_tiles = ceil_div(args.m, shape.rows), column_tiles = ceil_div(args.n, shape.columns);
+    const int64_t tiles_k = ceil_div(args.k, gemm_depth(shape.columns));
     for (int64_t tried = 1; tried <= std::min<int64_t>(tiles_k, kMaxSplits); ++tried) {
       const int64_t per_split = ceil_div(tiles_k, tried), splits = ceil_div(tiles_k, per_split);
-      const int64_t rounds = ceil_div(tiles * splits, gpu.processors);
-      const int64_t cycles = gemm_cycles(plan.rows, columns, rounds, per_split, splits);
+      const int64_t rounds = ceil_div(row_tiles * column_tiles * splits, gpu.processors);
+      const int64_t cycles = gemm_cycles(shape.rows, shape.columns, rounds, per_split, splits);
       if (cycles >= least) continue;
       least = cycles;
-      plan.columns = columns;
-      plan.column_tiles = column_tiles;
-      plan.split_size = per_split;
-      plan.splits = splits;
+      plan.rows = shape.rows, plan.columns = shape.columns;
+      plan.row_tiles = row_tiles, plan.column_tiles = column_tiles;
+      plan.splits = splits, plan.split_size = per_split;
     }
   }
-  plan.stages = gemm_shared_bytes(plan.rows, plan.columns, 4) <= shared_bytes ? 4 : 2;
+  plan.stages = gemm_most_stages(plan.rows);
+  if (gemm_shared_bytes(plan.rows, plan.columns, plan.stages) > gpu.shared_memory - 1024) plan.stages = 2;
   plan.workspace = plan.splits > 1 ? plan.splits * args.m * args.n : 0;
   plan.counters = plan.splits > 1 ? plan.row_tiles * plan.column_tiles : 0;
   return plan;

@@ -76,7 +76,6 @@ constexpr bool has_bijective_places() {
 static_assert(has_bijective_places<16, 128>());
 static_assert(has_bijective_places<32, 128>());
 static_assert(has_bijective_places<32, 256>());
-static_assert(has_bijective_places<64, 128>());
 static_assert(has_bijective_places<64, 256>());
 
 // The gemm's order of the contraction: each of 64 columns once, and so that a lane's two elements of a register are one

@@ -188,9 +188,22 @@ int main() {
         const int64_t unit = plan.path == Path::gemm ? gemm_depth(plan.columns) : 1;
         const bool covers = plan.splits * plan.split_size * unit >= k && (plan.splits - 1) * plan.split_size * unit < k;
         expect(covers && plan.workspace == (plan.splits > 1 ? plan.splits * m * n : 0), plan, "splits");
-        expect(plan.path == Path::gemm || plan.counters == (plan.splits > 1 ? plan.row_tiles * plan.column_tiles : 0),
-               plan, "counters");
+        expect(plan.counters == (plan.splits > 1 ? plan.row_tiles * plan.column_tiles : 0), plan, "counters");
+        expect(plan.path != Path::gemm || gemm_shared_bytes(plan.rows, plan.columns, plan.stages) <= 99 * 1024, plan,
+               "memory of a consumer GPU");
       }
+
+  // gemm: the tiles of a Llama's layers on an H200, whose multiprocessors are all busy in one round.
+  const auto tile_is = [&](int64_t m, int64_t n, int64_t k, int rows, int columns) {
+    const Plan plan = plan_linear(product(m, Dtype::bf16, kNf4, n, k), with_shared_memory({90, 90, 132}, 228));
+    expect(plan.path == Path::gemm && plan.rows == rows && plan.columns == columns, plan, "gemm's tile");
+    expect(plan.blocks() <= 132 && plan.blocks() >= 112, plan, "gemm's blocks");
+  };
+  tile_is(16, 4096, 4096, 16, 128);
+  tile_is(32, 14336, 4096, 32, 128);
+  tile_is(32, 28672, 8192, 32, 256);
+  tile_is(64, 4096, 4096, 32, 128);
+  tile_is(64, 14336, 4096, 64, 256);
 
   // W is decoded in chunks where these fit half of the L2 cache and cuBLAS still fills the GPU, from a group of scales
   // on.
