@@ -7,6 +7,7 @@
 
 #include <map>
 #include <mutex>
+#include <span>
 
 #include "../cuda/kernels.h"
 #include "lora.h"
@@ -131,8 +132,9 @@ class Cuda {
     linear(call, nullptr, t, y);
   }
 
-  // With lora_a, t is written: t = x lora_a^T.
-  void linear(LinearCall<Cuda>& call, const Operand<Cuda>* lora_a, Operand<Cuda>& t, const Tensor& y) const {
+  // With lora_a, t is written: t = x lora_a^T; and so is the t of each of `others`.
+  void linear(LinearCall<Cuda>& call, const Operand<Cuda>* lora_a, Operand<Cuda>& t, const Tensor& y,
+              std::span<const OtherDown<Cuda>> others = {}) const {
     LinearArgs args = call.args(y);
     const Gpu gpu = cuda::current_gpu();
     const Plan plan = cuda::plan_linear(args, gpu);
@@ -142,6 +144,7 @@ class Cuda {
       // For a weight that is decoded LoRA's product comes first, into y: that of x adds it to its own fp32 sums.
       LowRankProduct lora{.m = call.m, .rank = call.rank, .t = &t};
       if (lora_a) lora.read(call.x, call.k, *lora_a, false, 1);
+      lora.others = others;
       if (decodes) lora.write(y, call.n, call.lora_b, false, call.scaling, &call.bias);
       multiply_low_rank(lora, call.dtype, gpu, kOp);
     }
@@ -269,6 +272,7 @@ class Cuda {
     bool up_is_transposed = false;
     double up_scale = 1;
     Operand<Cuda>* bias = nullptr;
+    std::span<const OtherDown<Cuda>> others;  // more t from x; their factors are as down
 
     void read(const Tensor& of_x, int64_t of_k, const Operand<Cuda>& of_down, bool is_transposed, double scale) {
       x = &of_x, k = of_k, down = &of_down, down_is_transposed = is_transposed, t_scale = scale;
@@ -289,6 +293,9 @@ class Cuda {
       args.x = float_data(*lora.x, dtype, op);
       args.down = lora.down->matrix(rank, k, lora.down_is_transposed);
       args.t_scale = static_cast<float>(lora.t_scale);
+      for (const OtherDown<Cuda>& other : lora.others)
+        args.others[args.other_count++] = {other.lora_a.matrix(rank, k, lora.down_is_transposed).data,
+                                           static_cast<float*>(other.t.data_ptr())};
     }
     if (lora.y) {
       args.y = lora.y->data_ptr();
@@ -298,9 +305,14 @@ class Cuda {
     if (cuda::lora_fits(args, gpu)) return check_launch(cuda::lora_product(args, gpu, stream_), op);
     const Tensor t = matrix_of(**lora.t, m, rank);
     if (lora.x) {
-      const Tensor down = converted(**lora.down, ScalarType::Float);  // [rank, k]^T for the product
-      multiply(matrix_of(converted(*lora.x, ScalarType::Float), m, k),
-               lora.down_is_transposed ? matrix_of(down, k, rank) : transposed(down, rank, k), {}, t, lora.t_scale);
+      const Tensor x = matrix_of(converted(*lora.x, ScalarType::Float), m, k);
+      const auto multiply_down = [&](const Operand<Cuda>& of_down, const Tensor& out) {
+        const Tensor down = converted(*of_down, ScalarType::Float);  // [rank, k]^T for the product
+        multiply(x, lora.down_is_transposed ? matrix_of(down, k, rank) : transposed(down, rank, k), {}, out,
+                 lora.t_scale);
+      };
+      multiply_down(*lora.down, t);
+      for (const OtherDown<Cuda>& other : lora.others) multiply_down(other.lora_a, matrix_of(other.t, m, rank));
     }
     if (!lora.y) return;
     const Tensor up = converted(**lora.up, ScalarType::Float);

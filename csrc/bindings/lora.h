@@ -7,21 +7,49 @@
 
 namespace lowbit::bindings {
 
-// y and t = x lora_a^T
+// The lora_a of another product with the same x, and its t.
 template <class Device>
-std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> group_scales,
+struct OtherDown {
+  Operand<Device> lora_a;
+  Tensor t;
+};
+
+// y, t = x lora_a^T, and x other^T for each of the others: the lora_a of products that will take x too.
+template <class Device>
+std::vector<Tensor> lora_linear_shared(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> group_scales,
                                        std::optional<Tensor> offset, std::string spec, int64_t out_features,
-                                       std::optional<Tensor> bias, Tensor lora_a, Tensor lora_b, double scaling) {
+                                       std::optional<Tensor> bias, Tensor lora_a, Tensor lora_b, double scaling,
+                                       std::vector<Tensor> others) {
+  STD_TORCH_CHECK(others.size() <= kMostOtherLoras, "others: expected at most ", kMostOtherLoras, ", got ",
+                  others.size());
   const int64_t rank = row_length(lora_b, "lora_b");
   const Device device(x);
   LinearCall<Device> call(device, x, packed, absmax, group_scales, offset, spec, out_features, bias, lora_b, rank,
                           scaling);
   Operand<Device> a(device, x, lora_a, "lora_a", product(rank, call.k, "lora_a"));
+  std::vector<OtherDown<Device>> downs;
+  for (const Tensor& other : others) {
+    check(other, "others", lora_a.scalar_type(), lora_a.numel(), x);
+    downs.push_back({Operand<Device>(device, x, other, "others", other.numel()),
+                     device.empty(with_last(x, rank), ScalarType::Float)});
+  }
   Tensor t = device.empty(with_last(x, rank), ScalarType::Float);
   Tensor y = device.empty(with_last(x, out_features), x.scalar_type());
   Operand<Device> t_operand(device, x, t, "t", t.numel());
-  device.linear(call, &a, t_operand, y);
-  return {y, t};
+  device.linear(call, &a, t_operand, y, downs);
+  std::vector<Tensor> results = {y, t};
+  for (const OtherDown<Device>& down : downs) results.push_back(down.t);
+  return results;
+}
+
+// y and t
+template <class Device>
+std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tensor> group_scales,
+                                       std::optional<Tensor> offset, std::string spec, int64_t out_features,
+                                       std::optional<Tensor> bias, Tensor lora_a, Tensor lora_b, double scaling) {
+  const std::vector<Tensor> results = lora_linear_shared<Device>(x, packed, absmax, group_scales, offset, spec,
+                                                                 out_features, bias, lora_a, lora_b, scaling, {});
+  return {results[0], results[1]};
 }
 
 // Those of the gradients for x, lora_a and lora_b that are wanted.
@@ -58,6 +86,7 @@ std::vector<Tensor> lora_linear_backward(Tensor grad, Tensor x, Tensor t, Tensor
 template <class Device, class Library>
 void implement_lora(Library& library) {
   library.impl("lora_linear", TORCH_BOX(&lora_linear<Device>));
+  library.impl("lora_linear_shared", TORCH_BOX(&lora_linear_shared<Device>));
   library.impl("lora_linear_backward", TORCH_BOX(&lora_linear_backward<Device>));
 }
 

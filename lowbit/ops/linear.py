@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from . import shared_input
 from .record import WEIGHT, Op, below_autograd, is_traced, op_of, wants_gradient, without_backward
 
 _cached_op = functools.cache(op_of)
@@ -64,8 +65,16 @@ class Product:
         """(x W^T + scaling t lora_b^T + bias, t) with t = x lora_a^T."""
         if not self.has_lora_kernels(x):
             return self.lora_forward_by_parts(x, features, bias, lora_a, lora_b, scaling)
-        op = _cached_op(self.namespace, "lora_linear")
-        return below_autograd(op, None, x, *self.weight, features, bias, lora_a, lora_b, scaling)
+        t, others = shared_input.find(x, lora_a)
+        if t is not None:
+            return self.forward(None, x, features, bias, t, lora_b, scaling), t
+        arguments = (x, *self.weight, features, bias, lora_a, lora_b, scaling)
+        if not others:
+            return below_autograd(_cached_op(self.namespace, "lora_linear"), None, *arguments)
+        op = _cached_op(self.namespace, "lora_linear_shared")
+        y, t, *ts = below_autograd(op, None, *arguments, others)
+        shared_input.keep(ts)
+        return y, t
 
     def lora_forward_by_parts(self, x, features, bias, lora_a, lora_b, scaling) -> tuple[torch.Tensor, torch.Tensor]:
         """The same, t by :meth:`matmul`."""
@@ -257,6 +266,17 @@ def _lora_by_parts(namespace: str):
     return kernel
 
 
+def _shared_by_parts(namespace: str):
+    by_parts = _lora_by_parts(namespace)
+
+    def kernel(x, *args):
+        *args, others = args
+        product = Product(namespace, args[:5])
+        return [*by_parts(x, *args), *(_cast(product.matmul(x, other), torch.float32) for other in others)]
+
+    return kernel
+
+
 def _lora_backward_by_parts(namespace: str):
     def kernel(grad, x, t, *args):
         *weight, lora_a, lora_b, scaling, wants_x, wants_a, wants_b = args
@@ -275,6 +295,12 @@ def _fake_linear(x, packed, absmax, group_scales, offset, spec, out_features, *r
 def _fake_lora_linear(x, packed, absmax, group_scales, offset, spec, out_features, bias, lora_a, lora_b, scaling):
     t = x.new_empty([*x.shape[:-1], lora_a.shape[0]], dtype=torch.float32)
     return x.new_empty([*x.shape[:-1], out_features]), t
+
+
+def _fake_lora_linear_shared(x, *args):
+    *args, others = args
+    y, t = _fake_lora_linear(x, *args)
+    return [y, t, *(torch.empty_like(t) for _ in others)]
 
 
 def _fake_lora_linear_backward(grad, x, t, *args):
@@ -302,6 +328,14 @@ OPS = (
         _autograd_lora_linear,
         autocast=True,
         kernel=_lora_by_parts,
+    ),
+    # [y, t, and t of x with each of the other lora_a, of products that will take x too]
+    Op(
+        f"lora_linear_shared(Tensor x, {WEIGHT}, int out_features, Tensor? bias, Tensor lora_a, Tensor lora_b, "
+        "float scaling, Tensor[] others) -> Tensor[]",
+        _fake_lora_linear_shared,
+        without_backward("lora_linear_shared", (0, 7, 8, 9)),
+        kernel=_shared_by_parts,
     ),
     Op(
         f"lora_linear_backward(Tensor grad, Tensor x, Tensor t, {WEIGHT}, Tensor lora_a, Tensor lora_b, float scaling, "

@@ -43,6 +43,7 @@ def samples(dtype: torch.dtype = torch.float32, rows: int = ROWS) -> Iterator[tu
         yield "linear", f"{spec} with bias and LoRA", (x, *w, OUT, bias, t, lora_b, 0.5)
         yield "linear_approximate", spec, (x, *w, OUT, bias, None, None, 1.0)
         yield "lora_linear", spec, (x, *w, OUT, bias, lora_a, lora_b, 0.5)
+        yield "lora_linear_shared", spec, (x, *w, OUT, bias, lora_a, lora_b, 0.5, [lora_a + 1, lora_a - 1])
         yield "lora_linear_backward", spec, (grad, x, t, *w, lora_a, lora_b, 0.5, True, True, True)
         yield "lora_linear_backward", f"{spec} for A", (grad, x, t, *w, lora_a, lora_b, 0.5, False, True, False)
         yield "linear_grad_input", spec, (grad, *w, IN, None, None)
