@@ -4,10 +4,14 @@ import contextlib
 
 import pytest
 import torch
-from cases import UNIT_ROUNDOFF, assert_within, make_weight, product_tolerance
-from cuda_bindings import OnStub
+from cases import UNIT_ROUNDOFF, assert_within, lora_tolerance, make_weight, product_tolerance
+from conftest_cuda import unaligned
+from conftest_models import llama
+from cuda_bindings import OnStub, run
 
 import lowbit
+from lowbit.ops import shared_input
+from lowbit_lora import LoraConfig, LoraModel
 
 N, K, RANK, SCALING = 72, 192, 8, 0.7
 #: Rows of x by the way that W takes there.
@@ -97,3 +101,88 @@ def test_launches_of_a_layer():
                 counts = f"{len(forward)} | {len(backward)}"
                 print(f"| {way} | {name} | {'on' if autocast else 'off'} | {counts} |")
                 assert len(forward) <= 3 and len(backward) <= (5 if way == "decode" else 6), (forward, backward)
+
+
+@pytest.mark.parametrize("rank", [RANK, 5])
+@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("way", WAYS)
+def test_t_of_other_products(way, dtype, lora_dtype, rank):
+    """What k and v take from q's launch is what they would compute, bit for bit: q gets its own all the same."""
+    q, lora_a, lora_b, _ = layer(lora_dtype, rank=rank)
+    x = torch.randn(WAYS[way], K, generator=torch.Generator().manual_seed(1)).to(dtype)
+    downs = [lora_a.detach() * scale for scale in (1, -3, 2, 5)]
+    weight = (*q.operands(), N, None)
+    y, *ts = run("lora_linear_shared", x, *weight, downs[0], lora_b.detach(), SCALING, downs[1:])
+    alone = [run("lora_linear", x, *weight, down, lora_b.detach(), SCALING) for down in downs]
+    assert torch.equal(y, alone[0][0]) and len(ts) == 4
+    for t, (_, own) in zip(ts, alone, strict=True):
+        assert torch.equal(t, own)
+
+
+def test_t_of_an_unaligned_factor():
+    """One of k's factors that begins anywhere, as a view does, must not be read as q's that is aligned."""
+    q, lora_a, lora_b, _ = layer()
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(1)).bfloat16()
+    downs = [lora_a.detach(), unaligned(lora_a.detach() * 3).view(RANK, K)]
+    _, *ts = run("lora_linear_shared", x, *q.operands(), N, None, downs[0], lora_b.detach(), SCALING, downs[1:])
+    for t, down in zip(ts, downs, strict=True):
+        exact, magnitude = x.double() @ down.double().T, x.double().abs() @ down.double().abs().T
+        assert_within(t, exact, lora_tolerance(magnitude, exact, K, (x.dtype, down.dtype), torch.float32))
+
+
+def test_too_many_or_unlike_others():
+    """A direct call that the kernel does not serve is an error that says so, not a launch beside the memory."""
+    q, lora_a, lora_b, _ = layer()
+    down, x = lora_a.detach(), torch.ones(3, K, dtype=torch.bfloat16)
+    for others, message in (
+        ([down] * (shared_input.MOST + 1), f"others: expected at most {shared_input.MOST}"),
+        ([down[:4]], "others"),
+        ([down.half()], "others: expected dtype"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            run("lora_linear_shared", x, *q.operands(), N, None, down, lora_b.detach(), SCALING, others)
+
+
+def attention_layers(lora_dtype):
+    """q, k and v of a Llama, quantized and adapted."""
+    model = llama(hidden_size=64, intermediate_size=128, num_hidden_layers=1).bfloat16()
+    lowbit.quantize_(model, skip=["lm_head"])
+    model = LoraModel(model, LoraConfig(rank=RANK, target_modules=["q_proj", "k_proj", "v_proj"]))
+    layers = [module for name, module in model.named_modules() if name.endswith(("q_proj", "k_proj", "v_proj"))]
+    return [layer.to(lora_dtype) if lora_dtype != torch.float32 else layer for layer in layers]
+
+
+def launches_of_attention(way, lora_dtype, shares) -> tuple[int, int]:
+    """How many launches q, k and v are, forward and backward, in the second of two steps."""
+    layers, counts = attention_layers(lora_dtype), []
+    with OnStub() as called, pytest.MonkeyPatch.context() as patch:
+        if not shares:
+            patch.setattr(shared_input, "find", lambda x, lora_a: (None, ()))
+        for _ in range(2):
+            x = torch.randn(WAYS[way], 64, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+            called.launches = []
+            ys = [layer(x) for layer in layers]
+            counts.append(called.launches)
+            called.launches = []
+            leaves = [x, *(each for layer in layers for each in layer.parameters() if each.requires_grad)]
+            grads = torch.autograd.grad(ys, leaves, [torch.ones_like(y) for y in ys])
+            counts.append(called.launches)
+    return [*ys, *grads], [len(each) for each in counts[2:]]
+
+
+def test_launches_of_q_k_and_v():
+    """q, k and v share the launch that reads x for LoRA, and nothing else changes: not a bit of the outputs.
+
+    Prints the table of docs/performance.md.
+    """
+    print("\n| rows go to | adapters | forward, each alone | forward, shared | backward |\n|---|---|---|---|---|")
+    for way in WAYS:
+        for lora_dtype in (torch.float32, torch.bfloat16):
+            alone, (forward_alone, backward_alone) = launches_of_attention(way, lora_dtype, shares=False)
+            ours, (forward, backward) = launches_of_attention(way, lora_dtype, shares=True)
+            name = str(lora_dtype).removeprefix("torch.")
+            print(f"| {way} | {name} | {forward_alone} | {forward} | {backward} |")
+            assert forward == forward_alone - (0 if way == "decode" else 2) and backward == backward_alone
+            for our, their in zip(ours, alone, strict=True):
+                assert torch.equal(our, their)
