@@ -1,4 +1,4 @@
-"""lowbit/ops/shared_input.py: products with the same x share a launch, and nobody can tell by the numbers.
+"""lowbit/ops/shared_input.py: in a CUDA graph products with the same x share a launch; nobody can tell by the numbers.
 
 Here the ops are those made of other ops, on a CPU; tests/test_cuda_bindings_lora.py has the kernels and the launches.
 """
@@ -28,9 +28,17 @@ N, K, RANK = 32, 64, 4
 Q = lowbit.quantize(make_weight((N, K)))
 
 
+class Place:
+    """The stream and the graph in which products are called: None outside of a graph."""
+
+    now: tuple[int, int] | None = (1, 1)
+
+
 @pytest.fixture(autouse=True)
-def one_op(monkeypatch):
-    """As on a GPU, a product and its LoRA are one op; and nothing has been seen yet."""
+def captured(monkeypatch):
+    """As on a GPU, a product and its LoRA are one op; a graph is being captured; and nothing has been seen yet."""
+    monkeypatch.setattr(Place, "now", (1, 1))
+    monkeypatch.setattr(shared_input, "_capture", lambda x: Place.now)
     monkeypatch.setattr(products, "HAVE_LORA_KERNELS", {(name, "cpu") for name in NAMESPACES.values()})
     monkeypatch.setattr(shared_input, "_thread", shared_input._Thread())
 
@@ -101,14 +109,21 @@ def test_the_second_x_is_shared():
     assert [ops_of(new_x(), pairs) for _ in range(3)] == [ALONE, SHARED, SHARED]
 
 
+def test_a_run_before_the_capture(monkeypatch):
+    """The run that torch asks for before a capture shows who follows whom: the one that is captured shares. Runs
+    outside of graphs launch nothing for others, which would cost the host more than it saves.
+    """
+    pairs = factors(3)
+    monkeypatch.setattr(Place, "now", None)
+    assert [ops_of(new_x(), pairs) for _ in range(2)] == [ALONE, ALONE]
+    monkeypatch.setattr(Place, "now", (1, 1))
+    assert ops_of(new_x(), pairs) == SHARED
+
+
+CHANGES = ["x", "A", "x.data", "A.data", "new x", "shorter A", "drop A", "no_grad", "inference"]
+CHANGES += ["eager", "graph", "stream"]
 #: What may happen between two products: the number of a layer, and of one of the x.
-EVENTS = st.tuples(
-    st.sampled_from(
-        ["product"] * 8 + ["x", "A", "x.data", "A.data", "new x", "shorter A", "drop A", "no_grad", "infer"]
-    ),
-    st.integers(0, 4),
-    st.integers(0, 1),
-)
+EVENTS = st.tuples(st.sampled_from(["product"] * 10 + CHANGES), st.integers(0, 4), st.integers(0, 1))
 
 
 @given(st.lists(EVENTS, max_size=40))
@@ -117,12 +132,14 @@ def test_any_order_of_products_and_changes(events):
     """A t of an x or an A that has changed since, or of another one at the same address, would be a wrong activation
     that nothing reports.
     """
-    shared_input._thread = shared_input._Thread()
+    shared_input._thread, Place.now = shared_input._Thread(), (1, 1)
     pairs, xs = factors(5), [new_x(seed=seed) for seed in (1, 2)]
     for what, i, j in events:
         pair, x = pairs[i], xs[j]
         if what == "product":
             assert_alone(product(x, pair), x, pair)
+        elif what in ("eager", "graph", "stream"):
+            Place.now = {"eager": None, "graph": (1, i), "stream": (i, 1)}[what]
         elif what == "x":
             x.add_(1)
         elif what == "x.data":
@@ -177,9 +194,9 @@ def test_nothing_is_kept():
     assert len(waiting) == 2 and all(each() is not None for each in waiting)
     del x
     assert all(each() is None for each in waiting)
-    del pairs
+    del pairs, pair
     gc.collect()
-    assert not shared_input._thread.firsts
+    assert not shared_input._thread.met
 
 
 def test_who_does_not_come_is_forgotten():
@@ -210,13 +227,16 @@ def test_factors_of_another_kind():
         assert ops_of(new_x(), [first, longer, narrow]) == ALONE
 
 
-def test_another_stream(monkeypatch):
-    """Kernels of another stream do not wait for the launch that computes t: they would read what is not there yet."""
+@pytest.mark.parametrize("place", [(2, 1), (1, 2), None])
+def test_another_stream_or_graph(place):
+    """Kernels of another stream do not wait for the launch that computes t: they would read what is not there yet. The
+    replay of another graph, or a call outside of any, would read what the first graph's last replay left.
+    """
     pairs = factors(2)
     ops_of(new_x(), pairs)
     x = new_x()
     product(x, pairs[0])
-    monkeypatch.setattr(shared_input, "_stream", lambda x: 7)
+    Place.now = place
     with Called() as called:
         product(x, pairs[1])
     assert called.names == ["lora_linear"]

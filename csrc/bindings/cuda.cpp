@@ -87,7 +87,7 @@ Tensor zeroed_counters(const Tensor& like, Stream stream, int64_t count) {
     check_call(aoti_torch_zero_(made.get()), "zero_");
     return made;
   };
-  if (cuda::is_capturing(stream)) return zeros(count);
+  if (cuda::capture_id(stream) != 0) return zeros(count);
   static std::mutex mutex;
   // Never destroyed: at exit torch's allocator may be gone before.
   static auto& kept = *new std::map<std::pair<int32_t, Stream>, Tensor>;
@@ -96,6 +96,9 @@ Tensor zeroed_counters(const Tensor& like, Stream stream, int64_t count) {
   if (is_new || found->second.numel() < count) found->second = zeros(std::max(count, kFewestCounters));
   return found->second;
 }
+
+// The graph that is being captured on torch's stream of x's device; 0: none.
+int64_t capture_id(Tensor x) { return static_cast<int64_t>(cuda::capture_id(current_stream(x.get_device_index()))); }
 
 // Where kernels run: while this lives, the device of the tensors is the current one.
 class Cuda {
@@ -332,5 +335,6 @@ class Cuda {
 STABLE_TORCH_LIBRARY_IMPL(LOWBIT_CUDA_NAMESPACE, LOWBIT_CUDA_KEY, library) {
   implement<Cuda>(library);
   implement_lora<Cuda>(library);
+  library.impl("capture_id", TORCH_BOX(&capture_id));
   implement_optim<Cuda>(library);
 }

@@ -29,8 +29,8 @@ Gpu current_gpu();
 // Asks again: for tests, in which a device becomes another.
 void forget_gpus();
 
-// Whether what is enqueued on `stream` becomes part of a graph.
-bool is_capturing(Stream stream);
+// The graph that what is enqueued on `stream` becomes part of: a number that no other has. 0: none.
+uint64_t capture_id(Stream stream);
 
 int quantize(const QuantizeArgs& args, Stream stream);
 int quantize_int8(const QuantizeArgs& args, Stream stream);  // which quantize calls

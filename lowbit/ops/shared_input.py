@@ -5,10 +5,12 @@ first product with that x. From the next time on the first one's launch computes
 takes its own, once. Nobody has to say which layers belong together, and a layer that no longer follows is forgotten.
 
 A t is taken only where x and A are what they were when it was computed: the same tensors with the same memory and
-version, on the same stream. (As in autograd's checks, a write that torch's version counter does not count, such as one
+version, in the same graph. (As in autograd's checks, a write that torch's version counter does not count, such as one
 through ``.data``, is not seen.) x is not kept alive; with it goes each t that nobody took. A thread sees only its own.
 
-All of this takes the host about as long as the two launches that it saves for q, k and v.
+Only a CUDA graph that is being captured gets such launches. To serve a product and its followers takes the host longer
+(9 us a product more, benchmarks/bench_host.py's machine) than the launches that it saves; a graph does so once, and
+saves them in each replay. Elsewhere lora_a are only met, once each: before a capture torch wants a run of the same.
 """
 
 import functools
@@ -18,6 +20,8 @@ from collections.abc import Sequence
 
 import torch
 from torch.utils.weak import TensorWeakRef
+
+CAPTURE_ID = "capture_id(Tensor x) -> int"
 
 #: How many follow at most: kMostOtherLoras of csrc/arguments.h.
 MOST = 3
@@ -33,19 +37,19 @@ class _Follower:
 
 
 class _First:
-    """A lora_a that others follow, and the x that it took last."""
+    """A lora_a that others follow, and the x that it took last, in which graph."""
 
-    __slots__ = ("followers", "lora_a", "state", "stream", "x")
+    __slots__ = ("capture", "followers", "lora_a", "state", "x")
 
     def __init__(self, lora_a: weakref.ref):
         self.lora_a, self.followers = lora_a, []
 
-    def begin(self, x: torch.Tensor, lora_a: torch.Tensor) -> list[torch.Tensor]:
-        """Take x; return the lora_a of the followers."""
+    def begin(self, x: torch.Tensor, lora_a: torch.Tensor, capture: tuple | None) -> list[torch.Tensor]:
+        """Take x; return the lora_a of the followers whose t it is to compute: in a graph."""
         self.x = weakref.ref(x, functools.partial(_end, self.followers))
-        self.state, self.stream = _state(x), _stream(x)
-        if not self.followers:
-            return self.followers
+        self.state, self.capture = _state(x), capture
+        if capture is None:
+            return []
         kind, served, others = _kind(lora_a), [], []
         for follower in self.followers:
             other = follower.lora_a()
@@ -56,11 +60,11 @@ class _First:
         self.followers[:] = served
         return others
 
-    def is_followed(self, x: torch.Tensor, lora_a: torch.Tensor) -> bool:
+    def is_followed(self, x: torch.Tensor, lora_a: torch.Tensor, capture: tuple | None) -> bool:
         """Whether a product takes the same x after this one, which has not been changed."""
         if self.x() is not x or (first := self.lora_a()) is None or first is lora_a:
             return False
-        return self.state == _state(x) and self.stream == _stream(x)
+        return self.state == _state(x) and self.capture == capture
 
     def take(self, lora_a: torch.Tensor) -> torch.Tensor | None:
         """A follower's t, if it is right. One that is new follows from now on."""
@@ -76,7 +80,7 @@ class _First:
 class _Thread(threading.local):
     def __init__(self):
         self.latest: _First | None = None
-        self.firsts: dict[int, _First] = {}  # by the id of their lora_a
+        self.met: dict[int, _First] = {}  # by the id of their lora_a
 
 
 _thread = _Thread()
@@ -87,19 +91,22 @@ def find(x: torch.Tensor, lora_a: torch.Tensor) -> tuple[torch.Tensor | None, Se
 
     The latter t are then given to :func:`keep`.
     """
+    thread, capture = _thread, _capture(x)
+    if capture is None and id(lora_a) in thread.met:
+        return None, ()
     if torch.is_inference_mode_enabled():  # whose tensors have no version
         return None, ()
-    thread = _thread
     latest = thread.latest
     if latest is not None:
-        if latest.is_followed(x, lora_a):
+        if latest.is_followed(x, lora_a, capture):
+            _first(thread.met, lora_a)
             return latest.take(lora_a), ()
         _end(latest.followers)
         thread.latest = None
     if type(x) is not torch.Tensor or x.is_inference() or not _is_parameter(lora_a):
         return None, ()
-    latest = thread.latest = _first(thread.firsts, lora_a)
-    return None, latest.begin(x, lora_a)
+    latest = thread.latest = _first(thread.met, lora_a)
+    return None, latest.begin(x, lora_a, capture)
 
 
 def keep(ts: Sequence[torch.Tensor]) -> None:
@@ -113,11 +120,11 @@ def _end(followers: list[_Follower], _=None) -> None:
     followers[:] = [each for each in followers if each.t is None]
 
 
-def _first(firsts: dict[int, _First], lora_a: torch.Tensor) -> _First:
+def _first(met: dict[int, _First], lora_a: torch.Tensor) -> _First:
     key = id(lora_a)
-    found = firsts.get(key)
+    found = met.get(key)
     if found is None:
-        found = firsts[key] = _First(weakref.ref(lora_a, lambda _: firsts.pop(key, None)))
+        found = met[key] = _First(weakref.ref(lora_a, lambda _: met.pop(key, None)))
     return found
 
 
@@ -135,6 +142,12 @@ def _state(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor._version, tensor.data_ptr()
 
 
-def _stream(x: torch.Tensor) -> int:
-    """The current stream of x's device."""
-    return torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0
+def _capture(x: torch.Tensor) -> tuple[int, int] | None:
+    """(the current stream of x's device, the graph that it is being captured into), or None.
+
+    Nothing in a graph may read what another one computes, or what a stream computes that it does not wait for.
+    """
+    if not x.is_cuda or not torch._C._cuda_isCurrentStreamCapturing():
+        return None
+    graph = torch.ops.lowbit.capture_id(x)
+    return (torch._C._cuda_getCurrentRawStream(x.get_device()), graph) if graph else None
