@@ -138,8 +138,9 @@ def _kind(lora_a: torch.Tensor) -> tuple:
     return lora_a.shape, lora_a.dtype, lora_a.get_device(), lora_a.data_ptr() != 0
 
 
-def _state(tensor: torch.Tensor) -> tuple[int, int]:
-    return tensor._version, tensor.data_ptr()
+def _state(tensor: torch.Tensor) -> tuple:
+    """What changes where the tensor's values do. (``.data = ...`` counts no version.)"""
+    return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _capture(x: torch.Tensor) -> tuple[int, int] | None:

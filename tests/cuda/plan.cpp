@@ -207,7 +207,7 @@ int main() {
     for (const int64_t w : {4, 100, 2048, 4096, 28672})
       for (const int64_t rank : {1, 4, 16, 64, 128, 512}) expect_lora(m, w, rank, gpu);
   // Which factors wide loads fit: in the forward along the contraction, in the backward across it; a slice of several
-  // stacked; not an odd rank or two dtypes.
+  // stacked; not an odd rank or two dtypes, nor another LoRA's factor that begins anywhere.
   const auto access_is = [&](LoraAccess access, const LoraProductArgs& args) {
     expect(lora_access(args) == access, "how lora_product reads its factors", args.m, args.n, args.rank);
   };
@@ -225,5 +225,8 @@ int main() {
   access_is(LoraAccess::across, args);
   access_is(LoraAccess::any, lora(512, 4096, 5));
   access_is(LoraAccess::any, lora(512, 4098, 16));
+  args = lora(512, 4096, 16);
+  args.others[args.other_count++].down = memory + 4;
+  access_is(LoraAccess::any, args);
   return failures > 0;
 }
