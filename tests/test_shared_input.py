@@ -249,6 +249,17 @@ def test_factors_of_another_kind():
         assert ops_of(new_x(), [first, longer, narrow]) == ALONE
 
 
+def test_a_factor_that_becomes_one_of_another_kind():
+    """A launch for factors of two ranks or dtypes would be an error in q, because of what somebody did to k."""
+    pairs = factors(3)
+    ops_of(new_x(), pairs)
+    lora_a = pairs[1][0]
+    lora_a.data = lora_a.data.half()
+    x = new_x()
+    _, others = shared_input.find(x, pairs[0][0])
+    assert [id(each) for each in others] == [id(pairs[2][0])]
+
+
 @pytest.mark.parametrize("place", [(2, 1), (1, 2), None])
 def test_another_stream_or_graph(place):
     """Kernels of another stream do not wait for the launch that computes t: they would read what is not there yet. The
