@@ -64,6 +64,15 @@ def linear(
     return outside_autocast(_linear, x, q, weight, bias, precision)
 
 
+def linear_or_none(x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """:func:`linear`; None for a weight that has to be decoded: a transposed one, or one that begins inside a block."""
+    weight = None if q.stored.transposed else QuantizedTensor.operands(q)
+    if weight is None:
+        return None
+    _check_operands(q.stored.shape, weight, x, bias)
+    return outside_autocast(_linear, x, q, weight, bias, "exact")
+
+
 def lora_linear(
     x: torch.Tensor,
     q: torch.Tensor,
@@ -254,10 +263,7 @@ def check_operand(name: str, tensor: torch.Tensor, shape: tuple[int, ...], devic
 def _checked_weight(q: QuantizedTensor, x: torch.Tensor, bias: torch.Tensor | None) -> tuple:
     """The op's arguments from packed to spec; an error unless x and bias fit the weight."""
     check_quantized(q)
-    layout = q.stored
-    if len(layout.shape) != 2:
-        raise ValueError(f"q: expected a weight of 2 dimensions (out, in), got shape {layout.logical_shape}")
-    if layout.transposed:
+    if q.stored.transposed:
         raise ValueError("q: expected a weight (out, in), got a transposed one; use x @ q, or q.T")
     weight = QuantizedTensor.operands(q)  # not q.operands(): torch.compile does not look into methods of an argument
     if weight is None:
@@ -265,19 +271,24 @@ def _checked_weight(q: QuantizedTensor, x: torch.Tensor, bias: torch.Tensor | No
             f"q: expected a weight that begins with a block of its own, got a slice that begins inside one ({q!r}); "
             "F.linear decodes such a slice"
         )
+    _check_operands(q.stored.shape, weight, x, bias)
+    return weight
+
+
+def _check_operands(weight_shape, weight: tuple, x: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """An error unless x and bias fit a weight of this shape, whose arguments of an op ``weight`` holds."""
+    if len(weight_shape) != 2:
+        raise ValueError(f"q: expected a weight of 2 dimensions (out, in), got shape {tuple(weight_shape)}")
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
-    out_features, in_features = layout.shape
-    shape = x.shape
+    out_features, in_features = weight_shape
+    shape, device = x.shape, weight[0].device
     if not shape:
         raise ValueError(f"x: expected at least 1 dimension, the last of size {in_features}, got a scalar")
-    if shape[-1] != in_features:
-        shape = (*shape[:-1], in_features)
-    device = weight[0].device
-    check_operand("x", x, shape, device)
+    if shape[-1] != in_features or x.dtype not in FLOAT_DTYPES or x.device != device:
+        check_operand("x", x, (*shape[:-1], in_features), device)
     if bias is not None:
         check_operand("bias", bias, (out_features,), device)
-    return weight
 
 
 def _check_precision(precision: str, *operands: torch.Tensor | None) -> None:
