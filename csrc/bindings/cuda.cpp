@@ -191,11 +191,20 @@ class Cuda {
       const std::optional<Tensor> counters = counters_of(plan, &args.counters);
       return check_launch(cuda::linear_grad_input(args, plan, stream_), kOp);
     }
-    const Tensor out = matrix_of(grad_x, call.m, call.k);
-    const Tensor dense = empty({call.n, call.k}, grad_x.scalar_type());
-    dequantize({args.weight, dense.data_ptr(), call.dtype}, kOp);
-    multiply(matrix_of(call.grad, call.m, call.n), matrix_of(dense, call.n, call.k),
-             has_lora ? std::optional(out) : std::nullopt, out);
+    const int64_t m = call.m, n = call.n, k = call.k;
+    const int64_t most = cuda::decoded_columns(args.weight, call.dtype, m, n, k, gpu);
+    const Tensor grad = matrix_of(call.grad, m, n), dense = empty({n, std::min(most, k)}, grad_x.scalar_type());
+    for (int64_t column = 0; column < k; column += most) {
+      const int64_t columns = std::min(most, k - column);
+      if (columns == k) {
+        dequantize({args.weight, dense.data_ptr(), call.dtype}, kOp);
+      } else {
+        check_launch(cuda::dequantize_columns({args.weight, k, column, columns, dense.data_ptr(), call.dtype}, stream_),
+                     kOp);
+      }
+      const Tensor out = matrix_of(grad_x, m, columns, k, 1, column);
+      multiply(grad, matrix_of(dense, n, columns), has_lora ? std::optional(out) : std::nullopt, out);
+    }
   }
 
   // call.grad_t = scaling grad lora_b
