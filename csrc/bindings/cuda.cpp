@@ -207,11 +207,20 @@ class Cuda {
     }
   }
 
-  // call.grad_t = scaling grad lora_b
-  void lora_down(GradInputCall<Cuda>& call, const Operand<Cuda>& lora_b, double scaling) const {
-    LowRankProduct lora{.m = call.m, .rank = call.rank, .t = &call.grad_t};
-    lora.read(call.grad, call.n, lora_b, true, scaling);
-    multiply_low_rank(lora, call.dtype, cuda::current_gpu(), "lora_down");
+  // t[m, rank] = scale x[m, k] down^T
+  void lora_down(const Tensor& x, int64_t m, int64_t k, int64_t rank, const Operand<Cuda>& down, bool is_transposed,
+                 double scale, Operand<Cuda>& t) const {
+    LowRankProduct lora{.m = m, .rank = rank, .t = &t};
+    lora.read(x, k, down, is_transposed, scale);
+    multiply_low_rank(lora, dtype_of(x.scalar_type(), "x"), cuda::current_gpu(), "lora_down");
+  }
+
+  // y[m, n] = scale t[m, rank] up^T + bias
+  void lora_up(Operand<Cuda>& t, int64_t m, int64_t n, int64_t rank, Operand<Cuda>& up, bool is_transposed,
+               double scale, Operand<Cuda>& bias, const Tensor& y) const {
+    LowRankProduct lora{.m = m, .rank = rank, .t = &t};
+    lora.write(y, n, up, is_transposed, scale, &bias);
+    multiply_low_rank(lora, dtype_of(y.scalar_type(), "dtype"), cuda::current_gpu(), "lora_up");
   }
 
   // out[w, rank] = scale wide[m, w]^T low[m, rank], low in fp32; or out is the transpose of that.
