@@ -64,6 +64,14 @@ struct DequantizeArgs {
   Dtype dtype;
 };
 
+// out[n, count] = the columns of W [n, row_length] from number `first` on, decoded
+struct DequantizeColumnsArgs {
+  QuantizedWeight weight;
+  int64_t row_length, first, count;
+  void* out;
+  Dtype dtype;
+};
+
 // y[m, n] = x[m, k] W[n, k]^T + scaling t[m, rank] lora_b[n, rank]^T + bias[n]
 struct LinearArgs {
   const void* x;

@@ -10,7 +10,7 @@ from . import format as fmt
 from .format import FLOAT_DTYPES, check_float_dtype
 from .ops import dense
 from .ops import linear as products
-from .ops.record import op_of
+from .ops.record import is_traced, op_of
 from .tensor import QuantizedTensor
 
 
@@ -195,7 +195,7 @@ def _lora_linear(x, q, weight, lora_a, lora_b, scaling, bias, dropout_p, precisi
     namespace, features = _namespace(x, q), q.stored.shape[0]
     if not dropout_p and precision == "exact":
         return products.lora_linear(namespace, x, weight, features, bias, lora_a, lora_b, scaling)
-    t = _LoraDown.apply(F.dropout(x, dropout_p, True) if dropout_p else x, lora_a)
+    t = _lora_down(namespace, x, lora_a, dropout_p)
     if precision == "exact":
         return products.linear(namespace, x, weight, features, bias, t, lora_b, scaling)
     return _approximate(namespace, x, weight, features, bias, t, lora_b, scaling)
@@ -212,8 +212,10 @@ def _dense_lora_linear(x, weight, lora_a, lora_b, scaling, bias, dropout_p, prec
 
     def product(x, weight, bias):
         weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)  # under autocast
-        t = _LoraDown.apply(F.dropout(x, dropout_p, True), lora_a) if dropout_p else None
-        return dense.lora_linear(x, weight, lora_a, lora_b, float(scaling), bias, t)
+        is_native = backends.selected in (None, "native") and x.device.type in backends.native.DEVICE_TYPES
+        namespace = backends.NAMESPACES["native"] if is_native else ""
+        t = _lora_down(namespace, x, lora_a, dropout_p) if dropout_p else None
+        return dense.lora_linear(namespace, x, weight, lora_a, lora_b, float(scaling), bias, t)
 
     return outside_autocast(product, x, weight, bias)
 
@@ -226,22 +228,29 @@ def _approximate(namespace, x, weight, features, bias, t=None, lora_b=None, scal
     return op_of(namespace, "linear_approximate")(x, *weight, features, bias, t, lora_b, scaling)
 
 
+def _lora_down(namespace: str, x, lora_a, dropout_p: float) -> torch.Tensor:
+    """dropout(x) A^T."""
+    dropped = F.dropout(x, dropout_p, True) if dropout_p else x
+    return _LoraDown.apply(dropped, lora_a, "" if is_traced() else namespace)
+
+
 class _LoraDown(torch.autograd.Function):
-    """t = x A^T of a dropped x, in ``product_dtype``. Unlike F.linear on casts, it saves x in x's own dtype."""
+    """t = x A^T of a dropped x, as ``Product.matmul``. Unlike F.linear on casts, it saves x in x's own dtype."""
 
     @staticmethod
-    def forward(ctx, x, lora_a):
+    def forward(ctx, x, lora_a, namespace):
         ctx.save_for_backward(x, lora_a)
-        return products.Product("", ()).matmul(x, lora_a)
+        ctx.product = products.Product(namespace, ())
+        return ctx.product.matmul(x, lora_a)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, lora_a = ctx.saved_tensors
-        product = products.Product("", ())
-        grad_x = product.matmul(grad, lora_a.T).to(x.dtype) if ctx.needs_input_grad[0] else None
+        product = ctx.product
+        grad_x = product.up(grad, lora_a.T, x.dtype) if ctx.needs_input_grad[0] else None
         grad_a = product.outer(grad, x).to(lora_a.dtype) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_a
+        return grad_x, grad_a, None
 
 
 def check_quantized(q: QuantizedTensor) -> None:

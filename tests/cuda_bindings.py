@@ -76,7 +76,7 @@ def run(op: str, *args, device: int = 0):
     lists = [a if isinstance(a, (list, tuple)) else [a] for a in args]
     tensors = [a for a in itertools.chain(*lists) if isinstance(a, torch.Tensor)]
     for tensor in tensors:
-        library.know(tensor)
+        library.know(tensor if tensor.is_contiguous() else tensor.mT)  # one of LoRA's factors
     earlier = len(library.launches)
     library.runtime_calls.clear()
     result = op(*args)

@@ -70,6 +70,54 @@ def test_training_a_layer(way, dtype, lora_dtype, bias):
         torch.testing.assert_close(found[3], grad.float().sum(0).to(lora_dtype))
 
 
+@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("is_dense", "bias", "dropout_p"), [(True, True, 0.0), (True, False, 0.3), (False, True, 0.3)])
+def test_no_copy_in_fp32(is_dense, bias, dropout_p, lora_dtype):
+    """Copies of x and grad in fp32 take three times their memory traffic, and fp32 products a tenth of bf16's speed.
+
+    A dense weight's layer is 3 launches forward and 5 backward. Dropout adds itself, its gradient and the sum of two
+    gradients of x; then LoRA's halves are launches of their own.
+    """
+    q, lora_a, lora_b, bias_values = layer(lora_dtype, bias)
+    bias_values = bias_values.detach() if bias else None  # the base's, which is frozen
+    weight = q.dequantize(torch.bfloat16) if is_dense else q
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(260, K, generator=generator).bfloat16().requires_grad_()
+    grad = torch.randn(260, N, generator=generator).bfloat16()
+    torch.manual_seed(2)
+    mask = torch.nn.functional.dropout(torch.ones_like(x), dropout_p)
+    torch.manual_seed(2)
+    with OnStub() as called:
+        y = lowbit.lora_linear(x, weight, lora_a, lora_b, SCALING, bias_values, dropout_p, training=True)
+        forward, called.launches = called.launches, []
+        found = torch.autograd.grad(y, (x, lora_a, lora_b), grad)
+    # In torch's C++ for CPUs dropout is 3 ops, on a GPU one launch; its gradient is one, and the sum of x's gradients.
+    of_dropout = (3, 2) if dropout_p else (0, 0)
+    in_16_bits = lora_dtype != torch.float32  # the kernels read a bias in fp32, and make gradients of factors in fp32
+    assert len(forward) - of_dropout[0] - (bias and in_16_bits) <= (3 if is_dense else 4), forward
+    assert len(called.launches) - of_dropout[1] - 2 * in_16_bits <= (5 if is_dense else 6), called.launches
+
+    exact, magnitude = (
+        dropped_gradients(x, weight, lora_a, lora_b, bias_values, grad, mask, change)
+        for change in (lambda tensor: tensor, torch.Tensor.abs)
+    )
+    u = UNIT_ROUNDOFF[torch.bfloat16]
+    for i, our in enumerate((y, *found)):
+        # LoRA's part is rounded on its own; with dropout both gradients of x are, and so is their sum.
+        roundings = (3.1, 5.1)[bool(dropout_p)] * u * (i < 2) + (u if our.dtype != torch.float32 else 0)
+        bound = product_tolerance(magnitude[i], exact[i], 3 * (260 + K + N + RANK), our.dtype, roundings + 2.0**-13)
+        assert_within(our, exact[i], bound)
+
+
+def dropped_gradients(x, weight, lora_a, lora_b, bias, grad, mask, change):
+    """As :func:`exact_gradients`, LoRA's x being multiplied by ``mask``."""
+    leaves = [change(each.detach().double()).requires_grad_() for each in (x, lora_a, lora_b)]
+    dense = weight if type(weight) is torch.Tensor else weight.dequantize(torch.float32)
+    y = leaves[0] @ change(dense.double()).T + SCALING * (leaves[0] * mask.double() @ leaves[1].T) @ leaves[2].T
+    y = y if bias is None else y + change(bias.detach().double())
+    return [y.detach(), *torch.autograd.grad(y, leaves, change(grad.double()))]
+
+
 def launch_counts(way, lora_dtype, autocast) -> tuple[list[str], list[str]]:
     """What a layer's forward and backward launch, x being bf16.
 

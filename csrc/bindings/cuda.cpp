@@ -197,18 +197,36 @@ class Cuda {
       const std::optional<Tensor> counters = counters_of(plan, &args.counters);
       return check_launch(cuda::linear_grad_input(args, plan, stream_), kOp);
     }
-    const Tensor out = matrix_of(grad_x, call.m, call.k);
-    const Tensor dense = empty({call.n, call.k}, grad_x.scalar_type());
-    dequantize({args.weight, dense.data_ptr(), call.dtype}, kOp);
-    multiply(matrix_of(call.grad, call.m, call.n), matrix_of(dense, call.n, call.k),
-             has_lora ? std::optional(out) : std::nullopt, out);
+    const int64_t m = call.m, n = call.n, k = call.k;
+    const int64_t most = cuda::decoded_columns(args.weight, call.dtype, m, n, k, gpu);
+    const Tensor grad = matrix_of(call.grad, m, n), dense = empty({n, std::min(most, k)}, grad_x.scalar_type());
+    for (int64_t column = 0; column < k; column += most) {
+      const int64_t columns = std::min(most, k - column);
+      if (columns == k) {
+        dequantize({args.weight, dense.data_ptr(), call.dtype}, kOp);
+      } else {
+        check_launch(cuda::dequantize_columns({args.weight, k, column, columns, dense.data_ptr(), call.dtype}, stream_),
+                     kOp);
+      }
+      const Tensor out = matrix_of(grad_x, m, columns, k, 1, column);
+      multiply(grad, matrix_of(dense, n, columns), has_lora ? std::optional(out) : std::nullopt, out);
+    }
   }
 
-  // call.grad_t = scaling grad lora_b
-  void lora_down(GradInputCall<Cuda>& call, const Operand<Cuda>& lora_b, double scaling) const {
-    LowRankProduct lora{.m = call.m, .rank = call.rank, .t = &call.grad_t};
-    lora.read(call.grad, call.n, lora_b, true, scaling);
-    multiply_low_rank(lora, call.dtype, cuda::current_gpu(), "lora_down");
+  // t[m, rank] = scale x[m, k] down^T
+  void lora_down(const Tensor& x, int64_t m, int64_t k, int64_t rank, const Operand<Cuda>& down, bool is_transposed,
+                 double scale, Operand<Cuda>& t) const {
+    LowRankProduct lora{.m = m, .rank = rank, .t = &t};
+    lora.read(x, k, down, is_transposed, scale);
+    multiply_low_rank(lora, dtype_of(x.scalar_type(), "x"), cuda::current_gpu(), "lora_down");
+  }
+
+  // y[m, n] = scale t[m, rank] up^T + bias
+  void lora_up(Operand<Cuda>& t, int64_t m, int64_t n, int64_t rank, Operand<Cuda>& up, bool is_transposed,
+               double scale, Operand<Cuda>& bias, const Tensor& y) const {
+    LowRankProduct lora{.m = m, .rank = rank, .t = &t};
+    lora.write(y, n, up, is_transposed, scale, &bias);
+    multiply_low_rank(lora, dtype_of(y.scalar_type(), "dtype"), cuda::current_gpu(), "lora_up");
   }
 
   // out[w, rank] = scale wide[m, w]^T low[m, rank], low in fp32; or out is the transpose of that.

@@ -38,6 +38,7 @@ int quantize_scales(const QuantizeScalesArgs& args, Stream stream);
 int search_scales(const SearchScalesArgs& args, Stream stream);
 int encode(const EncodeArgs& args, Stream stream);
 int dequantize(const DequantizeArgs& args, Stream stream);
+int dequantize_columns(const DequantizeColumnsArgs& args, Stream stream);  // cudaErrorInvalidValue unless columns_fit
 
 // One launch for up to UpdateTable::kCapacity (csrc/cuda/optim.cu) parameters that have elements.
 int optimizer_step(const OptimizerStepArgs& args, Stream stream);

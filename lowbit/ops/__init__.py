@@ -13,10 +13,10 @@ take plain tensors; ``lowbit/functional.py`` has the public functions and their 
 import torch
 
 from ..backends import NAMESPACES, triton
-from . import grouped, linear, optim, quantize, shared_input
+from . import grouped, linear, lora, optim, quantize, shared_input
 
 #: Every op by name.
-OPS = {op.name: op for family in (quantize, linear, grouped, optim) for op in family.OPS}
+OPS = {op.name: op for family in (quantize, linear, lora, grouped, optim) for op in family.OPS}
 # Which instruction set the CPU kernels use; no tensors, so no backend but the extension has them.
 _NATIVE_SCHEMAS = ("cpu_isa() -> str", "cpu_isas() -> str[]", "set_cpu_isa(str isa) -> ()")
 

@@ -49,6 +49,12 @@ def samples(dtype: torch.dtype = torch.float32, rows: int = ROWS) -> Iterator[tu
         yield "linear_grad_input", spec, (grad, *w, IN, None, None)
         yield "linear_grad_input", f"{spec} with LoRA", (grad, *w, IN, t, lora_a)
 
+    for factor, what in ((lora_a, "in its own order"), (lora_a.T.contiguous().T, "transposed")):
+        yield "lora_down", what, (x, factor, 0.5)
+        yield "lora_up", what, (t, factor.T, lora_a[0], 0.5, dtype)
+    yield "lora_outer", "of A", (x, t, 0.5, True)
+    yield "lora_outer", "of B", (grad, t, 0.5, False)
+
     yield "quantize_scales", "scales", (stored(weight, "nf4:32")[1], torch.tensor(1.0))
     few = weight[:2]  # the search takes 50 ms a block in Triton's interpreter
     yield "search_scales", "nf4:64", (few.to(dtype), torch.rand(IN, generator=generator), "nf4:64")

@@ -192,16 +192,20 @@ int main() {
                plan, "counters");
       }
 
-  // W is decoded in chunks where these fit half of the L2 cache and cuBLAS still fills the GPU, from a group of scales
-  // on.
+  // W is decoded in parts where these fit half of the L2 cache and cuBLAS's waves do not become many more: from a group
+  // of scales on for y, by columns for grad_x.
   const Gpu h100{90, 90, 132, 50 << 20};
-  const auto rows_of = [&](int64_t m, int64_t n, int64_t k) {
-    return decoded_rows(product(m, Dtype::bf16, kNf4, n, k).weight, Dtype::bf16, m, n, k, h100);
+  const auto parts_are = [&](int64_t m, int64_t n, int64_t k, int64_t rows, int64_t columns, const char* what) {
+    const QuantizedWeight weight = product(m, Dtype::bf16, kNf4, n, k).weight;
+    expect(decoded_rows(weight, Dtype::bf16, m, n, k, h100) == rows, {Path::decode}, what);
+    expect(decoded_columns(weight, Dtype::bf16, m, n, k, h100) == columns, {Path::decode}, what);
   };
-  expect(rows_of(2048, 4096, 4096) == 4096, {Path::decode}, "W fits the cache");
-  expect(rows_of(2048, 14336, 4096) == 3072, {Path::decode}, "five chunks");
-  expect(rows_of(512, 14336, 4096) == 14336, {Path::decode}, "a chunk is too small for the GPU");
-  expect(rows_of(2048, 14336, 4096 + 32) == 14336, {Path::decode}, "blocks cross rows");
+  parts_are(2048, 4096, 4096, 4096, 4096, "W fits the cache");
+  parts_are(2048, 14336, 4096, 2048, 4096, "seven waves either way; 768 columns would be six for four");
+  parts_are(8192, 14336, 4096, 3072, 512, "a wave more, which costs less than the memory; eight of 128 tiles");
+  parts_are(2048, 4096, 14336, 4096, 2048, "the other way round");
+  parts_are(512, 14336, 4096, 14336, 4096, "a part is too small for the GPU");
+  parts_are(8192, 14336, 4096 + 32, 14336, 4096 + 32, "blocks cross rows");
 
   for (const int64_t m : {1, 33, 128, 2048, 16384, 1 << 20})
     for (const int64_t w : {4, 100, 2048, 4096, 28672})
