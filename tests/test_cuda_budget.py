@@ -43,15 +43,19 @@ def test_no_kernel_spills(source):
 
 
 @pytest.mark.parametrize(
-    ("name", "weights_per_byte", "scale_loads"), [("dequantize_kernel", 2, 3), ("dequantize_int8_kernel", 1, 0)]
+    ("name", "budget", "weights_per_byte", "scale_loads"),
+    [("5WholeE", 4.4, 2, 3), ("12ColumnWindowE", 5.1, 2, 3), ("dequantize_int8_kernel", 5, 1, 0)],
 )
-def test_dequantize_budget(name, weights_per_byte, scale_loads):
-    """At most 5 instructions per weight (bitsandbytes 0.50.2: 24), packed bytes and output in 16-byte accesses only."""
+def test_dequantize_budget(name, budget, weights_per_byte, scale_loads):
+    """Instructions per weight (bitsandbytes 0.50.2: 24), packed bytes and output in 16-byte accesses only.
+
+    A window of columns divides once for each 32 weights, to find their row.
+    """
     for kernel in kernels_of("dequantize.cu", name):
         loop = kernel.smallest_loop("LDG.128", "STG.128")
         tiles = count(loop, "LDG.128")
         weights = tiles * BYTES_PER_ACCESS * weights_per_byte
-        assert len(loop) <= 5 * weights, f"{kernel.name} for {kernel.arch}: {len(loop) / weights:.2f} per weight"
+        assert len(loop) <= budget * weights, f"{kernel.name} for {kernel.arch}: {len(loop) / weights:.2f} per weight"
         assert count(loop, "STG") == count(loop, "STG.128"), kernel.name
         assert count(loop, "LDG") - tiles <= scale_loads * tiles, kernel.name
         assert kernel.registers <= 80, kernel.name

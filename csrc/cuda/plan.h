@@ -364,19 +364,54 @@ inline Plan plan_grad_input(const LinearGradInputArgs& args, const Gpu& gpu) {
 
 // --- a weight that is decoded first
 
-// How many rows of W [n, k] are decoded at a time, for cuBLAS to multiply before the next ones are. What fits half of
-// the L2 cache is read there: 0.5 bytes of DRAM per weight instead of 4.5, and no dense weight in memory. Chunks begin
-// where a group of scales does. Not where all of W fits the cache, and not where a chunk's product has fewer tiles of
-// 128 x 128 than two for each multiprocessor: cuBLAS would leave some idle in each chunk.
+// How many of the product's outputs (rows of W for y, columns for grad_x) are decoded at a time, a multiple of `unit`,
+// for cuBLAS to multiply before the next ones are; all of them where parts do not pay. What fits half of the L2 cache
+// is read there: 0.5 bytes of DRAM per weight instead of 4.5, and no dense weight in memory.
+//
+// Parts take time where cuBLAS's tiles of 128 x 256 fill the GPU less well: in more waves, each of 2 x 128 x 256 x
+// contraction FLOP of a multiprocessor's 6 TFLOPS. What they save is 4 x outputs x contraction bytes at 4.3 TB/s
+// (H200), as much as a wave for 11700 outputs, whatever the contraction. (An A100: 11300; a B200: 8400; an RTX 4090:
+// 12500.) So the part is the one of the fewest waves, the largest of these, unless it adds more than that. The two
+// launches of a part of a half or a quarter of the cache take 2 us, where it saves 12 or 6.
+inline int64_t decoded_part(int64_t outputs, int64_t contraction, int64_t unit, Dtype dtype, int64_t m,
+                            const Gpu& gpu) {
+  const auto waves = [&](int64_t part) {
+    return ceil_div(ceil_div(m, int64_t{128}) * ceil_div(part, int64_t{256}), int64_t{gpu.processors});
+  };
+  constexpr int64_t kOutputsForWave = 12288;
+  const int64_t output_bytes = contraction * size_of(dtype);
+  if (outputs * output_bytes <= gpu.l2_bytes) return outputs;
+  const int64_t most = gpu.l2_bytes / 2 / output_bytes / unit * unit;
+  int64_t best = outputs, least = waves(outputs) + outputs / kOutputsForWave + 1;
+  for (int64_t part = most; part > 0 && 2 * part >= most; part -= unit) {
+    const int64_t tried = outputs / part * waves(part) + waves(outputs % part);
+    if (tried >= least) continue;
+    least = tried;
+    best = part;
+  }
+  return best;
+}
+
+// Rows of W [n, k] for y. Parts begin where a group of scales does.
 inline int64_t decoded_rows(const QuantizedWeight& weight, Dtype dtype, int64_t m, int64_t n, int64_t k,
                             const Gpu& gpu) {
-  constexpr int64_t kTile = 128;
-  const int64_t row_bytes = k * size_of(dtype);
-  if (n * row_bytes <= gpu.l2_bytes || k % weight.block_size != 0) return n;
-  const int64_t rows = gpu.l2_bytes / 2 / row_bytes / kGroupSize * kGroupSize;
-  if (rows == 0 || (m / kTile) * (rows / kTile) < 2 * gpu.processors) return n;
-  const int64_t chunks = ceil_div(n, rows);
-  return ceil_div(ceil_div(n, chunks), kGroupSize) * kGroupSize;
+  return k % weight.block_size != 0 ? n : decoded_part(n, k, kGroupSize, dtype, m, gpu);
+}
+
+// Whether a window of columns can be decoded: whole blocks of rows, and pieces of 32 weights counted in 32 bits.
+inline bool columns_fit(const DequantizeColumnsArgs& args) {
+  constexpr int64_t kPiece = 2 * kAccessBytes;
+  if (args.first < 0 || args.count < 0 || args.first + args.count > args.row_length) return false;
+  if (args.weight.format->has_row_scales) return true;
+  return args.row_length % args.weight.block_size == 0 && args.first % kPiece == 0 && args.count % kPiece == 0 &&
+         args.weight.numel / kPiece <= UINT32_MAX;
+}
+
+// Columns of W [n, k] for grad_x.
+inline int64_t decoded_columns(const QuantizedWeight& weight, Dtype dtype, int64_t m, int64_t n, int64_t k,
+                               const Gpu& gpu) {
+  constexpr int64_t kUnit = 256;
+  return columns_fit({weight, k, 0, kUnit}) ? decoded_part(k, n, kUnit, dtype, m, gpu) : k;
 }
 
 // --- LoRA beside a weight that is decoded first
@@ -434,6 +469,8 @@ inline LoraAccess lora_access(const LoraProductArgs& args) {
   const bool has_x = !args.x || (args.k > 0 && args.k % 8 == 0 && is_aligned(args.x, kAccessBytes));
   const bool has_y = !args.y || (args.n % 4 == 0 && is_aligned(args.y, kAccessBytes / 2));
   if (!has_dtypes || !has_x || !has_y || args.rank == 0 || args.rank % 4 != 0) return LoraAccess::any;
+  for (int i = 0; i < args.other_count; ++i)
+    if (!is_aligned(args.others[i].down, 4 * size_of(down.dtype))) return LoraAccess::any;
   if (fits(down, down.column_stride, down.row_stride) && fits(up, up.column_stride, up.row_stride))
     return LoraAccess::along;
   if (fits(down, down.row_stride, down.column_stride) && fits(up, up.row_stride, up.column_stride))
@@ -441,9 +478,12 @@ inline LoraAccess lora_access(const LoraProductArgs& args) {
   return LoraAccess::any;
 }
 
-// More rows in a block read the factors less often. Fewer rows, and shares of y's columns, fill more multiprocessors.
+// More rows in a block read the factors less often. Fewer rows, and shares of y's columns, fill more multiprocessors:
+// 1 share is tried, and as many as fill a half of them, all, and up to twice all. (To try every number finds plans that
+// take 1% less on average, and costs the host 2 us.)
 inline LoraProductPlan plan_lora_product(const LoraProductArgs& args, const Gpu& gpu) {
-  constexpr int64_t kMostShares = 64, kMostShared = 96 * 1024;  // bytes; every GPU from sm_80 on has 99 KB
+  constexpr int64_t kMostShares = 64, kMostHalves = 4,
+                    kMostShared = 96 * 1024;  // bytes; every GPU from sm_80 on has 99 KB
   LoraProductPlan plan;
   plan.access = lora_access(args);
   if (plan.access != LoraAccess::any)
@@ -456,7 +496,9 @@ inline LoraProductPlan plan_lora_product(const LoraProductArgs& args, const Gpu&
     const int64_t shared = LoraTile::threads(plan.rank) / kWarpSize * LoraTile::kSliceBytes +
                            rows / 8 * rank / LoraTile::kSliceColumns * LoraTile::kShortRowsBytes;
     if (shared > kMostShared) break;
-    for (int64_t tried = 1; tried <= std::clamp<int64_t>(chunks, 1, kMostShares); ++tried) {
+    for (int64_t halves = 0; halves <= kMostHalves; ++halves) {
+      const int64_t tried = std::clamp<int64_t>(halves * gpu.processors / std::max<int64_t>(2 * row_tiles, 1), 1,
+                                                std::clamp<int64_t>(chunks, 1, kMostShares));
       const int64_t share_chunks = ceil_div(chunks, tried), shares = chunks > 0 ? ceil_div(chunks, share_chunks) : 1;
       const int64_t columns = share_chunks * LoraTile::kRows, blocks = row_tiles * shares;
       const LoraPhase t{args.k * (rows * 2 + rank * size_of(args.down.dtype)),

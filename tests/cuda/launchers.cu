@@ -61,6 +61,16 @@ int lowbit_dequantize(const uint8_t* packed, const float* absmax, const uint8_t*
                           static_cast<cuda::Stream>(stream));
 }
 
+int lowbit_dequantize_columns(const uint8_t* packed, const float* absmax, const uint8_t* scale_codes,
+                              const float* group_scales, const float* offset, int format, int64_t block_size,
+                              int64_t rows, int64_t row_length, int64_t first, int64_t count, void* out, int dtype,
+                              void* stream) {
+  const QuantizedWeight weight =
+      weight_of(packed, absmax, scale_codes, group_scales, offset, format, block_size, rows * row_length);
+  return cuda::dequantize_columns({weight, row_length, first, count, out, static_cast<Dtype>(dtype)},
+                                  static_cast<cuda::Stream>(stream));
+}
+
 // A product's arguments as C++ has them, from plain ones.
 static LinearArgs linear_args(const void* x, int dtype, const uint8_t* packed, const float* absmax,
                               const uint8_t* scale_codes, const float* group_scales, const float* offset, int format,
