@@ -140,7 +140,8 @@ for _name in ("numpy", "tolist", "__array__", "item", "__dlpack__"):
 def _no_memory(q, *args, **kwargs):
     raise RuntimeError(
         "a quantized weight has no memory of its own layout: save it with torch.save(model.state_dict()), or under "
-        "bitsandbytes' keys (lowbit.files); its bytes are q.packed and q.absmax"
+        "bitsandbytes' keys (lowbit.files); its bytes are q.packed and q.absmax. For accelerate's save_state call "
+        "lowbit_lora.hf.trainer.save_adapters_only(accelerator) first; Trainer saves adapters where PEFT is installed"
     )
 
 

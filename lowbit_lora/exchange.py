@@ -140,7 +140,8 @@ class StoredAdapters(AdapterOperations):
         Args:
             folder: what save_pretrained wrote, or a hub name.
             name: a new one, or one that is there, whose values it takes in place (hot-swapping): no memory is
-                allocated anew, and what was captured in a CUDA graph or compiled computes with the new values.
+                allocated anew, and what was captured in a CUDA graph or compiled computes with the new values. Where it
+                is the only one, so do the buffers that training moves (batch norm's statistics).
             is_trainable: let it train once it is active. What trains besides is left as it is.
             strict, settings_from: see :meth:`from_pretrained`; hot-swapping is strict.
             lora_dtype: of the factors, whatever the file's is; hot-swapping keeps that of the memory.
@@ -154,9 +155,13 @@ class StoredAdapters(AdapterOperations):
         if name in self.configs:
             self._check_not_merged(name)
             targets, base = self._tensors(name), of_base(self.model, self._parts())
-            values = padded(self.model, name, config, by_own_keys(tensors, targets, self.model), file)
+            values = without_initial(self.model, name, by_own_keys(tensors, targets, self.model))
+            values = padded(self.model, name, config, values, file)
             values = fit(values, targets, self.model, file, optional=base)
-            warn_of_other_base(values, base, file)
+            if len(self.configs) == 1:  # no other adapter was trained with the buffers that the model has
+                targets |= buffers_of(self.model)
+                values = self._start | values
+            warn_of_other_base(values, {key: tensor for key, tensor in base.items() if key not in targets}, file)
             _fill(targets, values)
             return
         config = with_saved_of_file(self.model, dataclasses.replace(config, bias="none"), tensors)
@@ -287,6 +292,25 @@ def with_saved_of_file(model: nn.Module, config: LoraConfig, tensors: dict[str, 
                     saved.append(name)
                     break
     return dataclasses.replace(config, modules_to_save=saved or None)
+
+
+def without_initial(model: nn.Module, name: str, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The values of a saved adapter, by own keys, without the first factors that :func:`as_plain_lora` added to them.
+
+    Adapter ``name`` still has these factors, as in training that goes on. Where it has others, all is as it was.
+    """
+    values = dict(values)
+    for layer_name, part in adapted_modules(model).items():
+        if isinstance(part, LoRABaseLayer) and name in part.initial:
+            key_a, key_b = (f"{layer_name}.{key}" for key in list(part.adapter_tensors(name))[:2])
+            first_a, first_b = part.initial[name]
+            rank, a, b = len(first_a), values.get(key_a), values.get(key_b)
+            if a is None or b is None or len(a) != 2 * rank or b.shape[1] != 2 * rank:
+                continue
+            added_a, added_b = a[rank:].flatten(1), b[:, rank:].flatten(1)
+            if torch.equal(added_a, first_a.to(a)) and torch.equal(added_b, -first_b.to(b)):
+                values |= {key_a: a[:rank], key_b: b[:, :rank]}
+    return values
 
 
 def padded(

@@ -15,6 +15,7 @@ from lowbit.quantizers.requantize import Quantizer, search_quantizer
 
 from .config import LoraConfig, QLoRAConfig
 from .exchange import StoredAdapters
+from .hf.trainer import SeenAsPeft, check_head_is_called
 from .layers import DEFAULT, LoRABaseLayer
 from .merge import merge_all
 from .optim import get_paged_optimizer, parameter_groups
@@ -22,7 +23,7 @@ from .training import print_storage
 from .wrap import Plan, check_base
 
 
-class LoraModel(StoredAdapters):
+class LoraModel(SeenAsPeft, StoredAdapters):
     """A model with LoRA on layers of its dense, frozen base.
 
     The base is changed in place, all of it or, on an error, nothing. Calls, ``generate`` and attributes go
@@ -73,6 +74,8 @@ class LoraModel(StoredAdapters):
         Raises:
             ValueError: no adapter of a name, another number of names than rows, or adapters are merged.
         """
+        if kwargs.get("fused_lm_head"):
+            check_head_is_called(self.model)
         if adapter_names is None:
             return self.model(*args, **kwargs)
         sizes = [len(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim()]

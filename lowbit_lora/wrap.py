@@ -302,12 +302,12 @@ def _check_not_fused(found: dict[nn.Module, str], fused: dict[nn.Module, str]) -
 def check_base(model: nn.Module) -> None:
     """TypeError/ValueError unless ``model`` is a module without adapters whose weights are at hand."""
     models.check_module(model)
-    if hasattr(model, "peft_config"):
-        raise ValueError("model: expected one without adapters, got a PEFT model; merge or unload it first")
     for name, module in model.named_modules():
         if isinstance(module, Adapted):
             raise ValueError(
                 f"model: expected one without adapters, but {name or 'it'!r} is a {type(module).__name__}; "
                 "call merge_and_unload() first"
             )
+    if hasattr(model, "peft_config"):
+        raise ValueError("model: expected one without adapters, got a PEFT model; merge or unload it first")
     modules.check_weights_at_hand(model)

@@ -1,0 +1,1 @@
+"""How lowbit meets the libraries of Hugging Face, of which none has to be installed: one file for each."""
