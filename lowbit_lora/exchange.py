@@ -140,8 +140,8 @@ class StoredAdapters(AdapterOperations):
         Args:
             folder: what save_pretrained wrote, or a hub name.
             name: a new one, or one that is there, whose values it takes in place (hot-swapping): no memory is
-                allocated anew, and what was captured in a CUDA graph or compiled computes with the new values. Where it
-                is the only one, so do the buffers that training moves (batch norm's statistics).
+                allocated anew, and what was captured in a CUDA graph or compiled computes with the new values. With the
+                first adapter come the buffers that training moves (batch norm's statistics).
             is_trainable: let it train once it is active. What trains besides is left as it is.
             strict, settings_from: see :meth:`from_pretrained`; hot-swapping is strict.
             lora_dtype: of the factors, whatever the file's is; hot-swapping keeps that of the memory.
@@ -158,7 +158,7 @@ class StoredAdapters(AdapterOperations):
             values = without_initial(self.model, name, by_own_keys(tensors, targets, self.model))
             values = padded(self.model, name, config, values, file)
             values = fit(values, targets, self.model, file, optional=base)
-            if len(self.configs) == 1:  # no other adapter was trained with the buffers that the model has
+            if name == next(iter(self.configs)):  # the buffers are what this one was trained with
                 targets |= buffers_of(self.model)
                 values = self._start | values
             warn_of_other_base(values, {key: tensor for key, tensor in base.items() if key not in targets}, file)

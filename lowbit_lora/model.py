@@ -50,7 +50,7 @@ class LoraModel(SeenAsPeft, StoredAdapters):
             hint = f"; write {own}.from_peft(config)" if hasattr(config, "peft_type") else ""
             raise TypeError(f"config: expected a {own}, got {type(config).__name__}{hint}")
         check_new_name("adapter", adapter_name, {})
-        super().__init__()
+        nn.Module.__init__(self)
         self._adopt(Plan(model, config, adapter_name))
 
     def _adopt(self, plan: Plan, trainable: bool = True) -> None:
@@ -88,7 +88,7 @@ class LoraModel(SeenAsPeft, StoredAdapters):
 
     def __getattr__(self, name: str) -> Any:
         try:
-            return super().__getattr__(name)
+            return nn.Module.__getattr__(self, name)  # not super(): see SeenAsPeft
         except AttributeError:
             if name == "model":  # not there yet (unpickling), or no longer: do not look for it inside itself
                 raise

@@ -24,7 +24,8 @@ from ..layers import DEFAULT, SavedModule
 class SeenAsPeft(nn.Module):
     """What makes a model with adapters pass for a ``peft.PeftModel``, and the attributes that are then asked for.
 
-    A :class:`~lowbit_lora.LoraModel` is one. PEFT is never imported for it: who asks has done so.
+    A :class:`~lowbit_lora.LoraModel` is one. PEFT is never imported for it: who asks has done so. FSDP2 gives a model a
+    class that inherits from its ``__class__``: in that one ``super()`` may be PeftModel.
     """
 
     model: nn.Module
@@ -56,7 +57,7 @@ class SeenAsPeft(nn.Module):
 
     @property
     def peft_config(self) -> dict[str, LoraConfig]:
-        """The config of each adapter, ours. One added with it, as TRL adds its reference, takes nothing out of the base."""
+        """The config of each adapter, ours; with it another one begins at zero, as TRL adds its reference."""
         return {
             name: replace(config, init_lora_weights="default") if is_decomposing(config.init_lora_weights) else config
             for name, config in self.configs.items()
