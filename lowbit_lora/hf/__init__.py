@@ -4,6 +4,7 @@
 not import transformers, which takes seconds: :func:`register_with_transformers` waits until somebody else does.
 """
 
+import importlib
 import importlib.abc
 import importlib.util
 import sys
@@ -38,15 +39,4 @@ class _OnceLoaded(importlib.abc.MetaPathFinder):
 
 
 def _register() -> None:
-    from transformers.quantizers import auto
-
-    from . import bitsandbytes
-    from .config import METHOD, LowbitConfig
-    from .quantizer import LowbitQuantizer
-
-    if METHOD in auto.AUTO_QUANTIZER_MAPPING:
-        return
-    auto.register_quantization_config(METHOD)(LowbitConfig)
-    auto.register_quantizer(METHOD)(LowbitQuantizer)
-    if importlib.util.find_spec("bitsandbytes") is None:
-        bitsandbytes.register()
+    importlib.import_module(".quantizer", __name__)  # registers itself

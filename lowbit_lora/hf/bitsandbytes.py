@@ -7,10 +7,6 @@ import re
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import auto
-from transformers.quantizers.quantizers_utils import should_convert_module
-from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
 from lowbit import QuantizedTensor
 from lowbit.names import few
@@ -26,26 +22,29 @@ def register() -> None:
     ``import lowbit_lora`` does this where bitsandbytes is not installed. Where it is, bitsandbytes loads its own
     folders until this is called; :func:`unregister` gives them back. ``BitsAndBytesConfig`` still means bitsandbytes.
     """
+    from transformers.quantizers import auto
+
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = _FolderOfBitsAndBytes
 
 
 def unregister() -> None:
     """Undo :func:`register`."""
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = BitsAndBytesConfig
+    from transformers.quantizers import auto
+
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = auto.BitsAndBytesConfig
 
 
-class _FolderOfBitsAndBytes(QuantizationConfigMixin):
+class _FolderOfBitsAndBytes:
     """What transformers looks up for the quantization_config of such a folder."""
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
+    def from_dict(cls, config_dict: dict[str, Any]) -> LowbitConfig:
         # The block size is in the files; each weight there says how it is stored.
-        config = LowbitConfig(
+        return LowbitConfig(
             format=config_dict.get("bnb_4bit_quant_type", "fp4"),
             double_quant=config_dict.get("bnb_4bit_use_double_quant", False),
             modules_to_not_convert=config_dict.get("llm_int8_skip_modules"),
         )
-        return (config, kwargs) if return_unused_kwargs else config
 
 
 def settings(model: nn.Module) -> dict[str, Any]:
@@ -56,7 +55,7 @@ def settings(model: nn.Module) -> dict[str, Any]:
     """
     quantized, dense = {}, []
     for prefix, module in model.named_modules():
-        is_theirs = type(module) is nn.Linear or isinstance(module, Conv1D)  # the classes that transformers replaces
+        is_theirs = type(module) is nn.Linear or _is_conv1d(module)  # the classes that transformers replaces
         weight = module._parameters.get("weight")
         if is_theirs and not isinstance(weight, QuantizedTensor):
             dense.append(prefix)
@@ -78,10 +77,16 @@ def settings(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def _is_conv1d(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
 def _check_fits(name: str, weight: QuantizedTensor, module: nn.Module, has_place: bool) -> None:
     if weight.spec.format not in ("nf4", "fp4"):
         raise ValueError(f"format: expected weights in nf4 or fp4 for 'bitsandbytes', got {name} in {weight.spec.text}")
-    if not has_place or isinstance(module, Conv1D) != weight.stored.transposed:
+    if not has_place or _is_conv1d(module) != weight.stored.transposed:
         raise ValueError(
             f"format: expected weights of nn.Linear for 'bitsandbytes', got {name} of a {type(module).__name__}, which "
             "it does not load in 4 bits; leave it out with modules_to_not_convert, or save in format='lowbit'"
@@ -93,6 +98,8 @@ def _skipped(dense: list[str], quantized: list[str]) -> list[str]:
 
     A name is also the beginning or the end of others: where one of those is quantized, the entry says it whole.
     """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
     skipped = []
     for name in dense:
         is_unique = all(should_convert_module(other, [name]) for other in quantized)

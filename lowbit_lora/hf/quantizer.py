@@ -4,12 +4,14 @@ The interface moved between transformers 5.5 and 5.24. Both are served: ``get_we
 way to read quantized files, ``update_weight_conversions`` the newer one's.
 """
 
+import importlib.util
 import warnings
 
 import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -19,8 +21,8 @@ from lowbit.format import check_float_dtype
 from lowbit.modules import find_weights
 from lowbit.quantizers.quantize import quantize_to
 
-from . import checkpoint
-from .config import FORMAT_VERSION, LowbitConfig
+from . import bitsandbytes, checkpoint
+from .config import FORMAT_VERSION, METHOD, LowbitConfig
 from .saving import SavePretrained
 
 
@@ -222,3 +224,10 @@ def _renamed(key: str, renamings: list[WeightRenaming]) -> str:
 def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     module, _, key = name.rpartition(".")
     model.get_submodule(module)._parameters[key] = parameter
+
+
+if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+    auto.register_quantization_config(METHOD)(LowbitConfig)
+    auto.register_quantizer(METHOD)(LowbitQuantizer)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        bitsandbytes.register()
