@@ -44,6 +44,7 @@ class _FolderOfBitsAndBytes:
             format=config_dict.get("bnb_4bit_quant_type", "fp4"),
             double_quant=config_dict.get("bnb_4bit_use_double_quant", False),
             modules_to_not_convert=config_dict.get("llm_int8_skip_modules"),
+            conv1d_transposed=True,
         )
 
 

@@ -4,6 +4,9 @@ The keys are those of bitsandbytes, whose folders are read the same way: "x.weig
 for stacks of experts ("experts.gate_up_proj.absmax"). An int8 weight has two, "x.weight" and "x.weight.absmax".
 """
 
+import ctypes
+import sys
+
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -27,15 +30,17 @@ _ABSMAX = ".absmax"
 
 def to_tensors(name: str, q: QuantizedTensor) -> dict[str, torch.Tensor]:
     """The tensors of a weight, by their keys."""
-    if q.stored.transposed:  # of transformers' Conv1D in a folder of bitsandbytes, which stores [out, in]
+    if q.stored.transposed:  # LowbitConfig.conv1d_transposed
         q = q.transpose(-1, -2)
     if q.spec.format == "int8":
         return {name: q.packed, name + _ABSMAX: q.absmax}
     return files.to_state(q, name)
 
 
-def from_tensors(name: str, tensors: dict[str, torch.Tensor], shape: torch.Size, dtype: torch.dtype) -> QuantizedTensor:
-    """The weight of these tensors, whose keys are among :data:`ENDS`.
+def from_tensors(
+    name: str, tensors: dict[str, torch.Tensor], shape: torch.Size, dtype: torch.dtype, transposed: bool = False
+) -> QuantizedTensor:
+    """The weight of these tensors, whose keys are among :data:`ENDS`; ``transposed``: it is stored the other way round.
 
     Raises:
         ValueError, TypeError: they are no whole weight of this shape; it is named.
@@ -46,7 +51,7 @@ def from_tensors(name: str, tensors: dict[str, torch.Tensor], shape: torch.Size,
         if len(tensors) == 2:
             return QuantizedTensor(codes, tensors[_ABSMAX], shape=shape, dtype=dtype, spec=WeightSpec("int8"))
         q = files.from_state({f"weight{end}": tensor for end, tensor in tensors.items()} | {"weight": codes})
-        if q.shape != shape and q.shape[::-1] == shape:
+        if transposed:
             q = q.transpose(-1, -2)
         if q.shape != shape:
             raise ValueError(f"expected shape {tuple(shape)}, got {tuple(q.shape)} in the file")
@@ -119,6 +124,8 @@ class Quantize(_Step):
         while input_dict:  # so that no dense weight outlives its turn
             name, value = input_dict.popitem()
             converted[name] = self.hf_quantizer.quantized(model, name, value[0] if isinstance(value, list) else value)
+            del value
+            _return_memory()
         return converted
 
 
@@ -128,6 +135,19 @@ class Restore(_Step):
     def converted(self, input_dict, full_layer_name, model):
         tensors = {end: value[0] if isinstance(value, list) else value for end, value in input_dict.items()}
         return {full_layer_name: self.hf_quantizer.restored(model, full_layer_name, tensors)}
+
+
+def _return_memory() -> None:
+    """Give what was freed back to the system.
+
+    glibc keeps blocks of up to 32 MB, and the small ones of a quantized weight make them useless for the next dense
+    one: a model that is cast as it is loaded took as much memory as the dense one, without this.
+    """
+    if _malloc_trim is not None:
+        _malloc_trim(0)
+
+
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def frozen(q: QuantizedTensor) -> nn.Parameter:

@@ -28,7 +28,8 @@ class LowbitConfig(QuantizationConfigMixin):
             transformers.
         quantize_head: store the output layer (``lm_head``) so too; one that is tied to an embedding needs both.
         quantize_embeddings: store embeddings so too.
-        format_version, quant_method: of a file; a user leaves them out.
+        conv1d_transposed, format_version, quant_method: of a folder; a user leaves them out. The first: weights of
+            transformers' Conv1D (GPT-2) are stored [out, in], as bitsandbytes does.
 
     Raises:
         ValueError: an argument out of range, another ``quant_method``, a newer ``format_version``.
@@ -45,6 +46,7 @@ class LowbitConfig(QuantizationConfigMixin):
         quantize_head: bool = False,
         quantize_embeddings: bool = False,
         *,
+        conv1d_transposed: bool = False,
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
     ):
@@ -58,6 +60,7 @@ class LowbitConfig(QuantizationConfigMixin):
         self.scale = scale
         self.modules_to_not_convert = None if skipped is None else check_names("modules_to_not_convert", skipped)
         self.quantize_head = check_switch("quantize_head", quantize_head)
+        self.conv1d_transposed = check_switch("conv1d_transposed", conv1d_transposed)
         self.quantize_embeddings = check_switch("quantize_embeddings", quantize_embeddings)
 
     @property

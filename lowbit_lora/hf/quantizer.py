@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -21,9 +22,8 @@ from lowbit.format import check_float_dtype
 from lowbit.modules import find_weights
 from lowbit.quantizers.quantize import quantize_to
 
-from . import bitsandbytes, checkpoint
+from . import bitsandbytes, checkpoint, saving
 from .config import FORMAT_VERSION, METHOD, LowbitConfig
-from .saving import SavePretrained
 
 
 class LowbitQuantizer(HfQuantizer):
@@ -142,8 +142,10 @@ class LowbitQuantizer(HfQuantizer):
     def restored(self, model: nn.Module, name: str, tensors: dict[str, torch.Tensor]) -> nn.Parameter:
         """The weight of the tensors that were read."""
         self._check_not_offloaded(name, tensors[""])
+        module = model.get_submodule(name.rpartition(".")[0])
+        transposed = self.quantization_config.conv1d_transposed and isinstance(module, Conv1D)
         shape = model.get_parameter(name).shape
-        return checkpoint.frozen(checkpoint.from_tensors(name, tensors, shape, self._dtypes[name]))
+        return checkpoint.frozen(checkpoint.from_tensors(name, tensors, shape, self._dtypes[name], transposed))
 
     def _check_not_offloaded(self, name: str, value: torch.Tensor) -> None:
         self._devices.add(value.device.type)
@@ -160,8 +162,13 @@ class LowbitQuantizer(HfQuantizer):
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [c for c in conversions if not isinstance(c, WeightConverter)]
         self._keys, self._dtypes = {}, {}
-        model.save_pretrained = SavePretrained(model)
+        saving.install()
         return model
+
+    def __setstate__(self, state: dict) -> None:
+        """A model was unpickled, maybe where none had been loaded."""
+        vars(self).update(state)
+        saving.install()
 
     # ---- afterwards
 
@@ -182,9 +189,11 @@ class LowbitQuantizer(HfQuantizer):
             for name in weights:
                 parameter = model.get_parameter(name)
                 parameter.data = parameter.data.to(dtype)
-        vars(model).pop("save_pretrained", None)
-        vars(model).pop("_weight_conversions", None)
         return model
+
+    def remove_quantization_config(self, model: nn.Module) -> None:
+        super().remove_quantization_config(model)
+        vars(model).pop("_weight_conversions", None)
 
 
 #: safetensors' names of the floats in which bitsandbytes can store codes.
