@@ -218,6 +218,7 @@ def test_peak_memory(tmp_path):
         return highest[0] - before, sum(p.nbytes for p in model.parameters())
 
     def load_and_measure() -> int:
+        torch.set_num_threads(1)  # the parent's threads are not here
         above, needed = peak(quantization_config=LowbitConfig())
         above_dense, dense = peak()
         print(f"4 bits: {needed >> 10} KB, peak {above >> 10} KB; dense: {dense >> 10} KB, peak {above_dense >> 10} KB")
