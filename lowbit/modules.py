@@ -1,6 +1,7 @@
 """``quantize_`` and ``dequantize_``: a whole model's linear weights, in place. Modules keep their classes."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -195,15 +196,46 @@ def release_frozen(model: nn.Module) -> None:
 
 
 def check_weights_at_hand(model: nn.Module) -> None:
-    """ValueError if transformers has quantized the model, or accelerate keeps some of its weights elsewhere."""
-    if getattr(model, "is_quantized", False):
-        raise ValueError("model: expected dense weights, got a model that is quantized already")
+    """ValueError if another library has quantized the model, or some of its weights are not in memory; one is named.
+
+    A model on the meta device is accepted inside ``with torch.device("meta")``: to be counted, not to compute.
+    """
+    if is_quantized(model) and not has_quantized_weights(model):
+        raise ValueError(
+            f"model: expected weights that are dense or lowbit's own, got a model that "
+            f"{getattr(model, 'quantization_method', 'transformers')} has quantized already"
+        )
     for name, module in model.named_modules():
         if getattr(getattr(module, "_hf_hook", None), "offload", False):
             raise ValueError(
                 f"model: expected weights in memory, but accelerate keeps those of {name or 'it'!r} elsewhere; load "
                 "the model without offloading"
             )
+    if torch.get_default_device().type == "meta":
+        return
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"model: expected weights in memory, but {name!r} is on the meta device; load the model first (to "
+                "count parameters without weights, wrap it inside `with torch.device('meta')`)"
+            )
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether transformers has quantized the model while it loaded it."""
+    return bool(getattr(model, "is_quantized", False))
+
+
+def has_quantized_weights(model: nn.Module) -> bool:
+    """Whether a parameter is a QuantizedTensor."""
+    return any(isinstance(parameter, QuantizedTensor) for parameter in model.parameters())
+
+
+def forget_quantization(model: nn.Module) -> None:
+    """Have transformers know that a model which it has quantized is dense, if all of its weights now are."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not has_quantized_weights(model):
+        quantizer.remove_quantization_config(model)
 
 
 @dataclasses.dataclass

@@ -1,5 +1,6 @@
 """LoRA and QLoRA on top of lowbit: layers, model wrappers, and adapters in PEFT's files."""
 
+from . import hf
 from .config import LoraConfig, QLoRAConfig, QuantizationType
 from .layers import (
     LoRABaseLayer,
@@ -15,6 +16,8 @@ from .layers import (
 )
 from .model import LoraModel, QLoRAModel
 from .optim import AdamW8bit, Lion8bit, PagedAdamW, PagedAdamW8bit, PagedLion, PagedLion8bit, get_paged_optimizer
+
+hf.register_with_transformers()
 
 #: Another name of LoraModel, in the spelling of the layers.
 LoRAModel = LoraModel
@@ -44,3 +47,11 @@ __all__ = [
     "QuantizationType",
     "get_paged_optimizer",
 ]
+
+
+def __getattr__(name: str):
+    if name != "LowbitConfig":  # not in __all__ either: it needs transformers, which takes seconds to import
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .hf.config import LowbitConfig
+
+    return LowbitConfig

@@ -10,7 +10,7 @@ from lowbit import models
 from lowbit.adapted import adapted_modules, buffers_of
 from lowbit.checks import check_new_name
 from lowbit.lowrank import is_decomposing
-from lowbit.modules import replace_modules
+from lowbit.modules import forget_quantization, replace_modules
 from lowbit.quantizers.requantize import Quantizer, search_quantizer
 
 from .config import LoraConfig, QLoRAConfig
@@ -203,6 +203,7 @@ class LoraModel(SeenAsPeft, StoredAdapters):
 
     def _released(self) -> nn.Module:
         self._restore.apply(self.model)
+        forget_quantization(self.model)
         self.configs = {}
         return self.model
 
@@ -210,8 +211,9 @@ class LoraModel(SeenAsPeft, StoredAdapters):
 class QLoRAModel(LoraModel):
     """A model whose linear layers are stored in 4 bits, with LoRA on those that the config names.
 
-    Heads (``lm_head``, a classifier), modules to save and weights tied to an embedding stay dense. See
-    :class:`LoraModel` for the rest.
+    Heads (``lm_head``, a classifier), modules to save and weights tied to an embedding stay dense. A model that was
+    loaded with :class:`lowbit_lora.LowbitConfig` keeps its weights as they are; of the config only the part about LoRA
+    counts. See :class:`LoraModel` for the rest.
 
     Raises:
         ValueError: also where a weight to quantize holds NaN or inf; its module is named.

@@ -114,7 +114,8 @@ class Plan:
     def _stored(self, found: dict[nn.Module, str], inside_saved: set, heads: set) -> dict[nn.Parameter, nn.Parameter]:
         """A quantized parameter for each weight that the config stores so."""
         config = self.config
-        if not isinstance(config, QLoRAConfig) or not self.is_first:
+        # What a model was loaded with that transformers quantized, such as modules to keep dense, holds.
+        if not isinstance(config, QLoRAConfig) or not self.is_first or modules.is_quantized(self.model):
             return {}
         fused = models.read_by_fused_kernels(self.model)
         _check_not_fused(found, fused)
