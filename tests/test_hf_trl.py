@@ -6,10 +6,11 @@ import os
 import pytest
 import torch
 from conftest_models import llama
+from hf_models import load, save_dense
 
 import lowbit
 from lowbit import QuantizedTensor
-from lowbit_lora import QLoRAConfig, QLoRAModel
+from lowbit_lora import LowbitConfig, QLoRAConfig, QLoRAModel
 
 for _name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TRL_DISABLE_TELEMETRY"):
     os.environ.setdefault(_name, "1")  # before they are imported
@@ -65,10 +66,10 @@ def settings(folder, **options) -> dict:
 
 
 def sft(model, folder, **options) -> "trl.SFTTrainer":
-    peft_config = options.pop("peft_config", None)
+    given = {name: options.pop(name) for name in ("peft_config", "quantization_config") if name in options}
     arguments = trl.SFTConfig(**settings(folder, **options))
     data = {"train_dataset": chats(), "eval_dataset": chats(4), "processing_class": tokenizer()}
-    return trl.SFTTrainer(model, arguments, **data, peft_config=peft_config)
+    return trl.SFTTrainer(model, arguments, **data, **given)
 
 
 def trained(model) -> dict[str, torch.Tensor]:
@@ -103,14 +104,33 @@ def test_sft_trains_and_resumes_bit_for_bit(tmp_path, kind):
     assert [name for name in after if not torch.equal(after[name], resumed[name])] == []
 
 
-def test_sft_with_pefts_config_on_a_quantized_base(tmp_path):
+@pytest.mark.parametrize("loaded", ["by TRL", "before", "never"])
+def test_sft_with_pefts_config_on_a_quantized_base(tmp_path, loaded):
     """A script that leaves the wrapping to TRL would fail at 4-bit weights, decode them, or train nothing."""
-    base = lowbit.quantize_(llama().train())
     config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer = sft(base, tmp_path, peft_config=config)
+    options = {"peft_config": config}
+    if loaded == "never":
+        base = lowbit.quantize_(llama().train())
+    else:
+        base = str(save_dense(tmp_path / "base"))
+        if loaded == "before":
+            base = load(base, quantization_config=LowbitConfig())
+        else:
+            options["quantization_config"] = LowbitConfig()
+    trainer = sft(base, tmp_path, **options)
     trainer.train()
     assert any(value.any() for name, value in trained(trainer.model).items() if "lora_B" in name)
     assert sum(isinstance(p, QuantizedTensor) for p in trainer.model.parameters()) == 14
+    assert_adapter_only(tmp_path / "checkpoint-1")
+
+
+def test_sft_with_our_wrapper_on_a_loaded_base(tmp_path):
+    """The line that loads would be the same as for bitsandbytes, and the wrapper refuse what it loaded."""
+    base = load(save_dense(tmp_path / "base"), quantization_config=LowbitConfig())
+    model = QLoRAModel(base, QLoRAConfig(rank=4))
+    before = trained(model)
+    sft(model, tmp_path).train()
+    assert any(not torch.equal(value, before[name]) for name, value in trained(model).items())
     assert_adapter_only(tmp_path / "checkpoint-1")
 
 
