@@ -1,6 +1,7 @@
 """transformers' Trainer and accelerate on models with adapters, with no change to a script for PEFT's models."""
 
 import copy
+import gc
 import os
 import pickle
 import sys
@@ -17,6 +18,14 @@ from lowbit_lora.hf.trainer import save_adapters_only
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 accelerate = pytest.importorskip("accelerate")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collect_garbage_quickly():
+    """Each train() collects garbage, and looks through every object of these libraries for it, which takes 0.3 s."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Rows(torch.utils.data.Dataset):
