@@ -141,16 +141,17 @@ class QuantizedLinear(Linear):
         if self._is_merging:  # PEFT takes merged adapters out and puts them back while it merges another
             return super().merge(safe_merge, adapter_names)
         own = {name: base._parameters[name] for name in ("weight", "bias")}
-        dtype = own["weight"].dtype
         try:
             with self._merging():
-                base.weight = nn.Parameter(_dense(own["weight"]), requires_grad=False)
-                if own["bias"] is not None:
-                    base.bias = nn.Parameter(own["bias"].clone(), requires_grad=False)
+                for name, parameter in own.items():
+                    if parameter is not None:
+                        setattr(base, name, nn.Parameter(_in_fp32(parameter), requires_grad=False))
                 super().merge(safe_merge, adapter_names)
-                base.weight.data = base.weight.data.to(dtype)
+                for name, parameter in own.items():
+                    if parameter is not None:
+                        base._parameters[name].data = base._parameters[name].data.to(parameter.dtype)
             if safe_merge and not base.weight.isfinite().all():
-                raise ValueError(f"safe_merge: expected finite merged weights, got NaN or inf in {dtype}")
+                raise ValueError(f"NaNs detected in the merged weights, or what overflows in {base.weight.dtype}")
         except BaseException:
             base._parameters.update(own)
             self.merged_adapters[:] = before
@@ -182,9 +183,11 @@ def _is_plain(module: nn.Module) -> bool:
     return LoRALinear.takes(module) and "forward" not in vars(module) and not any(getattr(module, h) for h in _HOOKS)
 
 
-def _dense(weight: torch.Tensor) -> torch.Tensor:
-    """A dense copy of a weight in fp32."""
-    return weight.dequantize(torch.float32) if isinstance(weight, QuantizedTensor) else weight.float().clone()
+def _in_fp32(parameter: torch.Tensor) -> torch.Tensor:
+    """A dense copy of a parameter."""
+    if isinstance(parameter, QuantizedTensor):
+        return parameter.dequantize(torch.float32)
+    return parameter.detach().to(torch.float32, copy=True)
 
 
 @lru_cache(maxsize=1)  # every layer of a model asks for the same
