@@ -198,6 +198,11 @@ def test_several_adapters():
                 module.scale_layer(0.5)
                 module.set_scale("other", 3.0)
     assert_same(ours, theirs)
+    for model in (ours, theirs):
+        for module in model.modules():
+            if isinstance(module, peft.tuners.lora.LoraLayer):
+                module.unscale_layer()
+    assert_same(ours, theirs)
     with ours.disable_adapter():
         assert torch.equal(logits(ours), plain)
     assert not torch.equal(logits(ours), plain)
@@ -253,9 +258,10 @@ def test_adapters_of_dense_models_load(tmp_path):
     theirs = stir(wrap(base(dense=True), lora(registered=False)))
     theirs.save_pretrained(tmp_path)
     config = register(peft.LoraConfig.from_pretrained(tmp_path))
-    ours = peft.PeftModel.from_pretrained(base(), tmp_path, config=config)
-    assert isinstance(layer_of(ours), QuantizedLinear)
-    assert_same(ours, theirs.eval())
+    for kwargs in ({}, {"low_cpu_mem_usage": True}):
+        ours = peft.PeftModel.from_pretrained(base(), tmp_path, config=copy.deepcopy(config), **kwargs)
+        assert isinstance(layer_of(ours), QuantizedLinear)
+        assert_same(ours, theirs.eval())
     ours.save_pretrained(tmp_path / "again")
     back = peft.PeftModel.from_pretrained(base(dense=True), tmp_path / "again")
     assert torch.equal(logits(back), logits(theirs))
@@ -413,13 +419,14 @@ WRAPPERS = {
 @pytest.mark.parametrize("inner", [False, True], ids=["wrapper", "inner"])
 def test_peft_on_our_model_is_refused(name, inner):
     """PEFT would wrap our layers' insides, where its adapters are never called, or stop in the middle."""
-    ours = lowbit_lora.LoraModel(base(), lowbit_lora.LoraConfig(rank=4, target_modules=TARGETS))
+    dense = llama(hidden_size=64, intermediate_size=128)
+    ours = lowbit_lora.QLoRAModel(dense, lowbit_lora.QLoRAConfig(rank=4, target_modules=TARGETS))
     model = ours.get_base_model() if inner else ours
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"PEFT's \w+ expects a model without adapters.*unload\(\).*register"):
         WRAPPERS[name](model)
     assert_untouched(model, before)
-    wrap(ours.merge_and_unload(), lora())  # the way out
+    wrap(lowbit.quantize_(ours.merge_and_unload()), lora())  # the way out
 
 
 def test_our_model_on_peft_is_refused():

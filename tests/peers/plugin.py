@@ -1,9 +1,10 @@
 """pytest plugin: runs the LoRA tests of PEFT's suite against lowbit_lora, and writes one JSON line for each.
 
 Environment variables: PEER_REPORT names the file to write. PEER_BASELINE=1 leaves PEFT as it is, to learn which tests
-PEFT itself fails here. PEER_BASE=quantized leaves it so too, and runs its tests of all methods on models whose weights
-lowbit has quantized; PEER_BASE=dense on those that the tests make. ``rules.py`` says how a test is counted, ``shim.py``
-puts lowbit_lora in PEFT's place, ``quantized.py`` quantizes.
+PEFT itself fails here. PEER_BASE leaves it so too, and runs its tests of all methods: "dense" on the models that the
+tests make, "quantized" on the same with weights that lowbit has quantized, "decoded" on such that are decoded before
+they merge. ``rules.py`` says how a test is counted, ``shim.py`` puts lowbit_lora in PEFT's place, ``quantized.py``
+quantizes.
 """
 
 import inspect
@@ -15,7 +16,7 @@ import time
 import pytest
 import rules
 
-#: "dense" or "quantized" where PEFT itself runs, with all of its methods.
+#: "dense", "quantized" or "decoded" where PEFT itself runs, with all of its methods.
 BASE = os.environ.get("PEER_BASE")
 BASELINE = os.environ.get("PEER_BASELINE") == "1" or BASE is not None
 
@@ -85,10 +86,10 @@ def method(item) -> str | None:
 
 
 def pytest_configure(config):
-    if BASE == "quantized":
+    if BASE in ("quantized", "decoded"):
         import quantized
 
-        quantized.install()
+        quantized.install(decode=BASE == "decoded")
     if not BASELINE:
         import shim
 
@@ -133,7 +134,7 @@ def pytest_runtest_makereport(item, call):
         return
     kind, detail = _plain_kind(report, call)
     raised = list(FeatureMissing.raised)
-    if BASE == "quantized":
+    if BASE in ("quantized", "decoded"):
         kind, detail = _kind_on_quantized(item.nodeid, kind, detail, report.longreprtext)
     if not BASELINE:
         kind, detail = _kind(item.nodeid, kind, detail, report.longreprtext, raised)

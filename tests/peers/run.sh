@@ -3,7 +3,8 @@
 #
 # CHECKOUT is PEFT's source archive, unpacked: it holds PEFT's tests. PYTHON has lowbit, transformers and what README.md
 # lists. PEER_BASELINE=1 runs the same tests with PEFT itself, to learn which fail here without lowbit. PEER_BASE=quantized
-# runs the grids of all of PEFT's methods with PEFT itself on quantized models, PEER_BASE=dense the same on dense ones.
+# runs the grids of all of PEFT's methods with PEFT itself on quantized models, PEER_BASE=dense the same on dense ones, and
+# PEER_BASE=decoded on quantized ones that are decoded before PEFT merges.
 # PEER_OUT (build/peers) gets the JSON lines and logs; PEER_FILES chooses test files.
 set -euo pipefail
 checkout=$(realpath "$1"); python=$(realpath -s "$(command -v "$2")"); shift 2  # -s: not the Python that a venv links to
@@ -37,6 +38,10 @@ report=$out/$name.jsonl; rm -f "$report"
     --continue-on-collection-errors -p no:cacheprovider -W ignore --timeout=60 "$@" $([[ $files == none ]] || printf "tests/%s " $files)
 ) >"$out/$name.log" 2>&1 || true
 tail -1 "$out/$name.log"
-baseline=$out/$([[ $name == quantized ]] && echo dense || echo baseline).jsonl
-[[ -f $baseline && ( $name == lowbit || $name == quantized ) ]] || baseline=
+case $name in
+  lowbit) baseline=$out/baseline.jsonl ;;
+  quantized | decoded) baseline=$out/dense.jsonl ;;
+  *) baseline= ;;
+esac
+[[ -f $baseline ]] || baseline=
 "$python" "$here/table.py" "$report" $baseline
