@@ -96,7 +96,7 @@ class QuantizedLinear(Linear):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **options: Any):
         super().__init__(base_layer, adapter_name, config, **options)
-        self._stored: dict[str, nn.Parameter | None] = {}  # the base's own parameters, while adapters are merged
+        self._stored: dict[str, nn.Parameter] = {}  # the base's own parameters, while adapters are merged
         self._is_merging = False
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **options: Any) -> None:
@@ -140,16 +140,15 @@ class QuantizedLinear(Linear):
         base, before = self.get_base_layer(), [*self.merged_adapters]
         if self._is_merging:  # PEFT takes merged adapters out and puts them back while it merges another
             return super().merge(safe_merge, adapter_names)
-        own = {name: base._parameters[name] for name in ("weight", "bias")}
+        has_bias = any(self.lora_bias.values()) and base.bias is not None
+        own = {name: base._parameters[name] for name in ("weight", "bias")[: 1 + has_bias]}
         try:
             with self._merging():
                 for name, parameter in own.items():
-                    if parameter is not None:
-                        setattr(base, name, nn.Parameter(_in_fp32(parameter), requires_grad=False))
+                    setattr(base, name, nn.Parameter(_in_fp32(parameter), requires_grad=False))
                 super().merge(safe_merge, adapter_names)
                 for name, parameter in own.items():
-                    if parameter is not None:
-                        base._parameters[name].data = base._parameters[name].data.to(parameter.dtype)
+                    base._parameters[name].data = base._parameters[name].data.to(parameter.dtype)
             if safe_merge and not base.weight.isfinite().all():
                 raise ValueError(f"NaNs detected in the merged weights, or what overflows in {base.weight.dtype}")
         except BaseException:
@@ -158,8 +157,8 @@ class QuantizedLinear(Linear):
             raise
         if self.merged_adapters == before:
             base._parameters.update(own)
-        elif not self._stored:
-            self._stored = own
+        else:
+            self._stored = own | self._stored
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -192,4 +191,5 @@ def _in_fp32(parameter: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=1)  # every layer of a model asks for the same
 def _rows(names: tuple[str, ...], device: torch.device) -> RowAdapters:
-    return RowAdapters.of(list(names), device)
+    with torch.inference_mode(False):  # they outlive the call
+        return RowAdapters.of(list(names), device)
