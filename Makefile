@@ -14,7 +14,7 @@ TEST_ARGS ?= -q
 SOURCES := setup.py pyproject.toml $(shell find lowbit lowbit_lora csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo demo-vision demo-adapters test test-fast prove prove-native native-test run-native run-sanitized run-pool
-.PHONY: neon-test run-neon avx512-test run-avx512 headers-test wheel-cuda peft-tests both-ways lint format clean
+.PHONY: neon-test run-neon avx512-test run-avx512 headers-test wheel-cuda peft-tests peft-on-lowbit both-ways lint format clean
 .DELETE_ON_ERROR:
 .SECONDARY:  # keep the stamps that pattern rules make
 
@@ -31,6 +31,7 @@ help:
 	@echo "make headers-test compile the bindings against the headers of every torch that is supported (fetches their wheels)"
 	@echo "make wheel-cuda   build a wheel for every GPU generation into dist/ (needs nvcc; a plain build serves one)"
 	@echo "make peft-tests   run PEFT's own LoRA tests against lowbit_lora, and count them (fetches PEFT's source; PEER_ARGS=...)"
+	@echo "make peft-on-lowbit  run PEFT itself, with all of its methods, on quantized models, and count what works (PEER_ARGS=...)"
 	@echo "make both-ways    load adapters of 16 kinds of models by PEFT and by lowbit_lora, each those of the other"
 	@echo "make lint   run the pre-commit checks on every file; changes nothing"
 	@echo "make format rewrite FILES=... with ruff and clang-format (default: every file git tracks)"
@@ -154,11 +155,16 @@ wheel-cuda: .venv-wheel/torch.stamp
 
 # PEFT's tests are in its source archive only. The first run also runs them with PEFT itself, to know what fails without us.
 PEFT := peft-0.21.2
-PEER_PACKAGES := accelerate datasets diffusers parameterized attrs scipy pytest pytest-timeout
+PEER_PACKAGES := accelerate datasets diffusers parameterized attrs scipy scikit-learn pytest pytest-timeout
 PEER_ARGS ?=
 peft-tests: .venv-peers/package.stamp build/$(PEFT)/PKG-INFO
 	@[ -f build/peers/baseline.jsonl ] || PEER_BASELINE=1 tests/peers/run.sh build/$(PEFT) .venv-peers/bin/python
 	@tests/peers/run.sh build/$(PEFT) .venv-peers/bin/python $(PEER_ARGS)
+
+# The first run also runs the same tests on dense models.
+peft-on-lowbit: .venv-peers/package.stamp build/$(PEFT)/PKG-INFO
+	@[ -f build/peers/dense.jsonl ] || PEER_BASE=dense tests/peers/run.sh build/$(PEFT) .venv-peers/bin/python
+	@PEER_BASE=quantized tests/peers/run.sh build/$(PEFT) .venv-peers/bin/python $(PEER_ARGS)
 
 both-ways: .venv-peers/package.stamp
 	@OMP_NUM_THREADS=1 .venv-peers/bin/python tests/peers/both_ways.py

@@ -137,14 +137,19 @@ for _name in ("numpy", "tolist", "__array__", "item", "__dlpack__"):
     implements(getattr(torch.Tensor, _name))(_decoded(_name))
 
 
-def _no_memory(q, *args, **kwargs):
-    raise RuntimeError(
-        "a quantized weight has no memory of its own layout: save it with torch.save(model.state_dict()), or under "
-        "bitsandbytes' keys (lowbit.files); its bytes are q.packed and q.absmax. For accelerate's save_state call "
-        "lowbit_lora.hf.trainer.save_adapters_only(accelerator) first; Trainer saves adapters where PEFT is installed"
-    )
+def _no_memory(error: type[Exception]):
+    def function(q, *args, **kwargs):
+        raise error(
+            "a quantized weight has no memory of its own layout: save it with torch.save(model.state_dict()), or under "
+            "bitsandbytes' keys (lowbit.files); its bytes are q.packed and q.absmax. For accelerate's save_state call "
+            "lowbit_lora.hf.trainer.save_adapters_only(accelerator) first; Trainer saves adapters where PEFT is installed"
+        )
+
+    return function
 
 
 # untyped_storage() stays: torch.compile asks for it, and its data_ptr() fails by itself.
-for _name in ("storage", "_typed_storage", "data_ptr"):
-    implements(getattr(torch.Tensor, _name))(_no_memory)
+for _name in ("storage", "_typed_storage"):
+    implements(getattr(torch.Tensor, _name))(_no_memory(RuntimeError))
+# A RuntimeError too. It is what torch raises here, and PEFT, which compares the memory of tied weights, expects it.
+implements(torch.Tensor.data_ptr)(_no_memory(NotImplementedError))

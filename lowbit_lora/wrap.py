@@ -10,6 +10,7 @@ import warnings
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from lowbit import QuantizedTensor, models, modules
 from lowbit.adapted import Adapted, base_of, share_hooks, walk, with_nested
@@ -298,6 +299,27 @@ def _check_not_fused(found: dict[nn.Module, str], fused: dict[nn.Module, str]) -
             f"{few(refused)} from memory, which 4-bit weights do not have. Name other layers, as in "
             f"target_modules={others}; these then stay dense (LoraModel adapts them)"
         )
+
+
+def _refuse_peft(owner: nn.Module, name: str, module: nn.Module | None) -> None:
+    """ValueError if PEFT begins to wrap a model that has adapters of ours; torch calls this for each new child module.
+
+    Every wrapper of PEFT's takes the model in as its child before it does anything else.
+    """
+    if name not in ("model", "base_model") or module is None:
+        return
+    if not any(kind.__module__.partition(".")[0] == "peft" for kind in type(owner).__mro__):
+        return
+    if any(isinstance(inner, Adapted) for inner in module.modules()):
+        raise ValueError(
+            f"model: PEFT's {type(owner).__name__} expects a model without adapters, but this {type(module).__name__} "
+            "has lowbit_lora's, whose own add_adapter(name, config) adds another. For PEFT, take these out first "
+            "(unload() or merge_and_unload()), or begin with a model that is only quantized (lowbit.quantize_): "
+            "lowbit_lora.hf.peft.register(peft_config) gives it lowbit's product"
+        )
+
+
+register_module_module_registration_hook(_refuse_peft)
 
 
 def check_base(model: nn.Module) -> None:
