@@ -1,0 +1,1 @@
+"""Hugging Face's libraries: each one's facts in a file of its own."""
