@@ -140,7 +140,8 @@ for _name in ("numpy", "tolist", "__array__", "item", "__dlpack__"):
 def _no_memory(q, *args, **kwargs):
     raise RuntimeError(
         "a quantized weight has no memory of its own layout: save it with torch.save(model.state_dict()), or under "
-        "bitsandbytes' keys (lowbit.files); its bytes are q.packed and q.absmax"
+        "bitsandbytes' keys (lowbit.files); its bytes are q.packed and q.absmax. A mixture of transformers that asks "
+        "for it computes in another way: model.set_experts_implementation('eager')"
     )
 
 

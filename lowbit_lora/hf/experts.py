@@ -75,7 +75,7 @@ def _set(config, implementation: str | None) -> None:
 def experts_forward(
     self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """What transformers' "grouped_mm" returns for these experts, on their packed weights; nothing waits for a GPU.
+    """What transformers' "grouped_mm" returns for these experts, on their packed weights; nothing here waits for a GPU.
 
     Where experts are dense, or an adapter of another library makes them so, it is "grouped_mm" that computes.
 
