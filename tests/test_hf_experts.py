@@ -393,13 +393,14 @@ def test_the_choice(monkeypatch):
     assert chosen.config._experts_implementation == "lowbit" and chosen(IDS).logits.isfinite().all()
 
 
-def test_some_experts_stay_dense():
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+def test_some_experts_stay_dense(name):
     """The config chooses for all layers: those whose experts are left out of quantization would fail."""
     model = lowbit.quantize_(causal_lm(), skip=["layers.0.mlp.experts"])
     first, second = (layer.mlp.experts for layer in model.model.layers)
     assert type(first.down_proj) is nn.Parameter and isinstance(second.down_proj, QuantizedTensor)
     assert model.config._experts_implementation == "lowbit"
-    second.gate_up_proj = nn.Parameter(second.gate_up_proj.dequantize())  # and where only one of two is quantized
+    setattr(second, name, nn.Parameter(getattr(second, name).dequantize()))  # and where only one of two is quantized
     dense = with_way(lowbit.dequantize_(copy.deepcopy(model)), "eager")
     assert_as_precise(logits_and_gradient(model), dense, logits_and_gradient)
 
