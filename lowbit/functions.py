@@ -142,7 +142,9 @@ def _no_memory(error: type[Exception]):
         raise error(
             "a quantized weight has no memory of its own layout: save it with torch.save(model.state_dict()), or under "
             "bitsandbytes' keys (lowbit.files); its bytes are q.packed and q.absmax. For accelerate's save_state call "
-            "lowbit_lora.hf.trainer.save_adapters_only(accelerator) first; Trainer saves adapters where PEFT is installed"
+            "lowbit_lora.hf.trainer.save_adapters_only(accelerator) first; Trainer saves adapters where PEFT is "
+            "installed. A mixture of transformers that asks for it computes in another way: "
+            "model.set_experts_implementation('eager')"
         )
 
     return function

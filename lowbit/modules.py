@@ -20,20 +20,22 @@ from .tensor import QuantizedTensor
 _PROGRESS_FROM = 50_000_000
 #: Dense weights of so many bytes are named by :func:`storage_summary`.
 _LARGE = 2**20
+#: Called with each model whose weights were replaced: lowbit_lora tells models of transformers how to multiply by them.
+AFTER_REPLACING: list[Callable[[nn.Module], object]] = []
 
 
 def linear_weights(module: nn.Module) -> list[str]:
     """The names of the parameters by which ``module`` multiplies its input.
 
     Those of nn.Linear and its subclasses, nn.MultiheadAttention, transformers' Conv1D, and stacks of experts [experts,
-    out, in] of modules whose class name ends in "Experts", as transformers 5 fuses them.
+    out, in], as transformers 5 fuses them, of modules that say ``is_transposed`` or whose class name ends in "Experts".
     """
     parameters = module._parameters
     if isinstance(module, nn.Linear) or _is_conv1d(module):
         names = ["weight"]
     elif isinstance(module, nn.MultiheadAttention):
         names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
-    elif type(module).__name__.endswith("Experts"):
+    elif "is_transposed" in vars(module) or type(module).__name__.endswith("Experts"):
         names = [name for name, value in parameters.items() if value is not None and value.dim() == 3]
     else:
         names = []
@@ -138,6 +140,8 @@ def replace_weights(model: nn.Module, replacements: dict[nn.Parameter, nn.Parame
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter in replacements:
                 module._parameters[name] = replacements[parameter]
+    for tell in AFTER_REPLACING:
+        tell(model)
     return model
 
 
