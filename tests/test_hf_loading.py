@@ -16,6 +16,7 @@ import pytest
 import torch
 from forked import in_child
 from hf_models import GPT2, IDS, MIXTRAL, SIZES, assert_same, assert_same_tensor, load, save_dense, stored
+from safetensors.torch import load_file, save_file
 from small_disk import small_disk
 from torch import nn
 
@@ -143,7 +144,7 @@ def test_stacks_of_experts(tmp_path, name, options):
     """The experts, which are most of such a model, would stay dense, or be merged after they are quantized."""
     sizes = MIXTRAL if name == "Mixtral" else SIZES | {"num_experts": 4, "moe_intermediate_size": 96}
     folder = save_dense(tmp_path, f"{name}ForCausalLM", **sizes)
-    keys = transformers.modeling_utils.load_state_dict(folder / "model.safetensors")
+    keys = load_file(folder / "model.safetensors")
     assert any(".experts.3." in key for key in keys), "the checkpoint should have each expert by itself"
     model, dense = load(folder, quantization_config=LowbitConfig(**options)), load(folder)
     stack = model.model.layers[1].mlp.experts.gate_up_proj
@@ -398,8 +399,6 @@ def test_a_missing_file_is_named(damaged):
 
 def test_a_damaged_weight_is_named(damaged):
     """A weight without its scales would be initialised anew, with a warning."""
-    from safetensors.torch import load_file, save_file
-
     files = ((path, load_file(path)) for path in damaged.glob("*.safetensors"))
     path, tensors, key = next((p, t, key) for p, t in files for key in t if key.endswith(".quant_map"))
     save_file(tensors | {key: torch.zeros(16)}, path, {"format": "pt"})
