@@ -138,6 +138,8 @@ for _name in ("numpy", "tolist", "__array__", "item", "__dlpack__"):
 
 
 def _no_memory(q, *args, **kwargs):
+    if getattr(q, "names_memory", False):  # while a model is loaded: accelerate finds shared weights by their pointers
+        return q.packed.data_ptr()
     raise RuntimeError(
         "a quantized weight has no memory of its own layout: save it with torch.save(model.state_dict()), or under "
         "bitsandbytes' keys (lowbit.files); its bytes are q.packed and q.absmax"

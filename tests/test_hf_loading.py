@@ -23,6 +23,7 @@ from torch import nn
 import lowbit
 from lowbit import WeightSpec
 from lowbit_lora import LowbitConfig, QLoRAConfig, QLoRAModel
+from lowbit_lora.hf import checkpoint
 
 transformers = pytest.importorskip("transformers")
 SPECS = [{}, {"format": "fp4", "double_quant": False, "block_size": 32}, {"format": "int8"}]
@@ -246,6 +247,27 @@ def test_plans_of_devices(llama):
     dense = torch.empty(weight.shape, dtype=torch.bfloat16)
     assert model.hf_quantizer.param_element_size(model, name, dense) == weight.nbytes / weight.numel()
     assert model.hf_quantizer.param_element_size(model, "model.norm.weight", dense) == 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_several_devices(tmp_path, tied):
+    """accelerate spreads a model over devices while it is loaded, and asks each weight for its pointer."""
+    accelerate = pytest.importorskip("accelerate")
+    folder = save_dense(tmp_path, **SIZES, tie_word_embeddings=tied)
+    config = LowbitConfig(quantize_head=tied, quantize_embeddings=tied)
+    model, plain = load(folder, quantization_config=config), load(folder, quantization_config=config)
+    for weight in stored(model).values():
+        weight.names_memory = True  # as it is until the model is loaded
+    devices = dict.fromkeys(("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    accelerate.dispatch_model(model, devices, main_device="cpu", force_hooks=True)
+    checkpoint.hide_memory(model)
+    assert_same(model, plain)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, plain(IDS).logits)
+    for weight in (*stored(model).values(), *stored(plain).values()):
+        with pytest.raises(RuntimeError, match="no memory of its own layout"):
+            weight.data_ptr()
 
 
 @pytest.mark.parametrize("devices", [{"": "disk"}, {"model": 0, "lm_head": "cpu"}])
