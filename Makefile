@@ -13,8 +13,9 @@ TEST_ARGS ?= -q
 # All that is compiled or installed. A change in one of these makes the next call install the package again.
 SOURCES := setup.py pyproject.toml $(shell find lowbit lowbit_lora csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo demo-vision demo-adapters test test-fast prove prove-native native-test run-native run-sanitized run-pool
-.PHONY: neon-test run-neon avx512-test run-avx512 headers-test wheel-cuda peft-tests peft-on-lowbit both-ways lint format clean
+.PHONY: help demo demo-vision demo-adapters test test-fast hf-oldest prove prove-native native-test run-native run-sanitized
+.PHONY: run-pool neon-test run-neon avx512-test run-avx512 headers-test wheel-cuda peft-tests peft-on-lowbit both-ways lint
+.PHONY: format clean
 .DELETE_ON_ERROR:
 .SECONDARY:  # keep the stamps that pattern rules make
 
@@ -24,6 +25,7 @@ help:
 	@echo "make demo-adapters  train two adapters over one base, and answer mixed requests in one batch (ADAPTERS_ARGS=...)"
 	@echo "make test   run every test (TEST_ARGS=..., JOBS=2)"
 	@echo "make test-fast  run the quick tests, in 2 minutes"
+	@echo "make hf-oldest  run the tests of transformers' loader with the oldest transformers that works"
 	@echo "make prove  execute every emulated proof, and record them"
 	@echo "make native-test  check the kernels without torch, plain and under sanitizers"
 	@echo "make neon-test    check the same, cross-compiled for 64-bit ARM, under an emulator"
@@ -63,6 +65,16 @@ test: .venv-test/package.stamp .venv-test/data.stamp
 # The inner loop leaves out the tests that execute or count machine code, and those of whole programs.
 test-fast: .venv-test/package.stamp .venv-test/data.stamp
 	@$(PYTEST) -m "not interpreted and not slow" $(TEST_ARGS)
+
+# Its interface for quantizers moved. The newest is in .venv-test; the oldest, with what it needs, stands before it.
+HF_OLDEST := transformers==5.5.4
+hf-oldest: build/hf-oldest/package.stamp .venv-test/package.stamp
+	@PYTHONPATH=build/hf-oldest $(PYTEST) $(TEST_ARGS) $(wildcard tests/test_hf_*.py)
+
+build/hf-oldest/package.stamp: .venv-test/torch.stamp
+	rm -rf $(@D)
+	.venv-test/bin/python -m pip install --quiet --target $(@D) $(HF_OLDEST)
+	touch $@
 
 # Executes all proofs, also those that the tests skip because the files of proofs have them, and writes these
 # files: tests/proofs.txt, tests/proofs_interpreted.txt and tests/native/proofs.txt.

@@ -139,6 +139,8 @@ for _name in ("numpy", "tolist", "__array__", "item", "__dlpack__"):
 
 def _no_memory(error: type[Exception]):
     def function(q, *args, **kwargs):
+        if getattr(q, "names_memory", False):  # while a model is loaded: accelerate finds shared weights by pointers
+            return q.packed.data_ptr()
         raise error(
             "a quantized weight has no memory of its own layout: save it with torch.save(model.state_dict()), or under "
             "bitsandbytes' keys (lowbit.files); its bytes are q.packed and q.absmax. For accelerate's save_state call "

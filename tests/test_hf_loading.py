@@ -16,12 +16,14 @@ import pytest
 import torch
 from forked import in_child
 from hf_models import GPT2, IDS, MIXTRAL, SIZES, assert_same, assert_same_tensor, load, save_dense, stored
+from safetensors.torch import load_file, save_file
 from small_disk import small_disk
 from torch import nn
 
 import lowbit
 from lowbit import WeightSpec
 from lowbit_lora import LowbitConfig, QLoRAConfig, QLoRAModel
+from lowbit_lora.hf import checkpoint
 
 transformers = pytest.importorskip("transformers")
 SPECS = [{}, {"format": "fp4", "double_quant": False, "block_size": 32}, {"format": "int8"}]
@@ -143,7 +145,7 @@ def test_stacks_of_experts(tmp_path, name, options):
     """The experts, which are most of such a model, would stay dense, or be merged after they are quantized."""
     sizes = MIXTRAL if name == "Mixtral" else SIZES | {"num_experts": 4, "moe_intermediate_size": 96}
     folder = save_dense(tmp_path, f"{name}ForCausalLM", **sizes)
-    keys = transformers.modeling_utils.load_state_dict(folder / "model.safetensors")
+    keys = load_file(folder / "model.safetensors")
     assert any(".experts.3." in key for key in keys), "the checkpoint should have each expert by itself"
     model, dense = load(folder, quantization_config=LowbitConfig(**options)), load(folder)
     stack = model.model.layers[1].mlp.experts.gate_up_proj
@@ -245,6 +247,27 @@ def test_plans_of_devices(llama):
     dense = torch.empty(weight.shape, dtype=torch.bfloat16)
     assert model.hf_quantizer.param_element_size(model, name, dense) == weight.nbytes / weight.numel()
     assert model.hf_quantizer.param_element_size(model, "model.norm.weight", dense) == 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_several_devices(tmp_path, tied):
+    """accelerate spreads a model over devices while it is loaded, and asks each weight for its pointer."""
+    accelerate = pytest.importorskip("accelerate")
+    folder = save_dense(tmp_path, **SIZES, tie_word_embeddings=tied)
+    config = LowbitConfig(quantize_head=tied, quantize_embeddings=tied)
+    model, plain = load(folder, quantization_config=config), load(folder, quantization_config=config)
+    for weight in stored(model).values():
+        weight.names_memory = True  # as it is until the model is loaded
+    devices = dict.fromkeys(("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    accelerate.dispatch_model(model, devices, main_device="cpu", force_hooks=True)
+    checkpoint.hide_memory(model)
+    assert_same(model, plain)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, plain(IDS).logits)
+    for weight in (*stored(model).values(), *stored(plain).values()):
+        with pytest.raises(RuntimeError, match="no memory of its own layout"):
+            weight.data_ptr()
 
 
 @pytest.mark.parametrize("devices", [{"": "disk"}, {"model": 0, "lm_head": "cpu"}])
@@ -398,8 +421,6 @@ def test_a_missing_file_is_named(damaged):
 
 def test_a_damaged_weight_is_named(damaged):
     """A weight without its scales would be initialised anew, with a warning."""
-    from safetensors.torch import load_file, save_file
-
     files = ((path, load_file(path)) for path in damaged.glob("*.safetensors"))
     path, tensors, key = next((p, t, key) for p, t in files for key in t if key.endswith(".quant_map"))
     save_file(tensors | {key: torch.zeros(16)}, path, {"format": "pt"})

@@ -22,7 +22,7 @@ from lowbit.format import check_float_dtype
 from lowbit.modules import find_weights
 from lowbit.quantizers.quantize import quantize_to
 
-from . import bitsandbytes, checkpoint, saving
+from . import bitsandbytes, checkpoint, experts, saving
 from .config import FORMAT_VERSION, METHOD, LowbitConfig
 
 
@@ -162,8 +162,9 @@ class LowbitQuantizer(HfQuantizer):
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [c for c in conversions if not isinstance(c, WeightConverter)]
         self._keys, self._dtypes = {}, {}
+        checkpoint.hide_memory(model)
         saving.install()
-        return model
+        return experts.use(model)
 
     def __setstate__(self, state: dict) -> None:
         """A model was unpickled, maybe where none had been loaded."""
@@ -238,5 +239,6 @@ def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
 if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
     auto.register_quantization_config(METHOD)(LowbitConfig)
     auto.register_quantizer(METHOD)(LowbitQuantizer)
+    experts.register()
     if importlib.util.find_spec("bitsandbytes") is None:
         bitsandbytes.register()
