@@ -64,6 +64,14 @@ struct DequantizeArgs {
   Dtype dtype;
 };
 
+// out[n, count] = the columns of W [n, row_length] from number `first` on, decoded
+struct DequantizeColumnsArgs {
+  QuantizedWeight weight;
+  int64_t row_length, first, count;
+  void* out;
+  Dtype dtype;
+};
+
 // y[m, n] = x[m, k] W[n, k]^T + scaling t[m, rank] lora_b[n, rank]^T + bias[n]
 struct LinearArgs {
   const void* x;
@@ -101,6 +109,13 @@ struct Factor {
   int64_t row_stride, column_stride;
 };
 
+// Another LoRA's down, of the same dtype and strides, and its t: of the same sizes, and from the same x.
+struct OtherLora {
+  const void* down;
+  float* t;
+};
+constexpr int kMostOtherLoras = 3;  // lowbit/ops/shared_input.py knows it too
+
 // t[m, rank] = t_scale x[m, k] down[rank, k]^T and y[m, n] = up_scale t[m, rank] up[n, rank]^T + bias[n]
 struct LoraProductArgs {
   const void* x;  // null: t is read
@@ -113,6 +128,8 @@ struct LoraProductArgs {
   const float* bias;  // or null
   void* y;            // null: only t
   int64_t m, n, k, rank;
+  OtherLora others[kMostOtherLoras] = {};  // whose t is written besides; none where x is null
+  int other_count = 0;
 };
 
 // out(j, r) = scale * sum over i of wide[i, j] low[i, r]: [w, rank], element (j, r) at

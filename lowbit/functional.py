@@ -10,7 +10,7 @@ from . import format as fmt
 from .format import FLOAT_DTYPES, check_float_dtype
 from .ops import dense
 from .ops import linear as products
-from .ops.record import op_of
+from .ops.record import is_traced, op_of
 from .tensor import QuantizedTensor
 
 
@@ -62,6 +62,15 @@ def linear(
     if precision != "exact":
         _check_precision(precision, x, bias)
     return outside_autocast(_linear, x, q, weight, bias, precision)
+
+
+def linear_or_none(x: torch.Tensor, q: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """:func:`linear`; None for a weight that has to be decoded: a transposed one, or one that begins inside a block."""
+    weight = None if q.stored.transposed else QuantizedTensor.operands(q)
+    if weight is None:
+        return None
+    _check_operands(q.stored.shape, weight, x, bias)
+    return outside_autocast(_linear, x, q, weight, bias, "exact")
 
 
 def lora_linear(
@@ -186,7 +195,7 @@ def _lora_linear(x, q, weight, lora_a, lora_b, scaling, bias, dropout_p, precisi
     namespace, features = _namespace(x, q), q.stored.shape[0]
     if not dropout_p and precision == "exact":
         return products.lora_linear(namespace, x, weight, features, bias, lora_a, lora_b, scaling)
-    t = _LoraDown.apply(F.dropout(x, dropout_p, True) if dropout_p else x, lora_a)
+    t = _lora_down(namespace, x, lora_a, dropout_p)
     if precision == "exact":
         return products.linear(namespace, x, weight, features, bias, t, lora_b, scaling)
     return _approximate(namespace, x, weight, features, bias, t, lora_b, scaling)
@@ -203,8 +212,10 @@ def _dense_lora_linear(x, weight, lora_a, lora_b, scaling, bias, dropout_p, prec
 
     def product(x, weight, bias):
         weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)  # under autocast
-        t = _LoraDown.apply(F.dropout(x, dropout_p, True), lora_a) if dropout_p else None
-        return dense.lora_linear(x, weight, lora_a, lora_b, float(scaling), bias, t)
+        is_native = backends.selected in (None, "native") and x.device.type in backends.native.DEVICE_TYPES
+        namespace = backends.NAMESPACES["native"] if is_native else ""
+        t = _lora_down(namespace, x, lora_a, dropout_p) if dropout_p else None
+        return dense.lora_linear(namespace, x, weight, lora_a, lora_b, float(scaling), bias, t)
 
     return outside_autocast(product, x, weight, bias)
 
@@ -217,22 +228,29 @@ def _approximate(namespace, x, weight, features, bias, t=None, lora_b=None, scal
     return op_of(namespace, "linear_approximate")(x, *weight, features, bias, t, lora_b, scaling)
 
 
+def _lora_down(namespace: str, x, lora_a, dropout_p: float) -> torch.Tensor:
+    """dropout(x) A^T."""
+    dropped = F.dropout(x, dropout_p, True) if dropout_p else x
+    return _LoraDown.apply(dropped, lora_a, "" if is_traced() else namespace)
+
+
 class _LoraDown(torch.autograd.Function):
-    """t = x A^T of a dropped x, in ``product_dtype``. Unlike F.linear on casts, it saves x in x's own dtype."""
+    """t = x A^T of a dropped x, as ``Product.matmul``. Unlike F.linear on casts, it saves x in x's own dtype."""
 
     @staticmethod
-    def forward(ctx, x, lora_a):
+    def forward(ctx, x, lora_a, namespace):
         ctx.save_for_backward(x, lora_a)
-        return products.Product("", ()).matmul(x, lora_a)
+        ctx.product = products.Product(namespace, ())
+        return ctx.product.matmul(x, lora_a)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, lora_a = ctx.saved_tensors
-        product = products.Product("", ())
-        grad_x = product.matmul(grad, lora_a.T).to(x.dtype) if ctx.needs_input_grad[0] else None
+        product = ctx.product
+        grad_x = product.up(grad, lora_a.T, x.dtype) if ctx.needs_input_grad[0] else None
         grad_a = product.outer(grad, x).to(lora_a.dtype) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_a
+        return grad_x, grad_a, None
 
 
 def check_quantized(q: QuantizedTensor) -> None:
@@ -254,10 +272,7 @@ def check_operand(name: str, tensor: torch.Tensor, shape: tuple[int, ...], devic
 def _checked_weight(q: QuantizedTensor, x: torch.Tensor, bias: torch.Tensor | None) -> tuple:
     """The op's arguments from packed to spec; an error unless x and bias fit the weight."""
     check_quantized(q)
-    layout = q.stored
-    if len(layout.shape) != 2:
-        raise ValueError(f"q: expected a weight of 2 dimensions (out, in), got shape {layout.logical_shape}")
-    if layout.transposed:
+    if q.stored.transposed:
         raise ValueError("q: expected a weight (out, in), got a transposed one; use x @ q, or q.T")
     weight = QuantizedTensor.operands(q)  # not q.operands(): torch.compile does not look into methods of an argument
     if weight is None:
@@ -265,19 +280,24 @@ def _checked_weight(q: QuantizedTensor, x: torch.Tensor, bias: torch.Tensor | No
             f"q: expected a weight that begins with a block of its own, got a slice that begins inside one ({q!r}); "
             "F.linear decodes such a slice"
         )
+    _check_operands(q.stored.shape, weight, x, bias)
+    return weight
+
+
+def _check_operands(weight_shape, weight: tuple, x: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """An error unless x and bias fit a weight of this shape, whose arguments of an op ``weight`` holds."""
+    if len(weight_shape) != 2:
+        raise ValueError(f"q: expected a weight of 2 dimensions (out, in), got shape {tuple(weight_shape)}")
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
-    out_features, in_features = layout.shape
-    shape = x.shape
+    out_features, in_features = weight_shape
+    shape, device = x.shape, weight[0].device
     if not shape:
         raise ValueError(f"x: expected at least 1 dimension, the last of size {in_features}, got a scalar")
-    if shape[-1] != in_features:
-        shape = (*shape[:-1], in_features)
-    device = weight[0].device
-    check_operand("x", x, shape, device)
+    if shape[-1] != in_features or x.dtype not in FLOAT_DTYPES or x.device != device:
+        check_operand("x", x, (*shape[:-1], in_features), device)
     if bias is not None:
         check_operand("bias", bias, (out_features,), device)
-    return weight
 
 
 def _check_precision(precision: str, *operands: torch.Tensor | None) -> None:

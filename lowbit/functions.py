@@ -23,9 +23,10 @@ def implements(*functions):
 
 @implements(F.linear)
 def _linear(input, weight, bias=None):
-    usable = isinstance(weight, QuantizedTensor) and not isinstance(input, QuantizedTensor)
-    if usable and not weight.stored.transposed and weight.operands() is not None and weight.stored.dtype is not None:
-        return functional.linear(input, weight, bias)
+    if isinstance(weight, QuantizedTensor) and not isinstance(input, QuantizedTensor):
+        y = functional.linear_or_none(input, weight, bias)
+        if y is not None:
+            return y
     with torch._C.DisableTorchFunctionSubclass():
         return F.linear(input, weight, bias)
 

@@ -241,6 +241,25 @@ def dense_grad_input(
     return grad_x.to(grad.dtype)
 
 
+def lora_down(x: torch.Tensor, factor: torch.Tensor, scale: float) -> torch.Tensor:
+    """``scale * x factor^T`` in fp32; x [..., K], factor [rank, K] -> [..., rank]."""
+    return scale * (x.float() @ factor.float().T)
+
+
+def lora_up(
+    t: torch.Tensor, factor: torch.Tensor, bias: torch.Tensor | None, scale: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """``scale * t factor^T + bias`` in fp32, rounded once to ``dtype``; t [..., rank], factor [N, rank] -> [..., N]."""
+    y = scale * (t.float() @ factor.float().T)
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def lora_outer(wide: torch.Tensor, low: torch.Tensor, scale: float, is_transposed: bool) -> torch.Tensor:
+    """``scale * wide^T low``, summed over rows, in fp32 [W, rank], or its transpose; low in fp32."""
+    a, b = wide.reshape(-1, wide.shape[-1]).float(), low.reshape(-1, low.shape[-1])
+    return scale * (b.T @ a if is_transposed else a.T @ b)
+
+
 def expert_rows(expert_ends: torch.Tensor) -> list[slice]:
     """The rows of each expert: they begin where the one's before end."""
     ends = expert_ends.tolist()

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowbit
 from lowbit import backends, ops
-from lowbit.ops import linear
+from lowbit.ops import linear, shared_input
 
 STREAM = 0x5EED  # torch's current stream of device 0, says the stub; the next device's is one further
 REFERENCE = torch.ops.lowbit_reference
@@ -60,6 +60,7 @@ def stub():
     definitions = torch.library.Library("lowbit_stub", "DEF")
     for op in ops.OPS.values():
         definitions.define(op.schema)
+    definitions.define(shared_input.CAPTURE_ID)
     alive.append(definitions)
     torch.ops.load_library(str(stub_bindings()))
     stub_library().stub_set_callback_of_bindings(CALLBACK)
@@ -75,7 +76,7 @@ def run(op: str, *args, device: int = 0):
     lists = [a if isinstance(a, (list, tuple)) else [a] for a in args]
     tensors = [a for a in itertools.chain(*lists) if isinstance(a, torch.Tensor)]
     for tensor in tensors:
-        library.know(tensor)
+        library.know(tensor if tensor.is_contiguous() else tensor.mT)  # one of LoRA's factors
     earlier = len(library.launches)
     library.runtime_calls.clear()
     result = op(*args)
@@ -100,6 +101,12 @@ NO_LAUNCH = {
 NO_LAUNCH |= {"t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "detach", "alias"}
 
 
+def stub_capture(x: torch.Tensor) -> tuple[int, int] | None:
+    """What lowbit.ops.shared_input asks of a GPU."""
+    graph = stub().capture_id(x)
+    return (STREAM, graph) if graph else None
+
+
 class OnStub(TorchDispatchMode):
     """Context in which lowbit's public functions run on the CUDA bindings, over the stub runtime.
 
@@ -114,6 +121,7 @@ class OnStub(TorchDispatchMode):
     def __enter__(self):
         stub()
         self._patch.setitem(backends.NAMESPACES, "native", "lowbit_stub")
+        self._patch.setattr(shared_input, "_capture", stub_capture)
         self._patch.setattr(linear, "HAVE_LORA_KERNELS", {("lowbit_stub", "cpu")})
         return super().__enter__()
 

@@ -58,14 +58,15 @@ def test_a_decoding_step_of_a_llama():
 
     made = []
     with torch.no_grad():
-        step(inputs(1, 0))  # the cache is made
+        with OnStub():
+            step(inputs(1, 0))  # the cache is made, and it is seen that q and v take the same x
         for given in (inputs(2, 1), inputs(3, 2)):
             with capture() as called:
                 step(given)
             made.append(called.launches)
     assert made[0] == made[1]  # the second token's step is the first one's
     ours = [name for name in made[0] if "gemv" in name or "lora_product" in name]
-    assert sum("gemv" in name for name in ours) == 7 and sum("lora_product" in name for name in ours) == 3
+    assert sum("gemv" in name for name in ours) == 7 and sum("lora_product" in name for name in ours) == 2
 
 
 def test_a_replay_reads_what_is_in_memory_then():

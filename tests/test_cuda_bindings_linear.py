@@ -160,9 +160,9 @@ def test_rows_of_fp16_are_apart(bad, size):
 
 @contextlib.contextmanager
 def small_gpu():
-    """Context with a GPU for which a weight of some KB is large."""
+    """Context with a GPU for which a weight of some KB is large, and which a single tile of a product fills."""
     device = launchers().device
-    launchers().device = dataclasses.replace(device, sm_count=2, l2_cache=64 << 10)
+    launchers().device = dataclasses.replace(device, sm_count=1, l2_cache=64 << 10)
     try:
         yield
     finally:
@@ -177,6 +177,34 @@ def test_a_large_weight_is_decoded_in_chunks(bias, rank, format):
         launchers().launches.clear()
         assert "dequantize" in check_linear(260, 600, 64, torch.bfloat16, format, bias=bias, rank=rank)
         assert sum("dequantize" in launch.kernel for launch in launchers().launches) == 3
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_large_weight_is_decoded_in_chunks_of_columns(dtype, rank, format):
+    """The gradients of some inputs would come from others' columns, or miss LoRA's part."""
+    n, k, rows = 40, 1100 if format == "int8" else 1088, 260
+    parts = quantized((n, k), format, double_quant=True)
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(rows, n, generator=generator).to(dtype)
+    grad_t, lora_a = torch.randn(rows, rank, generator=generator), torch.randn(rank, k, generator=generator)
+    with small_gpu():
+        launchers().launches.clear()
+        out = run("linear_grad_input", grad, *parts, k, *((grad_t, lora_a) if rank else ()))
+        assert sum("dequantize" in launch.kernel for launch in launchers().launches) == 5
+    assert_grad_input_is_right(out, grad, parts, k, *((grad_t, lora_a) if rank else ()))
+
+
+def test_a_large_weight_whose_columns_are_not_whole_blocks():
+    """Blocks that cross rows have no window of columns: such a weight is decoded whole."""
+    parts = quantized((600, 1090), double_quant=True)
+    grad = torch.randn(260, 600, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with small_gpu():
+        launchers().launches.clear()
+        out = run("linear_grad_input", grad, *parts, 1090)
+        assert len(launchers().launches) == 1
+    assert_grad_input_is_right(out, grad, parts, 1090)
 
 
 @pytest.mark.parametrize(

@@ -43,15 +43,19 @@ def test_no_kernel_spills(source):
 
 
 @pytest.mark.parametrize(
-    ("name", "weights_per_byte", "scale_loads"), [("dequantize_kernel", 2, 3), ("dequantize_int8_kernel", 1, 0)]
+    ("name", "budget", "weights_per_byte", "scale_loads"),
+    [("5WholeE", 4.4, 2, 3), ("12ColumnWindowE", 5.1, 2, 3), ("dequantize_int8_kernel", 5, 1, 0)],
 )
-def test_dequantize_budget(name, weights_per_byte, scale_loads):
-    """At most 5 instructions per weight (bitsandbytes 0.50.2: 24), packed bytes and output in 16-byte accesses only."""
+def test_dequantize_budget(name, budget, weights_per_byte, scale_loads):
+    """Instructions per weight (bitsandbytes 0.50.2: 24), packed bytes and output in 16-byte accesses only.
+
+    A window of columns divides once for each 32 weights, to find their row.
+    """
     for kernel in kernels_of("dequantize.cu", name):
         loop = kernel.smallest_loop("LDG.128", "STG.128")
         tiles = count(loop, "LDG.128")
         weights = tiles * BYTES_PER_ACCESS * weights_per_byte
-        assert len(loop) <= 5 * weights, f"{kernel.name} for {kernel.arch}: {len(loop) / weights:.2f} per weight"
+        assert len(loop) <= budget * weights, f"{kernel.name} for {kernel.arch}: {len(loop) / weights:.2f} per weight"
         assert count(loop, "STG") == count(loop, "STG.128"), kernel.name
         assert count(loop, "LDG") - tiles <= scale_loads * tiles, kernel.name
         assert kernel.registers <= 80, kernel.name
@@ -226,8 +230,8 @@ def test_sum_of_squares_budget():
 
 
 #: Instructions per 64 weights of a lane in the gemm's main loop, by rows of x in a tile; NOPs (a warp then waits for
-#: its tensor core) left out. Counted: 163 to 198, 206 to 252, 274 to 313, of which 16, 32 and 64 are HMMA.
-GEMM_INSTRUCTIONS = {16: 210, 32: 265, 64: 330}
+#: its tensor core) left out. Counted: 166 to 186, 201 to 226, 258 to 288, of which 16, 32 and 64 are HMMA.
+GEMM_INSTRUCTIONS = {16: 195, 32: 235, 64: 300}
 
 
 def is_padding(text: str) -> bool:
@@ -235,22 +239,26 @@ def is_padding(text: str) -> bool:
 
 
 def test_gemm_budget():
-    """What its main loop reads and how, one barrier per tile, four stages, no decoded weight in shared memory."""
+    """What its main loop reads and how, one barrier per tile, 2 or 4 stages, no decoded weight in shared memory."""
     for kernel in kernels_of("gemm.cu", "11gemm_kernel"):
-        rows, scale_columns, double_quant = map(int, re.search(r"Li(\d+)ELi(\d+)ELb(\d)E", kernel.name).groups())
+        numbers = re.search(r"Li(\d+)ELi(\d+)ELi(\d+)ELb(\d)E", kernel.name).groups()
+        rows, columns, scale_columns, double_quant = map(int, numbers)
         loop = kernel.smallest_loop("HMMA", "LDGSTS")
-        # x and packed weights: two pieces of each per thread and tile, whatever the number of rows.
-        assert count(loop, "LDGSTS") == count(loop, "LDGSTS.128") == 4, kernel.name
-        assert count(loop, "LDG") == (3 if double_quant else 1) * (64 // scale_columns), kernel.name
+        # Packed weights: two pieces per thread and tile. x: 4 rows / columns as many bytes.
+        assert count(loop, "LDGSTS") == count(loop, "LDGSTS.128") == 2 + 8 * rows // columns, kernel.name
+        # For each scale: a number, or a group's, a code and what that means; and the offset of all.
+        scales = 64 // scale_columns
+        assert count(loop, "LDG") == (3 * scales + 1 if double_quant else scales), kernel.name
         assert not count(loop, "STS") and not count(loop, "STG") and not count(loop, "ATOMS"), kernel.name
         assert count(loop, "BAR") == 1, kernel.name
-        # Waits until two of its tiles at most are under way, beside the one that it multiplies.
-        assert [text.split()[-1] for text in loop if text.startswith("DEPBAR.LE SB0")] == ["0x2"], kernel.name
+        # Waits until two of its tiles at most are under way, or none, beside the one that it multiplies.
+        waits = {text.split()[-1] for text in loop if text.startswith("DEPBAR.LE SB0")}
+        assert waits == ({"0x0"} if rows == 64 else {"0x2", "0x0"}), kernel.name
         assert kernel.registers <= 128, kernel.name
         if scale_columns == 32:
             continue  # an inner loop, whose instructions count twice
         assert count(loop, "HMMA.16816.F32") == count(loop, "HMMA") == rows, kernel.name
         assert count(loop, "LDS.128") == rows // 4, kernel.name
-        assert count(loop, "PRMT") <= 32 + 2, kernel.name
+        assert count(loop, "IDP") == 32 and count(loop, "PRMT") <= 4, kernel.name
         instructions = sum(not is_padding(text) for text in loop)
         assert instructions <= GEMM_INSTRUCTIONS[rows], f"{kernel.name} for {kernel.arch}: {instructions / 64:.2f}"

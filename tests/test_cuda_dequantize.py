@@ -67,6 +67,71 @@ def test_more_tiles_than_warps(format, dtype):
         assert_equals_the_reference(weight, dtype, format, 32, double_quant=True)
 
 
+def decode_columns(weight, format, block_size, double_quant, dtype, first, count, aligned=True):
+    """(the kernel's output, the reference's) of some columns of a quantized matrix."""
+    rows, columns = weight.shape
+    spec = spec_of(format, block_size, double_quant)
+    packed, absmax = reference.quantize(weight, spec_of(format, block_size))
+    group_scales = offset = None
+    if double_quant:
+        offset = absmax.mean()
+        absmax, group_scales = reference.quantize_scales(absmax, offset)
+    expected = reference.dequantize(packed, absmax, group_scales, offset, spec, [rows, columns], dtype)
+    out = written(rows * count, dtype, aligned)
+    scales = (absmax, None, None, None) if group_scales is None else (None, absmax, group_scales, offset.reshape(1))
+    sizes = (columns if format == "int8" else block_size, rows, columns, first, count)
+    packed = packed if aligned else unaligned(packed)
+    call("lowbit_dequantize_columns", packed, *scales, FORMAT_CODES[format], *sizes, out, DTYPE_CODES[dtype])
+    return out.view(rows, count), expected[:, first : first + count]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 21),
+    blocks=st.integers(1, 9),
+    data=st.data(),
+    dtype=dtypes,
+    format=formats,
+    block_size=st.sampled_from((32, 64, 256)),
+    double_quant=st.booleans(),
+    aligned=st.booleans(),
+)
+def test_columns_equal_the_reference(rows, blocks, data, dtype, format, block_size, double_quant, aligned):
+    """The gradient of a layer would come from another part of its weight, or from that part with another's scales."""
+    columns = blocks * block_size
+    first = data.draw(st.integers(0, columns // 32 - 1)) * 32
+    count = data.draw(st.integers(1, (columns - first) // 32)) * 32
+    weight = make_weight((rows, columns))
+    decoded, expected = decode_columns(weight, format, block_size, double_quant, dtype, first, count, aligned)
+    assert torch.equal(decoded, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_columns_in_more_tiles_than_warps(dtype):
+    """A warp that goes round again would begin in another row."""
+    with multiprocessors(1):
+        weight = make_weight((70, 3 * 512))
+        decoded, expected = decode_columns(weight, "nf4", 128, True, dtype, 256, 1024)
+        assert torch.equal(decoded, expected)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=st.integers(1, 19),
+    columns=st.sampled_from((70, 512, 1040, 1600)),
+    data=st.data(),
+    dtype=dtypes,
+    aligned=st.booleans(),
+)
+def test_columns_of_int8_equal_the_reference(rows, columns, data, dtype, aligned):
+    """As for 4 bits: the stride of the codes' rows is not the output's."""
+    first = data.draw(st.sampled_from((0, 16, 33)))
+    count = data.draw(st.integers(0, columns - first))
+    weight = make_weight((rows, columns))
+    decoded, expected = decode_columns(weight, "int8", columns, False, dtype, first, count, aligned)
+    assert torch.equal(decoded, expected)
+
+
 def test_every_code_of_the_scale_map():
     """One of the 256 entries of the kernel's own map would be wrong."""
     codes = torch.arange(256, dtype=torch.uint8)

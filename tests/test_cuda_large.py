@@ -17,7 +17,7 @@ from cases import (
     tensor_core_tolerance,
     weight_error_cuda,
 )
-from conftest_cuda import DTYPE_CODES, FORMAT_CODES, launchers, spec_of
+from conftest_cuda import DTYPE_CODES, FORMAT_CODES, launchers, spec_of, written
 
 from lowbit import reference
 
@@ -136,6 +136,22 @@ def test_dequantize(double_quant):
         assert library.call("lowbit_dequantize", *weight.arguments(), NUMEL, out, DTYPE_CODES[dtype], None) == 0
     for first, end in ROUNDS:
         assert torch.equal(as_torch(out[first:end], dtype), weight.decoded(first, end, dtype))
+
+
+def test_dequantize_columns():
+    """The window of a weight's last row would be decoded from its beginning."""
+    rows, row_length, count = 8, BEYOND // 4, 8192
+    weight = Packed(rows * row_length)
+    ends = [(row + 1) * row_length for row in (0, 3, 7)]
+    for end in ends:
+        weight.fill(end - 16384, end)
+    out = written(rows * count, torch.bfloat16)
+    first = row_length - count
+    sizes = (rows, row_length, first, count)
+    dtype = DTYPE_CODES[torch.bfloat16]
+    assert launchers().call("lowbit_dequantize_columns", *weight.arguments(), *sizes, out, dtype, None) == 0
+    for row, end in zip((0, 3, 7), ends, strict=True):
+        assert torch.equal(out.view(rows, count)[row], weight.decoded(end - 16384, end, torch.bfloat16)[-count:])
 
 
 def test_dequantize_int8():
@@ -315,10 +331,10 @@ def test_gemv_of_long_rows():
 @pytest.mark.parametrize("m", [16, 33])
 def test_gemm(m):
     """More rows of x would meet other weights or scales, whose numbers have 32 bits in units of 32 or 64 columns."""
-    rows = 256 if m > 32 else 64
+    rows = 64  # in the last tile of columns, whatever its width
     product = Product(m, rows, torch.bfloat16)
     with running(last_block) as library:
-        assert library.call("lowbit_linear_gemm", *product.arguments(), None, None) == 0
+        assert library.call("lowbit_linear_gemm", *product.arguments(), None, None, None) == 0
     assert library.launches[-1].grid[1] == 1
     exact, magnitude, lora = product.exact()
     tolerance = gemm_tolerance(magnitude, lora, exact, K + RANK, "nf4", torch.bfloat16)

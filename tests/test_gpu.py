@@ -192,6 +192,32 @@ def test_training_in_a_graph(options, rows):
             assert (result.float() - expected.float()).norm() <= 0.01 * expected.float().norm()
 
 
+@pytest.mark.parametrize("rows", [1, 20, 300])
+def test_sharing_x_in_a_graph(rows):
+    """In a graph q's launch computes t for k and v: each replay anew, from the x and the factors of then."""
+    n, k, rank = 128, 1024, 8
+    q = lowbit.quantize(make_weight((n, k), torch.bfloat16).cuda())
+    generator = torch.Generator(device="cuda").manual_seed(0)
+
+    def made(*shape):
+        return torch.nn.Parameter(torch.randn(shape, generator=generator, device="cuda"))
+
+    x = made(rows, k).detach().bfloat16()
+    factors = [(made(rank, k), made(n, rank)) for _ in range(3)]
+
+    def work():
+        return [lowbit.lora_linear(x, q, *pair, 2.0) for pair in factors]
+
+    with torch.no_grad():
+        graph, results = captured(work)
+        for _ in range(2):
+            for tensor in (x, *(each for pair in factors for each in pair)):
+                tensor.copy_(made(*tensor.shape))
+            graph.replay()
+            for result, expected in zip(results, work(), strict=True):
+                assert (result.float() - expected.float()).norm() <= 0.01 * expected.float().norm()
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason=f"needs 2 GPUs, torch sees {torch.cuda.device_count()}")
 @pytest.mark.parametrize("rows", [1, 20, 300])
 def test_on_the_second_gpu(rows):

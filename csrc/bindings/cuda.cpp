@@ -7,6 +7,7 @@
 
 #include <map>
 #include <mutex>
+#include <span>
 
 #include "../cuda/kernels.h"
 #include "lora.h"
@@ -86,7 +87,7 @@ Tensor zeroed_counters(const Tensor& like, Stream stream, int64_t count) {
     check_call(aoti_torch_zero_(made.get()), "zero_");
     return made;
   };
-  if (cuda::is_capturing(stream)) return zeros(count);
+  if (cuda::capture_id(stream) != 0) return zeros(count);
   static std::mutex mutex;
   // Never destroyed: at exit torch's allocator may be gone before.
   static auto& kept = *new std::map<std::pair<int32_t, Stream>, Tensor>;
@@ -95,6 +96,9 @@ Tensor zeroed_counters(const Tensor& like, Stream stream, int64_t count) {
   if (is_new || found->second.numel() < count) found->second = zeros(std::max(count, kFewestCounters));
   return found->second;
 }
+
+// The graph that is being captured on torch's stream of x's device; 0: none.
+int64_t capture_id(Tensor x) { return static_cast<int64_t>(cuda::capture_id(current_stream(x.get_device_index()))); }
 
 // Where kernels run: while this lives, the device of the tensors is the current one.
 class Cuda {
@@ -131,8 +135,9 @@ class Cuda {
     linear(call, nullptr, t, y);
   }
 
-  // With lora_a, t is written: t = x lora_a^T.
-  void linear(LinearCall<Cuda>& call, const Operand<Cuda>* lora_a, Operand<Cuda>& t, const Tensor& y) const {
+  // With lora_a, t is written: t = x lora_a^T; and so is the t of each of `others`.
+  void linear(LinearCall<Cuda>& call, const Operand<Cuda>* lora_a, Operand<Cuda>& t, const Tensor& y,
+              std::span<const OtherDown<Cuda>> others = {}) const {
     LinearArgs args = call.args(y);
     const Gpu gpu = cuda::current_gpu();
     const Plan plan = cuda::plan_linear(args, gpu);
@@ -142,6 +147,7 @@ class Cuda {
       // For a weight that is decoded LoRA's product comes first, into y: that of x adds it to its own fp32 sums.
       LowRankProduct lora{.m = call.m, .rank = call.rank, .t = &t};
       if (lora_a) lora.read(call.x, call.k, *lora_a, false, 1);
+      lora.others = others;
       if (decodes) lora.write(y, call.n, call.lora_b, false, call.scaling, &call.bias);
       multiply_low_rank(lora, call.dtype, gpu, kOp);
     }
@@ -191,18 +197,36 @@ class Cuda {
       const std::optional<Tensor> counters = counters_of(plan, &args.counters);
       return check_launch(cuda::linear_grad_input(args, plan, stream_), kOp);
     }
-    const Tensor out = matrix_of(grad_x, call.m, call.k);
-    const Tensor dense = empty({call.n, call.k}, grad_x.scalar_type());
-    dequantize({args.weight, dense.data_ptr(), call.dtype}, kOp);
-    multiply(matrix_of(call.grad, call.m, call.n), matrix_of(dense, call.n, call.k),
-             has_lora ? std::optional(out) : std::nullopt, out);
+    const int64_t m = call.m, n = call.n, k = call.k;
+    const int64_t most = cuda::decoded_columns(args.weight, call.dtype, m, n, k, gpu);
+    const Tensor grad = matrix_of(call.grad, m, n), dense = empty({n, std::min(most, k)}, grad_x.scalar_type());
+    for (int64_t column = 0; column < k; column += most) {
+      const int64_t columns = std::min(most, k - column);
+      if (columns == k) {
+        dequantize({args.weight, dense.data_ptr(), call.dtype}, kOp);
+      } else {
+        check_launch(cuda::dequantize_columns({args.weight, k, column, columns, dense.data_ptr(), call.dtype}, stream_),
+                     kOp);
+      }
+      const Tensor out = matrix_of(grad_x, m, columns, k, 1, column);
+      multiply(grad, matrix_of(dense, n, columns), has_lora ? std::optional(out) : std::nullopt, out);
+    }
   }
 
-  // call.grad_t = scaling grad lora_b
-  void lora_down(GradInputCall<Cuda>& call, const Operand<Cuda>& lora_b, double scaling) const {
-    LowRankProduct lora{.m = call.m, .rank = call.rank, .t = &call.grad_t};
-    lora.read(call.grad, call.n, lora_b, true, scaling);
-    multiply_low_rank(lora, call.dtype, cuda::current_gpu(), "lora_down");
+  // t[m, rank] = scale x[m, k] down^T
+  void lora_down(const Tensor& x, int64_t m, int64_t k, int64_t rank, const Operand<Cuda>& down, bool is_transposed,
+                 double scale, Operand<Cuda>& t) const {
+    LowRankProduct lora{.m = m, .rank = rank, .t = &t};
+    lora.read(x, k, down, is_transposed, scale);
+    multiply_low_rank(lora, dtype_of(x.scalar_type(), "x"), cuda::current_gpu(), "lora_down");
+  }
+
+  // y[m, n] = scale t[m, rank] up^T + bias
+  void lora_up(Operand<Cuda>& t, int64_t m, int64_t n, int64_t rank, Operand<Cuda>& up, bool is_transposed,
+               double scale, Operand<Cuda>& bias, const Tensor& y) const {
+    LowRankProduct lora{.m = m, .rank = rank, .t = &t};
+    lora.write(y, n, up, is_transposed, scale, &bias);
+    multiply_low_rank(lora, dtype_of(y.scalar_type(), "dtype"), cuda::current_gpu(), "lora_up");
   }
 
   // out[w, rank] = scale wide[m, w]^T low[m, rank], low in fp32; or out is the transpose of that.
@@ -269,6 +293,7 @@ class Cuda {
     bool up_is_transposed = false;
     double up_scale = 1;
     Operand<Cuda>* bias = nullptr;
+    std::span<const OtherDown<Cuda>> others;  // more t from x; their factors are as down
 
     void read(const Tensor& of_x, int64_t of_k, const Operand<Cuda>& of_down, bool is_transposed, double scale) {
       x = &of_x, k = of_k, down = &of_down, down_is_transposed = is_transposed, t_scale = scale;
@@ -289,6 +314,9 @@ class Cuda {
       args.x = float_data(*lora.x, dtype, op);
       args.down = lora.down->matrix(rank, k, lora.down_is_transposed);
       args.t_scale = static_cast<float>(lora.t_scale);
+      for (const OtherDown<Cuda>& other : lora.others)
+        args.others[args.other_count++] = {other.lora_a.matrix(rank, k, lora.down_is_transposed).data,
+                                           static_cast<float*>(other.t.data_ptr())};
     }
     if (lora.y) {
       args.y = lora.y->data_ptr();
@@ -298,9 +326,14 @@ class Cuda {
     if (cuda::lora_fits(args, gpu)) return check_launch(cuda::lora_product(args, gpu, stream_), op);
     const Tensor t = matrix_of(**lora.t, m, rank);
     if (lora.x) {
-      const Tensor down = converted(**lora.down, ScalarType::Float);  // [rank, k]^T for the product
-      multiply(matrix_of(converted(*lora.x, ScalarType::Float), m, k),
-               lora.down_is_transposed ? matrix_of(down, k, rank) : transposed(down, rank, k), {}, t, lora.t_scale);
+      const Tensor x = matrix_of(converted(*lora.x, ScalarType::Float), m, k);
+      const auto multiply_down = [&](const Operand<Cuda>& of_down, const Tensor& out) {
+        const Tensor down = converted(*of_down, ScalarType::Float);  // [rank, k]^T for the product
+        multiply(x, lora.down_is_transposed ? matrix_of(down, k, rank) : transposed(down, rank, k), {}, out,
+                 lora.t_scale);
+      };
+      multiply_down(*lora.down, t);
+      for (const OtherDown<Cuda>& other : lora.others) multiply_down(other.lora_a, matrix_of(other.t, m, rank));
     }
     if (!lora.y) return;
     const Tensor up = converted(**lora.up, ScalarType::Float);
@@ -320,5 +353,6 @@ class Cuda {
 STABLE_TORCH_LIBRARY_IMPL(LOWBIT_CUDA_NAMESPACE, LOWBIT_CUDA_KEY, library) {
   implement<Cuda>(library);
   implement_lora<Cuda>(library);
+  library.impl("capture_id", TORCH_BOX(&capture_id));
   implement_optim<Cuda>(library);
 }

@@ -46,10 +46,11 @@ void forget_gpus() {
   gpus.clear();
 }
 
-bool is_capturing(Stream stream) {
+uint64_t capture_id(Stream stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  cudaStreamIsCapturing(stream, &status);
-  return status != cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  cudaStreamGetCaptureInfo(stream, &status, &id);
+  return status == cudaStreamCaptureStatusNone ? 0 : id;
 }
 
 const char* error_message(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

@@ -29,8 +29,8 @@ Gpu current_gpu();
 // Asks again: for tests, in which a device becomes another.
 void forget_gpus();
 
-// Whether what is enqueued on `stream` becomes part of a graph.
-bool is_capturing(Stream stream);
+// The graph that what is enqueued on `stream` becomes part of: a number that no other has. 0: none.
+uint64_t capture_id(Stream stream);
 
 int quantize(const QuantizeArgs& args, Stream stream);
 int quantize_int8(const QuantizeArgs& args, Stream stream);  // which quantize calls
@@ -38,6 +38,7 @@ int quantize_scales(const QuantizeScalesArgs& args, Stream stream);
 int search_scales(const SearchScalesArgs& args, Stream stream);
 int encode(const EncodeArgs& args, Stream stream);
 int dequantize(const DequantizeArgs& args, Stream stream);
+int dequantize_columns(const DequantizeColumnsArgs& args, Stream stream);  // cudaErrorInvalidValue unless columns_fit
 
 // One launch for up to UpdateTable::kCapacity (csrc/cuda/optim.cu) parameters that have elements.
 int optimizer_step(const OptimizerStepArgs& args, Stream stream);

@@ -5,6 +5,8 @@
 // memory, 16 columns of t at a time, and become mma's fragments there. Then each warp makes y of 32 rows and every so
 // many chunks of 32 columns. Neither loop has a barrier or stages anything: lora.cuh says which element a lane loads.
 //
+// More LoRAs of the same x have blocks of their own (blockIdx.y), which make only t.
+//
 // Every block reads both factors from L2, so that these are read m / rows times; warps that read the same part of a
 // factor meet in L1. plan.h weighs this against multiprocessors that have no block.
 #include "device/launch.h"
@@ -37,9 +39,17 @@ __global__ void __launch_bounds__(LoraTile::threads(kRank), 1)
   const int column_warps = kWarps / row_warps, column_warp = warp / row_warps;  // share out x's columns, then y's
   const auto share = static_cast<int>(blockIdx.x % plan.shares);
   const int64_t m0 = int64_t{blockIdx.x / static_cast<unsigned>(plan.shares)} * row_warps * kRows;
+  const bool is_other = blockIdx.y > 0;
+  if (is_other && share != 0) return;
   const int64_t warp_m0 = m0 + row_warp * kRows;
   const int n = static_cast<int>(args.n), k = static_cast<int>(args.k), rank = static_cast<int>(args.rank);
   const int steps = (rank + kRank - 1) / kRank * kSlices;  // of 16 columns of t
+  Factor down = args.down;
+  float* t = args.t;
+  if (is_other) {
+    down.data = args.others[blockIdx.y - 1].down;
+    t = args.others[blockIdx.y - 1].t;
+  }
 
   // --- t
 
@@ -77,7 +87,7 @@ __global__ void __launch_bounds__(LoraTile::threads(kRank), 1)
 #pragma unroll 1
     for (int r0 = 0; r0 < rank; r0 += kRank) {
       const auto load_down = [&](NarrowTile<F, kV, kAlong>& tile, int column, int part) {
-        tile.load(args.down, rank, k, r0 + (part * 8 + group) * kV, column);
+        tile.load(down, rank, k, r0 + (part * 8 + group) * kV, column);
       };
       TileSums<kV> sums[kGroups] = {};
       contract<T, WideAlong<T>, F, kAlong>(k, column_warp, column_warps, load_x, load_down, sums);
@@ -93,8 +103,8 @@ __global__ void __launch_bounds__(LoraTile::threads(kRank), 1)
           v.x = column < rank ? v.x * args.t_scale : 0.0f;
           v.y = column + 1 < rank ? v.y * args.t_scale : 0.0f;
           put_t(row, column, v.x, v.y);
-          if (share != 0 || m0 + row >= args.m || !args.t) return;
-          float* const to = args.t + (m0 + row) * rank + column;
+          if (share != 0 || m0 + row >= args.m || !t) return;
+          float* const to = t + (m0 + row) * rank + column;
           if (column < rank) to[0] = v.x;
           if (column + 1 < rank) to[1] = v.y;
         });
@@ -104,11 +114,11 @@ __global__ void __launch_bounds__(LoraTile::threads(kRank), 1)
     for (int step = 0; step < steps; ++step)
       for_each_pair([&](int row, int pair) {
         const int column = step * 16 + pair * 2;
-        const float* const from = args.t + min(m0 + row, args.m - 1) * rank + column;
+        const float* const from = t + min(m0 + row, args.m - 1) * rank + column;
         put_t(row, column, column < rank ? from[0] : 0.0f, column + 1 < rank ? from[1] : 0.0f);
       });
   }
-  if (!args.y) return;
+  if (!args.y || is_other) return;
   __syncthreads();
 
   // --- y, in chunks of 32 columns
@@ -190,7 +200,8 @@ template <class T, class F, int kRank, bool kAlong>
 int launch(const LoraProductArgs& args, const LoraProductPlan& plan, Stream stream) {
   const auto kernel = lora_product_kernel<T, F, kRank, kAlong>;
   if (const int code = allow_shared_memory(kernel, plan.shared_bytes)) return code;
-  kernel<<<static_cast<unsigned>(plan.blocks()), LoraTile::threads(kRank), plan.shared_bytes, stream>>>(args, plan);
+  const dim3 grid(static_cast<unsigned>(plan.blocks()), static_cast<unsigned>(1 + args.other_count));
+  kernel<<<grid, LoraTile::threads(kRank), plan.shared_bytes, stream>>>(args, plan);
   return cudaGetLastError();
 }
 

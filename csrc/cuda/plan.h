@@ -47,6 +47,7 @@ struct Plan {
   int rows = 0, columns = 0;                // of the output in a tile
   int step_blocks = 0;                      // gemv_mma: blocks of W that a step spans
   int scale_columns = 0;                    // gemm: how many columns of W certainly share a scale
+  int stages = 0;                           // gemm: of the ring of tiles
   int64_t row_tiles = 0, column_tiles = 0;  // of the output
   // Of the contraction: how many parts it is split into, and how much of it each takes. gemv: columns; gemm: tiles;
   // grad_input: rows of W.
@@ -224,38 +225,58 @@ inline bool gemm_fits(const LinearArgs& args) {
   return args.weight.format->bits == 4 && args.dtype != Dtype::f32 && args.k > 0 && args.k % 32 == 0 &&
          args.k < kMaxSide && args.rank < kMaxSide && args.weight.numel / 32 <= UINT32_MAX &&
          is_aligned(args.x, kAccessBytes) && is_aligned(args.weight.packed, kAccessBytes) &&
-         ceil_div(args.m, 16) * ceil_div(args.n, 64) <= INT32_MAX;
+         ceil_div(args.m, 16) * ceil_div(args.n, 128) <= INT32_MAX;
 }
 
-// scale_columns: 64 columns share a scale where blocks are that long and start at multiples of it; else 32, for which
-// tiles have at most 32 rows (two sets of block sums beside 64 rows' sums would not fit the registers).
+// Cycles of an H200's multiprocessor, of which one block of threads takes all.
 //
-// The tile is the smallest that holds all rows of x, or the largest: a tile of M rows costs its shared memory 40 + M
-// cycles per step of a warp, so that one large tile beats two small ones.
+// A step of a warp is 32 x 64 weights, 1 KB, which DRAM at 4.3 TB/s brings in 53 cycles. Shared memory serves it in
+// 32 cycles of look-ups, 16 for W in and out, M for x out and 32 M / N for x in; the L2 brings W and 4 M / N as much
+// of x in 42 (1 + 4 M / N) at 5.5 TB/s. A block takes 2000 cycles more, for filling the table and the ring and
+// writing out. Where k is split, it writes its sums (24 bytes in a cycle, as all blocks do so at once) and arrives
+// (1500), and the last of a tile's blocks reads all of them (64 bytes in a cycle: few blocks read).
+inline int64_t gemm_cycles(int64_t rows, int64_t columns, int64_t rounds, int64_t tiles_k, int64_t splits) {
+  const int64_t step = std::max(48 + rows + 32 * rows / columns, 42 + 168 * rows / columns);
+  const int64_t sums = 4 * rows * columns;
+  const int64_t reduction = splits == 1 ? 0 : sums / 24 + 1500 + splits * sums / 64;
+  return rounds * (tiles_k * kGemmWarps * step + 2000) + reduction;
+}
+
+// The tiles that the kernel is compiled for; only the first two where 32 columns share a scale, and not 64. (Tiles of
+// 64 x 128 would take a register more than there are, as would two sets of block sums beside 64 rows' sums.)
+struct GemmShape {
+  int rows, columns;
+};
+constexpr GemmShape kGemmShapes[] = {{16, 128}, {32, 128}, {32, 256}, {64, 256}};
+
+// scale_columns: 64 columns share a scale where blocks are that long and start at multiples of it; else 32.
 //
-// k is split where that costs less. In units of one multiprocessor's time for a tile of k: each round of blocks takes
-// its tiles of k and 4 more (filling table and ring, writing out); the kernel that adds up the splits takes 5, and
-// 8 bytes of each of their sums go through L2, of which 2^16 take about 40 units of one multiprocessor.
+// Large tiles read x less often and decode W once for more rows; small ones leave fewer sums to the last block, since k
+// is split less often. The tiles and the splits that take the fewest cycles are taken. GPUs whose blocks cannot have
+// the memory for four stages have two: 16 KB of W on their way, where an RTX 5090 needs 9.
 inline Plan plan_gemm(const LinearArgs& args, const Gpu& gpu) {
   Plan plan{Path::gemm};
   plan.scale_columns = args.weight.block_size >= 64 && args.k % 64 == 0 ? 64 : 32;
-  plan.rows = args.m <= 16 ? 16 : args.m <= 32 || plan.scale_columns == 32 ? 32 : 64;
-  plan.columns = 4 * plan.rows;
-  plan.row_tiles = ceil_div(args.m, plan.rows);
-  plan.column_tiles = ceil_div(args.n, plan.columns);
-  const int64_t tiles_k = ceil_div(args.k, 4096 / plan.rows), tiles = plan.row_tiles * plan.column_tiles;
   int64_t least = INT64_MAX;
-  for (int64_t tried = 1; tried <= std::min<int64_t>(tiles_k, kMaxSplits); ++tried) {
-    const int64_t per_split = ceil_div(tiles_k, tried), splits = ceil_div(tiles_k, per_split);
-    const int64_t rounds = ceil_div(tiles * splits, gpu.processors);
-    const int64_t second_pass = splits == 1 ? 0 : 5 + splits * args.m * args.n / 65536 * 40 / gpu.processors;
-    const int64_t cost = rounds * (per_split + 4) + second_pass;
-    if (cost >= least) continue;
-    least = cost;
-    plan.split_size = per_split;
-    plan.splits = splits;
+  for (const GemmShape& shape : kGemmShapes) {
+    if (plan.scale_columns == 32 && &shape > &kGemmShapes[1]) break;
+    const int64_t row_tiles = ceil_div(args.m, shape.rows), column_tiles = ceil_div(args.n, shape.columns);
+    const int64_t tiles_k = ceil_div(args.k, gemm_depth(shape.columns));
+    for (int64_t tried = 1; tried <= std::min<int64_t>(tiles_k, kMaxSplits); ++tried) {
+      const int64_t per_split = ceil_div(tiles_k, tried), splits = ceil_div(tiles_k, per_split);
+      const int64_t rounds = ceil_div(row_tiles * column_tiles * splits, gpu.processors);
+      const int64_t cycles = gemm_cycles(shape.rows, shape.columns, rounds, per_split, splits);
+      if (cycles >= least) continue;
+      least = cycles;
+      plan.rows = shape.rows, plan.columns = shape.columns;
+      plan.row_tiles = row_tiles, plan.column_tiles = column_tiles;
+      plan.splits = splits, plan.split_size = per_split;
+    }
   }
+  plan.stages = gemm_most_stages(plan.rows);
+  if (gemm_shared_bytes(plan.rows, plan.columns, plan.stages) > gpu.shared_memory - 1024) plan.stages = 2;
   plan.workspace = plan.splits > 1 ? plan.splits * args.m * args.n : 0;
+  plan.counters = plan.splits > 1 ? plan.row_tiles * plan.column_tiles : 0;
   return plan;
 }
 
@@ -343,19 +364,54 @@ inline Plan plan_grad_input(const LinearGradInputArgs& args, const Gpu& gpu) {
 
 // --- a weight that is decoded first
 
-// How many rows of W [n, k] are decoded at a time, for cuBLAS to multiply before the next ones are. What fits half of
-// the L2 cache is read there: 0.5 bytes of DRAM per weight instead of 4.5, and no dense weight in memory. Chunks begin
-// where a group of scales does. Not where all of W fits the cache, and not where a chunk's product has fewer tiles of
-// 128 x 128 than two for each multiprocessor: cuBLAS would leave some idle in each chunk.
+// How many of the product's outputs (rows of W for y, columns for grad_x) are decoded at a time, a multiple of `unit`,
+// for cuBLAS to multiply before the next ones are; all of them where parts do not pay. What fits half of the L2 cache
+// is read there: 0.5 bytes of DRAM per weight instead of 4.5, and no dense weight in memory.
+//
+// Parts take time where cuBLAS's tiles of 128 x 256 fill the GPU less well: in more waves, each of 2 x 128 x 256 x
+// contraction FLOP of a multiprocessor's 6 TFLOPS. What they save is 4 x outputs x contraction bytes at 4.3 TB/s
+// (H200), as much as a wave for 11700 outputs, whatever the contraction. (An A100: 11300; a B200: 8400; an RTX 4090:
+// 12500.) So the part is the one of the fewest waves, the largest of these, unless it adds more than that. The two
+// launches of a part of a half or a quarter of the cache take 2 us, where it saves 12 or 6.
+inline int64_t decoded_part(int64_t outputs, int64_t contraction, int64_t unit, Dtype dtype, int64_t m,
+                            const Gpu& gpu) {
+  const auto waves = [&](int64_t part) {
+    return ceil_div(ceil_div(m, int64_t{128}) * ceil_div(part, int64_t{256}), int64_t{gpu.processors});
+  };
+  constexpr int64_t kOutputsForWave = 12288;
+  const int64_t output_bytes = contraction * size_of(dtype);
+  if (outputs * output_bytes <= gpu.l2_bytes) return outputs;
+  const int64_t most = gpu.l2_bytes / 2 / output_bytes / unit * unit;
+  int64_t best = outputs, least = waves(outputs) + outputs / kOutputsForWave + 1;
+  for (int64_t part = most; part > 0 && 2 * part >= most; part -= unit) {
+    const int64_t tried = outputs / part * waves(part) + waves(outputs % part);
+    if (tried >= least) continue;
+    least = tried;
+    best = part;
+  }
+  return best;
+}
+
+// Rows of W [n, k] for y. Parts begin where a group of scales does.
 inline int64_t decoded_rows(const QuantizedWeight& weight, Dtype dtype, int64_t m, int64_t n, int64_t k,
                             const Gpu& gpu) {
-  constexpr int64_t kTile = 128;
-  const int64_t row_bytes = k * size_of(dtype);
-  if (n * row_bytes <= gpu.l2_bytes || k % weight.block_size != 0) return n;
-  const int64_t rows = gpu.l2_bytes / 2 / row_bytes / kGroupSize * kGroupSize;
-  if (rows == 0 || (m / kTile) * (rows / kTile) < 2 * gpu.processors) return n;
-  const int64_t chunks = ceil_div(n, rows);
-  return ceil_div(ceil_div(n, chunks), kGroupSize) * kGroupSize;
+  return k % weight.block_size != 0 ? n : decoded_part(n, k, kGroupSize, dtype, m, gpu);
+}
+
+// Whether a window of columns can be decoded: whole blocks of rows, and pieces of 32 weights counted in 32 bits.
+inline bool columns_fit(const DequantizeColumnsArgs& args) {
+  constexpr int64_t kPiece = 2 * kAccessBytes;
+  if (args.first < 0 || args.count < 0 || args.first + args.count > args.row_length) return false;
+  if (args.weight.format->has_row_scales) return true;
+  return args.row_length % args.weight.block_size == 0 && args.first % kPiece == 0 && args.count % kPiece == 0 &&
+         args.weight.numel / kPiece <= UINT32_MAX;
+}
+
+// Columns of W [n, k] for grad_x.
+inline int64_t decoded_columns(const QuantizedWeight& weight, Dtype dtype, int64_t m, int64_t n, int64_t k,
+                               const Gpu& gpu) {
+  constexpr int64_t kUnit = 256;
+  return columns_fit({weight, k, 0, kUnit}) ? decoded_part(k, n, kUnit, dtype, m, gpu) : k;
 }
 
 // --- LoRA beside a weight that is decoded first
@@ -413,6 +469,8 @@ inline LoraAccess lora_access(const LoraProductArgs& args) {
   const bool has_x = !args.x || (args.k > 0 && args.k % 8 == 0 && is_aligned(args.x, kAccessBytes));
   const bool has_y = !args.y || (args.n % 4 == 0 && is_aligned(args.y, kAccessBytes / 2));
   if (!has_dtypes || !has_x || !has_y || args.rank == 0 || args.rank % 4 != 0) return LoraAccess::any;
+  for (int i = 0; i < args.other_count; ++i)
+    if (!is_aligned(args.others[i].down, 4 * size_of(down.dtype))) return LoraAccess::any;
   if (fits(down, down.column_stride, down.row_stride) && fits(up, up.column_stride, up.row_stride))
     return LoraAccess::along;
   if (fits(down, down.row_stride, down.column_stride) && fits(up, up.row_stride, up.column_stride))
@@ -420,9 +478,12 @@ inline LoraAccess lora_access(const LoraProductArgs& args) {
   return LoraAccess::any;
 }
 
-// More rows in a block read the factors less often. Fewer rows, and shares of y's columns, fill more multiprocessors.
+// More rows in a block read the factors less often. Fewer rows, and shares of y's columns, fill more multiprocessors:
+// 1 share is tried, and as many as fill a half of them, all, and up to twice all. (To try every number finds plans that
+// take 1% less on average, and costs the host 2 us.)
 inline LoraProductPlan plan_lora_product(const LoraProductArgs& args, const Gpu& gpu) {
-  constexpr int64_t kMostShares = 64, kMostShared = 96 * 1024;  // bytes; every GPU from sm_80 on has 99 KB
+  constexpr int64_t kMostShares = 64, kMostHalves = 4,
+                    kMostShared = 96 * 1024;  // bytes; every GPU from sm_80 on has 99 KB
   LoraProductPlan plan;
   plan.access = lora_access(args);
   if (plan.access != LoraAccess::any)
@@ -435,7 +496,9 @@ inline LoraProductPlan plan_lora_product(const LoraProductArgs& args, const Gpu&
     const int64_t shared = LoraTile::threads(plan.rank) / kWarpSize * LoraTile::kSliceBytes +
                            rows / 8 * rank / LoraTile::kSliceColumns * LoraTile::kShortRowsBytes;
     if (shared > kMostShared) break;
-    for (int64_t tried = 1; tried <= std::clamp<int64_t>(chunks, 1, kMostShares); ++tried) {
+    for (int64_t halves = 0; halves <= kMostHalves; ++halves) {
+      const int64_t tried = std::clamp<int64_t>(halves * gpu.processors / std::max<int64_t>(2 * row_tiles, 1), 1,
+                                                std::clamp<int64_t>(chunks, 1, kMostShares));
       const int64_t share_chunks = ceil_div(chunks, tried), shares = chunks > 0 ? ceil_div(chunks, share_chunks) : 1;
       const int64_t columns = share_chunks * LoraTile::kRows, blocks = row_tiles * shares;
       const LoraPhase t{args.k * (rows * 2 + rank * size_of(args.down.dtype)),

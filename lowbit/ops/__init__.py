@@ -13,10 +13,10 @@ take plain tensors; ``lowbit/functional.py`` has the public functions and their 
 import torch
 
 from ..backends import NAMESPACES, triton
-from . import grouped, linear, optim, quantize
+from . import grouped, linear, lora, optim, quantize, shared_input
 
 #: Every op by name.
-OPS = {op.name: op for family in (quantize, linear, grouped, optim) for op in family.OPS}
+OPS = {op.name: op for family in (quantize, linear, lora, grouped, optim) for op in family.OPS}
 # Which instruction set the CPU kernels use; no tensors, so no backend but the extension has them.
 _NATIVE_SCHEMAS = ("cpu_isa() -> str", "cpu_isas() -> str[]", "set_cpu_isa(str isa) -> ()")
 
@@ -32,6 +32,7 @@ def _register(namespace: str) -> torch.library.Library:
 LIBRARIES = {namespace: _register(namespace) for namespace in NAMESPACES.values()}
 for _schema in _NATIVE_SCHEMAS:
     LIBRARIES["lowbit"].define(_schema)
+LIBRARIES["lowbit"].define(shared_input.CAPTURE_ID)
 for _name, _kernel in grouped.by_expert("lowbit").items():
     LIBRARIES["lowbit"].impl(_name, _kernel, "CUDA")
 triton.register(LIBRARIES[NAMESPACES["triton"]])

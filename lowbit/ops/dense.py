@@ -32,9 +32,13 @@ def _in_fp32(x: torch.Tensor, matrix: torch.Tensor) -> bool:
 
 
 class DenseProduct(Product):
-    """How rows multiply one dense matrix [out, in] of any strides, which has no gradient."""
+    """How rows multiply one dense matrix [out, in] of any strides, which has no gradient.
 
-    def __init__(self, matrix: torch.Tensor):
+    ``namespace``: whose kernels multiply by LoRA's factors, where it has some for the device; "" for torch's products.
+    """
+
+    def __init__(self, matrix: torch.Tensor, namespace: str = ""):
+        super().__init__(namespace, ())
         self.matrix = matrix
 
     def has_lora_kernels(self, x: torch.Tensor) -> bool:
@@ -44,6 +48,9 @@ class DenseProduct(Product):
     def forward(self, keyset, x, features, bias, t, lora_b, scaling) -> torch.Tensor:
         """x W^T + scaling t lora_b^T + bias; the sum of both products is rounded once."""
         matrix, x_rows = self.matrix, rows(x)
+        if t is not None and self.has_factor_kernels(x):
+            y = self.up(t, lora_b, x.dtype, scaling, bias)
+            return rows(y).addmm_(x_rows, matrix.T).view(y.shape)
         added = None if t is None else F.linear(rows(t), lora_b.to(t.dtype)) * scaling
         if bias is not None:
             added = bias if added is None else added + bias
@@ -61,6 +68,9 @@ class DenseProduct(Product):
     def grad_input(self, grad, features, grad_t=None, lora_a=None) -> torch.Tensor:
         """grad W + grad_t lora_a."""
         matrix, grad_rows = self.matrix, rows(grad)
+        if grad_t is not None and self.has_factor_kernels(grad):
+            grad_x = self.up(grad_t, lora_a.transpose(0, 1), grad.dtype)
+            return rows(grad_x).addmm_(grad_rows, matrix).view(grad_x.shape)
         added = None if grad_t is None else rows(grad_t) @ lora_a.to(grad_t.dtype)
         if _in_fp32(grad, matrix):
             total = grad.new_zeros(len(grad_rows), features, dtype=torch.float32) if added is None else added
@@ -84,13 +94,15 @@ def frozen_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return Linear.apply(x, bias, None, None, DenseProduct(weight), None, len(weight), 1.0)
 
 
-def lora_linear(x, weight, lora_a, lora_b, scaling: float, bias, t=None) -> torch.Tensor:
+def lora_linear(namespace: str, x, weight, lora_a, lora_b, scaling: float, bias, t=None) -> torch.Tensor:
     """x W^T + scaling t lora_b^T + bias, with t = x lora_a^T where it is not given. Autocast has to be off.
 
     Differentiable in all operands. While the weight is frozen, only x (in its own dtype), t and the factors are saved.
+    ``namespace`` as :class:`DenseProduct`'s.
     """
-    product = DenseProduct(weight)
+    product = DenseProduct(weight, namespace)
     if weight.requires_grad or is_traced():  # by torch's own functions, each of which knows its gradient
+        product = DenseProduct(weight)
         t = product.matmul(x, lora_a) if t is None else t
         return product.forward(None, x, None, bias, t, lora_b, scaling)
     if t is None:

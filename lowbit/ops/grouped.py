@@ -26,13 +26,17 @@ class GroupedProduct(single.Product):
         """Nowhere is a stack of matrices one op with its LoRA."""
         return False
 
-    def matmul(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """x M_e^T, the matrices [E, p, k], in fp32."""
-        return op_of(self.namespace, "grouped_matmul")(x, matrix, self.expert_ends)
+    def has_factor_kernels(self, *activations: torch.Tensor) -> bool:
+        """Nor are there kernels for the factors of one expert."""
+        return False
 
-    def outer(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """a_e^T b_e for each expert, in fp32."""
-        return op_of(self.namespace, "grouped_outer")(a, b, self.expert_ends)
+    def matmul(self, x: torch.Tensor, matrix: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """scale x M_e^T, the matrices [E, p, k], in fp32."""
+        return single.scaled(op_of(self.namespace, "grouped_matmul")(x, matrix, self.expert_ends), scale)
+
+    def outer(self, a: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """scale a_e^T b_e for each expert, in fp32."""
+        return single.scaled(op_of(self.namespace, "grouped_outer")(a, b, self.expert_ends), scale)
 
     def sum_rows(self, grad: torch.Tensor) -> torch.Tensor:
         """The sum over each expert's rows, in fp32."""

@@ -10,11 +10,13 @@ import math
 
 import torch
 
+from . import shared_input
 from .record import WEIGHT, Op, below_autograd, is_traced, op_of, wants_gradient, without_backward
 
 _cached_op = functools.cache(op_of)
 
-#: Namespaces and device types whose ``lora_linear`` and its backward are kernels, rather than made of other ops.
+#: Namespaces and device types whose ``lora_linear``, its backward and the ops of ``lora.py`` are kernels, rather than
+#: made of other ops.
 HAVE_LORA_KERNELS = {("lowbit", "cuda")}
 
 
@@ -35,6 +37,11 @@ def product_dtype(a: torch.Tensor, b: torch.Tensor) -> torch.dtype:
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     # Below autograd an op that returns its argument, as to() would, is not allowed.
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def scaled(tensor: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale tensor, without an operation where it is the tensor."""
+    return tensor if scale == 1 else tensor * scale
 
 
 class Product:
@@ -60,12 +67,25 @@ class Product:
         """Whether the product and its LoRA are one op for x."""
         return (self.namespace, x.device.type) in HAVE_LORA_KERNELS
 
+    def has_factor_kernels(self, *activations: torch.Tensor) -> bool:
+        """Whether kernels multiply these by LoRA's factors: those in 16 bits, which torch would copy to fp32."""
+        there = (self.namespace, activations[0].device.type) in HAVE_LORA_KERNELS
+        return there and any(each.dtype != torch.float32 for each in activations)
+
     def lora_forward(self, x, features, bias, lora_a, lora_b, scaling) -> tuple[torch.Tensor, torch.Tensor]:
         """(x W^T + scaling t lora_b^T + bias, t) with t = x lora_a^T."""
         if not self.has_lora_kernels(x):
             return self.lora_forward_by_parts(x, features, bias, lora_a, lora_b, scaling)
-        op = _cached_op(self.namespace, "lora_linear")
-        return below_autograd(op, None, x, *self.weight, features, bias, lora_a, lora_b, scaling)
+        t, others = shared_input.find(x, lora_a)
+        if t is not None:
+            return self.forward(None, x, features, bias, t, lora_b, scaling), t
+        arguments = (x, *self.weight, features, bias, lora_a, lora_b, scaling)
+        if not others:
+            return below_autograd(_cached_op(self.namespace, "lora_linear"), None, *arguments)
+        op = _cached_op(self.namespace, "lora_linear_shared")
+        y, t, *ts = below_autograd(op, None, *arguments, others)
+        shared_input.keep(ts)
+        return y, t
 
     def lora_forward_by_parts(self, x, features, bias, lora_a, lora_b, scaling) -> tuple[torch.Tensor, torch.Tensor]:
         """The same, t by :meth:`matmul`."""
@@ -90,26 +110,44 @@ class Product:
         """The same by :meth:`matmul`, :meth:`outer` and :meth:`grad_input`."""
         wants_x, wants_a, wants_b = wanted
         grad_x = grad_a = grad_b = grad_t = None
-        wide = grad.float() if grad.device.type == "cpu" and any(wanted) else grad  # once for both of its products
+        wide = self.once_in_fp32(grad) if any(wanted) else grad
         if wants_x or wants_a:
-            grad_t = self.matmul(wide, lora_b.transpose(-1, -2)) * scaling
+            grad_t = self.matmul(wide, lora_b.transpose(-1, -2), scaling)
         if wants_b:
-            grad_b = (self.outer(wide, t) * scaling).to(lora_b.dtype)
+            grad_b = self.outer(wide, t, scaling).to(lora_b.dtype)
         if wants_x:
             grad_x = self.grad_input(grad, x.shape[-1], grad_t, lora_a)
         if wants_a:
             grad_a = self.outer(grad_t, x).to(lora_a.dtype)
         return grad_x, grad_a, grad_b
 
-    def matmul(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """x matrix^T, matrix [p, k], in :func:`product_dtype`."""
-        dtype = product_dtype(x, matrix)
-        return torch.nn.functional.linear(_cast(x, dtype), _cast(matrix, dtype))
+    def once_in_fp32(self, grad: torch.Tensor) -> torch.Tensor:
+        """A gradient as :meth:`matmul` and :meth:`outer` would each convert it."""
+        return grad.float() if grad.device.type == "cpu" and not self.has_factor_kernels(grad) else grad
 
-    def outer(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """a^T b, summed over rows, in :func:`product_dtype`."""
+    def matmul(self, x: torch.Tensor, matrix: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """scale x matrix^T, matrix [p, k]: in fp32 by a kernel, or in :func:`product_dtype`."""
+        if self.has_factor_kernels(x):
+            return below_autograd(_cached_op(self.namespace, "lora_down"), None, x, matrix, scale)
+        dtype = product_dtype(x, matrix)
+        return scaled(torch.nn.functional.linear(_cast(x, dtype), _cast(matrix, dtype)), scale)
+
+    def up(self, t, matrix, dtype: torch.dtype, scale: float = 1.0, bias=None) -> torch.Tensor:
+        """scale t matrix^T + bias in ``dtype``: t [..., r], matrix [p, r]."""
+        if (self.namespace, t.device.type) in HAVE_LORA_KERNELS:
+            return below_autograd(_cached_op(self.namespace, "lora_up"), None, t, matrix, bias, scale, dtype)
+        y = self.matmul(t, matrix, scale)
+        return _cast(y if bias is None else y + bias, dtype)
+
+    def outer(self, a: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """scale a^T b, summed over rows, in :func:`product_dtype`."""
+        if self.has_factor_kernels(a, b) and torch.float32 in (a.dtype, b.dtype):
+            is_transposed = a.dtype == torch.float32
+            wide, low = (b, a) if is_transposed else (a, b)
+            op = _cached_op(self.namespace, "lora_outer")
+            return below_autograd(op, None, wide, low, scale, is_transposed)
         dtype = product_dtype(a, b)
-        return _cast(rows(a), dtype).T @ _cast(rows(b), dtype)
+        return scaled(_cast(rows(a), dtype).T @ _cast(rows(b), dtype), scale)
 
     def sum_rows(self, grad: torch.Tensor) -> torch.Tensor:
         """The sum over rows, in fp32."""
@@ -136,12 +174,12 @@ class Linear(torch.autograd.Function):
         grad_x = product.grad_input(grad, ctx.in_features) if needs_x else None
         if needs_bias:
             grad_bias = product.sum_rows(grad).to(ctx.bias_dtype)
-        if (needs_t or needs_b) and grad.device.type == "cpu":
-            grad = grad.float()  # once for both
+        if needs_t or needs_b:
+            grad = product.once_in_fp32(grad)
         if needs_t:
-            grad_t = (product.matmul(grad, lora_b.transpose(-1, -2)) * ctx.scaling).to(t.dtype)
+            grad_t = product.matmul(grad, lora_b.transpose(-1, -2), ctx.scaling).to(t.dtype)
         if needs_b:
-            grad_b = (product.outer(grad, t) * ctx.scaling).to(lora_b.dtype)
+            grad_b = product.outer(grad, t, ctx.scaling).to(lora_b.dtype)
         return grad_x, grad_bias, grad_t, grad_b, *[None] * 4
 
 
@@ -257,6 +295,17 @@ def _lora_by_parts(namespace: str):
     return kernel
 
 
+def _shared_by_parts(namespace: str):
+    by_parts = _lora_by_parts(namespace)
+
+    def kernel(x, *args):
+        *args, others = args
+        product = Product(namespace, args[:5])
+        return [*by_parts(x, *args), *(_cast(product.matmul(x, other), torch.float32) for other in others)]
+
+    return kernel
+
+
 def _lora_backward_by_parts(namespace: str):
     def kernel(grad, x, t, *args):
         *weight, lora_a, lora_b, scaling, wants_x, wants_a, wants_b = args
@@ -275,6 +324,12 @@ def _fake_linear(x, packed, absmax, group_scales, offset, spec, out_features, *r
 def _fake_lora_linear(x, packed, absmax, group_scales, offset, spec, out_features, bias, lora_a, lora_b, scaling):
     t = x.new_empty([*x.shape[:-1], lora_a.shape[0]], dtype=torch.float32)
     return x.new_empty([*x.shape[:-1], out_features]), t
+
+
+def _fake_lora_linear_shared(x, *args):
+    *args, others = args
+    y, t = _fake_lora_linear(x, *args)
+    return [y, t, *(torch.empty_like(t) for _ in others)]
 
 
 def _fake_lora_linear_backward(grad, x, t, *args):
@@ -302,6 +357,14 @@ OPS = (
         _autograd_lora_linear,
         autocast=True,
         kernel=_lora_by_parts,
+    ),
+    # [y, t, and t of x with each of the other lora_a, of products that will take x too]
+    Op(
+        f"lora_linear_shared(Tensor x, {WEIGHT}, int out_features, Tensor? bias, Tensor lora_a, Tensor lora_b, "
+        "float scaling, Tensor[] others) -> Tensor[]",
+        _fake_lora_linear_shared,
+        without_backward("lora_linear_shared", (0, 7, 8, 9)),
+        kernel=_shared_by_parts,
     ),
     Op(
         f"lora_linear_backward(Tensor grad, Tensor x, Tensor t, {WEIGHT}, Tensor lora_a, Tensor lora_b, float scaling, "

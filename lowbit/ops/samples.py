@@ -43,10 +43,17 @@ def samples(dtype: torch.dtype = torch.float32, rows: int = ROWS) -> Iterator[tu
         yield "linear", f"{spec} with bias and LoRA", (x, *w, OUT, bias, t, lora_b, 0.5)
         yield "linear_approximate", spec, (x, *w, OUT, bias, None, None, 1.0)
         yield "lora_linear", spec, (x, *w, OUT, bias, lora_a, lora_b, 0.5)
+        yield "lora_linear_shared", spec, (x, *w, OUT, bias, lora_a, lora_b, 0.5, [lora_a + 1, lora_a - 1])
         yield "lora_linear_backward", spec, (grad, x, t, *w, lora_a, lora_b, 0.5, True, True, True)
         yield "lora_linear_backward", f"{spec} for A", (grad, x, t, *w, lora_a, lora_b, 0.5, False, True, False)
         yield "linear_grad_input", spec, (grad, *w, IN, None, None)
         yield "linear_grad_input", f"{spec} with LoRA", (grad, *w, IN, t, lora_a)
+
+    for factor, what in ((lora_a, "in its own order"), (lora_a.T.contiguous().T, "transposed")):
+        yield "lora_down", what, (x, factor, 0.5)
+        yield "lora_up", what, (t, factor.T, lora_a[0], 0.5, dtype)
+    yield "lora_outer", "of A", (x, t, 0.5, True)
+    yield "lora_outer", "of B", (grad, t, 0.5, False)
 
     yield "quantize_scales", "scales", (stored(weight, "nf4:32")[1], torch.tensor(1.0))
     few = weight[:2]  # the search takes 50 ms a block in Triton's interpreter

@@ -61,6 +61,16 @@ int lowbit_dequantize(const uint8_t* packed, const float* absmax, const uint8_t*
                           static_cast<cuda::Stream>(stream));
 }
 
+int lowbit_dequantize_columns(const uint8_t* packed, const float* absmax, const uint8_t* scale_codes,
+                              const float* group_scales, const float* offset, int format, int64_t block_size,
+                              int64_t rows, int64_t row_length, int64_t first, int64_t count, void* out, int dtype,
+                              void* stream) {
+  const QuantizedWeight weight =
+      weight_of(packed, absmax, scale_codes, group_scales, offset, format, block_size, rows * row_length);
+  return cuda::dequantize_columns({weight, row_length, first, count, out, static_cast<Dtype>(dtype)},
+                                  static_cast<cuda::Stream>(stream));
+}
+
 // A product's arguments as C++ has them, from plain ones.
 static LinearArgs linear_args(const void* x, int dtype, const uint8_t* packed, const float* absmax,
                               const uint8_t* scale_codes, const float* group_scales, const float* offset, int format,
@@ -126,18 +136,22 @@ int lowbit_linear_grad_input(const void* grad, int dtype, const uint8_t* packed,
 int lowbit_linear_gemm(const void* x, int dtype, const uint8_t* packed, const float* absmax, const uint8_t* scale_codes,
                        const float* group_scales, const float* offset, int format, int64_t block_size,
                        const float* bias, const float* t, const float* lora_b, float scaling, int64_t m, int64_t n,
-                       int64_t k, int64_t rank, void* y, float* workspace, void* stream) {
-  const LinearArgs args = linear_args(x, dtype, packed, absmax, scale_codes, group_scales, offset, format, block_size,
-                                      bias, t, lora_b, scaling, m, n, k, rank, y, workspace);
+                       int64_t k, int64_t rank, void* y, float* workspace, uint32_t* counters, void* stream) {
+  LinearArgs args = linear_args(x, dtype, packed, absmax, scale_codes, group_scales, offset, format, block_size, bias,
+                                t, lora_b, scaling, m, n, k, rank, y, workspace);
+  args.counters = counters;
   return cuda::linear(args, cuda::plan_gemm(args, cuda::current_gpu()), static_cast<cuda::Stream>(stream));
 }
 
-// How many floats linear_gemm needs; -1 where it does not serve.
+// How many floats linear_gemm needs, and *counters; -1 where it does not serve.
 int64_t lowbit_linear_gemm_workspace(const void* x, int dtype, const uint8_t* packed, int format, int64_t block_size,
-                                     int64_t m, int64_t n, int64_t k) {
+                                     int64_t m, int64_t n, int64_t k, int64_t* counters) {
   const LinearArgs args = linear_args(x, dtype, packed, nullptr, nullptr, nullptr, nullptr, format, block_size, nullptr,
                                       nullptr, nullptr, 0, m, n, k, 0, nullptr, nullptr);
-  return cuda::gemm_fits(args) ? cuda::plan_gemm(args, cuda::current_gpu()).workspace : -1;
+  if (!cuda::gemm_fits(args)) return -1;
+  const cuda::Plan plan = cuda::plan_gemm(args, cuda::current_gpu());
+  *counters = plan.counters;
+  return plan.workspace;
 }
 
 int lowbit_lora_product(const void* x, int dtype, const void* down, int down_dtype, int64_t down_row_stride,

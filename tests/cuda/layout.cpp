@@ -59,20 +59,24 @@ constexpr bool is_inverse() {
 }
 static_assert(is_inverse());
 
-// The gemm's staged tiles: 512 pieces of 16 bytes each, and the way back.
-template <int kRows>
+// The gemm's staged tiles: each piece of 16 bytes in one place, and the way back.
+template <int kRows, int kColumns>
 constexpr bool has_bijective_places() {
-  using Tile = GemmTile<kRows>;
-  for (int place = 0; place < 512; ++place) {
+  using Tile = GemmTile<kRows, kColumns>;
+  constexpr int kX = Tile::kM * Tile::kXPieces, kW = Tile::kN * Tile::kWPieces;
+  for (int place = 0; place < kX; ++place)
     if (Tile::x_place(Tile::x_at(place).row, Tile::x_at(place).column) != place) return false;
+  for (int place = 0; place < kW; ++place)
     if (Tile::w_place(Tile::w_at(place).row, Tile::w_at(place).column) != place) return false;
-  }
-  return is_bijective(16, Tile::kM, Tile::kXPieces, [](int lane, int i) { return Tile::x_at(lane * 16 + i); }) &&
-         is_bijective(16, Tile::kN, Tile::kWPieces, [](int lane, int i) { return Tile::w_at(lane * 16 + i); });
+  const auto x_at = [](int lane, int i) { return Tile::x_at(lane * (kX / kWarpSize) + i); };
+  const auto w_at = [](int lane, int i) { return Tile::w_at(lane * (kW / kWarpSize) + i); };
+  return is_bijective(kX / kWarpSize, Tile::kM, Tile::kXPieces, x_at) &&
+         is_bijective(kW / kWarpSize, Tile::kN, Tile::kWPieces, w_at);
 }
-static_assert(has_bijective_places<16>());
-static_assert(has_bijective_places<32>());
-static_assert(has_bijective_places<64>());
+static_assert(has_bijective_places<16, 128>());
+static_assert(has_bijective_places<32, 128>());
+static_assert(has_bijective_places<32, 256>());
+static_assert(has_bijective_places<64, 256>());
 
 // The gemm's order of the contraction: each of 64 columns once, and so that a lane's two elements of a register are one
 // byte of W (an even column and the next), and its four of B in two steps 16 consecutive bytes of x.

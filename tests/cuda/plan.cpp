@@ -185,29 +185,46 @@ int main() {
     for (const int64_t n : {16, 100, 4096})
       for (const int64_t k : {64, 4096, 96 * 1024}) {
         const Plan plan = plan_linear(product(m, Dtype::bf16, kNf4, n, k), gpu);
-        const int64_t unit = plan.path == Path::gemm ? 4096 / plan.rows : 1;
+        const int64_t unit = plan.path == Path::gemm ? gemm_depth(plan.columns) : 1;
         const bool covers = plan.splits * plan.split_size * unit >= k && (plan.splits - 1) * plan.split_size * unit < k;
         expect(covers && plan.workspace == (plan.splits > 1 ? plan.splits * m * n : 0), plan, "splits");
-        expect(plan.path == Path::gemm || plan.counters == (plan.splits > 1 ? plan.row_tiles * plan.column_tiles : 0),
-               plan, "counters");
+        expect(plan.counters == (plan.splits > 1 ? plan.row_tiles * plan.column_tiles : 0), plan, "counters");
+        expect(plan.path != Path::gemm || gemm_shared_bytes(plan.rows, plan.columns, plan.stages) <= 99 * 1024, plan,
+               "memory of a consumer GPU");
       }
 
-  // W is decoded in chunks where these fit half of the L2 cache and cuBLAS still fills the GPU, from a group of scales
-  // on.
-  const Gpu h100{90, 90, 132, 50 << 20};
-  const auto rows_of = [&](int64_t m, int64_t n, int64_t k) {
-    return decoded_rows(product(m, Dtype::bf16, kNf4, n, k).weight, Dtype::bf16, m, n, k, h100);
+  // gemm: the tiles of a Llama's layers on an H200, whose multiprocessors are all busy in one round.
+  const auto tile_is = [&](int64_t m, int64_t n, int64_t k, int rows, int columns) {
+    const Plan plan = plan_linear(product(m, Dtype::bf16, kNf4, n, k), with_shared_memory({90, 90, 132}, 228));
+    expect(plan.path == Path::gemm && plan.rows == rows && plan.columns == columns, plan, "gemm's tile");
+    expect(plan.blocks() <= 132 && plan.blocks() >= 112, plan, "gemm's blocks");
   };
-  expect(rows_of(2048, 4096, 4096) == 4096, {Path::decode}, "W fits the cache");
-  expect(rows_of(2048, 14336, 4096) == 3072, {Path::decode}, "five chunks");
-  expect(rows_of(512, 14336, 4096) == 14336, {Path::decode}, "a chunk is too small for the GPU");
-  expect(rows_of(2048, 14336, 4096 + 32) == 14336, {Path::decode}, "blocks cross rows");
+  tile_is(16, 4096, 4096, 16, 128);
+  tile_is(32, 14336, 4096, 32, 128);
+  tile_is(32, 28672, 8192, 32, 256);
+  tile_is(64, 4096, 4096, 32, 128);
+  tile_is(64, 14336, 4096, 64, 256);
+
+  // W is decoded in parts where these fit half of the L2 cache and cuBLAS's waves do not become many more: from a group
+  // of scales on for y, by columns for grad_x.
+  const Gpu h100{90, 90, 132, 50 << 20};
+  const auto parts_are = [&](int64_t m, int64_t n, int64_t k, int64_t rows, int64_t columns, const char* what) {
+    const QuantizedWeight weight = product(m, Dtype::bf16, kNf4, n, k).weight;
+    expect(decoded_rows(weight, Dtype::bf16, m, n, k, h100) == rows, {Path::decode}, what);
+    expect(decoded_columns(weight, Dtype::bf16, m, n, k, h100) == columns, {Path::decode}, what);
+  };
+  parts_are(2048, 4096, 4096, 4096, 4096, "W fits the cache");
+  parts_are(2048, 14336, 4096, 2048, 4096, "seven waves either way; 768 columns would be six for four");
+  parts_are(8192, 14336, 4096, 3072, 512, "a wave more, which costs less than the memory; eight of 128 tiles");
+  parts_are(2048, 4096, 14336, 4096, 2048, "the other way round");
+  parts_are(512, 14336, 4096, 14336, 4096, "a part is too small for the GPU");
+  parts_are(8192, 14336, 4096 + 32, 14336, 4096 + 32, "blocks cross rows");
 
   for (const int64_t m : {1, 33, 128, 2048, 16384, 1 << 20})
     for (const int64_t w : {4, 100, 2048, 4096, 28672})
       for (const int64_t rank : {1, 4, 16, 64, 128, 512}) expect_lora(m, w, rank, gpu);
   // Which factors wide loads fit: in the forward along the contraction, in the backward across it; a slice of several
-  // stacked; not an odd rank or two dtypes.
+  // stacked; not an odd rank or two dtypes, nor another LoRA's factor that begins anywhere.
   const auto access_is = [&](LoraAccess access, const LoraProductArgs& args) {
     expect(lora_access(args) == access, "how lora_product reads its factors", args.m, args.n, args.rank);
   };
@@ -225,5 +242,8 @@ int main() {
   access_is(LoraAccess::across, args);
   access_is(LoraAccess::any, lora(512, 4096, 5));
   access_is(LoraAccess::any, lora(512, 4098, 16));
+  args = lora(512, 4096, 16);
+  args.others[args.other_count++].down = memory + 4;
+  access_is(LoraAccess::any, args);
   return failures > 0;
 }

@@ -48,8 +48,7 @@ __global__ void probe_conversions(const float2* x, uint32_t* bf16, uint32_t* f16
 // Products with a word's bytes, these with signs, what the neighbour and the next lane have, and shared memory by
 // address.
 __global__ void probe_words(const uint32_t* x, uint32_t* products, int* signed_bytes, uint32_t* neighbours,
-                            uint32_t* next, uint32_t* shared4, float2* shared8, uint32_t* above, uint32_t* in_quad,
-                            uint4* shared16) {
+                            uint32_t* next, uint32_t* shared4, float2* shared8, uint32_t* in_quad, uint4* shared16) {
   __shared__ alignas(16) uint32_t words[4 * kWarpSize];
   const int lane = threadIdx.x;
   const uint32_t word = x[lane];
@@ -57,7 +56,6 @@ __global__ void probe_words(const uint32_t* x, uint32_t* products, int* signed_b
   for (int b = 0; b < 4; ++b) {
     products[4 * lane + b] = ptx::add_product_of_byte(word, b, 255 - b, 0xffffff00 + lane);
     signed_bytes[4 * lane + b] = ptx::signed_byte(word, b);
-    above[4 * lane + b] = ptx::byte_above(word, b, 0xabcd00 + lane);
     in_quad[4 * lane + b] = ptx::shuffle_quad(word, b);
   }
   neighbours[lane] = ptx::shuffle_xor(word, 1);

@@ -40,12 +40,12 @@ class Loop:
 
 #: Kernels that this build lacks are left out, and reported.
 LOOPS = (
-    Loop("dequantize", CUDA, "dequantize.cu", r"17dequantize_kernelI\w*4Bf16ELb1E", ("LDG.128", "STG.128"),
-         {"LDG.128": 32}),
+    Loop("dequantize", CUDA, "dequantize.cu", r"17dequantize_kernelI\w*4Bf16ELb1E\w*5WholeE",
+         ("LDG.128", "STG.128"), {"LDG.128": 32}),
     Loop("linear", CUDA, "gemv.cu", r"gemv_mma_kernelI\w*4Bf16ELi2ELi4E", ("HMMA.16816",), {"HMMA.16816": 8}, 4),
     Loop("linear", CUDA, "gemv.cu", r"gemv_mma_kernelI\w*4Bf16ELi2ELi8E", ("HMMA.16816",), {"HMMA.16816": 8}, 8),
-    Loop("linear", CUDA, "gemm.cu", r"gemm_kernelI\w*4Bf16ELi(?P<rows>\d+)ELi64ELb1E", ("HMMA.16816", "LDGSTS"),
-         {"HMMA.16816": 8}, per_row_tile=True),
+    Loop("linear", CUDA, "gemm.cu", r"gemm_kernelI\w*4Bf16ELi(?P<rows>\d+)ELi(?P<columns>\d+)ELi64ELb1E",
+         ("HMMA.16816", "LDGSTS"), {"HMMA.16816": 8}, per_row_tile=True, warps=16),
     Loop("linear_grad_input", CUDA, "grad_input.cu", r"grad_input_mma_kernelI\w*4Bf16ELi(?P<rows>\d+)ELb1E",
          ("HMMA.16816", "LDGSTS"), {"HMMA.16816": 8}, per_row_tile=True),
     Loop("dequantize", BITSANDBYTES, BITSANDBYTES, r"kDequantizeBlockwiseI13__nv_bfloat16Li512ELi64ELi8ELi2E",

@@ -31,7 +31,7 @@ static struct {
   const void* host;
   const char* name;
 } kernels[MAX_KERNELS];
-static int kernel_count, last_error, current_device, device_count = 1, capturing, idle;
+static int kernel_count, last_error, current_device, device_count = 1, capturing, captures, idle;
 static Callbacks callbacks;
 static struct {
   Dim3 grid, block;
@@ -44,7 +44,10 @@ static struct {
 void stub_set_callbacks(const Callbacks* set) { callbacks = *set; }
 void stub_set_device_count(int count) { device_count = count; }
 int stub_current_device(void) { return current_device; }
-void stub_set_capturing(int is_capturing) { capturing = is_capturing; }
+void stub_set_capturing(int is_capturing) {
+  capturing = is_capturing;
+  captures += is_capturing;
+}
 void stub_set_idle(int is_idle) { idle = is_idle; }  // launches do nothing: to time the host code alone
 void stub_forget_error(void) { last_error = SUCCESS; }
 
@@ -208,9 +211,11 @@ int cudaMallocManaged(void** pointer, size_t bytes, unsigned flags) {
 int cudaFree(void* pointer) { return memory("cudaFree", &pointer, NULL, 0, 0, NULL); }
 int cudaFreeAsync(void* pointer, void* stream) { return memory("cudaFreeAsync", &pointer, NULL, 0, 0, stream); }
 int cudaDeviceSynchronize(void) { return memory("cudaDeviceSynchronize", NULL, NULL, 0, 0, NULL); }
-int cudaStreamIsCapturing(void* stream, int* status) {
-  (void)stream;
+int cudaStreamGetCaptureInfo(void* stream, int* status, unsigned long long* id, void** graph, const void*** nodes,
+                             const void** edges, size_t* count) {
+  (void)stream, (void)graph, (void)nodes, (void)edges, (void)count;
   *status = capturing;  // 1: cudaStreamCaptureStatusActive
+  *id = captures;
   return SUCCESS;
 }
 int cudaStreamSynchronize(void* stream) { return memory("cudaStreamSynchronize", NULL, NULL, 0, 0, stream); }

@@ -165,7 +165,7 @@ class HostLibrary:
         self.on_device_change()
 
     def set_capturing(self, is_capturing):
-        """Whether cudaStreamIsCapturing says that what is enqueued becomes part of a graph."""
+        """Whether cudaStreamGetCaptureInfo says that what is enqueued becomes part of a graph."""
         self._library.stub_set_capturing(is_capturing)
 
     def set_idle(self, is_idle):

@@ -79,19 +79,31 @@ LOWBIT_HOST_DEVICE constexpr Position packed_piece(int piece) {
   return {line / 4 * 8 + piece / 2 % 4 * 2 + line / 2 % 2, line % 2 * 32 + piece % 2 * kAccessBytes};
 }
 
-// The gemm's tiles: 8 KB of x and 8 KB of packed weights per step, whatever the number of rows.
+// The gemm's tiles: kRows of x by kColumns rows of W, which are columns of the output.
 //
-// Each of 8 warps takes 32 rows of W and 64 columns of the contraction per step (64 weights per lane): warps_k of them
-// stand side by side along k, so that a tile of few rows of x still reads long pieces of the rows of W.
-template <int kRows>
-struct GemmTile {
-  static constexpr int kWarpN = 32, kWarpK = 64;
-  static constexpr int kM = kRows, kN = 4 * kRows, kK = 4096 / kRows;
-  static constexpr int kWarpsN = kN / kWarpN, kWarpsK = kK / kWarpK;
-  static constexpr int kXPieces = kK / 8, kWPieces = kK / 32;  // 16-byte pieces of a row
+// Each of 16 warps takes 32 rows of W and 64 columns of the contraction per step (64 weights per lane): warps_k of them
+// stand side by side along k. So a stage has 16 KB of packed W, and x is read 4 kRows / kColumns times as often as W,
+// in bytes.
+constexpr int kGemmWarps = 16, kGemmWarpN = 32, kGemmWarpK = 64;
+constexpr int kGemmTableBytes = 256 * kWarpSize * 4;  // NarrowPairTable
+LOWBIT_HOST_DEVICE constexpr int gemm_depth(int columns) { return kGemmWarps * kGemmWarpN * kGemmWarpK / columns; }
+LOWBIT_HOST_DEVICE constexpr int gemm_shared_bytes(int rows, int columns, int stages) {
+  return kGemmTableBytes + stages * gemm_depth(columns) * (columns / 2 + rows * 2);
+}
 
-  // Which row and piece of it is at each of the 512 places of a staged tile, eight to a line of 128 bytes. Eight lanes
-  // that read at once are on one line: of x, four pieces of two rows; of W, the same piece of eight rows.
+// Stages of the ring, where a block of threads can have the memory: 48 KB of W on their way, where an H200 at full
+// speed needs 26. Tiles of 64 rows read W at less than half that speed.
+LOWBIT_HOST_DEVICE constexpr int gemm_most_stages(int rows) { return rows < 64 ? 4 : 2; }
+
+template <int kRows, int kColumns>
+struct GemmTile {
+  static constexpr int kM = kRows, kN = kColumns, kK = gemm_depth(kColumns);
+  static constexpr int kMostStages = gemm_most_stages(kRows);
+  static constexpr int kWarpsN = kN / kGemmWarpN, kWarpsK = kK / kGemmWarpK;
+  static constexpr int kXPieces = kK / 8, kWPieces = kK / 32, kHalf = kWPieces / 2;  // 16-byte pieces of a row
+
+  // Which row and piece of it is at each place of a staged tile, eight to a line of 128 bytes. Eight lanes that read at
+  // once are on one line: of x, four pieces of two rows; of W, the same piece of eight rows.
   static LOWBIT_HOST_DEVICE constexpr Position x_at(int place) {
     const int line = place / 8;
     return {line % kM / 2 * 2 + place / 4 % 2, line / kM * 8 + line % 2 * 4 + place % 4};
@@ -99,11 +111,13 @@ struct GemmTile {
   static LOWBIT_HOST_DEVICE constexpr int x_place(int row, int piece) {
     return (piece / 8 * kM + row / 2 * 2 + piece / 4 % 2) * 8 + row % 2 * 4 + piece % 4;
   }
+  // The first half of the pieces of all rows, then the other.
   static LOWBIT_HOST_DEVICE constexpr Position w_at(int place) {
-    return {place / (8 * kWPieces) * 8 + place % 8, place / 8 % kWPieces};
+    const int half = place / (kN * kHalf), in_half = place % (kN * kHalf);
+    return {in_half / (8 * kHalf) * 8 + place % 8, half * kHalf + in_half / 8 % kHalf};
   }
   static LOWBIT_HOST_DEVICE constexpr int w_place(int row, int piece) {
-    return (row / 8 * kWPieces + piece) * 8 + row % 8;
+    return piece / kHalf * kN * kHalf + (row / 8 * kHalf + piece % kHalf) * 8 + row % 8;
   }
 };
 

@@ -208,13 +208,6 @@ __device__ __forceinline__ uint32_t add_product_of_byte(uint32_t word, int b, ui
   return v;
 }
 
-// Byte `b` of `word` above the lowest byte of `low`, whose highest is 0.
-__device__ __forceinline__ uint32_t byte_above(uint32_t word, int b, uint32_t low) {
-  uint32_t v;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(word), "r"(low), "r"(0x7704 | b << 4));
-  return v;
-}
-
 // Of two pairs of 16 bits, the low halves and the high ones, that of `first` below.
 __device__ __forceinline__ uint32_t low_halves(uint32_t first, uint32_t second) {
   uint32_t v;
