@@ -50,7 +50,8 @@ def test_compiles(monkeypatch, tmp_path, call, target):
 def test_every_op_is_called():
     """An op without a kernel would be the reference's; one that triton_calls.py leaves out is never compiled here."""
     from lowbit.backends import triton as backend
-    from lowbit.ops import OPS
+    from lowbit.ops import OPS, lora
 
-    assert backend.MODULES.keys() >= {op.name for op in OPS.values() if op.kernel is None}
+    by_torch = {op.name for op in lora.OPS}  # Product calls these only where there are kernels for them
+    assert backend.MODULES.keys() >= {op.name for op in OPS.values() if op.kernel is None} - by_torch
     assert {call.name.split()[0] for call in triton_calls.CALLS} >= backend.MODULES.keys()

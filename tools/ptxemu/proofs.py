@@ -220,5 +220,6 @@ class _Session:
 
     def pytest_sessionfinish(self, exitstatus):
         is_worker = hasattr(self.config, "workerinput")
-        if self.config.option.prove and not is_worker and exitstatus == pytest.ExitCode.OK:
+        # A test that failed is left out of the file; those that passed need not run again.
+        if self.config.option.prove and not is_worker and exitstatus in (0, pytest.ExitCode.TESTS_FAILED):
             write(self.path, self.proved)
