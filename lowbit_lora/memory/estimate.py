@@ -13,7 +13,7 @@ from lowbit.checks import check_choice, check_count
 
 from ..config import LoraConfig, QLoRAConfig
 from ..model import LoraModel, QLoRAModel
-from .simulate import highest_in_step
+from .simulate import equal_blocks, highest_in_step
 
 METHODS = ("full", "lora", "qlora")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,11 +49,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of a training step with torch's AdamW.
+    """Bytes of a training step with torch's AdamW (fused).
 
     ``weights`` are the base's as stored, ``adapters`` what was added to train, ``gradients`` and ``states`` belong to
-    whatever trains. ``activations`` is the most that the forward and the backward hold beside weights, adapters and
-    states: also the gradients that are there at that moment.
+    whatever trains. ``activations`` is the most that the forward and the backward hold beside all these, for the
+    backward or for a moment, and ``in_backward`` the same with the gradients that are there by then. ``block`` are the
+    weights and adapters of the largest block, ``outside`` those that are in no block (embeddings, head).
     """
 
     weights: int
@@ -61,11 +62,14 @@ class Estimate:
     gradients: int
     states: int
     activations: int
+    in_backward: int
+    block: int
+    outside: int
 
     @property
     def peak(self) -> int:
-        """The most at any moment: in the backward, or when the optimizer steps."""
-        return self.weights + self.adapters + self.states + max(self.gradients, self.activations)
+        """The most at any moment: in the forward or the backward, or when the optimizer steps."""
+        return self.weights + self.adapters + self.states + max(self.gradients, self.in_backward)
 
 
 def from_config(config: Any, task: str | None = None) -> nn.Module:
@@ -119,13 +123,18 @@ def estimate(config: Any, setting: Setting, task: str | None = None) -> Estimate
         ids = torch.zeros(setting.batch, setting.length, dtype=torch.long).clamp(max=vocabulary - 1)
         return {"input_ids": ids, "labels": ids.clone() if is_lm else ids[:, 0].clone()}
 
-    # AdamW keeps two states of each parameter's dtype.
+    blocks = equal_blocks(model)
+    sizes = [0] if blocks is None else [_nbytes(block.parameters()) for block in blocks[2]]
+    highest = highest_in_step(model, inputs)
     return Estimate(
         weights=everything - adapters,
         adapters=adapters,
         gradients=gradients,
-        states=2 * gradients,
-        activations=highest_in_step(model, inputs) - everything,
+        states=2 * gradients,  # AdamW keeps two of each parameter's dtype
+        activations=highest.without_gradients - everything,
+        in_backward=highest.whole - everything,
+        block=max(sizes),
+        outside=everything - sum(sizes),
     )
 
 

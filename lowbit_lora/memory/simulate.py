@@ -9,6 +9,7 @@ What operators allocate inside themselves, and what allocators lose between bloc
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -23,13 +24,27 @@ from lowbit.modules import replace_weights
 _BLOCKS = (3, 4)
 
 
+class Highest(NamedTuple):
+    """The most bytes alive at once, and the most of them that were no gradients of parameters."""
+
+    whole: int
+    without_gradients: int
+
+
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages of tensors that are alive; ``highest``: the most since it was last set to zero."""
+    """Adds up the storages of tensors that are alive, and keeps the most that was alive at once since :meth:`restart`."""
 
     def __init__(self):
         super().__init__()
-        self.now = self.highest = 0
+        self.now = self.gradients = 0
         self._sizes: dict[int, int] = {}
+        self.restart()
+
+    def restart(self) -> "Highest | None":
+        """Begin anew; returns what was the most until now."""
+        before = getattr(self, "highest", None)
+        self.highest = Highest(self.now, self.now - self.gradients)
+        return before
 
     def add(self, tensor: torch.Tensor) -> None:
         """Count a tensor's storage until it is freed, once however many tensors share it."""
@@ -43,8 +58,13 @@ class LiveBytes(TorchDispatchMode):
         if key not in self._sizes:
             self._sizes[key] = storage.nbytes()
             self.now += storage.nbytes()
-            self.highest = max(self.highest, self.now)
+            whole, others = self.highest
+            self.highest = Highest(max(whole, self.now), max(others, self.now - self.gradients))
             weakref.finalize(storage, self._freed, key)
+
+    def add_gradient(self, parameter: torch.Tensor) -> None:
+        """Know that a parameter has its gradient, which stays until the step is over."""
+        self.gradients += parameter.grad.untyped_storage().nbytes()
 
     def _freed(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
@@ -57,8 +77,8 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-def highest_in_step(model: nn.Module, inputs: Callable[[], dict[str, torch.Tensor]]) -> int:
-    """The most bytes alive in one forward and backward of a model on the meta device, weights and gradients included.
+def highest_in_step(model: nn.Module, inputs: Callable[[], dict[str, torch.Tensor]]) -> Highest:
+    """What is alive at the most in one forward and backward of a model on the meta device, weights included.
 
     Args:
         model: in train mode; its ``loss`` is what the backward starts from. It is spent afterwards.
@@ -69,15 +89,20 @@ def highest_in_step(model: nn.Module, inputs: Callable[[], dict[str, torch.Tenso
     """
     blocks = equal_blocks(model)
     if blocks is None or len(blocks[2]) <= max(_BLOCKS):
-        return max(_phases(model, inputs))
+        return Highest(*map(max, zip(*_phases(model, inputs), strict=True)))
     parent, name, layers = blocks
-    phases = []
-    for count in reversed(_BLOCKS):  # each of them shortens the model
+    fewer, more = _BLOCKS
+    phases = {}
+    for count in (more, fewer):  # each of them shortens the model
         setattr(parent, name, layers[:count])
-        phases.append(_phases(model, inputs))
-    (more, fewer), rest = phases, len(layers) - max(_BLOCKS)
+        phases[count] = _phases(model, inputs)
     # Within a phase the highest moment is the same with any number of blocks; that of the step need not be.
-    return max(m + (m - f) * rest // (_BLOCKS[1] - _BLOCKS[0]) for m, f in zip(more, fewer, strict=True))
+    added = (len(layers) - more) // (more - fewer)
+    found = [
+        [large + (large - small) * added for large, small in zip(*pair, strict=True)]
+        for pair in zip(phases[more], phases[fewer], strict=True)
+    ]
+    return Highest(*map(max, zip(*found, strict=True)))
 
 
 def equal_blocks(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList] | None:
@@ -101,35 +126,29 @@ def _shapes(block: nn.Module) -> tuple:
     return type(block), tuple((name, tuple(p.shape), p.dtype) for name, p in block.named_parameters())
 
 
-def _phases(model: nn.Module, inputs: Callable[[], dict[str, torch.Tensor]]) -> tuple[int, int, int]:
-    """The most bytes alive in the forward, in the backward down to the last block, and from the first block on."""
+def _phases(model: nn.Module, inputs: Callable[[], dict[str, torch.Tensor]]) -> list[Highest]:
+    """The most alive in the forward, in the backward down to the last block, between, and from the first block on."""
     blocks = equal_blocks(model)
+    found = []
     with FakeTensorMode(allow_non_fake_inputs=True), _fakes_of(model):
         live = LiveBytes()
         for tensor in (*model.parameters(), *model.buffers()):
             live.add(tensor)
         batch = inputs()
-        found = {"forward": 0}
 
-        def mark(phase: str) -> Callable:
-            def begin(gradient: torch.Tensor) -> None:
-                found[next(reversed(found))] = live.highest
-                live.highest = live.now
-                found[phase] = 0
+        def ends_a_phase(module: nn.Module, args: tuple, output) -> None:
+            states = output if isinstance(output, torch.Tensor) else output[0]
+            states.register_hook(lambda gradient: found.append(live.restart()) and None)
 
-            return lambda module, args, output: _first(output).register_hook(begin) and None
-
-        hooks = []
-        if blocks is not None:
-            layers = blocks[2]
-            hooks = [layers[-2].register_forward_hook(mark("middle")), layers[0].register_forward_hook(mark("first"))]
+        ends = [] if blocks is None else [blocks[2][-2], blocks[2][0]]
+        hooks = [block.register_forward_hook(ends_a_phase) for block in ends]
+        hooks += [p.register_post_accumulate_grad_hook(live.add_gradient) for p in model.parameters() if p.requires_grad]
         try:
             with live:
                 loss = model(**batch).loss
-                found["forward"], live.highest = live.highest, live.now
-                found["last"] = 0
+                found.append(live.restart())
                 loss.backward()
-                found[next(reversed(found))] = live.highest
+                found.append(live.restart())
         except DataDependentOutputException as error:
             raise ValueError(
                 f"model: expected one whose step depends on shapes only, got {type(model).__name__}, which looks at "
@@ -138,13 +157,8 @@ def _phases(model: nn.Module, inputs: Callable[[], dict[str, torch.Tensor]]) -> 
         finally:
             for hook in hooks:
                 hook.remove()
-            for parameter in model.parameters():
-                parameter.grad = None
-    return found["forward"], found["last"], found.get("first", 0)
-
-
-def _first(output) -> torch.Tensor:
-    return output if isinstance(output, torch.Tensor) else output[0]
+    # Between the last block and the first one each is as high as a neighbour, or lies between the two.
+    return [found[0], found[1], found[-1]] if blocks is not None else found
 
 
 @contextlib.contextmanager
