@@ -1,6 +1,5 @@
 """The memory of each of several GPUs, by the way in which they share the work."""
 
-from dataclasses import replace
 from typing import Any
 
 from .estimate import Estimate, Setting, estimate
@@ -51,13 +50,9 @@ def per_gpu(config: dict[str, Any], setting: Setting, plan: str, gpus: int, alon
     stored = alone.weights + alone.adapters + alone.states + alone.gradients
     # Whole at any time: what is in no block, a block that computes, and the next one that arrives.
     gathered = alone.outside + 2 * alone.block
-    # Of what trains, a block's gradients are whole until they are summed.
-    reduced = max(0, alone.gradients - _share_outside(alone)) * alone.block // max(1, alone.weights + alone.adapters)
+    # Gradients of weights are whole until they are summed; those of adapters are small.
+    reduced = 0 if alone.adapters else alone.outside + alone.block
     return -(-stored // gpus) + gathered + alone.activations + reduced
-
-
-def _share_outside(alone: Estimate) -> int:
-    return 0 if alone.adapters else alone.outside
 
 
 def _cut(config: dict[str, Any], setting: Setting, gpus: int) -> dict[str, Any] | None:
@@ -76,6 +71,6 @@ def table(shapes: dict[str, dict[str, Any]], setting: Setting, counts: tuple[int
     """Model -> plan -> the peaks in bytes on each of so many GPUs."""
     found: dict[str, dict[str, list]] = {}
     for name, config in shapes.items():
-        alone = estimate(config, replace(setting))
+        alone = estimate(config, setting)
         found[name] = {plan: [per_gpu(config, setting, plan, n, alone) for n in counts] for plan in PLANS}
     return found
