@@ -2,7 +2,7 @@
 
 python benchmarks/bench_memory.py --json memory.json
 
-Each case has a process of its own, whose peak is its resident memory at the most in the third step, above what Python and
+Each case has a process of its own, whose peak is its resident memory at the most in the second step, above what Python and
 the libraries took once a tiny model had trained. glibc is told to give each block of 64 KiB or more pages of its own
 (--keep-malloc leaves it alone): otherwise it keeps what was freed, and that is not a model's memory.
 """
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from turns import Contender, memory_kb
 
+from lowbit.models import enable_checkpointing
 from lowbit_lora.memory import METHODS, SHAPES, Setting, estimate
 
 #: Model -> rows and tokens of a step.
@@ -39,7 +40,7 @@ def build(shape: dict, setting: Setting):
     model = kind.from_config(config).to(getattr(torch, setting.dtype))
     if setting.method == "full":
         if setting.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model)
     else:
         wrapper, options = (LoraModel, LoraConfig) if setting.method == "lora" else (QLoRAModel, QLoRAConfig)
         model = wrapper(model, options(rank=setting.rank, gradient_checkpointing=setting.checkpointing))
@@ -93,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
             for checkpointing in (False, True):
                 setting = Setting(method, *CASES[name], checkpointing, options.dtype)
                 contender = Contender(name, 600, steps, name, setting, options.threads)
-                for _ in range(3):
+                for _ in range(2):
                     contender.turn()
                 contender.close()
                 if contender.failed:

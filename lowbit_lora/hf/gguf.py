@@ -40,13 +40,13 @@ def write(model: nn.Module, tokenizer: str | os.PathLike | None, path: str | os.
     """
     check_choice("stored_as", stored_as, STORED_AS)
     _check_model(model)
+    vocabulary = None if tokenizer is None else _vocabulary(Path(tokenizer), model.config.vocab_size)
     try:
         import gguf
     except ImportError as error:
         raise ImportError("writing GGUF needs the package gguf: pip install 'lowbit[gguf]'") from error
     architecture = ARCHITECTURES[model.config.model_type]
     names = _names(model, gguf, architecture)
-    vocabulary = None if tokenizer is None else _vocabulary(Path(tokenizer), model.config.vocab_size)
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", suffix=".saving", dir=folder) as beside:

@@ -16,6 +16,7 @@ from ..model import LoraModel, QLoRAModel
 from .simulate import equal_blocks, highest_in_step
 
 METHODS = ("full", "lora", "qlora")
+_UNMASKED = "lowbit_sdpa_without_masks"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -98,7 +99,23 @@ def from_config(config: Any, task: str | None = None) -> nn.Module:
     check_choice("task", task, ("causal-lm", "classification"))
     kind = "AutoModelForCausalLM" if task == "causal-lm" else "AutoModelForSequenceClassification"
     with torch.device("meta"):
-        return getattr(transformers, kind).from_config(config)
+        model = getattr(transformers, kind).from_config(config)
+    _without_masks(model)
+    return model
+
+
+def _without_masks(model: nn.Module) -> None:
+    """Let attention be as for rows without padding, where transformers finds that no mask is needed.
+
+    It looks at the values for that, and tensors that have none get a mask.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
+        AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
+        AttentionMaskInterface.register(_UNMASKED, lambda *args, **kwargs: None)
+        model.set_attn_implementation(_UNMASKED)
 
 
 def estimate(config: Any, setting: Setting, task: str | None = None) -> Estimate:
