@@ -2,8 +2,8 @@
 
 python benchmarks/bench_memory.py --json memory.json
 
-Each case has a process of its own, whose peak is its resident memory at the most in the second step, above what Python and
-the libraries took once a tiny model had trained. glibc is told to give each block of 64 KiB or more pages of its own
+Each case has a process of its own. Its peak is its resident memory at the most in the second step, above what Python
+and the libraries took once a tiny model had trained. glibc is told to give each block of 64 KiB or more pages of its own
 (--keep-malloc leaves it alone): otherwise it keeps what was freed, and that is not a model's memory.
 """
 
@@ -23,7 +23,7 @@ from lowbit.models import enable_checkpointing
 from lowbit_lora.memory import METHODS, SHAPES, Setting, estimate
 
 #: Model -> rows and tokens of a step.
-CASES = {"BERT 110M": (8, 128), "Llama 135M": (4, 256), "RoBERTa 355M": (4, 128)}
+CASES = {"BERT 110M": (4, 128), "Llama 135M": (2, 128), "RoBERTa 355M": (2, 128)}
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest_models import assert_as_precise
 from hf_models import GPT2, IDS, SIZES, assert_same, load, save_dense, stored
 
 transformers = pytest.importorskip("transformers")
@@ -74,7 +75,9 @@ def write_rows(path: Path, some: list[dict]) -> Path:
 
 def test_quantize_writes_a_whole_folder(folder, tmp_path, capsys):
     """The folder would not load, be dense, or lack its tokenizer."""
-    about = printed(capsys, "quantize", folder, tmp_path / "q", "--format", "fp4", "--block-size", 32, "--skip", "k_proj")
+    about = printed(
+        capsys, "quantize", folder, tmp_path / "q", "--format", "fp4", "--block-size", 32, "--skip", "k_proj"
+    )
     model = load(tmp_path / "q")
     weights = stored(model)
     assert len(weights) == 12 and not any("k_proj" in name for name in weights)
@@ -147,7 +150,8 @@ def test_gguf_stores_quantized_weights_anew(folder, tmp_path, capsys, stored_as)
     assert len(tensors) == len(list(model.parameters()))
     down = model.model.layers[1].mlp.down_proj.weight.dequantize(torch.float32)
     read = torch.from_numpy(gguf.quants.dequantize(tensors["blk.1.ffn_down.weight"].data, kind_of(gguf, stored_as)))
-    # Half a step of the coarsest value of a block: fp16 and bf16 keep 11 and 8 bits, Q8_0 and Q4_0 have 127 and 8 steps.
+    # Half a unit of fp16 and bf16, half a step of Q8_0, and a step of Q4_0, which has 8 on one side and 7 on the other;
+    # the scales are in fp16.
     steps = {"f16": 2**-11, "bf16": 2**-8, "q8_0": 0.5 / 127 + 2**-11, "q4_0": 1 / 8 + 2**-11}[stored_as]
     limit = steps * down.unflatten(1, (-1, 32)).abs().amax(2, keepdim=True).expand(-1, -1, 32).flatten(1)
     assert ((read - down).abs() <= limit).all()
@@ -185,7 +189,7 @@ def test_train_merge_and_generate_conversations(folder, tmp_path, capsys):
     chats, out = write_rows(tmp_path / "chats.jsonl", CHATS), tmp_path / "adapter"
     metrics = printed(capsys, "train", folder, chats, out, *QUICK, "--epochs", 8, "--eval-data", chats)
     assert metrics["task"] == "chat" and metrics["steps"] == 16
-    assert metrics["eval_loss"] < 0.1 < metrics["eval_loss_before"]
+    assert metrics["eval_loss"] < 0.5 < metrics["eval_loss_before"]
     assert json.loads((out / "metrics.json").read_text()) == metrics
     about = printed(capsys, "generate", folder, "--prompt", "the film was bad", "--adapter", out, "--max-new-tokens", 1)
     assert about["text"].strip() == "no" and about["tokens"] == 1
@@ -196,9 +200,7 @@ def test_train_merge_and_generate_conversations(folder, tmp_path, capsys):
     assert not stored(merged) and merged.dtype == torch.bfloat16
     printed(capsys, "merge", folder, out, tmp_path / "wide", "--dtype", "float32")
     with torch.no_grad():
-        expected, found = (model(IDS % len(WORDS)).logits for model in (adapted, load(tmp_path / "wide")))
-    # The base was decoded from bf16 weights there, and quantized as fp32 ones here: their bytes are the same.
-    torch.testing.assert_close(found, expected, atol=2**-6, rtol=2**-6)
+        assert_as_precise(adapted(IDS).logits, load(tmp_path / "wide"), lambda model: model(IDS).logits)
 
     report = printed(capsys, "merge", folder, out, tmp_path / "small", "--into", "quantized")
     assert report["layers"] == 14 and 0 < report["least_kept"] <= 1
@@ -239,13 +241,17 @@ def test_only_what_the_assistant_says_is_learnt():
     (row,) = rows.chats(CHATS[:1], tokenizer(), 64, True)
     kept = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != rows.IGNORED]
     assert tokenizer().decode(kept).split() == ["yes", "</s>"]
-    said = "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}{% endgeneration %}{% else %}"
+    said = (
+        "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}{% endgeneration %}{% else %}"
+    )
     marked = TEMPLATE.replace("{{ message['content'] }}", said + "{{ message['content'] }}{% endif %}")
     (row,) = rows.chats(CHATS[:1], tokenizer(marked), 64, True)
     assert [label for label in row["labels"] if label != rows.IGNORED] == [WORDS.index("yes")]
     (row,) = rows.chats(CHATS[:1], tokenizer(), 64, False)
     assert row["labels"] == row["input_ids"]
-    forgets = "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['content'] }} {% endif %}{% endfor %}"
+    forgets = (
+        "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['content'] }} {% endif %}{% endfor %}"
+    )
     with pytest.raises(ValueError, match="row 1 begins differently"):
         rows.chats([{"messages": CHATS[0]["messages"] * 2}], tokenizer(forgets), 64, True)
 
@@ -316,7 +322,7 @@ def test_memory_of_a_step_is_what_it_allocates():
     from lowbit_lora.memory.simulate import LiveBytes
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 7}, use_cache=False)
+    config = transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 5}, use_cache=False)
     for method, wrap in (
         ("full", lambda model: model),
         ("lora", lambda model: LoraModel(model, LoraConfig())),

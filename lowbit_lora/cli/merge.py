@@ -3,6 +3,7 @@
 import enum
 from typing import Annotated
 
+import torch
 import typer
 
 from .models import DTYPES, adapter_settings, check_out, copy_tokenizer, folder_bytes, is_quantized, load, with_adapter
@@ -39,8 +40,10 @@ def merge(
     options = {}
     if into is Into.quantized and is_quantized(model) is None:
         options["quantization_config"] = _settings(adapter)
-    merged = with_adapter(load(model, **options), adapter)
     wanted = None if dtype is None else DTYPES[dtype.value]
+    if wanted is torch.float32:  # before merging: the base's own dtype would round the result
+        options["dtype"] = wanted
+    merged = with_adapter(load(model, **options), adapter)
     plain = merged.merge_and_unload(into=into.value, dtype=wanted)
     if wanted is not None and into is Into.dense:
         plain.to(wanted)

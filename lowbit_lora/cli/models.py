@@ -95,7 +95,9 @@ def check_out(model: str, out: str) -> None:
 def folder_bytes(folder: str) -> int:
     """The bytes of a folder's weights."""
     names = os.listdir(folder)
-    return sum(os.path.getsize(os.path.join(folder, name)) for name in names if name.endswith((".safetensors", ".gguf")))
+    return sum(
+        os.path.getsize(os.path.join(folder, name)) for name in names if name.endswith((".safetensors", ".gguf"))
+    )
 
 
 def model_bytes(model: nn.Module) -> int:

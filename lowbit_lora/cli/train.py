@@ -1,7 +1,7 @@
 """``lowbit train``: an adapter for a model, by transformers' Trainer."""
 
-import enum
 import contextlib
+import enum
 import math
 import os
 import sys

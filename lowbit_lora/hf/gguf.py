@@ -25,7 +25,9 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 STORED_AS = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7), "q4_0": ("Q4_0", 2)}
 
 
-def write(model: nn.Module, tokenizer: str | os.PathLike | None, path: str | os.PathLike, stored_as: str = "f16") -> int:
+def write(
+    model: nn.Module, tokenizer: str | os.PathLike | None, path: str | os.PathLike, stored_as: str = "f16"
+) -> int:
     """Write a causal language model to a GGUF file; returns its bytes.
 
     Args:
@@ -128,7 +130,7 @@ def _write_tensors(writer, gguf, model: nn.Module, names: dict[str, nn.Parameter
     writer.write_ti_data_to_file()
     for name, parameter in tqdm(names.items(), "Writing", leave=False, disable=None):
         values = parameter.detach()
-        values = values.dequantize() if isinstance(values, QuantizedTensor) else values
+        values = values.dequantize(torch.float32) if isinstance(values, QuantizedTensor) else values
         values = _in_their_order(name, values, model.config).float().cpu().contiguous()
         writer.write_tensor_data(gguf.quants.quantize(values.numpy(), kinds[name]))
 

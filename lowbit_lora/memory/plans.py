@@ -29,7 +29,9 @@ def fitting_gpu(peak: int) -> str | None:
     return next((name for name, size in GPUS.items() if peak + RESERVED <= size), None)
 
 
-def per_gpu(config: dict[str, Any], setting: Setting, plan: str, gpus: int, alone: Estimate | None = None) -> int | None:
+def per_gpu(
+    config: dict[str, Any], setting: Setting, plan: str, gpus: int, alone: Estimate | None = None
+) -> int | None:
     """The peak on each GPU in bytes; None where the plan cannot cut the model into so many parts.
 
     Args:

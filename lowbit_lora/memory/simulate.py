@@ -1,6 +1,6 @@
 """The bytes that a training step holds, from a model on the meta device: the step runs, on tensors without data.
 
-torch's FakeTensorMode gives every operator's result its shape and dtype and no memory. A dispatch mode sees each result,
+torch's FakeTensorMode gives every operator's result its shape and dtype and no memory. A dispatch mode sees the results,
 and adds up the storages that are alive. So what the backward keeps, what checkpointing frees and recomputes, and what
 lives for a moment only (logits and their gradients) are counted as this very model makes them; nothing is a formula.
 What operators allocate inside themselves, and what allocators lose between blocks, is not seen.
@@ -32,7 +32,7 @@ class Highest(NamedTuple):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages of tensors that are alive, and keeps the most that was alive at once since :meth:`restart`."""
+    """Adds up the storages of tensors that are alive, and keeps the most at once since :meth:`restart`."""
 
     def __init__(self):
         super().__init__()
@@ -142,7 +142,9 @@ def _phases(model: nn.Module, inputs: Callable[[], dict[str, torch.Tensor]]) -> 
 
         ends = [] if blocks is None else [blocks[2][-2], blocks[2][0]]
         hooks = [block.register_forward_hook(ends_a_phase) for block in ends]
-        hooks += [p.register_post_accumulate_grad_hook(live.add_gradient) for p in model.parameters() if p.requires_grad]
+        hooks += [
+            p.register_post_accumulate_grad_hook(live.add_gradient) for p in model.parameters() if p.requires_grad
+        ]
         try:
             with live:
                 loss = model(**batch).loss
