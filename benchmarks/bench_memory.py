@@ -3,7 +3,7 @@
 python benchmarks/bench_memory.py --json memory.json
 
 Each case has a process of its own. Its peak is its resident memory at the most in the second step, above what Python
-and the libraries took once a tiny model had trained. glibc is told to give each block of 64 KiB or more pages of its own
+and the libraries took once a tiny model had trained. glibc is told to give each block from 64 KiB on pages of its own
 (--keep-malloc leaves it alone): otherwise it keeps what was freed, and that is not a model's memory.
 """
 

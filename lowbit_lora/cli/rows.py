@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 def read(source: str, split: str = "train") -> list[Row]:
-    """The rows of a file (.jsonl, .csv, .tsv, .parquet) or of a data set of the hub ("owner/name", "owner/name:subset").
+    """The rows of a file (.jsonl, .csv, .tsv, .parquet), or of a data set of the hub ("owner/name", "owner/name:part").
 
     Raises:
         OSError: there is no such file.

@@ -1,6 +1,6 @@
 """The bytes that a training step holds, from a model on the meta device: the step runs, on tensors without data.
 
-torch's FakeTensorMode gives every operator's result its shape and dtype and no memory. A dispatch mode sees the results,
+torch's FakeTensorMode gives every operator's result its shape and dtype and no memory. A dispatch mode sees them,
 and adds up the storages that are alive. So what the backward keeps, what checkpointing frees and recomputes, and what
 lives for a moment only (logits and their gradients) are counted as this very model makes them; nothing is a formula.
 What operators allocate inside themselves, and what allocators lose between blocks, is not seen.
