@@ -31,8 +31,8 @@ def generate(
     """Print what a model makes of a prompt; as a chat where its tokenizer has a template."""
     from transformers import AutoTokenizer, TextStreamer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
     base = load(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
     if not base.can_generate():
         raise ValueError(f"MODEL: expected a model that generates text, got {type(base).__name__}")
     runs = (base if adapter is None else with_adapter(base, adapter)).to(_device(device)).eval()

@@ -35,9 +35,15 @@ _BESIDE = (
 
 
 def read_config(model: str):
-    """The config of a model's folder or hub name."""
+    """The config of a model's folder or hub name.
+
+    Raises:
+        OSError: there is none.
+    """
     from transformers import AutoConfig
 
+    if not os.path.isdir(model) and (os.path.isabs(model) or model.startswith((".", "~"))):
+        raise FileNotFoundError(f"{model}: expected a model's folder, found none")
     return AutoConfig.from_pretrained(model)
 
 

@@ -101,6 +101,18 @@ def column(rows: list[Row], name: str) -> list[Any]:
     return [row[name] for row in rows]
 
 
+def labels(rows: list[Row], name: str) -> list[str]:
+    """The labels of a classification, sorted.
+
+    Raises:
+        ValueError: fewer than two.
+    """
+    found = sorted({str(value) for value in column(rows, name)})
+    if len(found) < 2:
+        raise ValueError(f"data: expected at least two labels in {name!r}, got {', '.join(found)}")
+    return found
+
+
 def texts(rows: list[Row], tokenizer: Any, name: str, length: int) -> list[Row]:
     """Texts as tokens, each its own label; longer ones go on in a row of their own."""
     ended = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(column(rows, name)).input_ids]

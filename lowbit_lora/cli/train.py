@@ -12,7 +12,7 @@ import typer
 
 from . import rows
 from .merge import Dtype
-from .models import DTYPES, is_quantized, read_config
+from .models import DTYPES, read_config
 from .output import Json, report, write
 from .quantize import Format, Scale
 
@@ -112,20 +112,15 @@ def train(
     started = time.perf_counter()
     training = rows.read(data, split)
     kind = rows.task_of(training, text_column, label_column) if task is Task.auto else task.value
-    if eval_data is not None:
-        evaluation = rows.read(eval_data, split)
-    elif eval_share:
+    evaluation = rows.read(eval_data, split) if eval_data is not None else None
+    if eval_data is None and eval_share:
         training, evaluation = rows.split(training, eval_share, seed)
-    else:
-        evaluation = None
+    base_config = read_config(model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    labels = None
-    if kind == "classification":
-        labels = sorted({str(value) for value in rows.column(training, label_column)})
-        if len(labels) < 2:
-            raise ValueError(f"data: expected at least two labels in {label_column!r}, got {', '.join(labels)}")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    labels = rows.labels(training, label_column) if kind == "classification" else None
 
-    def encoded(some: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def encoded(some: list[rows.Row]) -> list[rows.Row]:
         if kind == "classification":
             return rows.classified(some, tokenizer, text_column, label_column, labels, max_length)
         if kind == "chat":
@@ -133,12 +128,11 @@ def train(
         return rows.texts(some, tokenizer, text_column, max_length)
 
     training, evaluation = encoded(training), None if evaluation is None else encoded(evaluation)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     transformers.set_seed(seed)
     stored = {"format": format.value, "block_size": block_size, "double_quant": double_quant, "scale": scale.value}
-    base = _load(model, labels, pad, stored if method is Method.qlora else None, dtype and DTYPES[dtype.value])
-    lora = {"rank": rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "target_modules": target or None}
-    lora = {name: value for name, value in lora.items() if value is not None}
+    lora = {"rank": rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+    lora |= {"target_modules": target} if target else {}
+    base = _load(model, base_config, labels, pad, stored if method is Method.qlora else None, dtype)
     adapted = _adapted(base, method, stored, lora | {"gradient_checkpointing": checkpointing})
     arguments = transformers.TrainingArguments(
         output_dir=out,
@@ -157,8 +151,7 @@ def train(
         report_to=[],
         seed=seed,
         use_cpu=cpu,
-        # The rows are lists of numbers already, and every column of them is for the model.
-        remove_unused_columns=False,
+        remove_unused_columns=False,  # every column is for the model
     )
     trainer = transformers.Trainer(
         model=adapted,
@@ -168,16 +161,10 @@ def train(
         data_collator=rows.padded(pad),
         compute_metrics=_accuracy if kind == "classification" else None,
     )
-    metrics: dict[str, Any] = {"task": kind, "train_rows": len(training)}
-    metrics["trainable_parameters"], metrics["parameters"] = adapted.count_parameters()
+    trainable, parameters = adapted.count_parameters()
+    metrics = {"task": kind, "trainable_parameters": trainable, "parameters": parameters, "train_rows": len(training)}
     with contextlib.redirect_stdout(sys.stderr):  # Trainer's logs are no part of the report
-        if evaluation is not None:
-            metrics["eval_rows"] = len(evaluation)
-            metrics |= {f"{name}_before": value for name, value in _evaluated(trainer, kind).items()}
-        result = trainer.train(resume_from_checkpoint=resume or None)
-        metrics |= {"steps": result.global_step, "train_loss": result.training_loss}
-        if evaluation is not None:
-            metrics |= _evaluated(trainer, kind)
+        metrics |= _run(trainer, kind, resume)
     adapted.save_pretrained(out, is_main_process=trainer.is_world_process_zero())
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(out)
@@ -186,18 +173,29 @@ def train(
         report(metrics, json)
 
 
-def _load(model: str, labels: list[str] | None, pad: int, stored: dict[str, Any] | None, dtype: Any):
+def _run(trainer: Any, task: str, resume: bool) -> dict[str, Any]:
+    """Train, and evaluate before and after where there is something to evaluate with; returns what was measured."""
+    measured: dict[str, Any] = {}
+    evaluates = trainer.eval_dataset is not None
+    if evaluates:
+        measured["eval_rows"] = len(trainer.eval_dataset)
+        measured |= {f"{name}_before": value for name, value in _evaluated(trainer, task).items()}
+    result = trainer.train(resume_from_checkpoint=resume or None)
+    measured |= {"steps": result.global_step, "train_loss": result.training_loss}
+    return measured | (_evaluated(trainer, task) if evaluates else {})
+
+
+def _load(model: str, config: Any, labels: list[str] | None, pad: int, stored: dict[str, Any] | None, dtype: Any):
     """The base: with a head for these labels, or as a language model; its weights are quantized as they are read."""
     import transformers
 
     from ..hf.config import LowbitConfig
 
-    options: dict[str, Any] = {"dtype": dtype or "auto"}
-    if stored is not None and is_quantized(model) is None:
+    options: dict[str, Any] = {"dtype": "auto" if dtype is None else DTYPES[dtype.value]}
+    if stored is not None and getattr(config, "quantization_config", None) is None:
         options["quantization_config"] = LowbitConfig(**stored)
     if labels is None:
         return transformers.AutoModelForCausalLM.from_pretrained(model, **options)
-    config = read_config(model)
     config.num_labels = len(labels)
     config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
     config.pad_token_id = pad
