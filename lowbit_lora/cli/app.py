@@ -5,6 +5,7 @@ import traceback as tracebacks
 from typing import Annotated
 
 import typer
+from safetensors import SafetensorError
 
 from . import convert, doctor, generate, memory, merge, quantize, train
 
@@ -35,8 +36,8 @@ def run(arguments: list[str]) -> int:
         app(arguments)
     except SystemExit as end:
         return end.code or 0
-    # What lowbit, transformers and the system raise for a wrong argument, a missing file or package, a full disk.
-    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+    # What lowbit, transformers and the system raise for a wrong argument, a missing or broken file, a missing package, a full disk.
+    except (ValueError, TypeError, OSError, ImportError, MemoryError, SafetensorError) as error:
         if _shows_traceback:
             tracebacks.print_exc()
         text = str(error).strip() or type(error).__name__
