@@ -36,7 +36,7 @@ def run(arguments: list[str]) -> int:
         app(arguments)
     except SystemExit as end:
         return end.code or 0
-    # What lowbit, transformers and the system raise for a wrong argument, a missing or broken file, a missing package, a full disk.
+    # What is raised for a wrong argument, a missing or broken file, a missing package, a full disk.
     except (ValueError, TypeError, OSError, ImportError, MemoryError, SafetensorError) as error:
         if _shows_traceback:
             tracebacks.print_exc()

@@ -41,7 +41,7 @@ def per_gpu(
         gpus: how many.
         alone: the estimate for one GPU, if it is known.
     """
-    if plan == "tensor":
+    if gpus > 1 and plan == "tensor":
         cut = _cut(config, setting, gpus)
         return None if cut is None else estimate(cut, setting).peak
     alone = alone or estimate(config, setting)
