@@ -105,8 +105,8 @@ def test_convert_both_ways_is_byte_for_byte(folder, tmp_path, capsys):
 # ---- GGUF
 
 
-def bpe_folder(path: Path) -> Path:
-    """A tiny Llama of other head counts with a byte-level tokenizer like that of SmolLM."""
+def bpe_folder(path: Path, name: str) -> Path:
+    """A tiny model with a byte-level tokenizer like that of SmolLM."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -115,16 +115,17 @@ def bpe_folder(path: Path) -> Path:
     digits, whole = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.Sequence([digits, whole]), decoders.ByteLevel()
     inner.add_special_tokens([AddedToken("<end>", special=True)])
-    save_dense(path, vocab_size=272, **{k: v for k, v in SIZES.items() if k != "vocab_size"})
+    save_dense(path, name, vocab_size=272, **{k: v for k, v in SIZES.items() if k != "vocab_size"})
     made = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
     made.chat_template = TEMPLATE
     made.save_pretrained(path)
     return path
 
 
-def test_gguf_is_loaded_back(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
+def test_gguf_is_loaded_back(tmp_path, capsys, name):
     """llama.cpp would run a model with turned heads, or another tokenizer."""
-    folder = bpe_folder(tmp_path / "dense")
+    folder = bpe_folder(tmp_path / "dense", name)
     about = printed(capsys, "convert", folder, tmp_path / "m.gguf", "--to", "gguf", "--stored-as", "f32")
     assert about["stored_bytes"] == os.path.getsize(tmp_path / "m.gguf")
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.bfloat16)
