@@ -48,21 +48,9 @@ def convert(
         return
     if is_quantized(model) is None:
         raise ValueError(f"MODEL: expected a quantized model, got a dense one; use lowbit quantize --as {to.value}")
-    loaded = _load_either(model)
-    loaded.save_pretrained(out, format=to.value)
+    load(model).save_pretrained(out, format=to.value)
     copied = copy_tokenizer(model, out)
     report({"out": out, "to": to.value, "stored_bytes": folder_bytes(out), "copied": copied}, json)
-
-
-def _load_either(model: str):
-    """A model whose weights lowbit holds, also from bitsandbytes' files."""
-    from ..hf import bitsandbytes
-
-    bitsandbytes.register()
-    try:
-        return load(model)
-    finally:
-        bitsandbytes.unregister()
 
 
 def _to_gguf(model: str, out: str, stored_as: str, with_tokenizer: bool) -> int:
@@ -73,5 +61,4 @@ def _to_gguf(model: str, out: str, stored_as: str, with_tokenizer: bool) -> int:
     with tempfile.TemporaryDirectory() as folder:
         if with_tokenizer and "tokenizer.json" not in copy_tokenizer(model, folder):
             raise ValueError(f"{model}: expected a tokenizer.json; --no-tokenizer writes the weights alone")
-        loaded = _load_either(model) if is_quantized(model) else load(model)
-        return gguf.write(loaded, folder if with_tokenizer else None, os.fspath(out), stored_as)
+        return gguf.write(load(model), folder if with_tokenizer else None, os.fspath(out), stored_as)

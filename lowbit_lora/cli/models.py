@@ -47,18 +47,23 @@ def read_config(model: str):
     return AutoConfig.from_pretrained(model)
 
 
-def load(model: str, **options: Any) -> nn.Module:
-    """The model of a folder or a hub name, of the class that its config names.
+def load(model: str, kind: str | None = None, **options: Any) -> nn.Module:
+    """The model of a folder or a hub name, of the class that its config names; bitsandbytes' folders are lowbit's here.
+
+    ``kind``: another class of transformers.
 
     Raises:
         ValueError: transformers has no such class.
     """
     import transformers
 
-    named = (read_config(model).architectures or ["AutoModel"])[0]
-    if not hasattr(transformers, named):
-        raise ValueError(f"{model}: expected a class of transformers {transformers.__version__}, got {named!r}")
-    return getattr(transformers, named).from_pretrained(model, **{"dtype": "auto"} | options)
+    from ..hf import bitsandbytes
+
+    kind = kind or (read_config(model).architectures or ["AutoModel"])[0]
+    if not hasattr(transformers, kind):
+        raise ValueError(f"{model}: expected a class of transformers {transformers.__version__}, got {kind!r}")
+    with bitsandbytes.registered():
+        return getattr(transformers, kind).from_pretrained(model, **{"dtype": "auto"} | options)
 
 
 def is_quantized(model: str) -> str | None:

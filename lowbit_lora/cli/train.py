@@ -12,7 +12,7 @@ import typer
 
 from . import rows
 from .merge import Dtype
-from .models import DTYPES, read_config
+from .models import DTYPES, load, read_config
 from .output import Json, report, write
 from .quantize import Format, Scale
 
@@ -187,19 +187,17 @@ def _run(trainer: Any, task: str, resume: bool) -> dict[str, Any]:
 
 def _load(model: str, config: Any, labels: list[str] | None, pad: int, stored: dict[str, Any] | None, dtype: Any):
     """The base: with a head for these labels, or as a language model; its weights are quantized as they are read."""
-    import transformers
-
     from ..hf.config import LowbitConfig
 
     options: dict[str, Any] = {"dtype": "auto" if dtype is None else DTYPES[dtype.value]}
     if stored is not None and getattr(config, "quantization_config", None) is None:
         options["quantization_config"] = LowbitConfig(**stored)
     if labels is None:
-        return transformers.AutoModelForCausalLM.from_pretrained(model, **options)
+        return load(model, "AutoModelForCausalLM", **options)
     config.num_labels = len(labels)
     config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
     config.pad_token_id = pad
-    return transformers.AutoModelForSequenceClassification.from_pretrained(model, config=config, **options)
+    return load(model, "AutoModelForSequenceClassification", config=config, **options)
 
 
 def _adapted(base, method: Method, stored: dict[str, Any], lora: dict[str, Any]):
