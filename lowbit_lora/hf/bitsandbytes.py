@@ -3,7 +3,9 @@
 The keys are in :mod:`lowbit.files`. Here is what config.json says about them.
 """
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -32,6 +34,19 @@ def unregister() -> None:
     from transformers.quantizers import auto
 
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = auto.BitsAndBytesConfig
+
+
+@contextlib.contextmanager
+def registered() -> Iterator[None]:
+    """Context in which ``from_pretrained`` loads such folders as lowbit's models."""
+    from transformers.quantizers import auto
+
+    before = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD]
+    register()
+    try:
+        yield
+    finally:
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = before
 
 
 class _FolderOfBitsAndBytes:

@@ -55,11 +55,11 @@ def save(model, write, save_directory: str | os.PathLike, *args: Any, format: st
             return
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
-        with written_beside(save_directory, stale=_is_weights) as folder:
+        with written_beside(save_directory, stale=is_weights) as folder:
             write(folder, *args, **kwargs)
 
 
-def _is_weights(name: str) -> bool:
+def is_weights(name: str) -> bool:
     """Whether a file holds weights, or says which of several does."""
     return name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
 
