@@ -162,7 +162,6 @@ class LowbitQuantizer(HfQuantizer):
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [c for c in conversions if not isinstance(c, WeightConverter)]
         self._keys, self._dtypes = {}, {}
-        checkpoint.hide_memory(model)
         saving.install()
         return experts.use(model)
 

@@ -1,0 +1,95 @@
+"""What the processes of tests/test_hf_parallel.py run: the example, and a note of what each of them held and sent.
+
+`accelerate launch` runs this file as it would the example. By itself it forks the processes that `accelerate launch`
+would start, with the environment that accelerate makes of a config file, and imports everything once for all of them:
+
+    python tests/parallel_training.py OUTPUT ddp:4,fsdp2:2 [options of the example]
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.commands import launch
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import get_free_port, prepare_multi_gpu_env
+from distributed_cases import Sent
+from forked import start
+
+from lowbit import QuantizedTensor
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.append(str(EXAMPLES))
+import train_many_gpus  # noqa: E402
+
+
+def shard_on_the_cpu() -> None:
+    """Let accelerate shard over processes of the CPU; it does so on several GPUs only. The device stays the CPU."""
+    plain = PartialState.__init__
+
+    def init(state, *args, **kwargs):
+        plain(state, *args, **kwargs)
+        if state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = init
+
+
+def train(output: Path, options: list[str]) -> None:
+    """Run the example with its own loop and with Trainer; write what this process held and sent."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        shard_on_the_cpu()
+    seen = {}
+    for kind in ("loop", "trainer"):
+        flags = ["--trainer"] if kind == "trainer" else []
+        with Sent() as sent:
+            model = train_many_gpus.main([*options, *flags, "--output", str(output / kind)])
+        local = [getattr(p, "_local_tensor", p) for p in model.parameters()]
+        seen[kind] = {
+            "sent": sent.bytes,
+            "codes": sum(q.packed.nbytes for q in local if isinstance(q, QuantizedTensor)),
+            "dense": sum(p.nbytes for p in local if not isinstance(p, QuantizedTensor)),
+        }
+    (output / f"seen.{os.environ['RANK']}").write_text(json.dumps(seen))
+    torch.distributed.destroy_process_group()
+
+
+def environment(config: str, processes: int) -> dict[str, str]:
+    """What `accelerate launch` gives to the processes of a config file."""
+    file = str(EXAMPLES / "accelerate" / f"{config}.yaml")
+    arguments = ["--config_file", file, "--num_processes", str(processes), "--mixed_precision", "no", __file__]
+    parsed, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(arguments))
+    return prepare_multi_gpu_env(parsed) | {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+
+
+def fork(output: Path, config: str, processes: int, options: list[str]) -> None:
+    """Train in forked processes."""
+    shared = environment(config, processes) | {"MASTER_PORT": str(get_free_port())}
+
+    def process(rank: int):
+        def run() -> int:
+            os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
+            train(output, options)
+            return 0
+
+        return run
+
+    children = [start(process(rank)) for rank in range(processes)]
+    if any([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]):
+        sys.exit(f"{config} failed in {processes} processes")
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    if "RANK" in os.environ:
+        train(folder, sys.argv[2:])
+    else:
+        for run in sys.argv[2].split(","):
+            name, _, count = run.partition(":")
+            (folder / run).mkdir()
+            fork(folder / run, name, int(count), sys.argv[3:])
