@@ -75,14 +75,16 @@ def train_by_trainer(options: argparse.Namespace, model: QLoRAModel, data: Block
         train_sampling_strategy="sequential",
         max_grad_norm=1.0,
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="steps" if options.save_steps else "no",
+        save_steps=options.save_steps or 500,
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
         disable_tqdm=True,
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=data)
     trainer.train()
-    trainer.save_model()
+    # Not trainer.save_model(), which under FSDP gathers the decoded base too.
+    model.save_pretrained(options.output, is_main_process=trainer.is_world_process_zero())
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -97,6 +99,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-steps", type=int, help="of Trainer's checkpoints; by default there are none")
     parser.add_argument("--trainer", action="store_true", help="train by transformers' Trainer")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     return parser.parse_args(arguments)
@@ -112,7 +115,9 @@ def main(arguments: list[str] | None = None) -> QLoRAModel:
     losses = train_by_trainer(options, model, data) if options.trainer else train(options, model, data, accelerator)
     if accelerator.is_main_process:
         (options.output / "losses.json").write_text(json.dumps(losses))
-        print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps of {accelerator.num_processes} processes")
+        print(
+            f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps of {accelerator.num_processes} processes"
+        )
     return model
 
 

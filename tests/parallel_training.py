@@ -3,12 +3,13 @@
 `accelerate launch` runs this file as it would the example. By itself it forks the processes that `accelerate launch`
 would start, with the environment that accelerate makes of a config file, and imports everything once for all of them:
 
-    python tests/parallel_training.py OUTPUT ddp:4,fsdp2:2 [options of the example]
+    python tests/parallel_training.py OUTPUT ddp:4,fsdp2:2 ROWS-OF-A-STEP [options of the example]
 """
 
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -74,7 +75,11 @@ def fork(output: Path, config: str, processes: int, options: list[str]) -> None:
     def process(rank: int):
         def run() -> int:
             os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
-            train(output, options)
+            try:
+                train(output, options)
+            except BaseException:
+                traceback.print_exc()
+                raise
             return 0
 
         return run
@@ -92,4 +97,5 @@ if __name__ == "__main__":
         for run in sys.argv[2].split(","):
             name, _, count = run.partition(":")
             (folder / run).mkdir()
-            fork(folder / run, name, int(count), sys.argv[3:])
+            rows = int(sys.argv[3]) // int(count)
+            fork(folder / run, name, int(count), [*sys.argv[4:], f"--batch-size={rows}"])

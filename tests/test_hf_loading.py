@@ -23,7 +23,6 @@ from torch import nn
 import lowbit
 from lowbit import WeightSpec
 from lowbit_lora import LowbitConfig, QLoRAConfig, QLoRAModel
-from lowbit_lora.hf import checkpoint
 
 transformers = pytest.importorskip("transformers")
 SPECS = [{}, {"format": "fp4", "double_quant": False, "block_size": 32}, {"format": "int8"}]
