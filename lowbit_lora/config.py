@@ -182,7 +182,7 @@ class LoraConfig:
 
     @property
     def is_prompt_learning(self) -> bool:
-        """What PEFT asks first where it collects the adapters of its own layers, as for Trainer's sharded checkpoints."""
+        """What PEFT asks before it collects adapters of its own layers, as for Trainer's sharded checkpoints."""
         raise RuntimeError(
             "PEFT does not know the layers of lowbit_lora. Under FSDP: fsdp_state_dict_type: expected FULL_STATE_DICT, "
             "got another one; elsewhere take model.adapter_state_dict() and load_adapter_state_dict()"

@@ -19,8 +19,11 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import get_free_port, prepare_multi_gpu_env
 from distributed_cases import Sent
 from forked import start
+from transformers import AutoModelForCausalLM
 
 from lowbit import QuantizedTensor
+from lowbit_lora import LowbitConfig, QLoRAConfig, QLoRAModel
+from lowbit_lora.hf.parallel import tensor_parallel_
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.append(str(EXAMPLES))
@@ -60,6 +63,41 @@ def train(output: Path, options: list[str]) -> None:
     torch.distributed.destroy_process_group()
 
 
+def split(output: Path, options: list[str]) -> None:
+    """Run a model of which each process has a part; write the output, the gradients and the whole adapter."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    model = adapted(train_many_gpus.parse(options).model, noise=rank)
+    tensor_parallel_(model)
+    results = gradients(model)
+    results["codes"] = sum(p.packed.nbytes for p in model.parameters() if isinstance(p, QuantizedTensor))
+    model.save_pretrained(output, is_main_process=rank == 0)
+    torch.save(results, output / f"results.{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def adapted(folder: str, noise: int = 0) -> QLoRAModel:
+    """The model with an adapter that changes something; with ``noise`` another one."""
+    config = LowbitConfig(block_size=32, modules_to_not_convert=["layers.1.mlp.down_proj"])
+    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    torch.manual_seed(noise)
+    model = QLoRAModel(base, QLoRAConfig(rank=4))
+    for p in model.trainable_parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def gradients(model: QLoRAModel) -> dict[str, torch.Tensor]:
+    """The logits, the gradient of the input, and those of the factors by name."""
+    x = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    logits = model(inputs_embeds=x).logits
+    logits.square().mean().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {"logits": logits.detach(), "input": x.grad} | found
+
+
 def environment(config: str, processes: int) -> dict[str, str]:
     """What `accelerate launch` gives to the processes of a config file."""
     file = str(EXAMPLES / "accelerate" / f"{config}.yaml")
@@ -70,13 +108,13 @@ def environment(config: str, processes: int) -> dict[str, str]:
 
 def fork(output: Path, config: str, processes: int, options: list[str]) -> None:
     """Train in forked processes."""
-    shared = environment(config, processes) | {"MASTER_PORT": str(get_free_port())}
+    shared = environment("ddp" if config == "tensor" else config, processes) | {"MASTER_PORT": str(get_free_port())}
 
     def process(rank: int):
         def run() -> int:
             os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
             try:
-                train(output, options)
+                (split if config == "tensor" else train)(output, options)
             except BaseException:
                 traceback.print_exc()
                 raise

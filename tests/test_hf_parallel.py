@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.testing._internal.distributed.fake_pg
 from hf_models import SIZES, load, save_dense
 from safetensors.torch import load_file
 
-from lowbit import QuantizedTensor
+from lowbit import QuantizedTensor, WeightSpec
+from lowbit.parts import columns_of, rows_of
+from lowbit.quantizers.quantize import quantize_to
 from lowbit_lora import LowbitConfig, QLoRAConfig, QLoRAModel
 from lowbit_lora.hf import parallel
 
@@ -19,11 +22,13 @@ accelerate = pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
+parallel_training = pytest.importorskip("parallel_training")
 
 TESTS = Path(__file__).parent
 SCRIPT = str(TESTS / "parallel_training.py")
 ROWS, STEPS = 4, 3  # rows of a step over all processes
 FORKED = ("ddp:4", "fsdp2:2", "fsdp2:4")
+TENSOR = "tensor:2"
 RUNS = ("ddp", *FORKED)
 KINDS = ("loop", "trainer")
 
@@ -32,7 +37,7 @@ KINDS = ("loop", "trainer")
 def folder(tmp_path_factory):
     """A model of 4 heads with a tokenizer of numbers, a text, and what the runs wrote about them."""
     folder = tmp_path_factory.mktemp("parallel")
-    save_dense(folder / "model", dtype=torch.float32, **SIZES | {"num_key_value_heads": 4})
+    save_dense(folder / "model", dtype=torch.float32, **SIZES | {"num_key_value_heads": 4, "intermediate_size": 128})
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(64)}, unk_token="0"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder / "model")
@@ -61,7 +66,7 @@ def runs(folder):
     config = str(TESTS.parent / "examples/accelerate/ddp.yaml")
     launched = ["-m", "accelerate.commands.launch", "--config_file", config, "--mixed_precision", "no"]
     start([*launched, "--main_process_port", "0", SCRIPT, str(folder / "ddp"), *options(folder, ROWS // 2)])
-    start([SCRIPT, str(folder), ",".join(FORKED), str(ROWS), *options(folder, ROWS)])
+    start([SCRIPT, str(folder), ",".join([*FORKED, TENSOR]), str(ROWS), *options(folder, ROWS)])
     return folder
 
 
@@ -134,6 +139,80 @@ def test_fsdp2_shards_the_base(runs, one, run):
     whole = sum(p.packed.nbytes for p in one[1].parameters() if isinstance(p, QuantizedTensor))
     for rank in seen(runs, run):
         assert rank["loop"]["codes"] * ranks == rank["trainer"]["codes"] * ranks == whole
+
+
+def test_tensor_parallel(runs):
+    """A model that is split over two GPUs would compute, or learn, something else than on one."""
+    model = parallel_training.adapted(str(runs / "model"))
+    expected = parallel_training.gradients(model)
+    ranks = [torch.load(runs / TENSOR / f"results.{rank}") for rank in range(2)]
+    for name, value in expected.items():
+        got = [rank[name] for rank in ranks]
+        dim = next((dim for dim in (0, 1) if got[0].shape[dim] != value.shape[dim]), None)
+        whole = [torch.cat(got, dim)] if dim is not None else got  # of a part, or the same in each process
+        for one in whole:
+            torch.testing.assert_close(one, value, rtol=1e-4, atol=1e-5 * value.abs().max().item(), msg=name)
+    split = {name for name, value in expected.items() if ranks[0][name].shape != value.shape}
+    assert len(split) == 14  # a factor of each adapter
+    codes = sum(p.packed.nbytes for p in model.parameters() if isinstance(p, QuantizedTensor))
+    assert all(rank["codes"] * 2 == codes for rank in ranks)
+
+
+def test_tensor_parallel_saves_whole_adapters(runs):
+    """The file would hold one process's part."""
+    model = parallel_training.adapted(str(runs / "model"))
+    saved = load_file(runs / TENSOR / "adapter_model.safetensors")
+    state = model.adapter_state_dict()
+    assert saved.keys() == state.keys()
+    assert all(torch.equal(saved[key], state[key]) for key in saved)
+
+
+@pytest.fixture
+def two_ranks():
+    """This process takes itself for the first of two, without the other."""
+    store = torch.testing._internal.distributed.fake_pg.FakeStore()
+    torch.distributed.init_process_group("fake", store=store, rank=0, world_size=2)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "config, plan, message",
+    [
+        (
+            LowbitConfig(block_size=64),
+            None,
+            r"layers.0.self_attn.o_proj: columns 0 to 32: expected cuts between blocks",
+        ),
+        (LowbitConfig(block_size=32), {"model.layers.*.mlp": "moe_tp_experts"}, "got 'moe_tp_experts'"),
+        (LowbitConfig(block_size=32), {"model.norm": "colwise"}, "model.norm: expected a linear layer to split"),
+        (LowbitConfig(block_size=32), {"nowhere": "colwise"}, "expected one that means linear layers"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(folder, two_ranks, config, plan, message):
+    """A wrong part would be computed with, or half of the model would be split when the error comes."""
+    model = load(folder / "model", quantization_config=config)
+    before = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=message):
+        parallel.tensor_parallel_(model, plan=plan)
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize(
+    "spec", [WeightSpec(), WeightSpec("nf4", 32, False), WeightSpec("fp4", 64), WeightSpec("int8")]
+)
+def test_parts_of_a_weight(spec):
+    """A process would compute with other values than the weight's."""
+    q = quantize_to(torch.randn(512, 128), spec)
+    for begin, end in ((0, 256), (256, 512), (3, 70)):
+        part = rows_of(q, begin, end)
+        assert torch.equal(part.dequantize(), q.dequantize()[begin:end])
+        aligned = begin % 256 == 0  # a group of 256 blocks begins there
+        assert part.spec == (spec if aligned else spec.without_double_quant())
+    for begin, end in ((0, 64), (64, 128)):
+        assert torch.equal(columns_of(q, begin, end).dequantize(), q.dequantize()[:, begin:end])
+    with pytest.raises(ValueError, match="begin and end: expected a part of 128, got 64 to 129"):
+        columns_of(q, 64, 129)
 
 
 def test_sharded_checkpoints_are_refused():
