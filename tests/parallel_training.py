@@ -6,6 +6,7 @@ would start, with the environment that accelerate makes of a config file, and im
     python tests/parallel_training.py OUTPUT ddp:4,fsdp2:2 ROWS-OF-A-STEP [options of the example]
 """
 
+import gc
 import json
 import os
 import sys
@@ -60,6 +61,8 @@ def train(output: Path, options: list[str]) -> None:
             "dense": sum(p.nbytes for p in local if not isinstance(p, QuantizedTensor)),
         }
     (output / f"seen.{os.environ['RANK']}").write_text(json.dumps(seen))
+    del model, local
+    gc.collect()  # DDP that is freed after its group waits for a thread that waits for Python's lock
     torch.distributed.destroy_process_group()
 
 
