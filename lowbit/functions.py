@@ -3,6 +3,8 @@
 A function that is not here runs as torch wrote it, and meets ``aten.py`` below autograd.
 """
 
+import sys
+
 import torch
 import torch.nn.functional as F
 
@@ -138,9 +140,18 @@ for _name in ("numpy", "tolist", "__array__", "item", "__dlpack__"):
     implements(getattr(torch.Tensor, _name))(_decoded(_name))
 
 
+def _asked_by_accelerate() -> bool:
+    """Whether who calls a function of torch is accelerate, which takes pointers for names of weights, and reads none.
+
+    It finds shared weights by them, and under FSDP2 the parameters of an optimizer.
+    """
+    caller = sys._getframe(3)  # past the table's entry, and __torch_function__
+    return str(caller.f_globals.get("__name__")).partition(".")[0] == "accelerate"
+
+
 def _no_memory(error: type[Exception]):
     def function(q, *args, **kwargs):
-        if getattr(q, "names_memory", False):  # while a model is loaded: accelerate finds shared weights by pointers
+        if _asked_by_accelerate():
             return q.packed.data_ptr()
         raise error(
             "a quantized weight has no memory of its own layout: save it with torch.save(model.state_dict()), or under "

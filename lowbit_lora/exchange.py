@@ -20,6 +20,7 @@ from .adapters import AdapterOperations
 from .base_tensors import of_base, warn_of_other_base, whole_embeddings
 from .config import LoraConfig, QLoRAConfig
 from .files import PREFIX, by_own_keys, fit, model_card, read_adapter, save_adapter
+from .hf.parallel import gathered_parts, is_part
 from .layers import DEFAULT, LoRABaseLayer, LoRAExperts
 from .training import trainable_biases
 from .wrap import Plan, adapter_of, check_base
@@ -76,6 +77,7 @@ class StoredAdapters(AdapterOperations):
         adapters_to_save: Iterable[str] | None = None,
         is_main_process: bool = True,
         save_embedding_layers: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
         **_: Any,
     ) -> None:
         """Write the adapters (LoRA, modules to save, trained biases), not the base, in PEFT's two files each.
@@ -90,6 +92,7 @@ class StoredAdapters(AdapterOperations):
             is_main_process: False writes nothing, for the other ranks of a distributed run. Under FSDP2 all ranks have
                 to call this: their parts are gathered.
             save_embedding_layers: save the embedding and the output layer whole: for those that were resized.
+            state_dict: this model's, whole: Trainer gathers it under FSDP2, and lets the main process alone save.
             _: other keywords, of which Hugging Face's Trainer passes some, are ignored.
 
         Raises:
@@ -97,11 +100,13 @@ class StoredAdapters(AdapterOperations):
             ValueError: the adapters have been merged; a parameter is spread over ranks by ZeRO-3 or FSDP1.
         """
         self._parts()
+        own = dict(self.named_parameters()) if state_dict else {}
+        gathered = {own[name]: tensor for name, tensor in (state_dict or {}).items() if name in own}
         for name in list(self.configs) if adapters_to_save is None else self._known(list(adapters_to_save)):
             tensors = changed(self._start, buffers_of(self.model))
             tensors |= whole_embeddings(self.model) if save_embedding_layers else {}
             tensors |= self._tensors(name)
-            whole = {key: _whole(key, tensor) for key, tensor in tensors.items()}
+            whole = {key: _whole(key, gathered.get(tensor, tensor)) for key, tensor in tensors.items()}
             config = as_plain_lora(self.model, name, self.configs[name], whole)
             if is_main_process:
                 save_adapter(self.model, config, whole, folder if name == DEFAULT else os.path.join(folder, name))
@@ -261,7 +266,9 @@ def as_plain_lora(model: nn.Module, name: str, config: LoraConfig, tensors: dict
 
 
 def _whole(key: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that FSDP2 has spread over ranks, gathered: all ranks have to ask. ValueError for one that cannot be."""
+    """A tensor that is spread over ranks, gathered: all ranks have to ask. ValueError for one that cannot be."""
+    if is_part(tensor):
+        return gathered_parts(tensor)
     tensor = tensor.detach()
     if hasattr(tensor, "full_tensor"):
         return tensor.full_tensor()

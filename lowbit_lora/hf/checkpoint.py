@@ -151,14 +151,5 @@ _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform =
 
 
 def frozen(q: QuantizedTensor) -> nn.Parameter:
-    """The weight as a parameter; its pointer is that of its codes until :func:`hide_memory`, for accelerate."""
-    parameter = nn.Parameter(q, requires_grad=False)
-    parameter.names_memory = True
-    return parameter
-
-
-def hide_memory(model: nn.Module) -> None:
-    """Pointers of quantized weights are errors again: nothing should read bytes as if they were a dense weight's."""
-    for parameter in model.parameters():
-        if isinstance(parameter, QuantizedTensor):
-            vars(parameter).pop("names_memory", None)
+    """The weight as a parameter."""
+    return nn.Parameter(q, requires_grad=False)

@@ -22,7 +22,7 @@ from lowbit.format import check_float_dtype
 from lowbit.modules import find_weights
 from lowbit.quantizers.quantize import quantize_to
 
-from . import bitsandbytes, checkpoint, experts, saving
+from . import bitsandbytes, checkpoint, experts, parallel, saving
 from .config import FORMAT_VERSION, METHOD, LowbitConfig
 
 
@@ -52,6 +52,7 @@ class LowbitQuantizer(HfQuantizer):
         return True
 
     def validate_environment(self, *args, device_map=None, **kwargs) -> None:
+        parallel.check_not_zero3()
         if isinstance(device_map, dict) and len({str(device) for device in device_map.values()}) > 1:
             moved = [name for name, device in device_map.items() if str(device) in ("cpu", "disk")]
             if moved:
@@ -162,7 +163,6 @@ class LowbitQuantizer(HfQuantizer):
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [c for c in conversions if not isinstance(c, WeightConverter)]
         self._keys, self._dtypes = {}, {}
-        checkpoint.hide_memory(model)
         saving.install()
         return experts.use(model)
 

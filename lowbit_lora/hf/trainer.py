@@ -79,13 +79,18 @@ class SeenAsPeft(nn.Module):
 @functools.cache
 def _with_peft(own: type, peft_model: type) -> type:
     """A class that is both, of the name of ``own`` and with its attributes only."""
-    hidden = dict.fromkeys(set(dir(peft_model)) - set(dir(own)), property(_no_attribute))
+    hidden = dict.fromkeys(set(dir(peft_model)) - set(dir(own)), _Hidden())
     names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(own.__name__, (own, peft_model), hidden | names)
 
 
-def _no_attribute(model: nn.Module) -> None:
-    raise AttributeError  # so that Python calls __getattr__
+class _Hidden:
+    """An attribute of PeftModel that a model has none of. Under FSDP2 Trainer gives it one: ``generate``."""
+
+    def __get__(self, model: nn.Module | None, owner: type) -> "_Hidden":
+        if model is None:
+            return self
+        raise AttributeError  # so that Python calls __getattr__
 
 
 def check_head_is_called(model: nn.Module) -> None:
