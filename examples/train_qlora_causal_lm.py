@@ -108,7 +108,12 @@ def wrap(base, options: argparse.Namespace):
 
     model_type, config_type = (QLoRAModel, QLoRAConfig) if options.method == "qlora" else (LoraModel, LoraConfig)
     torch.manual_seed(options.seed)
-    config = config_type(rank=options.rank, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout)
+    config = config_type(
+        rank=options.rank,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        gradient_checkpointing=options.gradient_checkpointing,
+    )
     return model_type(base, config)
 
 
@@ -131,7 +136,6 @@ def train(model, rows: TokenizedDialogues, options: argparse.Namespace) -> list[
         num_train_epochs=options.epochs,
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulate,
-        gradient_checkpointing=options.gradient_checkpointing,
         learning_rate=options.lr,
         warmup_steps=math.ceil(steps / 16),
         max_grad_norm=1.0,
@@ -141,6 +145,7 @@ def train(model, rows: TokenizedDialogues, options: argparse.Namespace) -> list[
         logging_steps=1,
         save_strategy="no",
         report_to=[],
+        disable_tqdm=False,
         remove_unused_columns=False,
     )
     optimizer = optimizer_cls_and_kwargs(model, options.lr, options.weight_decay)
