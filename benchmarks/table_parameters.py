@@ -39,11 +39,14 @@ def build(name: str):
 
 def count(name: str, targets: str | list[str], rank: int) -> dict:
     """Wrap a fresh model; return its trainable parameters: LoRA's, those of a head that trains whole, and all."""
+    import torch
+
     from lowbit_lora import LoraConfig, LoraModel
 
     base = build(name)
     parameters = sum(parameter.numel() for parameter in base.parameters())
-    model = LoraModel(base, LoraConfig(rank=rank, target_modules=targets))
+    with torch.device("meta"):
+        model = LoraModel(base, LoraConfig(rank=rank, target_modules=targets))
     trainable = {key: p.numel() for key, p in model.named_parameters() if p.requires_grad}
     lora = sum(numel for key, numel in trainable.items() if ".lora_" in key)
     return {

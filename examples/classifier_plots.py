@@ -19,7 +19,7 @@ def plot_history(
     steps = range(1, len(losses) + 1)
     left.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="each step")
     window = max(1, len(losses) // 20)
-    left.plot(steps, _running_mean(losses, window), color="tab:blue", label=f"mean of {window} steps")
+    left.plot(steps, running_mean(losses, window), color="tab:blue", label=f"mean of {window} steps")
     left.set(xlabel="step", ylabel="training loss (cross-entropy)", ylim=(0, None))
     left.legend()
     right.plot(*zip(*accuracy, strict=True), marker="o", color="tab:green")
@@ -35,7 +35,7 @@ def plot_history(
     plt.close(figure)
 
 
-def _running_mean(values: list[float], window: int) -> list[float]:
+def running_mean(values: list[float], window: int) -> list[float]:
     """Return the mean of the last `window` values up to each place (fewer at the start)."""
     means = []
     for end in range(1, len(values) + 1):

@@ -3,6 +3,8 @@
 A function that is not here runs as torch wrote it, and meets ``aten.py`` below autograd.
 """
 
+import sys
+
 import torch
 import torch.nn.functional as F
 
@@ -138,13 +140,32 @@ for _name in ("numpy", "tolist", "__array__", "item", "__dlpack__"):
     implements(getattr(torch.Tensor, _name))(_decoded(_name))
 
 
-def _no_memory(q, *args, **kwargs):
-    raise RuntimeError(
-        "a quantized weight has no memory of its own layout: save it with torch.save(model.state_dict()), or under "
-        "bitsandbytes' keys (lowbit.files); its bytes are q.packed and q.absmax"
-    )
+def _asked_by_accelerate() -> bool:
+    """Whether who calls a function of torch is accelerate, which takes pointers for names of weights, and reads none.
+
+    It finds shared weights by them, and under FSDP2 the parameters of an optimizer.
+    """
+    caller = sys._getframe(3)  # past the table's entry, and __torch_function__
+    return str(caller.f_globals.get("__name__")).partition(".")[0] == "accelerate"
+
+
+def _no_memory(error: type[Exception]):
+    def function(q, *args, **kwargs):
+        if _asked_by_accelerate():
+            return q.packed.data_ptr()
+        raise error(
+            "a quantized weight has no memory of its own layout: save it with torch.save(model.state_dict()), or under "
+            "bitsandbytes' keys (lowbit.files); its bytes are q.packed and q.absmax. For accelerate's save_state call "
+            "lowbit_lora.hf.trainer.save_adapters_only(accelerator) first; Trainer saves adapters where PEFT is "
+            "installed. A mixture of transformers that asks for it computes in another way: "
+            "model.set_experts_implementation('eager')"
+        )
+
+    return function
 
 
 # untyped_storage() stays: torch.compile asks for it, and its data_ptr() fails by itself.
-for _name in ("storage", "_typed_storage", "data_ptr"):
-    implements(getattr(torch.Tensor, _name))(_no_memory)
+for _name in ("storage", "_typed_storage"):
+    implements(getattr(torch.Tensor, _name))(_no_memory(RuntimeError))
+# A RuntimeError too. It is what torch raises here, and PEFT, which compares the memory of tied weights, expects it.
+implements(torch.Tensor.data_ptr)(_no_memory(NotImplementedError))

@@ -1,6 +1,7 @@
 """``quantize_`` and ``dequantize_``: a whole model's linear weights, in place. Modules keep their classes."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -19,20 +20,22 @@ from .tensor import QuantizedTensor
 _PROGRESS_FROM = 50_000_000
 #: Dense weights of so many bytes are named by :func:`storage_summary`.
 _LARGE = 2**20
+#: Called with each model whose weights were replaced: lowbit_lora tells models of transformers how to multiply by them.
+AFTER_REPLACING: list[Callable[[nn.Module], object]] = []
 
 
 def linear_weights(module: nn.Module) -> list[str]:
     """The names of the parameters by which ``module`` multiplies its input.
 
     Those of nn.Linear and its subclasses, nn.MultiheadAttention, transformers' Conv1D, and stacks of experts [experts,
-    out, in] of modules whose class name ends in "Experts", as transformers 5 fuses them.
+    out, in], as transformers 5 fuses them, of modules that say ``is_transposed`` or whose class name ends in "Experts".
     """
     parameters = module._parameters
     if isinstance(module, nn.Linear) or _is_conv1d(module):
         names = ["weight"]
     elif isinstance(module, nn.MultiheadAttention):
         names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
-    elif type(module).__name__.endswith("Experts"):
+    elif "is_transposed" in vars(module) or type(module).__name__.endswith("Experts"):
         names = [name for name, value in parameters.items() if value is not None and value.dim() == 3]
     else:
         names = []
@@ -137,6 +140,8 @@ def replace_weights(model: nn.Module, replacements: dict[nn.Parameter, nn.Parame
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter in replacements:
                 module._parameters[name] = replacements[parameter]
+    for tell in AFTER_REPLACING:
+        tell(model)
     return model
 
 
@@ -195,15 +200,46 @@ def release_frozen(model: nn.Module) -> None:
 
 
 def check_weights_at_hand(model: nn.Module) -> None:
-    """ValueError if transformers has quantized the model, or accelerate keeps some of its weights elsewhere."""
-    if getattr(model, "is_quantized", False):
-        raise ValueError("model: expected dense weights, got a model that is quantized already")
+    """ValueError if another library has quantized the model, or some of its weights are not in memory; one is named.
+
+    A model on the meta device is accepted inside ``with torch.device("meta")``: to be counted, not to compute.
+    """
+    if is_quantized(model) and not has_quantized_weights(model):
+        raise ValueError(
+            f"model: expected weights that are dense or lowbit's own, got a model that "
+            f"{getattr(model, 'quantization_method', 'transformers')} has quantized already"
+        )
     for name, module in model.named_modules():
         if getattr(getattr(module, "_hf_hook", None), "offload", False):
             raise ValueError(
                 f"model: expected weights in memory, but accelerate keeps those of {name or 'it'!r} elsewhere; load "
                 "the model without offloading"
             )
+    if torch.get_default_device().type == "meta":
+        return
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"model: expected weights in memory, but {name!r} is on the meta device; load the model first (to "
+                "count parameters without weights, wrap it inside `with torch.device('meta')`)"
+            )
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether transformers has quantized the model while it loaded it."""
+    return bool(getattr(model, "is_quantized", False))
+
+
+def has_quantized_weights(model: nn.Module) -> bool:
+    """Whether a parameter is a QuantizedTensor."""
+    return any(isinstance(parameter, QuantizedTensor) for parameter in model.parameters())
+
+
+def forget_quantization(model: nn.Module) -> None:
+    """Have transformers know that a model which it has quantized is dense, if all of its weights now are."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not has_quantized_weights(model):
+        quantizer.remove_quantization_config(model)
 
 
 @dataclasses.dataclass

@@ -108,24 +108,38 @@ class Sharded:
         """``(tensors to gather, what fsdp_post_all_gather needs besides)``. Called by FSDP2."""
         split = self._split(tuple(outer_size), mesh.size())
         whole = self.stored._replace(shape=split.shape, first_element=0, exact=True, sharded=False)
-        as_they_lie = whole.keeps_rows and split.rows * split.ranks == split.shape[0]
-        about = (whole, split, as_they_lie, self.group_scales, self.offset)
+        alone = mesh.size() == 1
+        as_they_lie = alone or whole.keeps_rows and split.rows * split.ranks == split.shape[0]
+        about = (whole, split, as_they_lie, self.absmax if alone else None, self.group_scales, self.offset)
+        if alone:  # FSDP2 copies the first tensor, and forgets others
+            return (self.packed,), about
         if as_they_lie:
             return (self.packed, self.absmax), about
         return tuple(split.send(self.packed, self.absmax, mesh.get_local_rank())), about
 
     def fsdp_post_all_gather(self, gathered, about, param_dtype, *, out=None):
         """``(the whole weight in param_dtype, tensors that FSDP2 may free)``, or the same written into ``out``."""
-        whole, split, as_they_lie, group_scales, offset = about
+        whole, split, as_they_lie, own_absmax, group_scales, offset = about
         whole = whole._replace(dtype=param_dtype)
+        if out is not None:
+            if not as_they_lie:  # else ``out`` lies where it was gathered
+                packed, absmax = self._received(gathered, whole, split)
+                out.packed.copy_(packed)
+                out.absmax.copy_(absmax)
+            return None
+        if own_absmax is not None:
+            parts = _front(gathered[0], own_absmax, whole)
+            return self._make((*parts, group_scales, offset), whole), ()  # the shard needs its scales
         packed, absmax = gathered if as_they_lie else self._received(gathered, whole, split)
-        if out is None:
-            return self._make((packed, absmax, group_scales, offset), whole), (packed, absmax)
-        if not as_they_lie:  # else ``out`` lies where it was gathered
-            out.packed.copy_(packed)
-            out.absmax.copy_(absmax)
-        return None
+        return self._make((packed, absmax, group_scales, offset), whole), (packed, absmax)
 
     def _received(self, gathered, whole, split):
         parts = split.receive(gathered, whole.spec.packed_size(whole.numel), self.absmax.dtype)
         return tuple(part.view(split.shape[0], -1) for part in parts) if whole.keeps_rows else parts
+
+
+def _front(packed, absmax, whole) -> tuple[torch.Tensor, torch.Tensor]:
+    """The parts of a whole weight, which are at the front of a shard's memory."""
+    packed = packed.reshape(-1)[: whole.spec.packed_size(whole.numel)]
+    absmax = absmax.reshape(-1)[: whole.spec.scale_count(whole.shape)]
+    return (packed.view(whole.shape[0], -1), absmax.view(whole.shape[0], -1)) if whole.keeps_rows else (packed, absmax)

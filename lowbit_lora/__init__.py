@@ -1,6 +1,10 @@
 """LoRA and QLoRA on top of lowbit: layers, model wrappers, and adapters in PEFT's files."""
 
+from lowbit import modules as _modules
+
+from . import hf
 from .config import LoraConfig, QLoRAConfig, QuantizationType
+from .hf import experts as _experts
 from .layers import (
     LoRABaseLayer,
     LoRAConv1d,
@@ -15,6 +19,9 @@ from .layers import (
 )
 from .model import LoraModel, QLoRAModel
 from .optim import AdamW8bit, Lion8bit, PagedAdamW, PagedAdamW8bit, PagedLion, PagedLion8bit, get_paged_optimizer
+
+hf.register_with_transformers()
+_modules.AFTER_REPLACING.append(_experts.use)  # mixtures whose experts are quantized multiply by lowbit's product
 
 #: Another name of LoraModel, in the spelling of the layers.
 LoRAModel = LoraModel
@@ -44,3 +51,11 @@ __all__ = [
     "QuantizationType",
     "get_paged_optimizer",
 ]
+
+
+def __getattr__(name: str):
+    if name != "LowbitConfig":  # not in __all__ either: it needs transformers, which takes seconds to import
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .hf.config import LowbitConfig
+
+    return LowbitConfig

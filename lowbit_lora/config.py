@@ -180,6 +180,14 @@ class LoraConfig:
         """The dtype of the factors."""
         return FACTOR_DTYPES[self.lora_dtype]
 
+    @property
+    def is_prompt_learning(self) -> bool:
+        """What PEFT asks before it collects adapters of its own layers, as for Trainer's sharded checkpoints."""
+        raise RuntimeError(
+            "PEFT does not know the layers of lowbit_lora. Under FSDP: fsdp_state_dict_type: expected FULL_STATE_DICT, "
+            "got another one; elsewhere take model.adapter_state_dict() and load_adapter_state_dict()"
+        )
+
     def to_peft(self) -> dict[str, Any]:
         """The dictionary of ``adapter_config.json``."""
         return {name: getattr(self, name) for name in _SAME_IN_PEFT} | {

@@ -20,6 +20,7 @@ from .adapters import AdapterOperations
 from .base_tensors import of_base, warn_of_other_base, whole_embeddings
 from .config import LoraConfig, QLoRAConfig
 from .files import PREFIX, by_own_keys, fit, model_card, read_adapter, save_adapter
+from .hf.parallel import gathered_parts, is_part
 from .layers import DEFAULT, LoRABaseLayer, LoRAExperts
 from .training import trainable_biases
 from .wrap import Plan, adapter_of, check_base
@@ -76,6 +77,7 @@ class StoredAdapters(AdapterOperations):
         adapters_to_save: Iterable[str] | None = None,
         is_main_process: bool = True,
         save_embedding_layers: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
         **_: Any,
     ) -> None:
         """Write the adapters (LoRA, modules to save, trained biases), not the base, in PEFT's two files each.
@@ -90,6 +92,7 @@ class StoredAdapters(AdapterOperations):
             is_main_process: False writes nothing, for the other ranks of a distributed run. Under FSDP2 all ranks have
                 to call this: their parts are gathered.
             save_embedding_layers: save the embedding and the output layer whole: for those that were resized.
+            state_dict: this model's, whole: Trainer gathers it under FSDP2, and lets the main process alone save.
             _: other keywords, of which Hugging Face's Trainer passes some, are ignored.
 
         Raises:
@@ -97,11 +100,13 @@ class StoredAdapters(AdapterOperations):
             ValueError: the adapters have been merged; a parameter is spread over ranks by ZeRO-3 or FSDP1.
         """
         self._parts()
+        own = dict(self.named_parameters()) if state_dict else {}
+        gathered = {own[name]: tensor for name, tensor in (state_dict or {}).items() if name in own}
         for name in list(self.configs) if adapters_to_save is None else self._known(list(adapters_to_save)):
             tensors = changed(self._start, buffers_of(self.model))
             tensors |= whole_embeddings(self.model) if save_embedding_layers else {}
             tensors |= self._tensors(name)
-            whole = {key: _whole(key, tensor) for key, tensor in tensors.items()}
+            whole = {key: _whole(key, gathered.get(tensor, tensor)) for key, tensor in tensors.items()}
             config = as_plain_lora(self.model, name, self.configs[name], whole)
             if is_main_process:
                 save_adapter(self.model, config, whole, folder if name == DEFAULT else os.path.join(folder, name))
@@ -140,7 +145,8 @@ class StoredAdapters(AdapterOperations):
         Args:
             folder: what save_pretrained wrote, or a hub name.
             name: a new one, or one that is there, whose values it takes in place (hot-swapping): no memory is
-                allocated anew, and what was captured in a CUDA graph or compiled computes with the new values.
+                allocated anew, and what was captured in a CUDA graph or compiled computes with the new values. With the
+                first adapter come the buffers that training moves (batch norm's statistics).
             is_trainable: let it train once it is active. What trains besides is left as it is.
             strict, settings_from: see :meth:`from_pretrained`; hot-swapping is strict.
             lora_dtype: of the factors, whatever the file's is; hot-swapping keeps that of the memory.
@@ -154,9 +160,13 @@ class StoredAdapters(AdapterOperations):
         if name in self.configs:
             self._check_not_merged(name)
             targets, base = self._tensors(name), of_base(self.model, self._parts())
-            values = padded(self.model, name, config, by_own_keys(tensors, targets, self.model), file)
+            values = without_initial(self.model, name, by_own_keys(tensors, targets, self.model))
+            values = padded(self.model, name, config, values, file)
             values = fit(values, targets, self.model, file, optional=base)
-            warn_of_other_base(values, base, file)
+            if name == next(iter(self.configs)):  # the buffers are what this one was trained with
+                targets |= buffers_of(self.model)
+                values = self._start | values
+            warn_of_other_base(values, {key: tensor for key, tensor in base.items() if key not in targets}, file)
             _fill(targets, values)
             return
         config = with_saved_of_file(self.model, dataclasses.replace(config, bias="none"), tensors)
@@ -256,7 +266,9 @@ def as_plain_lora(model: nn.Module, name: str, config: LoraConfig, tensors: dict
 
 
 def _whole(key: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that FSDP2 has spread over ranks, gathered: all ranks have to ask. ValueError for one that cannot be."""
+    """A tensor that is spread over ranks, gathered: all ranks have to ask. ValueError for one that cannot be."""
+    if is_part(tensor):
+        return gathered_parts(tensor)
     tensor = tensor.detach()
     if hasattr(tensor, "full_tensor"):
         return tensor.full_tensor()
@@ -287,6 +299,25 @@ def with_saved_of_file(model: nn.Module, config: LoraConfig, tensors: dict[str, 
                     saved.append(name)
                     break
     return dataclasses.replace(config, modules_to_save=saved or None)
+
+
+def without_initial(model: nn.Module, name: str, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The values of a saved adapter, by own keys, without the first factors that :func:`as_plain_lora` added to them.
+
+    Adapter ``name`` still has these factors, as in training that goes on. Where it has others, all is as it was.
+    """
+    values = dict(values)
+    for layer_name, part in adapted_modules(model).items():
+        if isinstance(part, LoRABaseLayer) and name in part.initial:
+            key_a, key_b = (f"{layer_name}.{key}" for key in list(part.adapter_tensors(name))[:2])
+            first_a, first_b = part.initial[name]
+            rank, a, b = len(first_a), values.get(key_a), values.get(key_b)
+            if a is None or b is None or len(a) != 2 * rank or b.shape[1] != 2 * rank:
+                continue
+            added_a, added_b = a[rank:].flatten(1), b[:, rank:].flatten(1)
+            if torch.equal(added_a, first_a.to(a)) and torch.equal(added_b, -first_b.to(b)):
+                values |= {key_a: a[:rank], key_b: b[:, :rank]}
+    return values
 
 
 def padded(

@@ -10,11 +10,12 @@ from lowbit import models
 from lowbit.adapted import adapted_modules, buffers_of
 from lowbit.checks import check_new_name
 from lowbit.lowrank import is_decomposing
-from lowbit.modules import replace_modules
+from lowbit.modules import forget_quantization, replace_modules
 from lowbit.quantizers.requantize import Quantizer, search_quantizer
 
 from .config import LoraConfig, QLoRAConfig
 from .exchange import StoredAdapters
+from .hf.trainer import SeenAsPeft, check_head_is_called
 from .layers import DEFAULT, LoRABaseLayer
 from .merge import merge_all
 from .optim import get_paged_optimizer, parameter_groups
@@ -22,7 +23,7 @@ from .training import print_storage
 from .wrap import Plan, check_base
 
 
-class LoraModel(StoredAdapters):
+class LoraModel(SeenAsPeft, StoredAdapters):
     """A model with LoRA on layers of its dense, frozen base.
 
     The base is changed in place, all of it or, on an error, nothing. Calls, ``generate`` and attributes go
@@ -49,7 +50,7 @@ class LoraModel(StoredAdapters):
             hint = f"; write {own}.from_peft(config)" if hasattr(config, "peft_type") else ""
             raise TypeError(f"config: expected a {own}, got {type(config).__name__}{hint}")
         check_new_name("adapter", adapter_name, {})
-        super().__init__()
+        nn.Module.__init__(self)
         self._adopt(Plan(model, config, adapter_name))
 
     def _adopt(self, plan: Plan, trainable: bool = True) -> None:
@@ -73,6 +74,8 @@ class LoraModel(StoredAdapters):
         Raises:
             ValueError: no adapter of a name, another number of names than rows, or adapters are merged.
         """
+        if kwargs.get("fused_lm_head"):
+            check_head_is_called(self.model)
         if adapter_names is None:
             return self.model(*args, **kwargs)
         sizes = [len(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim()]
@@ -85,7 +88,7 @@ class LoraModel(StoredAdapters):
 
     def __getattr__(self, name: str) -> Any:
         try:
-            return super().__getattr__(name)
+            return nn.Module.__getattr__(self, name)  # not super(): see SeenAsPeft
         except AttributeError:
             if name == "model":  # not there yet (unpickling), or no longer: do not look for it inside itself
                 raise
@@ -200,6 +203,7 @@ class LoraModel(StoredAdapters):
 
     def _released(self) -> nn.Module:
         self._restore.apply(self.model)
+        forget_quantization(self.model)
         self.configs = {}
         return self.model
 
@@ -207,8 +211,9 @@ class LoraModel(StoredAdapters):
 class QLoRAModel(LoraModel):
     """A model whose linear layers are stored in 4 bits, with LoRA on those that the config names.
 
-    Heads (``lm_head``, a classifier), modules to save and weights tied to an embedding stay dense. See
-    :class:`LoraModel` for the rest.
+    Heads (``lm_head``, a classifier), modules to save and weights tied to an embedding stay dense. A model that was
+    loaded with :class:`lowbit_lora.LowbitConfig` keeps its weights as they are; of the config only the part about LoRA
+    counts. See :class:`LoraModel` for the rest.
 
     Raises:
         ValueError: also where a weight to quantize holds NaN or inf; its module is named.

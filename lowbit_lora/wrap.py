@@ -10,6 +10,7 @@ import warnings
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from lowbit import QuantizedTensor, models, modules
 from lowbit.adapted import Adapted, base_of, share_hooks, walk, with_nested
@@ -114,7 +115,8 @@ class Plan:
     def _stored(self, found: dict[nn.Module, str], inside_saved: set, heads: set) -> dict[nn.Parameter, nn.Parameter]:
         """A quantized parameter for each weight that the config stores so."""
         config = self.config
-        if not isinstance(config, QLoRAConfig) or not self.is_first:
+        # What a model was loaded with that transformers quantized, such as modules to keep dense, holds.
+        if not isinstance(config, QLoRAConfig) or not self.is_first or modules.is_quantized(self.model):
             return {}
         fused = models.read_by_fused_kernels(self.model)
         _check_not_fused(found, fused)
@@ -299,15 +301,36 @@ def _check_not_fused(found: dict[nn.Module, str], fused: dict[nn.Module, str]) -
         )
 
 
+def _refuse_peft(owner: nn.Module, name: str, module: nn.Module | None) -> None:
+    """ValueError if PEFT begins to wrap a model that has adapters of ours; torch calls this for each new child module.
+
+    Every wrapper of PEFT's takes the model in as its child before it does anything else.
+    """
+    if name not in ("model", "base_model") or module is None:
+        return
+    if not any(kind.__module__.partition(".")[0] == "peft" for kind in type(owner).__mro__):
+        return
+    if any(isinstance(inner, Adapted) for inner in module.modules()):
+        raise ValueError(
+            f"model: PEFT's {type(owner).__name__} expects a model without adapters, but this {type(module).__name__} "
+            "has lowbit_lora's, whose own add_adapter(name, config) adds another. For PEFT, take these out first "
+            "(unload() or merge_and_unload()), or begin with a model that is only quantized (lowbit.quantize_): "
+            "lowbit_lora.hf.peft.register(peft_config) gives it lowbit's product"
+        )
+
+
+register_module_module_registration_hook(_refuse_peft)
+
+
 def check_base(model: nn.Module) -> None:
     """TypeError/ValueError unless ``model`` is a module without adapters whose weights are at hand."""
     models.check_module(model)
-    if hasattr(model, "peft_config"):
-        raise ValueError("model: expected one without adapters, got a PEFT model; merge or unload it first")
     for name, module in model.named_modules():
         if isinstance(module, Adapted):
             raise ValueError(
                 f"model: expected one without adapters, but {name or 'it'!r} is a {type(module).__name__}; "
                 "call merge_and_unload() first"
             )
+    if hasattr(model, "peft_config"):
+        raise ValueError("model: expected one without adapters, got a PEFT model; merge or unload it first")
     modules.check_weights_at_hand(model)

@@ -14,11 +14,12 @@ from lowbit import QuantizedTensor, WeightSpec
 from lowbit.adapted import ProductWeight
 from lowbit.quantizers.quantize import quantize_to
 from lowbit_lora import LoraConfig, LoRAExperts, LoraModel, QLoRAConfig, QLoRAModel
+from lowbit_lora.hf import experts as hf_experts
 from lowbit_lora.layers import Adapter
 
 IDS = torch.arange(14).reshape(2, 7)
 STACKS = ["experts.gate_up_proj", "experts.down_proj"]
-WAYS = ("eager", "batched_mm", "grouped_mm")
+WAYS = ("eager", "batched_mm", "grouped_mm", "lowbit")
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 SIZES |= {"vocab_size": 50, "intermediate_size": 64, "num_experts_per_tok": 2, "pad_token_id": 0}
 
@@ -34,6 +35,7 @@ def moe(name: str = "Mixtral", way: str = "eager", experts: int = 4):
         for parameter_name, parameter in model.named_parameters():
             if ".experts." in parameter_name:
                 parameter.normal_(std=0.1)  # as they begin, the experts add too little to see
+    hf_experts.register()
     model.set_experts_implementation(way)
     return model
 
@@ -51,7 +53,9 @@ def randomized(wrapped: nn.Module, seed: int = 1) -> nn.Module:
 def wrapped_moe(quantized: bool, name: str = "Mixtral", way: str = "eager", stacks=STACKS, **options) -> LoraModel:
     kind, config = (QLoRAModel, QLoRAConfig) if quantized else (LoraModel, LoraConfig)
     options = {"rank": 4, "target_modules": [], "target_parameters": stacks} | options
-    return randomized(kind(moe(name, way), config(**options)))
+    model = randomized(kind(moe(name), config(**options)))
+    model.set_experts_implementation(way)  # now: quantized experts are given ours
+    return model
 
 
 def logits(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:

@@ -121,7 +121,7 @@ PASSED += (
 )
 PASSED += " prepare_inputs_for_generation supports_gradient_checkpointing loss_function base_model"
 KEPT_BACK = "resize_token_embeddings set_input_embeddings tie_weights dequantize enable_adapters disable_adapters"
-KEPT_BACK += " get_adapter_state_dict active_adapter register_for_auto_class init_weights save_checkpoint _init_weights"
+KEPT_BACK += " get_adapter_state_dict register_for_auto_class init_weights save_checkpoint _init_weights"
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, lambda model: torch.compile(model, backend="eager")])

@@ -3,6 +3,8 @@
 import distributed_cases as cases
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from lowbit import QuantizedTensor
 
@@ -29,6 +31,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """This process is a group by itself."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def assert_equal(ours: dict, theirs: dict) -> None:
@@ -70,6 +80,13 @@ def test_fsdp_trains_on_all_batches(results):
     expected = cases.train(cases.model(), cases.BATCHES)
     for rank in results("two_batches", 2):
         assert_equal(rank["fsdp"], expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"reshard_after_forward": False}, {"offload_policy": CPUOffloadPolicy(False)}])
+def test_fsdp_of_one_rank(one_rank, options):
+    """A script for many GPUs would fail on one, or train something else."""
+    module = cases.shard(cases.model(), **options)
+    assert_equal(cases.train(module, cases.BATCHES), cases.train(cases.model(), cases.BATCHES))
 
 
 @pytest.mark.parametrize("ranks", RANKS)

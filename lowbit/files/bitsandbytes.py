@@ -40,7 +40,7 @@ def to_state(q: QuantizedTensor, prefix: str = "weight") -> dict[str, torch.Tens
     state = {
         prefix: q.packed.view(-1, 1),
         f"{prefix}.absmax": q.absmax.view(-1),
-        f"{prefix}.quant_map": fmt.codebook(q.spec.format, q.device),
+        f"{prefix}.quant_map": fmt.codebook(q.spec.format, q.device) + 0.0,  # its second zero of FP4 is not minus zero
     }
     if q.spec.double_quant:
         state[f"{prefix}.nested_absmax"] = q.group_scales

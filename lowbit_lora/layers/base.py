@@ -78,6 +78,8 @@ class LoRABaseLayer(Adapted):
         self.survival: Survival | None = None  # while adapters are merged into a quantized weight
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
         self.lora_magnitude_vector = nn.ParameterDict()
+        #: nn.Dropout, for who looks for these in a model to turn them off (TRL); without an entry nothing is dropped.
+        self.lora_dropout = nn.ModuleDict()
         self._setup()
         if rank is not None:
             self.add_adapter(DEFAULT, self.adapter_type(rank, **options), lora_dtype)
@@ -124,9 +126,14 @@ class LoRABaseLayer(Adapted):
     def addition(self, name: str) -> Factors:
         """What an adapter adds to the weight as a matrix [out, in]: views of its factors."""
         adapter, (lora_a, lora_b) = self.adapters[name], self.factors(name)
-        dropout = adapter.lora_dropout if self.training else 0.0
+        dropout = self.dropout_probability(name) if self.training else 0.0
         bias = self.lora_B[name].bias if adapter.lora_bias else None
         return Factors(lora_b.flatten(1), lora_a.flatten(1), adapter.scaling, dropout, bias)
+
+    def dropout_probability(self, name: str) -> float:
+        """The probability with which an adapter zeroes an input element of A while training."""
+        dropout = self._modules["lora_dropout"]._modules.get(name)
+        return 0.0 if dropout is None else dropout.p
 
     def product(self, name: str) -> torch.Tensor:
         """scaling * B A of an adapter in fp32, in the weight's shape; differentiable in A and B."""
@@ -146,6 +153,8 @@ class LoRABaseLayer(Adapted):
         for kind, factor in self._new_factors(adapter, dtype=dtype, device=self.stored_weight.device).items():
             getattr(self, kind)[name] = factor.train(self.training) if isinstance(factor, nn.Module) else factor
         self.adapters[name] = adapter
+        if adapter.lora_dropout:
+            self.lora_dropout[name] = nn.Dropout(adapter.lora_dropout).train(self.training)
         self.reset_lora_parameters(name, init)
         if adapter.use_dora:
             self.lora_magnitude_vector[name] = nn.Parameter(self.row_norms(name).view(self._magnitude_shape))

@@ -40,7 +40,7 @@ class LoRAConv(LoRABaseLayer):
 
     def _added(self, input: torch.Tensor, name: str) -> torch.Tensor:
         adapter, down, up = self.adapters[name], self.lora_A[name], self.lora_B[name]
-        dropped = F.dropout(input, adapter.lora_dropout, self.training)
+        dropped = F.dropout(input, self.dropout_probability(name), self.training)
         return adapter.scaling * up(down(dropped.to(down.weight.dtype)))
 
     @torch.no_grad()

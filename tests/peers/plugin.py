@@ -1,7 +1,10 @@
 """pytest plugin: runs the LoRA tests of PEFT's suite against lowbit_lora, and writes one JSON line for each.
 
 Environment variables: PEER_REPORT names the file to write. PEER_BASELINE=1 leaves PEFT as it is, to learn which tests
-PEFT itself fails here. ``rules.py`` says how a test is counted, ``shim.py`` puts lowbit_lora in PEFT's place.
+PEFT itself fails here. PEER_BASE leaves it so too, and runs its tests of all methods: "dense" on the models that the
+tests make, "quantized" on the same with weights that lowbit has quantized, "decoded" on such that are decoded before
+they merge. ``rules.py`` says how a test is counted, ``shim.py`` puts lowbit_lora in PEFT's place, ``quantized.py``
+quantizes.
 """
 
 import inspect
@@ -13,7 +16,9 @@ import time
 import pytest
 import rules
 
-BASELINE = os.environ.get("PEER_BASELINE") == "1"
+#: "dense", "quantized" or "decoded" where PEFT itself runs, with all of its methods.
+BASE = os.environ.get("PEER_BASE")
+BASELINE = os.environ.get("PEER_BASELINE") == "1" or BASE is not None
 
 #: What the shim calls where lowbit comes in: a pass without any such call checks PEFT's own code only.
 touched: list[str] = []
@@ -73,7 +78,18 @@ def is_lora(item) -> bool:
     return ("Lora" in named or known) and not named - _PART_OF_LORA
 
 
+def method(item) -> str | None:
+    """The method of PEFT's that a test of its grids is for."""
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    cls = params.get("config_cls")
+    return cls.__name__.removesuffix("Config") if inspect.isclass(cls) else None
+
+
 def pytest_configure(config):
+    if BASE in ("quantized", "decoded"):
+        import quantized
+
+        quantized.install(decode=BASE == "decoded")
     if not BASELINE:
         import shim
 
@@ -81,7 +97,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    drop = [item for item in items if not is_lora(item)]
+    drop = [item for item in items if not (method(item) if BASE else is_lora(item))]
     items[:] = [item for item in items if item not in set(drop)]
     config.hook.pytest_deselected(items=drop)
 
@@ -118,6 +134,8 @@ def pytest_runtest_makereport(item, call):
         return
     kind, detail = _plain_kind(report, call)
     raised = list(FeatureMissing.raised)
+    if BASE in ("quantized", "decoded"):
+        kind, detail = _kind_on_quantized(item.nodeid, kind, detail, report.longreprtext)
     if not BASELINE:
         kind, detail = _kind(item.nodeid, kind, detail, report.longreprtext, raised)
     if report.when != "call" and kind == "passed":
@@ -128,7 +146,7 @@ def pytest_runtest_makereport(item, call):
         "kind": kind,
         "detail": detail,
         "feature": rules.feature(item),
-        "layer": rules.layer(item),
+        "layer": method(item) if BASE else rules.layer(item),
         "s": round(time.time() - _started.get(item.nodeid, time.time()), 3),
     }
     if kind == "fault?":
@@ -166,6 +184,17 @@ def _kind(nodeid: str, kind: str, detail: str, trace: str, raised: list[str]) ->
             return "vacuous", _match(rules.VACUOUS, nodeid) or "no lowbit in it"
         if why := _match(rules.PROVIDER, nodeid):
             return "shim", why
+    return kind, detail
+
+
+def _kind_on_quantized(nodeid: str, kind: str, detail: str, trace: str) -> tuple[str, str]:
+    if kind == "failed":
+        if why := _match(rules.REFUSED_ON_QUANTIZED, trace):
+            return "refused", why
+        why = _match(rules.EXPLAINED_ON_QUANTIZED, nodeid)
+        return ("explained", why) if why else ("fault?", detail)
+    if kind == "passed" and not touched:
+        return "vacuous", "no quantized weight in it"
     return kind, detail
 
 

@@ -90,6 +90,18 @@ MISSING_TRACE = {
     r"enable_adapters|layer\.disable_adapters": "single layers switched off (layer.enable_adapters)",
 }
 
+#: What PEFT does to a quantized weight where this text stands in the traceback, and lowbit refuses.
+REFUSED_ON_QUANTIZED = {
+    r"add_: a quantized weight cannot be written": "adds to the weight in place, to merge (SHiRA: in each forward)",
+    r"a quantized weight cannot be written|a dense tensor cannot be copied into": "writes into the weight, to merge",
+    r"data: expected a lowbit.QuantizedTensor": "puts a dense weight in the quantized one's place, to merge",
+    r"has no memory of its own layout": "saves a merged model that has quantized weights left, without LowbitConfig",
+    r"requires_grad_: a quantized weight is frozen": "trains a copy of a quantized module (modules_to_save, bias)",
+    r"expected a start that leaves the base as it is": "starts with another weight in the base",
+}
+#: Failures on quantized weights that were looked into.
+EXPLAINED_ON_QUANTIZED: dict[str, str] = {}
+
 _OPERATIONS = (
     (r"test_config\.py", "config class: to and from files, validation"),
     (r"hotswap|HotSwap", "hot-swapping an adapter"),

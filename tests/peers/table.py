@@ -8,9 +8,9 @@ import argparse
 import collections
 import json
 
-KINDS = ("passed", "shim", "missing", "explained", "fault?", "vacuous", "peer fails", "skipped")
+KINDS = ("passed", "shim", "missing", "refused", "explained", "fault?", "vacuous", "peer fails", "skipped")
 #: Kinds that say something of lowbit.
-COUNTED = ("passed", "shim", "missing", "explained", "fault?")
+COUNTED = ("passed", "shim", "missing", "refused", "explained", "fault?")
 
 
 def read(path):
@@ -72,10 +72,11 @@ def main():
     table(rows, "layer")
     table(rows, "feature")
     reasons(rows, "missing", "what lowbit lacks (the first thing that each test misses):")
+    reasons(rows, "refused", "what lowbit refuses on a quantized weight:")
     reasons(rows, "explained", "what lowbit does in another way:")
     reasons(rows, "shim", "passes of what the shim or PEFT itself provides, which do not count:")
     counter = collections.Counter(row["kind"] for row in rows.values())
-    print(f"{counter['passed']} of {sum(counter[kind] for kind in COUNTED)} of PEFT's LoRA tests pass")
+    print(f"{counter['passed']} of {sum(counter[kind] for kind in COUNTED)} of PEFT's tests pass")
 
 
 if __name__ == "__main__":

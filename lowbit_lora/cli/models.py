@@ -1,0 +1,116 @@
+"""Loading models by the command line: which class, which adapter, and the files beside the weights."""
+
+import os
+import shutil
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.files.checked import read_tensors
+from lowbit.files.hub import local_folder
+from lowbit.modules import has_quantized_weights
+
+from .. import LoraModel, QLoRAModel
+from ..files import WEIGHTS_FILE
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: What stands beside the weights, and makes a folder whole: the tokenizer's files.
+_BESIDE = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def read_config(model: str):
+    """The config of a model's folder or hub name.
+
+    Raises:
+        OSError: there is none.
+    """
+    from transformers import AutoConfig
+
+    if not os.path.isdir(model) and (os.path.isabs(model) or model.startswith((".", "~"))):
+        raise FileNotFoundError(f"{model}: expected a model's folder, found none")
+    return AutoConfig.from_pretrained(model)
+
+
+def load(model: str, kind: str | None = None, **options: Any) -> nn.Module:
+    """The model of a folder or a hub name, of the class that its config names; bitsandbytes' folders are lowbit's here.
+
+    ``kind``: another class of transformers.
+
+    Raises:
+        ValueError: transformers has no such class.
+    """
+    import transformers
+
+    from ..hf import bitsandbytes
+
+    kind = kind or (read_config(model).architectures or ["AutoModel"])[0]
+    if not hasattr(transformers, kind):
+        raise ValueError(f"{model}: expected a class of transformers {transformers.__version__}, got {kind!r}")
+    with bitsandbytes.registered():
+        return getattr(transformers, kind).from_pretrained(model, **{"dtype": "auto"} | options)
+
+
+def is_quantized(model: str) -> str | None:
+    """The method by which a model's weights are quantized, as its config says."""
+    settings = getattr(read_config(model), "quantization_config", None)
+    return None if settings is None else dict(settings).get("quant_method", "unknown")
+
+
+def with_adapter(base: nn.Module, folder: str) -> LoraModel:
+    """The adapter of a folder on its base; the base is quantized as when the adapter was saved."""
+    is_qlora = has_quantized_weights(base) or "quantization" in adapter_settings(folder)
+    return (QLoRAModel if is_qlora else LoraModel).from_pretrained(base, folder)
+
+
+def adapter_settings(folder: str) -> dict[str, Any]:
+    """What lowbit wrote of an adapter beside PEFT's settings: how its base was quantized; nothing of PEFT's own."""
+    path = os.path.join(local_folder(folder, "adapter_*", "an adapter"), WEIGHTS_FILE)
+    return read_tensors(path)[1]
+
+
+def copy_tokenizer(model: str, out: str) -> list[str]:
+    """Copy the files of a model's tokenizer; returns their names."""
+    from transformers.utils import cached_file
+
+    copied = []
+    for name in _BESIDE:
+        path = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+        if path is not None:
+            shutil.copyfile(path, os.path.join(out, name))
+            copied.append(name)
+    return copied
+
+
+def check_out(model: str, out: str) -> None:
+    """ValueError if the output would overwrite the model that is read."""
+    if os.path.exists(out) and os.path.exists(model) and os.path.samefile(out, model):
+        raise ValueError(f"OUT: expected another folder than the model's, got {out}")
+
+
+def folder_bytes(folder: str) -> int:
+    """The bytes of a folder's weights."""
+    names = os.listdir(folder)
+    return sum(
+        os.path.getsize(os.path.join(folder, name)) for name in names if name.endswith((".safetensors", ".gguf"))
+    )
+
+
+def model_bytes(model: nn.Module) -> int:
+    """The bytes of a model's parameters as stored."""
+    return sum(parameter.nbytes for parameter in model.parameters())
