@@ -20,7 +20,6 @@ from .adapters import AdapterOperations
 from .base_tensors import of_base, warn_of_other_base, whole_embeddings
 from .config import LoraConfig, QLoRAConfig
 from .files import PREFIX, by_own_keys, fit, model_card, read_adapter, save_adapter
-from .hf.parallel import gathered_parts, is_part
 from .layers import DEFAULT, LoRABaseLayer, LoRAExperts
 from .training import trainable_biases
 from .wrap import Plan, adapter_of, check_base
@@ -267,8 +266,8 @@ def as_plain_lora(model: nn.Module, name: str, config: LoraConfig, tensors: dict
 
 def _whole(key: str, tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that is spread over ranks, gathered: all ranks have to ask. ValueError for one that cannot be."""
-    if is_part(tensor):
-        return gathered_parts(tensor)
+    if hasattr(tensor, "gathered"):  # a part that hf.parallel has made
+        return tensor.gathered()
     tensor = tensor.detach()
     if hasattr(tensor, "full_tensor"):
         return tensor.full_tensor()

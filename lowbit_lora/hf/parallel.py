@@ -1,5 +1,6 @@
 """Many GPUs: tensor parallelism by transformers' plans, and the way of DeepSpeed's that quantized weights cannot go."""
 
+import functools
 import re
 import sys
 from typing import Any
@@ -132,22 +133,16 @@ def _split_factors(down: nn.Module, up: nn.Module, dim: int, group: dist.Process
     begin, end = _bounds("factors", split.weight.shape[dim], group)
     trains = split.weight.requires_grad
     split.weight = nn.Parameter(split.weight.narrow(dim, begin, end - begin).clone(), requires_grad=trains)
-    split.weight.tensor_parallel = group, dim
+    split.weight.gathered = functools.partial(_gathered, split.weight, dim, group)  # for saving
     if whole.weight.requires_grad:
         whole.weight.register_hook(lambda gradient: _sum(gradient, group))
 
 
-def is_part(tensor: torch.Tensor) -> bool:
-    """Whether :func:`tensor_parallel_` has split the tensor."""
-    return hasattr(tensor, "tensor_parallel")
-
-
-def gathered_parts(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor; all processes of its group have to ask."""
-    group, dim = tensor.tensor_parallel
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, tensor.detach().contiguous(), group)
-    return torch.cat(parts, dim)
+def _gathered(part: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """The whole tensor; all processes of the group have to ask."""
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, part.detach().contiguous(), group)
+    return torch.cat([part.detach() for part in parts], dim)
 
 
 def _sum(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
