@@ -56,7 +56,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     add("--accumulate", type=int, default=1, help="batches per step of the optimizer")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add_training_options(parser, methods=("lora", "qlora"), method="qlora", epochs=1, batch_size=4, output="out/lm")
-    parser.set_defaults(train_size=160, test_size=32)
+    parser.set_defaults(train_size=160, test_size=32, lora_dropout=0.0)
     options = parser.parse_args(arguments)
 
     check_training_options(parser, options)

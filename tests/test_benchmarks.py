@@ -181,6 +181,32 @@ def test_bench_generate_writes_its_report(tmp_path):
         assert row["tokens_per_s"] > 0 and 0 < row["bound_share"] < 1
 
 
+def test_bench_load_prints_its_table(monkeypatch, tmp_path, capsys):
+    """Rows would be of another contender, or a library would not quantize and look fast."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_load
+
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=512, intermediate_size=1024, num_hidden_layers=1, num_attention_heads=8
+    )
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "model")
+
+    def here(name, folder, options, save_to=None):  # a process each takes 5 s
+        library, is_quantized = bench_load.CONTENDERS[name]
+        if save_to:
+            return bench_load.load(folder, library, False, torch.bfloat16).save_pretrained(save_to)
+        return bench_load.measure(folder, library, is_quantized, torch.bfloat16)
+
+    monkeypatch.setattr(bench_load, "in_process", here)
+    monkeypatch.setattr(sys, "argv", ["bench_load.py", str(tmp_path / "model"), "--rounds", "1"])
+    bench_load.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[-5:]]
+    assert [row[0] for row in rows] == list(bench_load.CONTENDERS)
+    assert [row[-1] for row in rows] == ["1", "1", "5", "1", "1"]  # 1.48 MB in 4 bits, 5.38 in bf16
+    assert all(float(row[1]) > 0 for row in rows)
+
+
 def test_ratios_that_fell_are_named(bench_matmul, tmp_path):
     """A kernel that became slower than before, next to torch, would land unseen."""
     import ratios
