@@ -164,10 +164,22 @@ def test_a_further_adapter_does_not_move_statistics(tmp_path):
     config = LoraConfig(target_modules=["first"])
     moved(LoraModel(base, config)).save_pretrained(tmp_path)
     wrapped = LoraModel(fresh, config)
-    for name in ("second", "default"):  # a new one, and one whose values are replaced
-        with pytest.warns(UserWarning, match="other values of .*norm.running_mean"):
-            wrapped.load_adapter(tmp_path, name)
+    with pytest.warns(UserWarning, match="other values of .*norm.running_mean"):
+        wrapped.load_adapter(tmp_path, "second")
     assert torch.equal(fresh.norm.running_mean, torch.zeros(40))
+
+
+def test_the_first_adapter_brings_its_statistics(tmp_path):
+    """Training that is resumed, or the best checkpoint, would go on with the statistics of another moment."""
+    torch.manual_seed(0)
+    base = Normed()
+    fresh = copy.deepcopy(base)
+    config = LoraConfig(target_modules=["first"])
+    moved(LoraModel(base, config)).save_pretrained(tmp_path)
+    wrapped = LoraModel(fresh, config)
+    wrapped.load_adapter(tmp_path, "default")
+    assert torch.equal(fresh.norm.running_mean, base.norm.running_mean)
+    assert not torch.equal(fresh.norm.running_mean, torch.zeros(40))
 
 
 def test_whole_embeddings_of_a_quantized_model(tmp_path):
