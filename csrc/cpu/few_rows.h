@@ -76,11 +76,13 @@ class ChunkScales {
   void start(int64_t first_row, int64_t rows) const {
     constexpr int64_t kElements = kFewRowsChunk / Chunk::kScales;
     const int shift = block_shift(weight_);
-    if (weight_.block_size == kElements)
-      return decode_scales<Isa>(weight_, first_row * k_ >> shift, rows * per_row_, scales_.data());
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t begin = (first_row + row) * k_, first = begin >> shift, last = (begin + k_ - 1) >> shift;
       float* to = scales_.data() + row * per_row_;
+      if (weight_.block_size == kElements) {
+        decode_scales<Isa>(weight_, first, per_row_, to);
+        continue;
+      }
       decode_scales<Isa>(weight_, first, last - first + 1, decoded_.data());
       for (int64_t i = 0; i < per_row_; ++i) to[i] = decoded_.data()[((begin + i * kElements) >> shift) - first];
     }
@@ -146,14 +148,8 @@ void few_rows_piece(const Chunk& chunk, const ChunkScales<Isa, Chunk>& scales, c
   }
 }
 
-// LoRA's B for `rows` outputs from n0 on, as [rank][kRowsOfWPerBlock].
-static inline void arrange_lora_b(const LinearArgs& args, int64_t n0, int64_t rows, float* to) {
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t r = 0; r < args.rank; ++r) to[r * kRowsOfWPerBlock + row] = args.lora_b[(n0 + row) * args.rank + r];
-}
-
 // Adds LoRA and bias to the sums [kRowsOfWPerBlock] of row m of y in columns [n0, n0 + rows), and stores them; lora_b
-// is as arrange_lora_b leaves it.
+// is [rank][kRowsOfWPerBlock].
 template <class Isa, class T>
 void store_few_rows(const LinearArgs& args, typename Isa::Vec sums, const float* lora_b, int64_t m, int64_t n0,
                     int64_t rows) {
@@ -195,7 +191,9 @@ void few_rows_by(const LinearArgs& args, const ParallelFor& parallel_for) {
           });
         }
       }
-      arrange_lora_b(args, n0, rows, lora_b.data());
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t r = 0; r < args.rank; ++r)
+          lora_b.data()[r * kRowsOfWPerBlock + row] = args.lora_b[(n0 + row) * args.rank + r];
       for (int64_t pass = 0; pass < x.passes; ++pass) {
         const int64_t stride = x.rows_of(pass) * Isa::kLanes;  // from one row of W to the next
         for (int64_t m = 0; m < x.rows_of(pass); ++m)

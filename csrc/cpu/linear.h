@@ -1,6 +1,6 @@
 // linear: y = x W^T (+ LoRA + bias), and linear_grad_input: grad_x = grad W (+ LoRA), on a quantized W.
-// Few rows go through one_row.h, few_rows.h or gemv.h; the rest through gemm.h, for which this file decodes the tiles
-// of W, or bf16_gemm.h.
+// Few rows go through few_rows.h or gemv.h; the rest through gemm.h, for which this file decodes the tiles of W, or
+// bf16_gemm.h.
 #pragma once
 
 #include "bf16_gemm.h"
@@ -9,7 +9,6 @@
 #include "few_rows.h"
 #include "gemm.h"
 #include "gemv.h"
-#include "one_row.h"
 #include "support.h"
 
 namespace lowbit::cpu {
@@ -129,7 +128,6 @@ void with_scaled_t(const LinearArgs& args, const Body& body) {
 template <class Isa>
 void scaled_linear(const LinearArgs& args, const ParallelFor& parallel_for) {
   if constexpr (kHasFewRows<Isa>) {
-    if (is_one_row<Isa>(args)) return one_row<Isa>(args, parallel_for);
     if (is_few_rows(args) && (args.dtype != Dtype::bf16 || args.m <= Isa::kFewBf16Rows))
       return few_rows<Isa>(args, parallel_for);
   }

@@ -194,25 +194,7 @@ struct Avx512 {
     }
   };
 
-  // one_row.h: 128 weights as eight vectors. Lane l of vector v is element 8 l + (v ^ 1), in dword l of the codes.
-  struct WideDecoder {
-    static constexpr int64_t kChunk = 128, kBytesPast = 3;
-    static constexpr int64_t element(int64_t i) { return 8 * (i % kLanes) + ((i / kLanes) ^ 1); }
-    explicit WideDecoder(const Format& format) : codebook(load(format.codebook)) {}
-    Vec codebook;
-
-    // The dwords from their byte `byte` on, which has the codes of vectors 2 byte and 2 byte + 1 in its halves. Loading
-    // each byte saves half of the shifts, which take the time of products; it reads behind the chunk.
-    static __m512i dwords(const uint8_t* packed, int byte) { return _mm512_loadu_si512(packed + byte); }
-    Vec odd(__m512i dwords) const { return _mm512_permutexvar_ps(dwords, codebook); }
-    Vec even(__m512i dwords) const { return _mm512_permutexvar_ps(_mm512_srli_epi32(dwords, 4), codebook); }
-  };
-
   static Vec join(Vec low_half, Vec high_half) { return _mm512_mask_blend_ps(0xff00, low_half, high_half); }
-  static Vec quarters(float first, float second, float third, float fourth) {
-    return join(_mm512_mask_blend_ps(0x00f0, broadcast(first), broadcast(second)),
-                _mm512_mask_blend_ps(0xf000, broadcast(third), broadcast(fourth)));
-  }
 
   static void decode_scales(const uint8_t* codes, int64_t count, float group_scale, float offset, float* scales) {
     for (int64_t i = 0; i < count; i += 16) {
