@@ -156,27 +156,28 @@ def test_statistics_that_stay_are_not_saved(tmp_path):
     assert all(".lora_" in key for key in load_file(tmp_path / WEIGHTS))
 
 
-def test_a_further_adapter_does_not_move_statistics(tmp_path):
-    """The base has one set of them, which the first adapter needs: that it is another is said."""
+@pytest.fixture
+def trained_and_fresh(tmp_path):
+    """A base whose statistics training moved, its adapter in ``tmp_path``, and the same base before, wrapped."""
     torch.manual_seed(0)
     base = Normed()
     fresh = copy.deepcopy(base)
     config = LoraConfig(target_modules=["first"])
     moved(LoraModel(base, config)).save_pretrained(tmp_path)
-    wrapped = LoraModel(fresh, config)
+    return base, fresh, LoraModel(fresh, config)
+
+
+def test_a_further_adapter_does_not_move_statistics(trained_and_fresh, tmp_path):
+    """The base has one set of them, which the first adapter needs: that it is another is said."""
+    _, fresh, wrapped = trained_and_fresh
     with pytest.warns(UserWarning, match="other values of .*norm.running_mean"):
         wrapped.load_adapter(tmp_path, "second")
     assert torch.equal(fresh.norm.running_mean, torch.zeros(40))
 
 
-def test_the_first_adapter_brings_its_statistics(tmp_path):
+def test_the_first_adapter_brings_its_statistics(trained_and_fresh, tmp_path):
     """Training that is resumed, or the best checkpoint, would go on with the statistics of another moment."""
-    torch.manual_seed(0)
-    base = Normed()
-    fresh = copy.deepcopy(base)
-    config = LoraConfig(target_modules=["first"])
-    moved(LoraModel(base, config)).save_pretrained(tmp_path)
-    wrapped = LoraModel(fresh, config)
+    base, fresh, wrapped = trained_and_fresh
     wrapped.load_adapter(tmp_path, "default")
     assert torch.equal(fresh.norm.running_mean, base.norm.running_mean)
     assert not torch.equal(fresh.norm.running_mean, torch.zeros(40))
