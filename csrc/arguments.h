@@ -72,13 +72,26 @@ struct DequantizeColumnsArgs {
   Dtype dtype;
 };
 
+// One number for each output, in its own dtype, whatever that of x: a conversion would be a launch of its own.
+struct Bias {
+  const void* data = nullptr;  // or null
+  Dtype dtype = Dtype::f32;
+
+  LOWBIT_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
+
+  // That of the outputs from number `first` on.
+  Bias from(int64_t first) const {
+    return {data ? static_cast<const char*>(data) + first * size_of(dtype) : nullptr, dtype};
+  }
+};
+
 // y[m, n] = x[m, k] W[n, k]^T + scaling t[m, rank] lora_b[n, rank]^T + bias[n]
 struct LinearArgs {
   const void* x;
   Dtype dtype;  // of x and y
   QuantizedWeight weight;
-  const float* bias = nullptr;  // or null
-  const float* t = nullptr;     // or null, as lora_b
+  Bias bias = {};
+  const float* t = nullptr;  // or null, as lora_b
   const float* lora_b = nullptr;
   float scaling = 1.0f;
   int64_t m, n, k, rank;
@@ -125,8 +138,8 @@ struct LoraProductArgs {
   float* t;  // fp32 [m, rank]: written where x is given
   Factor up;
   float up_scale;
-  const float* bias;  // or null
-  void* y;            // null: only t
+  Bias bias;
+  void* y;  // null: only t
   int64_t m, n, k, rank;
   OtherLora others[kMostOtherLoras] = {};  // whose t is written besides; none where x is null
   int other_count = 0;

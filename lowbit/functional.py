@@ -1,6 +1,7 @@
 """The public functions: arguments checked here, work done by the ops of the chosen backend."""
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +9,9 @@ import torch.nn.functional as F
 from . import backends
 from . import format as fmt
 from .format import FLOAT_DTYPES, check_float_dtype
-from .ops import dense
+from .ops import dense, lora
 from .ops import linear as products
-from .ops.record import is_traced, op_of
+from .ops.record import op_of
 from .tensor import QuantizedTensor
 
 
@@ -120,6 +121,29 @@ def lora_linear(
     return outside_autocast(_lora_linear, x, q, weight, lora_a, lora_b, float(scaling), bias, dropout_p, precision)
 
 
+def linear_plus_low_rank(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    low_rank: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``x W^T + t left^T + bias`` with ``(t, left) = low_rank(x)``: :func:`lora_linear` whose t is made in any way.
+
+    x [..., in], weight [out, in], dense or quantized, t [..., r], left [out, r]. ``low_rank`` is called without
+    autocast, with x in the dtype that is multiplied.
+    """
+
+    def product(x):
+        t, left = low_rank(x)
+        if operands is None:
+            of_dtype = weight if weight.dtype == x.dtype else weight.to(x.dtype)
+            return dense.lora_linear(lora.factor_namespace(x), x, of_dtype, None, left, 1.0, bias, t)
+        return products.linear(_namespace(x, weight), x, operands, weight.stored.shape[0], bias, t, left)
+
+    operands = _checked_weight(weight, x, bias) if isinstance(weight, QuantizedTensor) else None
+    return outside_autocast(product, x)
+
+
 def embedding(ids: torch.Tensor, q: QuantizedTensor) -> torch.Tensor:
     """The decoded rows ``ids`` [...] of a weight [rows, features], in its dtype [..., features].
 
@@ -140,7 +164,7 @@ def embedding(ids: torch.Tensor, q: QuantizedTensor) -> torch.Tensor:
         block = flat[:, None] * blocks + torch.arange(blocks, device=flat.device)
         scales = fmt.scale_map(flat.device)[scales.int()] * q.group_scales[block // fmt.GROUP_SIZE] + q.offset
     text = spec.without_double_quant().text
-    op = op_of(backends.namespace_for(flat.device.type, backends.selected), "dequantize")
+    op = op_of(backends.namespace_for(flat.device.type, backends.selected()), "dequantize")
     return op(codes, scales, None, None, text, [flat.numel(), features], layout.dtype).view(*ids.shape, features)
 
 
@@ -177,6 +201,8 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
 def outside_autocast(product, x: torch.Tensor, *arguments) -> torch.Tensor:
     """``product(x, *arguments)``; where autocast is on, with x in its dtype and autocast off inside."""
+    if not torch._C._is_any_autocast_enabled():
+        return product(x, *arguments)
     device_type = x.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # which raises for "meta"
         return product(x, *arguments)
@@ -195,7 +221,7 @@ def _lora_linear(x, q, weight, lora_a, lora_b, scaling, bias, dropout_p, precisi
     namespace, features = _namespace(x, q), q.stored.shape[0]
     if not dropout_p and precision == "exact":
         return products.lora_linear(namespace, x, weight, features, bias, lora_a, lora_b, scaling)
-    t = _lora_down(namespace, x, lora_a, dropout_p)
+    t = lora.down(F.dropout(x, dropout_p) if dropout_p else x, lora_a)
     if precision == "exact":
         return products.linear(namespace, x, weight, features, bias, t, lora_b, scaling)
     return _approximate(namespace, x, weight, features, bias, t, lora_b, scaling)
@@ -212,45 +238,18 @@ def _dense_lora_linear(x, weight, lora_a, lora_b, scaling, bias, dropout_p, prec
 
     def product(x, weight, bias):
         weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)  # under autocast
-        is_native = backends.selected in (None, "native") and x.device.type in backends.native.DEVICE_TYPES
-        namespace = backends.NAMESPACES["native"] if is_native else ""
-        t = _lora_down(namespace, x, lora_a, dropout_p) if dropout_p else None
-        return dense.lora_linear(namespace, x, weight, lora_a, lora_b, float(scaling), bias, t)
+        t = lora.down(F.dropout(x, dropout_p), lora_a) if dropout_p else None
+        return dense.lora_linear(lora.factor_namespace(x), x, weight, lora_a, lora_b, float(scaling), bias, t)
 
     return outside_autocast(product, x, weight, bias)
 
 
 def _namespace(x: torch.Tensor, q: QuantizedTensor) -> str:
-    return backends.namespace_for_product(x.device.type, x, q.stored.spec.format, backends.selected)
+    return backends.namespace_for_product(x.device.type, x, q.stored.spec.format, backends.selected())
 
 
 def _approximate(namespace, x, weight, features, bias, t=None, lora_b=None, scaling=1.0) -> torch.Tensor:
     return op_of(namespace, "linear_approximate")(x, *weight, features, bias, t, lora_b, scaling)
-
-
-def _lora_down(namespace: str, x, lora_a, dropout_p: float) -> torch.Tensor:
-    """dropout(x) A^T."""
-    dropped = F.dropout(x, dropout_p, True) if dropout_p else x
-    return _LoraDown.apply(dropped, lora_a, "" if is_traced() else namespace)
-
-
-class _LoraDown(torch.autograd.Function):
-    """t = x A^T of a dropped x, as ``Product.matmul``. Unlike F.linear on casts, it saves x in x's own dtype."""
-
-    @staticmethod
-    def forward(ctx, x, lora_a, namespace):
-        ctx.save_for_backward(x, lora_a)
-        ctx.product = products.Product(namespace, ())
-        return ctx.product.matmul(x, lora_a)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, lora_a = ctx.saved_tensors
-        product = ctx.product
-        grad_x = product.up(grad, lora_a.T, x.dtype) if ctx.needs_input_grad[0] else None
-        grad_a = product.outer(grad, x).to(lora_a.dtype) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_a, None
 
 
 def check_quantized(q: QuantizedTensor) -> None:

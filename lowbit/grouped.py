@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from . import backends
+from .format import check_float_dtype
 from .functional import check_operand, check_quantized, outside_autocast
 from .ops import grouped as products
 from .ops.record import op_of
@@ -81,16 +82,19 @@ def grouped_lora_linear(
     return outside_autocast(_lora_linear, x, q, weight, expert_ends, lora_a, lora_b, float(scaling), bias, dropout_p)
 
 
-def grouped_matmul(x: torch.Tensor, matrices: torch.Tensor, expert_ends: torch.Tensor) -> torch.Tensor:
+def grouped_matmul(
+    x: torch.Tensor, matrices: torch.Tensor, expert_ends: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """``x M_e^T`` for each row of x and the dense matrix e it belongs to; differentiable in x and matrices.
 
     Args:
         x: [rows, in_features], float32, float16 or bfloat16, sorted by matrix.
         matrices: [experts, out_features, in_features].
         expert_ends: as in :func:`grouped_linear`.
+        dtype: of the result, which is summed in fp32: float32, float16 or bfloat16.
 
     Returns:
-        [rows, out_features] in fp32.
+        [rows, out_features] in ``dtype``.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -103,19 +107,20 @@ def grouped_matmul(x: torch.Tensor, matrices: torch.Tensor, expert_ends: torch.T
         got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
         raise ValueError(f"x: expected a tensor of shape (rows, {matrices.shape[2]}), got {got}")
     check_operand("x", x, (x.shape[0], matrices.shape[2]), matrices.device)
+    check_float_dtype("dtype", dtype)
     _check_expert_ends(expert_ends, matrices.shape[0], x)
-    return op_of(backends.namespace_for_experts(x.device.type, backends.selected), "grouped_matmul")(
-        x, matrices, expert_ends
+    return op_of(backends.namespace_for_experts(x.device.type, backends.selected()), "grouped_matmul")(
+        x, matrices, expert_ends, dtype
     )
 
 
 def _linear(x, q, weight, expert_ends, bias, t=None, lora_b=None, scaling=1.0) -> torch.Tensor:
-    op = op_of(backends.namespace_for_experts(x.device.type, backends.selected), "grouped_linear")
+    op = op_of(backends.namespace_for_experts(x.device.type, backends.selected()), "grouped_linear")
     return op(x, *weight, expert_ends, q.stored.shape[1], bias, t, lora_b, scaling)
 
 
 def _lora_linear(x, q, weight, expert_ends, lora_a, lora_b, scaling, bias, dropout_p) -> torch.Tensor:
-    namespace = backends.namespace_for_experts(x.device.type, backends.selected)
+    namespace = backends.namespace_for_experts(x.device.type, backends.selected())
     if dropout_p:
         t = op_of(namespace, "grouped_matmul")(F.dropout(x, dropout_p, True), lora_a, expert_ends)
         return _linear(x, q, weight, expert_ends, bias, t, lora_b, scaling)

@@ -296,9 +296,11 @@ def grouped_linear_grad_input(
     return grad_x
 
 
-def grouped_matmul(x: torch.Tensor, matrices: torch.Tensor, expert_ends: torch.Tensor) -> torch.Tensor:
-    """``x M^T`` of each expert's rows of x [T, K] with its matrix of [E, P, K]; -> fp32 [T, P]."""
-    y = x.new_zeros([x.shape[0], matrices.shape[1]], dtype=torch.float32)
+def grouped_matmul(
+    x: torch.Tensor, matrices: torch.Tensor, expert_ends: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """``x M^T`` of each expert's rows of x [T, K] with its matrix of [E, P, K]; -> [T, P] in ``dtype``."""
+    y = x.new_zeros([x.shape[0], matrices.shape[1]], dtype=dtype)
     for expert, at in enumerate(expert_rows(expert_ends)):
         y[at] = x[at].float() @ matrices[expert].float().T
     return y

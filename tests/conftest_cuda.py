@@ -16,7 +16,18 @@ from ptxemu import proofs
 from lowbit import ops
 from lowbit.format import WeightSpec
 
-__all__ = ["CSRC", "DTYPE_CODES", "FORMAT_CODES", "ROOT", "SOURCES", "call", "emulator", "launchers", "multiprocessors"]
+__all__ = [
+    "CSRC",
+    "DTYPE_CODES",
+    "FORMAT_CODES",
+    "ROOT",
+    "SOURCES",
+    "bias_arguments",
+    "call",
+    "emulator",
+    "launchers",
+    "multiprocessors",
+]
 __all__ += ["require_nvcc", "spec_of", "stub_bindings", "told_by_bindings", "told_by_sources", "unaligned", "written"]
 
 LAUNCHERS = ROOT / "tests" / "cuda" / "launchers.cu"
@@ -124,6 +135,11 @@ def multiprocessors(count: int):
         yield
     finally:
         launchers().device = device
+
+
+def bias_arguments(bias: torch.Tensor | None) -> tuple:
+    """A bias, or none, as launchers take it: with the code of its dtype."""
+    return bias, 0 if bias is None else DTYPE_CODES[bias.dtype]
 
 
 def unaligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from cases import (
     weight_error_cuda,
 )
 from conftest_cuda import emulator, launchers, spec_of, stub_bindings
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowbit
@@ -76,7 +77,9 @@ def run(op: str, *args, device: int = 0):
     lists = [a if isinstance(a, (list, tuple)) else [a] for a in args]
     tensors = [a for a in itertools.chain(*lists) if isinstance(a, torch.Tensor)]
     for tensor in tensors:
-        library.know(tensor if tensor.is_contiguous() else tensor.mT)  # one of LoRA's factors
+        tensor = tensor if tensor.is_contiguous() else tensor.mT  # one of LoRA's factors
+        if tensor.is_contiguous():  # else no kernel reads it: the bindings copy it
+            library.know(tensor)
     earlier = len(library.launches)
     library.runtime_calls.clear()
     result = op(*args)
@@ -110,12 +113,13 @@ def stub_capture(x: torch.Tensor) -> tuple[int, int] | None:
 class OnStub(TorchDispatchMode):
     """Context in which lowbit's public functions run on the CUDA bindings, over the stub runtime.
 
-    ``launches`` lists what would have been launched on a GPU: our kernels, and torch's ops by name.
+    ``launches`` lists what would have been launched on a GPU: our kernels, and torch's ops by name. ``in_fp32`` has the
+    ``(op, elements)`` of each tensor in fp32 that an op returned.
     """
 
     def __init__(self):
         super().__init__()
-        self.launches = []
+        self.launches, self.in_fp32 = [], []
         self._patch = pytest.MonkeyPatch()
 
     def __enter__(self):
@@ -138,10 +142,13 @@ class OnStub(TorchDispatchMode):
             result = run(op._opname, *args)
             self.launches += [launch.kernel for launch in library.launches[earlier:]]
             self.launches += ["torch"] * (of_torch() - earlier_of_torch)
-            return result
-        if op._opname not in NO_LAUNCH:
-            self.launches.append(op.name())
-        return op(*args, **(kwargs or {}))
+        else:
+            if op._opname not in NO_LAUNCH:
+                self.launches.append(op.name())
+            result = op(*args, **(kwargs or {}))
+        made = [each for each in pytree.tree_leaves(result) if isinstance(each, torch.Tensor)]
+        self.in_fp32 += [(op.name(), each.numel()) for each in made if each.dtype == torch.float32]
+        return result
 
 
 @contextlib.contextmanager
@@ -195,10 +202,12 @@ def check_linear(
     double_quant=True,
     scaling=0.7,
     sizes=None,
+    bias_dtype=None,
 ):
     """Check ``linear`` against fp64 arithmetic; return the last kernel. ``sizes`` scale t's and lora_b's elements."""
     weight = quantized((n, k), format, double_quant=double_quant)
     x, bias_values, t, lora_b = operands(rows, n, k, rank, dtype, lora_dtype)
+    bias_values = bias_values.to(bias_dtype or dtype)
     if sizes:
         t, lora_b = t * sizes[0], lora_b * sizes[1]
     lora = (t if rank else None, lora_b if rank else None, scaling)

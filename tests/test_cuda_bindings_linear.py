@@ -22,6 +22,14 @@ def test_linear(dtype, lora_dtype, bias):
     assert "dequantize" in check_linear(260, 24, 128, dtype, lora_dtype=lora_dtype, bias=bias)
 
 
+@pytest.mark.parametrize("bias_dtype", DTYPES)
+def test_linear_with_a_bias_of_another_dtype(bias_dtype):
+    """A bias is read in its own dtype: every kernel, and torch's product, would add other numbers."""
+    for rows, k, format in ((3, 128, "nf4"), (3, 70, "nf4"), (20, 128, "nf4"), (3, 96, "int8"), (260, 128, "nf4")):
+        check_linear(rows, 24, k, torch.bfloat16, format, bias_dtype=bias_dtype)
+    check_linear(260, 24, 128, torch.bfloat16, rank=0, bias_dtype=bias_dtype)
+
+
 @pytest.mark.parametrize("lora_dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("scaling", [64.0, -64.0, 2.0**-10])
 def test_lora_in_the_range_of_fp16(scaling, lora_dtype):

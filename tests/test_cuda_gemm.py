@@ -18,6 +18,7 @@ from cases import (
 from conftest_cuda import (
     DTYPE_CODES,
     FORMAT_CODES,
+    bias_arguments,
     call,
     emulator,
     launchers,
@@ -112,7 +113,18 @@ def gemm(x, weight: Weight, bias=None, t=None, lora_b=None, scaling=1.0, y=None)
     given = (emulator("address_space").Uninitialized(workspace), counters) if floats else (None, None)
     arguments = (x, DTYPE_CODES[x.dtype], weight.packed, *weight.scale_arguments(), FORMAT_CODES[weight.format])
     sizes = (m, n, weight.k, 0 if t is None else t.shape[1])
-    call("lowbit_linear_gemm", *arguments, weight.block_size, bias, t, lora_b, scaling, *sizes, y, *given)
+    call(
+        "lowbit_linear_gemm",
+        *arguments,
+        weight.block_size,
+        *bias_arguments(bias),
+        t,
+        lora_b,
+        scaling,
+        *sizes,
+        y,
+        *given,
+    )
     assert not counters.any()
     return y.view(m, n), workspace
 
@@ -121,12 +133,13 @@ def normal(*shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def assert_is_the_product(m, weight: Weight, dtype, rank, has_bias, scaling=0.7):
+def assert_is_the_product(m, weight: Weight, dtype, rank, bias_dtype=torch.float32, scaling=0.7):
     x, t, lora_b = normal(m, weight.k, dtype=dtype), normal(m, rank, seed=1), normal(weight.n, rank, seed=2)
-    bias = normal(weight.n, seed=3) if has_bias else torch.zeros(weight.n)
-    y, _ = gemm(x, weight, bias if has_bias else None, t if rank else None, lora_b if rank else None, scaling)
+    bias = None if bias_dtype is None else normal(weight.n, dtype=bias_dtype, seed=3)
+    y, _ = gemm(x, weight, bias, t if rank else None, lora_b if rank else None, scaling)
+    bias = torch.zeros(weight.n).double() if bias is None else bias.double()
     dense, x, t, lora_b = weight.dense().double(), x.double(), t.double(), lora_b.double()
-    exact = x @ dense.T + scaling * t @ lora_b.T + bias.double()
+    exact = x @ dense.T + scaling * t @ lora_b.T + bias
     lora_magnitude = scaling * t.abs() @ lora_b.abs().T
     magnitude = x.abs() @ dense.abs().T + lora_magnitude + bias.abs()
     terms = weight.k + 3 * rank
@@ -144,14 +157,14 @@ def assert_is_the_product(m, weight: Weight, dtype, rank, has_bias, scaling=0.7)
     double_quant=st.booleans(),
     magnitude=st.sampled_from((1e-6, 0.02, 30.0)),
     rank=st.sampled_from(RANKS),
-    has_bias=st.booleans(),
+    bias_dtype=st.sampled_from((None, *DTYPE_CODES)),
     processors=st.sampled_from((1, 3, 16, 132)),
 )
-def test_is_the_product(m, n, k, dtype, format, block_size, double_quant, magnitude, rank, has_bias, processors):
+def test_is_the_product(m, n, k, dtype, format, block_size, double_quant, magnitude, rank, bias_dtype, processors):
     """A ragged tile, a block that crosses rows, a kind of scale, LoRA or a split would make other numbers."""
     weight = Weight(n, k, format, block_size, double_quant, magnitude)
     with multiprocessors(processors):
-        assert_is_the_product(m, weight, dtype, rank, has_bias)
+        assert_is_the_product(m, weight, dtype, rank, bias_dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -174,7 +187,7 @@ def test_every_weight_meets_its_column(m, format, dtype):
 @pytest.mark.parametrize("k", [320, 352])
 def test_every_block_size(k, block_size):
     """Whether a row holds many blocks or a part of one, also where rows start inside a block."""
-    assert_is_the_product(33, Weight(40, k, block_size=block_size), torch.bfloat16, rank=8, has_bias=True)
+    assert_is_the_product(33, Weight(40, k, block_size=block_size), torch.bfloat16, rank=8)
 
 
 @pytest.mark.parametrize(("m", "rows", "columns"), [(9, 16, 128), (30, 32, 128), (70, 64, 256)])
@@ -183,7 +196,7 @@ def test_launch_and_bank_conflicts(m, rows, columns, block_size):
     """One block per tile; no two lanes wait for a bank, in any access to shared memory."""
     rows, columns = (min(rows, 32), 128) if block_size == 32 else (rows, columns)
     with multiprocessors(1):
-        assert_is_the_product(m, Weight(260, 512, block_size=block_size), torch.bfloat16, rank=17, has_bias=True)
+        assert_is_the_product(m, Weight(260, 512, block_size=block_size), torch.bfloat16, rank=17)
     (launch,) = launchers().launches
     assert launch.grid == (-(-m // rows) * -(-260 // columns), 1, 1)
     assert launch.block == (512, 1, 1)
@@ -235,7 +248,7 @@ def test_splits_are_added_in_order(m, n, k, processors):
         with launched_with(schedule="reverse", batch_blocks=3):
             again, _ = gemm(x, weight, bias, t, lora_b)
         assert len(launchers().launches) == 1
-        assert_is_the_product(m, weight, torch.float16, rank=40, has_bias=True)
+        assert_is_the_product(m, weight, torch.float16, rank=40)
     splits = workspace.numel() // (m * n)
     assert splits > 1
     assert torch.equal(y, again)
@@ -310,7 +323,7 @@ def test_what_it_does_not_serve():
     assert workspace_sizes(x[:, :48].contiguous(), odd)[0] == -1
     before = len(launchers().launches)
     y = written(72, x.dtype)
-    rest = (64, None, None, None, 1.0, 9, 8, 64, 0, y, None, None, None)
+    rest = (64, None, 0, None, None, 1.0, 9, 8, 64, 0, y, None, None, None)
     arguments = (DTYPE_CODES[x.dtype], weight.packed, *weight.scale_arguments(), 0, *rest)
     assert launchers().call("lowbit_linear_gemm", unaligned(x), *arguments) == NOT_SUPPORTED
     device = launchers().device
@@ -342,6 +355,7 @@ def test_nothing_to_do(m, n):
         0,
         64,
         None,
+        0,
         None,
         None,
         1.0,

@@ -24,6 +24,7 @@ from conftest_cuda import (
     DTYPE_CODES,
     FORMAT_CODES,
     ROOT,
+    bias_arguments,
     call,
     emulator,
     launchers,
@@ -52,7 +53,7 @@ class Case:
     block_size: int = 64
     double_quant: bool = True
     rank: int = 0
-    bias: bool = False
+    bias: torch.dtype | None = None
     scaling: float = 0.7
     magnitude: float = 0.02
     aligned: bool = True
@@ -73,7 +74,7 @@ class Case:
 
         self.x = made(self.m, self.k).to(self.dtype)
         self.t, self.lora_b = (made(self.m, self.rank), made(self.n, self.rank)) if self.rank else (None, None)
-        self.bias = made(self.n) if self.bias else None
+        self.bias = None if self.bias is None else made(self.n).to(self.bias)
 
     def run(self):
         """The kernel's y [m, n]."""
@@ -85,7 +86,7 @@ class Case:
         if self.group_scales is not None:
             scales = (None, self.absmax, self.group_scales, self.offset.reshape(1))
         weight = (packed, *scales, FORMAT_CODES[self.format], self.block_size)
-        lora = (self.bias, self.t, self.lora_b, self.scaling, self.m, self.n, self.k, self.rank)
+        lora = (*bias_arguments(self.bias), self.t, self.lora_b, self.scaling, self.m, self.n, self.k, self.rank)
         sizes = np.zeros(2, np.int64)
         arguments = ("lowbit_linear_gemv", x, DTYPE_CODES[self.dtype], *weight, *lora)
         assert launchers().call(*arguments, None, None, None, sizes, None) == 0
@@ -142,7 +143,7 @@ def kernels_run() -> str:
     format=formats,
     double_quant=st.booleans(),
     rank=st.sampled_from(RANKS),
-    bias=st.booleans(),
+    bias=st.sampled_from((None, *DTYPE_CODES)),
     magnitude=st.sampled_from((1e-6, 0.02, 30.0)),
 )
 def test_fast_shapes(m, n, blocks, block_size, dtype, format, double_quant, rank, bias, magnitude):
@@ -163,7 +164,7 @@ def test_fast_shapes(m, n, blocks, block_size, dtype, format, double_quant, rank
     block_size=block_sizes,
     double_quant=st.booleans(),
     rank=st.sampled_from(RANKS),
-    bias=st.booleans(),
+    bias=st.sampled_from((None, *DTYPE_CODES)),
     aligned=st.booleans(),
 )
 def test_any_shape(m, n, k, dtype, format, block_size, double_quant, rank, bias, aligned):
@@ -182,7 +183,7 @@ def test_every_block_size(block_size, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_x(m, dtype):
     """Rows beyond what a block takes, or beyond a group, would be left out or repeated."""
-    Case(m, 33, 192, dtype, rank=17, bias=True).check()
+    Case(m, 33, 192, dtype, rank=17, bias=torch.float32).check()
 
 
 @pytest.mark.parametrize("m", [3, 8])
@@ -211,7 +212,7 @@ def test_columns_shared_out_over_blocks(dtype, block_size):
     """Partial sums meet in a workspace: each block writes its own, and the last adds up all of them once."""
     k = 6 * 2048 if block_size == 2048 else 6 * 2048 + 64
     shares = 6 if block_size == 2048 else 13
-    case = Case(5, 20, k, dtype, block_size=block_size, rank=8, bias=True)
+    case = Case(5, 20, k, dtype, block_size=block_size, rank=8, bias=torch.float32)
     case.check()
     assert case.workspace == shares * 5 * 20
     tiles = 2 * (3 if dtype == torch.float32 else 1)
@@ -222,7 +223,7 @@ def test_columns_shared_out_over_blocks(dtype, block_size):
 @pytest.mark.parametrize("order", ["forward", "backward", "shuffled"])
 def test_order_of_arrival(order):
     """Which block comes last differs from run to run; the sum must not, and no share may be missing."""
-    case = Case(3, 20, 5 * 1024, torch.bfloat16, rank=8, bias=True)
+    case = Case(3, 20, 5 * 1024, torch.bfloat16, rank=8, bias=torch.float32)
     expected, options = case.run(), launchers().options
 
     def blocks(grid):
@@ -270,7 +271,7 @@ def test_tensor_cores_that_truncate(dtype):
     options = launchers().options
     launchers().options = {**options, "mma_mode": "trunc"}
     try:
-        Case(4, 16, 1024, dtype, rank=8, bias=True).check(roundings=2)
+        Case(4, 16, 1024, dtype, rank=8, bias=torch.float32).check(roundings=2)
     finally:
         launchers().options = options
 
@@ -308,7 +309,7 @@ def test_scale_that_is_not_finite(dtype):
 @pytest.mark.parametrize("m", [1, 2, 6])
 def test_int8(m, k, dtype):
     """int8 rows, also those shorter than what a warp reads, would be summed wrongly."""
-    Case(m, 19, k, dtype, "int8", rank=17, bias=True).check()
+    Case(m, 19, k, dtype, "int8", rank=17, bias=torch.float32).check()
     assert "gemv_int8" in kernels_run()
 
 
@@ -323,7 +324,7 @@ def test_nothing_to_multiply(shape, format):
     empty = torch.zeros(0)
     absmax = torch.zeros(n if format == "int8" else n * k // 64)
     weight = (packed, absmax, None, None, None, FORMAT_CODES[format], 64 if format == "nf4" else max(k, 1))
-    arguments = (bias, t, lora_b, 0.5, m, n, k, 2, y, None, None, np.zeros(2, np.int64))
+    arguments = (*bias_arguments(bias), t, lora_b, 0.5, m, n, k, 2, y, None, None, np.zeros(2, np.int64))
     x = torch.zeros(m * k) if m * k else empty
     assert launchers().call("lowbit_linear_gemv", x, 0, *weight, *arguments, None) == 0
     assert torch.equal(y, torch.full((m * n,), 2.0))

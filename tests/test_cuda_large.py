@@ -17,7 +17,7 @@ from cases import (
     tensor_core_tolerance,
     weight_error_cuda,
 )
-from conftest_cuda import DTYPE_CODES, FORMAT_CODES, launchers, spec_of, written
+from conftest_cuda import DTYPE_CODES, FORMAT_CODES, bias_arguments, launchers, spec_of, written
 
 from lowbit import reference
 
@@ -272,7 +272,7 @@ class Product:
         self.y = torch.zeros(m, self.n, dtype=dtype)
 
     def arguments(self):
-        lora = (self.bias, self.t, self.lora_b, 0.5, self.m, self.n, self.k, RANK)
+        lora = (*bias_arguments(self.bias), self.t, self.lora_b, 0.5, self.m, self.n, self.k, RANK)
         return self.x, DTYPE_CODES[self.dtype], *self.weight.arguments(), *lora, self.y
 
     def exact(self):
@@ -313,7 +313,7 @@ def test_gemv_of_long_rows():
         weight.fill((row + 1) * k - share, (row + 1) * k)
     x, y = torch.zeros(1, k, dtype=torch.bfloat16), torch.zeros(1, n, dtype=torch.bfloat16)
     x[:, -share:] = random(1, share)
-    arguments = (x, DTYPE_CODES[x.dtype], *weight.arguments(), None, None, None, 1.0, 1, n, k, 0)
+    arguments = (x, DTYPE_CODES[x.dtype], *weight.arguments(), None, 0, None, None, 1.0, 1, n, k, 0)
     sizes, shares = np.zeros(2, np.int64), k // share
     with running(last_block, processors=5 * shares // 2) as library:
         assert library.call("lowbit_linear_gemv", *arguments, None, None, None, sizes, None) == 0

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from cases import assert_within, lora_tolerance
-from conftest_cuda import DTYPE_CODES, call, emulator, launchers, multiprocessors, unaligned, written
+from conftest_cuda import DTYPE_CODES, bias_arguments, call, emulator, launchers, multiprocessors, unaligned, written
 
 NOT_SUPPORTED = 801  # cudaErrorNotSupported
 DTYPES = (torch.bfloat16, torch.float16)
@@ -36,14 +36,14 @@ class Factor:
 class Product:
     """A call of lora_product; ``options``: of both factors in memory."""
 
-    def __init__(self, m, n, k, rank, dtype, factor_dtypes=(torch.float32,) * 2, has_bias=True, **options):
+    def __init__(self, m, n, k, rank, dtype, factor_dtypes=(torch.float32,) * 2, bias_dtype=torch.float32, **options):
         self.sizes, self.options = (m, n, k, rank), options
         self.x = normal(m, k, dtype=dtype)
         self.down, self.up = (
             normal(rank, k, dtype=factor_dtypes[0], seed=1),
             normal(n, rank, dtype=factor_dtypes[1], seed=2),
         )
-        self.bias = normal(n, seed=3) if has_bias else None
+        self.bias = None if bias_dtype is None else normal(n, dtype=bias_dtype, seed=3)
         self.t_scale, self.up_scale = 1.5, 0.7
 
     def run(self, t=None, has_y=True, aligned=True):
@@ -54,7 +54,7 @@ class Product:
         y = written(m * n, self.x.dtype, aligned) if has_y else None
         down, up = Factor(self.down, **self.options), Factor(self.up, **self.options)
         scaled = (*down.arguments(), self.t_scale, t, *up.arguments(), self.up_scale)
-        call("lowbit_lora_product", x, DTYPE_CODES[self.x.dtype], *scaled, self.bias, y, *self.sizes)
+        call("lowbit_lora_product", x, DTYPE_CODES[self.x.dtype], *scaled, *bias_arguments(self.bias), y, *self.sizes)
         return t, None if y is None else y.view(m, n)
 
     def check(self, t, y):
@@ -90,7 +90,7 @@ def test_product(dtype, factor_dtype, is_transposed, rank):
 @pytest.mark.parametrize("processors", [1, 132])
 def test_product_of_every_tile(processors, m, n, k, rank, is_transposed):
     """Blocks of 32 to 128 rows, and of shares of y's columns: each has its own ends."""
-    product = Product(m, n, k, rank, torch.bfloat16, has_bias=False, is_transposed=is_transposed)
+    product = Product(m, n, k, rank, torch.bfloat16, bias_dtype=None, is_transposed=is_transposed)
     with multiprocessors(processors):
         t, y = product.run()
         again = product.run()
@@ -107,11 +107,20 @@ def test_product_of_any_rank(dtype, rank):
         product.check(*product.run())
 
 
-@pytest.mark.parametrize("what", ["x and y", "factors", "k", "n"])
+@pytest.mark.parametrize("bias_dtype", FACTOR_DTYPES)
+@pytest.mark.parametrize(("n", "dtype"), [(72, torch.bfloat16), (72, torch.float16), (71, torch.bfloat16)])
+def test_product_with_a_bias_of_any_dtype(n, dtype, bias_dtype):
+    """A bias is read in its own dtype: taken for another's, or at half its stride, it moves every output."""
+    product = Product(35, n, 136, 16, dtype, bias_dtype=bias_dtype)
+    product.check(*product.run())
+
+
+@pytest.mark.parametrize("what", ["x and y", "factors", "bias", "k", "n"])
 def test_product_at_any_address(what):
     """A view of a tensor, or a layer of odd sizes, would be a misaligned access."""
     n, k = 71 if what == "n" else 72, 133 if what == "k" else 136
     product = Product(35, n, k, 16, torch.bfloat16, aligned=what != "factors")
+    product.bias = unaligned(product.bias) if what == "bias" else product.bias
     product.check(*product.run(aligned=what != "x and y"))
 
 
@@ -193,7 +202,7 @@ def test_products_without_size():
 def test_x_is_read_once():
     """Each byte of x once per block of rows, and of the factors too, in pieces that fill their sectors."""
     m, n, k, rank = 64, 64, 512, 16
-    product = Product(m, n, k, rank, torch.bfloat16, has_bias=False)
+    product = Product(m, n, k, rank, torch.bfloat16, bias_dtype=None)
     with multiprocessors(1):
         product.run()
     (launch,) = launchers().launches
@@ -287,7 +296,7 @@ def test_what_it_does_not_serve():
     def code_of(dtype=torch.bfloat16, rank=4):
         x, t, y = torch.zeros(4, 8, dtype=dtype), torch.zeros(4, rank), torch.zeros(4, 8, dtype=dtype)
         factor = (torch.zeros(8, rank), 0, rank, 1)
-        product = (x, DTYPE_CODES[dtype], *factor, 1.0, t, *factor, 1.0, None, y, 4, 8, 8, rank, None)
+        product = (x, DTYPE_CODES[dtype], *factor, 1.0, t, *factor, 1.0, None, 0, y, 4, 8, 8, rank, None)
         outer = (x, DTYPE_CODES[dtype], t, 1.0, torch.zeros(8, rank), 0, rank, 1, 4, 8, rank, None)
         codes = launchers().call("lowbit_lora_product", *product), launchers().call("lowbit_lora_outer", *outer)
         assert codes[0] == codes[1]

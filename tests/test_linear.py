@@ -41,16 +41,16 @@ def operands(rows, shape, rank, dtype, lora_dtype, seed=0):
     format=formats,
     block_size=block_sizes,
     double_quant=st.booleans(),
-    has_bias=st.booleans(),
+    bias_dtype=st.sampled_from((None, *DTYPES)),
     magnitude=st.sampled_from((1e-6, 0.02, 30.0)),
 )
-def test_linear(name, rows, shape, dtype, format, block_size, double_quant, has_bias, magnitude):
+def test_linear(name, rows, shape, dtype, format, block_size, double_quant, bias_dtype, magnitude):
     """A wrong product in some corner shape or dtype would train a model on noise."""
     q = lowbit.quantize(
         make_weight(shape, torch.float32, magnitude), format=format, block_size=block_size, double_quant=double_quant
     )
     x, bias, _, _ = operands(rows, shape, 1, dtype, dtype)
-    bias = bias.detach() if has_bias else None
+    bias = None if bias_dtype is None else bias.detach().to(bias_dtype)
     weight = q.dequantize(torch.float32).double()
     with kernels(name):
         y = lowbit.linear(x, q, bias)
@@ -58,7 +58,7 @@ def test_linear(name, rows, shape, dtype, format, block_size, double_quant, has_
         (grad_x,) = torch.autograd.grad(y, x, grad)
     assert y.dtype == dtype and y.shape == (rows, shape[0]) and grad_x.dtype == dtype
     exact, magnitudes = x.double() @ weight.T, x.double().abs() @ weight.T.abs()
-    if has_bias:
+    if bias is not None:
         exact, magnitudes = exact + bias.double(), magnitudes + bias.double().abs()
     rounding = weight_error(name, format, dtype, rows, shape[1])
     tolerance = product_tolerance(magnitudes, exact, shape[1], dtype, rounding)

@@ -72,7 +72,7 @@ struct Cpu {
 
   void linear(LinearCall<Cpu>& call, Operand<Cpu>& t, const Tensor& y, bool approximate) const {
     LinearArgs args = call.args(y);
-    args.bias = call.bias.fp32();
+    args.bias = call.bias.bias();
     args.t = t.fp32();
     args.lora_b = call.lora_b.fp32();
     const Kernels& kernels = active_kernels();
@@ -125,11 +125,12 @@ Tensor grouped_linear(Tensor x, Tensor packed, Tensor absmax, std::optional<Tens
   Tensor y = device.empty(with_last(x, out_features), x.scalar_type());
   LinearArgs all = call.args(y);
   all.t = t_operand.fp32();
-  const float *bias_values = call.bias.fp32(), *lora_b_values = call.lora_b.fp32();
+  const Bias biases = call.bias.bias();
+  const float* const lora_b_values = call.lora_b.fp32();
   for (int64_t e = 0; e < experts; ++e) {
     const int64_t row = begins[e];
     LinearArgs args = cpu::rows_of(all, row, begins[e + 1] - row);
-    args.bias = at(bias_values, e * call.n);
+    args.bias = biases.from(e * call.n);
     args.lora_b = at(lora_b_values, e * call.n * rank);
     args.first_row = e * call.n;
     active_kernels().linear(args, parallel_for());

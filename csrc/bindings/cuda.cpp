@@ -152,7 +152,7 @@ class Cuda {
       multiply_low_rank(lora, call.dtype, gpu, kOp);
     }
     if (!decodes) {
-      args.bias = call.bias.fp32();
+      args.bias = call.bias.bias();
       args.t = t.fp32();
       args.lora_b = call.lora_b.fp32();
       const std::optional<Tensor> workspace = workspace_of(plan, &args.workspace);
@@ -308,7 +308,7 @@ class Cuda {
   void multiply_low_rank(const LowRankProduct& lora, Dtype dtype, const Gpu& gpu, const char* op) const {
     const int64_t m = lora.m, n = lora.n, k = lora.k, rank = lora.rank;
     float* const t_data = const_cast<float*>(lora.t->fp32());
-    const float* const bias = lora.bias ? lora.bias->fp32() : nullptr;
+    const Bias bias = lora.bias ? lora.bias->bias() : Bias{};
     LoraProductArgs args{.dtype = dtype, .t = t_data, .bias = bias, .m = m, .n = n, .k = k, .rank = rank};
     if (lora.x) {
       args.x = float_data(*lora.x, dtype, op);
@@ -338,7 +338,7 @@ class Cuda {
     if (!lora.y) return;
     const Tensor up = converted(**lora.up, ScalarType::Float);
     const Tensor y = matrix_of(*lora.y, m, n), sums = dtype == Dtype::f32 ? y : empty({m, n}, ScalarType::Float);
-    const std::optional<Tensor> addend = bias ? std::optional(**lora.bias) : std::nullopt;
+    const std::optional<Tensor> addend = bias ? std::optional(converted(**lora.bias, ScalarType::Float)) : std::nullopt;
     multiply(t, lora.up_is_transposed ? matrix_of(up, rank, n) : transposed(up, n, rank), addend, sums, lora.up_scale);
     if (dtype != Dtype::f32) copy(sums, y);
   }

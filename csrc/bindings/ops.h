@@ -41,6 +41,13 @@ class Operand {
     return {float_data(*tensor_, dtype, name_), dtype, is_transposed ? 1 : columns, is_transposed ? rows : 1};
   }
 
+  // As one number for each output, in its own dtype.
+  Bias bias() const {
+    if (!tensor_) return {};
+    const Dtype dtype = dtype_of(tensor_->scalar_type(), name_);
+    return {float_data(*tensor_, dtype, name_), dtype};
+  }
+
   const Tensor& operator*() const { return *tensor_; }
   explicit operator bool() const { return tensor_.has_value(); }
 

@@ -260,10 +260,10 @@ void linear_bf16_gemm(const LinearArgs& args, const ParallelFor& parallel_for) {
     const typename Isa::Pairs::Session session;
     const int64_t max_width = tasks.strips_per_task() * kStrip<Isa>;
     const int64_t sums_stride = tasks.panels_per_task() * kPanel + 16;
-    const Scratch rows(max_width * Isa::Pairs::kStride);  // of W
-    const Scratch transposed(max_width * sums_stride);    // y^T
-    const Scratch sums((sums_stride - 16) * max_width);   // y
-    const Scratch lora_b(args.rank ? kDepth * max_width : 0);
+    const Scratch rows(max_width * Isa::Pairs::kStride);             // of W
+    const Scratch transposed(max_width * sums_stride);               // y^T
+    const Scratch sums((sums_stride - 16) * max_width);              // y
+    const Scratch tile(args.rank ? kDepth * max_width : max_width);  // of lora_b, or the bias
     for (int64_t i = begin; i < end; ++i) {
       const Task task = tasks[i];
       const int64_t m0 = task.panel_begin * kPanel, m = std::min(task.panel_end * kPanel, args.m) - m0;
@@ -287,7 +287,7 @@ void linear_bf16_gemm(const LinearArgs& args, const ParallelFor& parallel_for) {
         for (int64_t column = 0; column < width; column += 16)
           Isa::transpose(transposed.data() + column * sums_stride + row, sums_stride,
                          sums.data() + row * width + column, width);
-      finish_linear<Isa>(args, m0, m, n0, task.strips, lora_b.data(), sums.data());
+      finish_linear<Isa>(args, m0, m, n0, task.strips, tile.data(), sums.data());
     }
   });
 }

@@ -41,10 +41,12 @@ void finish_linear(const LinearArgs& args, int64_t m0, int64_t m, int64_t n0, in
     }
   };
   if (args.t) add_low_rank<Isa>(args.t + m0 * args.rank, m, args.rank, strips, copy_lora_b, tile, sums);
+  float* const bias = tile;  // which is free again
+  if (args.bias) load_bias<Isa>(args.bias, n0, n, bias);
   for_dtype(args.dtype, [&]<class T>(T) {
     for (int64_t i = 0; i < m; ++i) {
       float* row = sums + i * width;
-      for (int64_t j = 0; args.bias && j < n; ++j) row[j] += args.bias[n0 + j];
+      for (int64_t j = 0; args.bias && j < n; ++j) row[j] += bias[j];
       store_row<Isa>(row, n, static_cast<T*>(args.y) + (m0 + i) * args.n + n0);
     }
   });

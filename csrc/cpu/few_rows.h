@@ -160,7 +160,7 @@ void store_few_rows(const LinearArgs& args, typename Isa::Vec sums, const float*
   float values[kRowsOfWPerBlock];
   Isa::store(values, sums);
   for (int64_t row = 0; row < rows; ++row)
-    from_float(args.bias ? values[row] + args.bias[n0 + row] : values[row], y + row);
+    from_float(args.bias ? values[row] + bias_of(args.bias, n0 + row) : values[row], y + row);
 }
 
 template <class Isa, class T, class Chunk>

@@ -23,7 +23,7 @@ static void store_outputs(const LinearArgs& args, int64_t n, float* sums) {
   T* y = static_cast<T*>(args.y);
   for (int m = 0; m < M; ++m) {
     for (int64_t r = 0; r < args.rank; ++r) sums[m] += args.t[m * args.rank + r] * args.lora_b[n * args.rank + r];
-    from_float(args.bias ? sums[m] + args.bias[n] : sums[m], y + m * args.n + n);
+    from_float(args.bias ? sums[m] + bias_of(args.bias, n) : sums[m], y + m * args.n + n);
   }
 }
 

@@ -93,6 +93,17 @@ void load_row(const T* from, int64_t count, float* to) {
   for (; i < count; ++i) to[i] = to_float(from[i]);
 }
 
+// The bias of output `n`, and of `count` outputs from number `first` on, in fp32.
+static inline float bias_of(const Bias& bias, int64_t n) {
+  float value = 0;
+  for_dtype(bias.dtype, [&]<class T>(T) { value = to_float(static_cast<const T*>(bias.data)[n]); });
+  return value;
+}
+template <class Isa>
+void load_bias(const Bias& bias, int64_t first, int64_t count, float* to) {
+  for_dtype(bias.dtype, [&]<class T>(T) { load_row<Isa>(static_cast<const T*>(bias.data) + first, count, to); });
+}
+
 // Rounds `count` fp32 values to T.
 template <class Isa, class T>
 void store_row(const float* from, int64_t count, T* to) {

@@ -150,10 +150,9 @@ __device__ __forceinline__ void write(const LinearArgs& args, const Place<Tile>&
                                       float (&values)[4], bool is_whole_sum, bool whole) {
   const int64_t first = place.n0 + column, at = (place.m0 + row) * args.n + first, left = args.n - first;
   if (!is_whole_sum) return store(values, left, whole, args.workspace + blockIdx.y * args.m * args.n + at);
-  if (args.bias)
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-      if (j < left) values[j] += args.bias[first + j];
+  for (int j = 0; j < 4; ++j)
+    if (j < left) values[j] = plus_bias(values[j], args.bias, first + j);
   store(values, left, whole, static_cast<T*>(args.y) + at);
 }
 

@@ -392,7 +392,7 @@ __device__ __forceinline__ void gemv(const Arguments& arguments) {
     if (!is_last_to_arrive(args.counters + blockIdx.z * gridDim.x + blockIdx.x, gridDim.y)) return;
     if (has_output) sum = sum_shares(args.workspace + at, outputs, static_cast<int>(gridDim.y));
   }
-  if (has_output) narrow(args.bias ? sum + args.bias[n] : sum, static_cast<T*>(args.y) + at);
+  if (has_output) narrow(plus_bias(sum, args.bias, n), static_cast<T*>(args.y) + at);
 }
 
 template <class T, int kBlocks, int kRows>

@@ -18,7 +18,7 @@ __device__ __forceinline__ float int8_value(uint32_t flipped, int b) {
 
 template <class T, int kRows>
 __global__ void __launch_bounds__(kThreads)
-    gemv_int8_kernel(const uint8_t* codes, const float* absmax, const T* x, const float* bias, const float* t,
+    gemv_int8_kernel(const uint8_t* codes, const float* absmax, const T* x, Bias bias, const float* t,
                      const float* lora_b, float scaling, int64_t m, int64_t n, int64_t k, int64_t rank, T* y) {
   constexpr int kCount = kPerAccess<T>;
   const int lane = threadIdx.x % kWarpSize;
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kRows; ++i) {
       const float sum = ptx::sum_lanes<kWarpSize>(sums[row][i]);
       const int64_t at_m = first_m + i, at_n = first_n + row;
-      if (lane == 0 && at_m < m && at_n < n) narrow(bias ? sum + bias[at_n] : sum, y + at_m * n + at_n);
+      if (lane == 0 && at_m < m && at_n < n) narrow(plus_bias(sum, bias, at_n), y + at_m * n + at_n);
     }
   }
 }

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kRows; ++i) {
     const float sum = ptx::sum_lanes<kWarpSize>(sums[i]);
     if (lane == 0 && i < rows)
-      narrow(args.bias ? sum + args.bias[row] : sum, static_cast<T*>(args.y) + (first_m + i) * args.n + row);
+      narrow(plus_bias(sum, args.bias, row), static_cast<T*>(args.y) + (first_m + i) * args.n + row);
   }
 }
 

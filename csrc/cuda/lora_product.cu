@@ -22,6 +22,22 @@ struct ShortRows {
 };
 static_assert(sizeof(ShortRows) == LoraTile::kShortRowsBytes);
 
+// The bias of four columns from `column` on; behind the last one that of others. kIsWhole: n is a multiple of four, and
+// the bias, in fp32 or T, is aligned.
+template <class T, bool kIsWhole>
+__device__ __forceinline__ void load_bias(const Bias& bias, int column, int n, float (&values)[4]) {
+  if constexpr (!kIsWhole) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i] = widen_any(bias.data, bias.dtype, min(column + i, n - 1));
+  } else if (bias.dtype == Dtype::f32) {
+    widen<float>(ptx::load_global_16_cached(static_cast<const float*>(bias.data) + min(column, n - 4)), values);
+  } else {
+    const uint2 pairs = ptx::load_global_8_cached(static_cast<const T*>(bias.data) + min(column, n - 4));
+    widen_pair<T>(pairs.x, values[0], values[1]);
+    widen_pair<T>(pairs.y, values[2], values[3]);
+  }
+}
+
 template <class T, class F, int kRank, bool kAlong>
 __global__ void __launch_bounds__(LoraTile::threads(kRank), 1)
     lora_product_kernel(const __grid_constant__ LoraProductArgs args, const __grid_constant__ LoraProductPlan plan) {
@@ -131,9 +147,7 @@ __global__ void __launch_bounds__(LoraTile::threads(kRank), 1)
   // rows 8 j + 2 q + e % 2.
   const auto fill_with_bias = [&](int chunk, TileSums<4>& sums) {
     float bias[4] = {};
-    if (args.bias)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) bias[i] = args.bias[min(chunk * kRows + group * 4 + i, n - 1)];
+    if (args.bias) load_bias<T, kIsWhole>(args.bias, chunk * kRows + group * 4, n, bias);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll

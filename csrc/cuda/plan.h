@@ -468,7 +468,9 @@ inline LoraAccess lora_access(const LoraProductArgs& args) {
   const bool has_dtypes = down.dtype == up.dtype && (down.dtype == Dtype::f32 || down.dtype == args.dtype);
   const bool has_x = !args.x || (args.k > 0 && args.k % 8 == 0 && is_aligned(args.x, kAccessBytes));
   const bool has_y = !args.y || (args.n % 4 == 0 && is_aligned(args.y, kAccessBytes / 2));
-  if (!has_dtypes || !has_x || !has_y || args.rank == 0 || args.rank % 4 != 0) return LoraAccess::any;
+  const bool has_bias = !args.bias || ((args.bias.dtype == Dtype::f32 || args.bias.dtype == args.dtype) &&
+                                       is_aligned(args.bias.data, 4 * size_of(args.bias.dtype)));
+  if (!has_dtypes || !has_x || !has_y || !has_bias || args.rank == 0 || args.rank % 4 != 0) return LoraAccess::any;
   for (int i = 0; i < args.other_count; ++i)
     if (!is_aligned(args.others[i].down, 4 * size_of(down.dtype))) return LoraAccess::any;
   if (fits(down, down.column_stride, down.row_stride) && fits(up, up.column_stride, up.row_stride))

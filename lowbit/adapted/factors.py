@@ -1,13 +1,15 @@
 """Pairs of low-rank factors that add to a weight, and the products of activations with a weight and with these."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from ..functional import lora_linear, without_autocast
+from ..functional import linear_plus_low_rank, lora_linear, outside_autocast, without_autocast
 from ..grouped import grouped_matmul
+from ..ops import lora
 from ..ops.dense import frozen_linear
 from ..ops.rows import add_lora_by_row
 from ..tensor import QuantizedTensor
@@ -42,17 +44,20 @@ class Factors(NamedTuple):
         """scaling * left right in fp32."""
         return self.scaling * (self.left.float() @ self.right.float())
 
-    def linear(self, x: torch.Tensor) -> torch.Tensor:
-        """scaling * dropout(x) right^T left^T of one matrix, or of a batch of them with x [n, tokens, columns].
+    def down(self, x: torch.Tensor) -> torch.Tensor:
+        """scaling * dropout(x) right^T of one matrix: [..., columns] -> [..., rank] in fp32, or the wider dtype."""
+        return lora.down(F.dropout(x, self.dropout) if self.dropout else x, self.right, self.scaling)
 
-        [..., columns] -> [..., rows] in the factors' dtype.
+    def batched(self, x: torch.Tensor) -> torch.Tensor:
+        """scaling * x right^T left^T of n matrices: x [n, tokens, columns] -> [n, tokens, rows] in the factors' dtype.
+
+        The factors of n matrices are larger than x in their dtype, unless it has more tokens than they have ranks.
         """
-        dropped = F.dropout(x, self.dropout) if self.dropout else x
-        return self.scaling * (dropped.to(self.right.dtype) @ self.right.mT @ self.left.mT)
+        return (x.to(self.right.dtype) @ self.right.mT * self.scaling) @ self.left.mT
 
-    def grouped(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """The same for a stack: of x [tokens, columns], sorted by matrix, to [tokens, rows] in fp32."""
-        return self.scaling * grouped_matmul(grouped_matmul(x, self.right, ends), self.left, ends)
+    def grouped(self, x: torch.Tensor, ends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The same for a stack: of x [tokens, columns], sorted by matrix, to [tokens, rows] in ``dtype``."""
+        return grouped_matmul(self.scaling * grouped_matmul(x, self.right, ends), self.left, ends, dtype)
 
 
 def is_operand(weight: QuantizedTensor) -> bool:
@@ -66,8 +71,8 @@ def adapted_linear(
 ) -> torch.Tensor:
     """x (W + what the factors add)^T + bias, in x's dtype (under autocast, in the autocast dtype).
 
-    Factors without dropout are one pair, with their ranks side by side. The products with W and with the first pair are
-    one, whose sum is rounded once, except for a transposed quantized W. Biases of the factors are added too.
+    All factors are one pair, with their ranks side by side. The products with W and with that pair are one, whose sum
+    is rounded once, except for a transposed quantized W. Biases of the factors are added too.
 
     Args:
         x: [..., columns].
@@ -98,9 +103,10 @@ def _plain_product(x, weight, factors, bias=None) -> torch.Tensor:
         return _plus_plain(y if bias is None else y + bias.to(y.dtype), x, factors)
     if not factors:
         return frozen_linear(x, weight, bias)
-    first, *rest = factors if len(factors) == 1 else _side_by_side(factors)
-    y = lora_linear(x, weight, first.right, first.left, first.scaling, bias, first.dropout, training=True)
-    return _plus_plain(y, x, rest)
+    first, *rest = factors = _side_by_side(factors)
+    if rest:
+        return linear_plus_low_rank(x, weight, functools.partial(_low_rank, factors), bias)
+    return lora_linear(x, weight, first.right, first.left, first.scaling, bias, first.dropout, training=True)
 
 
 def _scaled_product(x, weight, factors) -> torch.Tensor:
@@ -111,10 +117,21 @@ def _scaled_product(x, weight, factors) -> torch.Tensor:
 
 
 def _plus_plain(y, x, factors) -> torch.Tensor:
-    if not factors:
-        return y
-    with without_autocast(x.device):
-        return sum([each.linear(x).to(y.dtype) for each in factors], y)
+    return y + outside_autocast(_plain_added, x, _side_by_side(factors), y.dtype) if factors else y
+
+
+def _plain_added(x, factors, dtype) -> torch.Tensor:
+    """What all factors together add to a product with x."""
+    return lora.up(*_low_rank(factors, x), dtype)
+
+
+def _low_rank(factors: list[Factors], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(t, left)`` of the factors with their ranks side by side: what they add to x W^T is t left^T."""
+    return _joined([each.down(x) for each in factors], -1), _joined([each.left for each in factors], 1)
+
+
+def _joined(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
+    return torch.cat(tensors, dim) if len(tensors) > 1 else tensors[0]
 
 
 def _plus_scaled(y, x, weight, factors) -> torch.Tensor:
@@ -169,7 +186,7 @@ def plus_products_by_row(
         rows: which of the factors each row has.
 
     Returns:
-        as ``y``; the products are computed in fp32, and the sum with y is rounded once.
+        as ``y``; see :func:`~lowbit.ops.rows.add_lora_by_row`.
     """
     known = [each for each in factors if each]
     if not known:
@@ -177,17 +194,15 @@ def plus_products_by_row(
     tokens = x.reshape(-1, x.shape[-1])
     if any(each.dropout for each in known):
         chances = torch.tensor([each.dropout if each else 0.0 for each in factors], device=x.device)
-        chance = chances[rows.spread(len(tokens)), None]
-        kept = torch.rand(tokens.shape, device=x.device) >= chance
-        tokens = tokens * (kept / (1 - chance)).to(x.dtype)
+        kept = 1 - chances[rows.spread(len(tokens)), None]
+        tokens = tokens * torch.empty_like(tokens).bernoulli_(kept).mul_(1 / kept)
     with without_autocast(x.device):
         base = y.reshape(len(tokens), -1)
         if any(each.bias is not None for each in known):
             nothing = torch.zeros(y.shape[-1], device=y.device)
             biases = torch.stack([plus_biases(nothing, [each] if each else []) for each in factors])
-            base = base + biases[rows.spread(len(tokens))]
-        total = add_lora_by_row(base, tokens, rows.groups, *_of_one_rank(factors, known))
-        return total.view(y.shape).to(y.dtype)
+            base = base + biases.to(base.dtype)[rows.spread(len(tokens))]
+        return add_lora_by_row(base, tokens, rows.groups, *_of_one_rank(factors, known)).view(y.shape)
 
 
 def _of_one_rank(

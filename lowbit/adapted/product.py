@@ -109,7 +109,7 @@ class ProductWeight(AdaptedWeight):
         else:
             y = torch._grouped_mm(x, self.base.transpose(1, 2), offs=ends)
         with without_autocast(x.device):
-            return sum([factors.grouped(x, ends).to(y.dtype) for factors in rest], y)
+            return sum([factors.grouped(x, ends, y.dtype) for factors in rest], y)
 
     def batched(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T for x [n, tokens, columns] and n matrices: [n, tokens, rows]."""
@@ -120,7 +120,7 @@ class ProductWeight(AdaptedWeight):
                 base, chosen = base[ids], [f._replace(left=f.left[ids], right=f.right[ids]) for f in chosen]
             y = torch.bmm(x, base.transpose(1, 2))
             with without_autocast(x.device):
-                return sum([factors.linear(x).to(y.dtype) for factors in chosen], y)
+                return sum([factors.batched(x).to(y.dtype) for factors in chosen], y)
         count, tokens, columns = x.shape
         ids = torch.arange(count, device=x.device) if ids is None else ids
         owner = ids.repeat_interleave(tokens)

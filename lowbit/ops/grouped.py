@@ -34,6 +34,10 @@ class GroupedProduct(single.Product):
         """scale x M_e^T, the matrices [E, p, k], in fp32."""
         return single.scaled(op_of(self.namespace, "grouped_matmul")(x, matrix, self.expert_ends), scale)
 
+    def up(self, t, matrix, dtype: torch.dtype) -> torch.Tensor:
+        """t M_e^T in ``dtype``."""
+        return op_of(self.namespace, "grouped_matmul")(t, matrix, self.expert_ends, dtype)
+
     def outer(self, a: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """scale a_e^T b_e for each expert, in fp32."""
         return single.scaled(op_of(self.namespace, "grouped_outer")(a, b, self.expert_ends), scale)
@@ -76,29 +80,29 @@ class _GroupedMatmul(torch.autograd.Function):
     """Differentiable in x and the matrices."""
 
     @staticmethod
-    def forward(ctx, x, matrices, product, keyset):
+    def forward(ctx, x, matrices, product, keyset, dtype):
         ctx.save_for_backward(x, matrices)
         ctx.product = product
         op = op_of(product.namespace, "grouped_matmul")
-        return below_autograd(op, keyset, x, matrices, product.expert_ends)
+        return below_autograd(op, keyset, x, matrices, product.expert_ends, dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, matrices = ctx.saved_tensors
         needs_x, needs_matrices = ctx.needs_input_grad[:2]
-        grad_x = ctx.product.matmul(grad, matrices.transpose(1, 2)).to(x.dtype) if needs_x else None
+        grad_x = ctx.product.up(grad, matrices.transpose(1, 2), x.dtype) if needs_x else None
         grad_matrices = ctx.product.outer(grad, x).to(matrices.dtype) if needs_matrices else None
-        return grad_x, grad_matrices, None, None
+        return grad_x, grad_matrices, None, None, None
 
 
 def _autograd_matmul(namespace: str):
     op = op_of(namespace, "grouped_matmul")
 
-    def kernel(keyset, x, matrices, expert_ends):
+    def kernel(keyset, x, matrices, expert_ends, dtype=torch.float32):
         if wants_gradient(x, matrices):
-            return _GroupedMatmul.apply(x, matrices, GroupedProduct(namespace, (), expert_ends), keyset)
-        return below_autograd(op, keyset, x, matrices, expert_ends)
+            return _GroupedMatmul.apply(x, matrices, GroupedProduct(namespace, (), expert_ends), keyset, dtype)
+        return below_autograd(op, keyset, x, matrices, expert_ends, dtype)
 
     return kernel
 
@@ -196,8 +200,8 @@ def _fake_grad_input(grad, packed, absmax, group_scales, offset, spec, expert_en
     return grad.new_empty([grad.shape[0], in_features])
 
 
-def _fake_matmul(x, matrices, expert_ends):
-    return x.new_empty([x.shape[0], matrices.shape[1]], dtype=torch.float32)
+def _fake_matmul(x, matrices, expert_ends, dtype=torch.float32):
+    return x.new_empty([x.shape[0], matrices.shape[1]], dtype=dtype)
 
 
 def _fake_outer(a, b, expert_ends):
@@ -224,6 +228,10 @@ OPS = (
         " -> Tensor",
         _fake_grad_input,
     ),
-    Op("grouped_matmul(Tensor x, Tensor matrices, Tensor expert_ends) -> Tensor", _fake_matmul, _autograd_matmul),
+    Op(
+        "grouped_matmul(Tensor x, Tensor matrices, Tensor expert_ends, ScalarType dtype=float32) -> Tensor",
+        _fake_matmul,
+        _autograd_matmul,
+    ),
     Op("grouped_outer(Tensor a, Tensor b, Tensor expert_ends) -> Tensor", _fake_outer),
 )

@@ -1,7 +1,8 @@
 """LoRA where each row of x has an adapter of its own: the rows of each adapter are multiplied by its factors.
 
 On a GPU with Triton all rows are one grouped product with the stacked factors. Elsewhere each group of rows is one
-product of torch's with the factors where they lie: on a CPU, copying them into a stack takes longer than multiplying.
+product with the factors where they lie: on a CPU, copying them into a stack takes longer than multiplying. On a GPU
+nothing of the size of x, y or their gradients is in fp32.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import backends
+from .linear import Product
 from .record import op_of
 
 _TRITON = backends.NAMESPACES["triton"]
@@ -67,32 +69,32 @@ class LoraByRow(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y, x, groups, namespace, scalings, *factors):
+    def forward(ctx, y, x, products, scalings, *factors):
         lora_a, lora_b = factors[: len(scalings)], factors[len(scalings) :]
-        t = _products(groups.sort(x), lora_a, groups, namespace, scalings)
+        groups = products.groups
+        t = products.down(groups.sort(x), lora_a, scalings)
         ctx.save_for_backward(x, t, *factors)
-        ctx.groups, ctx.namespace, ctx.scalings = groups, namespace, scalings
-        total = groups.sort(y).float()  # new memory in any dtype
-        return groups.unsort(_products(t, lora_b, groups, namespace, total=total)).to(y.dtype)
+        ctx.products, ctx.scalings = products, scalings
+        return groups.unsort(products.add_up(groups.sort(y), t, lora_b))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, t, *factors = ctx.saved_tensors
-        groups, namespace, scalings = ctx.groups, ctx.namespace, ctx.scalings
-        lora_a, lora_b = factors[: len(scalings)], factors[len(scalings) :]
-        needs_y, needs_x, _, _, _, *needs = ctx.needs_input_grad
+        products, scalings = ctx.products, ctx.scalings
+        groups, lora_a, lora_b = products.groups, factors[: len(scalings)], factors[len(scalings) :]
+        needs_y, needs_x, _, _, *needs = ctx.needs_input_grad
         needs_a, needs_b = needs[: len(scalings)], needs[len(scalings) :]
         grad_x, grad_a, grad_b, rows = None, [None] * len(lora_a), [None] * len(lora_b), groups.sort(grad)
         if any(needs_b):
-            grad_b = _outer(rows, t, lora_b, needs_b, groups, namespace)
+            grad_b = products.outer(rows, t, lora_b, needs_b)
         if needs_x or any(needs_a):
-            grad_t = _products(rows, [b.T for b in lora_b], groups, namespace, scalings)
+            grad_t = products.down(rows, [b.T for b in lora_b], scalings)
         if any(needs_a):
-            grad_a = _outer(grad_t, groups.sort(x), lora_a, needs_a, groups, namespace)
+            grad_a = products.outer(grad_t, groups.sort(x), lora_a, needs_a)
         if needs_x:
-            grad_x = groups.unsort(_products(grad_t, [a.T for a in lora_a], groups, namespace)).to(x.dtype)
-        return grad if needs_y else None, grad_x, None, None, None, *grad_a, *grad_b
+            grad_x = groups.unsort(products.up(grad_t, [a.T for a in lora_a], x.dtype))
+        return grad if needs_y else None, grad_x, None, None, *grad_a, *grad_b
 
 
 def add_lora_by_row(
@@ -113,32 +115,62 @@ def add_lora_by_row(
         scalings: for each group.
 
     Returns:
-        [rows, out_features] in y's dtype; the sum is accumulated in fp32 and rounded once.
+        [rows, out_features] in y's dtype. On a CPU the sum is accumulated in fp32 and rounded once; on a GPU the
+        product is rounded to y's dtype first.
     """
-    namespace = backends.namespace_for_experts(x.device.type, backends.selected)
-    return LoraByRow.apply(y, x, groups, namespace, scalings, *lora_a, *lora_b)
+    namespace = backends.namespace_for_experts(x.device.type, backends.selected())
+    products = (_StackedProducts if namespace == _TRITON else _ProductsByGroup)(groups, namespace)
+    return LoraByRow.apply(y, x, products, scalings, *lora_a, *lora_b)
 
 
-def _products(x, matrices, groups: Groups, namespace: str, scalings=None, total=None) -> torch.Tensor:
-    """total + scaling_e * x M_e^T in fp32, the matrices [p, k], rows sorted; in the memory of ``total``, if given."""
-    if namespace == _TRITON:
-        y = op_of(namespace, "grouped_matmul")(x, torch.stack(list(matrices)), groups.ends * groups.tokens(x))
-        if scalings is not None:
-            torch._foreach_mul_(groups.split(y), scalings)
-        return y if total is None else total.add_(y)
-    beta = 0 if total is None else 1
-    total = x.new_empty(len(x), len(matrices[0]), dtype=torch.float32) if total is None else total
-    scalings = [1.0] * len(matrices) if scalings is None else scalings
-    for part, rows, matrix, scaling in zip(groups.split(total), groups.split(x), matrices, scalings, strict=True):
-        part.addmm_(rows.float(), matrix.float().T, beta=beta, alpha=scaling)
-    return total
+class _StackedProducts:
+    """The products of sorted rows with the matrices of their groups, all in one launch."""
+
+    def __init__(self, groups: Groups, namespace: str):
+        self.groups, self.namespace = groups, namespace
+
+    def _matmul(self, x, matrices, dtype) -> torch.Tensor:
+        ends = self.groups.ends * self.groups.tokens(x)
+        return op_of(self.namespace, "grouped_matmul")(x, torch.stack(list(matrices)), ends, dtype)
+
+    def down(self, x, matrices, scalings) -> torch.Tensor:
+        """scaling_e * x M_e^T in fp32, the matrices [rank, k]."""
+        t = self._matmul(x, matrices, torch.float32)
+        torch._foreach_mul_(self.groups.split(t), scalings)
+        return t
+
+    def up(self, t, matrices, dtype: torch.dtype) -> torch.Tensor:
+        """t M_e^T in ``dtype``, the matrices [n, rank]."""
+        return self._matmul(t, matrices, dtype)
+
+    def add_up(self, y, t, matrices) -> torch.Tensor:
+        """y + t M_e^T."""
+        return self.up(t, matrices, y.dtype).add_(y)
+
+    def outer(self, a, b, factors, needed) -> list[torch.Tensor | None]:
+        """a_e^T b_e for each group, in the dtypes of its factors; None where not needed."""
+        products = op_of(self.namespace, "grouped_outer")(a, b, self.groups.ends * self.groups.tokens(a)).unbind()
+        return [p.to(f.dtype) if need else None for p, f, need in zip(products, factors, needed, strict=True)]
 
 
-def _outer(a: torch.Tensor, b: torch.Tensor, factors, needed, groups: Groups, namespace: str) -> list:
-    """a_e^T b_e for each group, in the dtypes of its factors; None where not needed."""
-    if namespace == _TRITON:
-        products = op_of(namespace, "grouped_outer")(a, b, groups.ends * groups.tokens(a)).unbind()
-    else:
-        wanted = zip(needed, groups.split(a), groups.split(b), strict=True)
-        products = [own.float().T @ other.float() if need else None for need, own, other in wanted]
-    return [p.to(f.dtype) if need else None for p, f, need in zip(products, factors, needed, strict=True)]
+class _ProductsByGroup:
+    """The same, one group after the other."""
+
+    def __init__(self, groups: Groups, namespace: str):
+        self.groups, self.product = groups, Product(namespace, ())
+
+    def down(self, x, matrices, scalings) -> torch.Tensor:
+        parts = zip(self.groups.split(x), matrices, scalings, strict=True)
+        return torch.cat([self.product.matmul(part, matrix, scaling).float() for part, matrix, scaling in parts])
+
+    def up(self, t, matrices, dtype: torch.dtype) -> torch.Tensor:
+        parts = zip(self.groups.split(t), matrices, strict=True)
+        return torch.cat([self.product.up(part, matrix, dtype) for part, matrix in parts])
+
+    def add_up(self, y, t, matrices) -> torch.Tensor:
+        dtype = y.dtype if self.product.has_factor_kernels(y) else torch.float32
+        return (self.up(t, matrices, dtype) + y).to(y.dtype)
+
+    def outer(self, a, b, factors, needed) -> list[torch.Tensor | None]:
+        wanted = zip(needed, factors, self.groups.split(a), self.groups.split(b), strict=True)
+        return [self.product.outer(own, other).to(f.dtype) if need else None for need, f, own, other in wanted]

@@ -65,7 +65,8 @@ def samples(dtype: torch.dtype = torch.float32, rows: int = ROWS) -> Iterator[tu
     yield "grouped_linear", "with bias and LoRA", (x, *stack, OUT, biases, t, b, 0.5)
     yield "grouped_lora_linear", "with bias", (x, *stack, OUT, biases, a, b, 0.5)
     yield "grouped_linear_grad_input", "with LoRA", (grad, *stack, IN, t, a)
-    yield "grouped_matmul", "of LoRA", (x, a, stack[-1])
+    yield "grouped_matmul", "of LoRA", (x, a, stack[-1], torch.float32)
+    yield "grouped_matmul", "rounded", (t, b, stack[-1], dtype)
     yield "grouped_outer", "of LoRA", (t, x, stack[-1])
     yield from _steps(made, dtype)
 

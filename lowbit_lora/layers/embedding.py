@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowbit.functional import check_sizes
+from lowbit.ops import lora
 
 from .base import Adapter, LoRABaseLayer, stored
 
@@ -53,7 +54,8 @@ class LoRAEmbedding(LoRABaseLayer):
     def _added(self, input: torch.Tensor, name: str) -> torch.Tensor:
         base, (lora_a, lora_b) = self.base_layer, self.factors(name)
         rows = F.embedding(input, lora_a.T, base.padding_idx, sparse=base.sparse)
-        return F.linear(rows, lora_b) * (self.adapters[name].scaling * getattr(base, "embed_scale", 1.0))
+        scale = self.adapters[name].scaling * getattr(base, "embed_scale", 1.0)
+        return lora.up(rows * scale, lora_b, self.stored_weight.dtype)
 
 
 class QLoRAEmbedding(LoRAEmbedding):

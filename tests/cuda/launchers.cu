@@ -74,12 +74,12 @@ int lowbit_dequantize_columns(const uint8_t* packed, const float* absmax, const 
 // A product's arguments as C++ has them, from plain ones.
 static LinearArgs linear_args(const void* x, int dtype, const uint8_t* packed, const float* absmax,
                               const uint8_t* scale_codes, const float* group_scales, const float* offset, int format,
-                              int64_t block_size, const float* bias, const float* t, const float* lora_b, float scaling,
-                              int64_t m, int64_t n, int64_t k, int64_t rank, void* y, float* workspace) {
+                              int64_t block_size, const void* bias, int bias_dtype, const float* t, const float* lora_b,
+                              float scaling, int64_t m, int64_t n, int64_t k, int64_t rank, void* y, float* workspace) {
   return {x,
           static_cast<Dtype>(dtype),
           weight_of(packed, absmax, scale_codes, group_scales, offset, format, block_size, n * k),
-          bias,
+          {bias, static_cast<Dtype>(bias_dtype)},
           t,
           lora_b,
           scaling,
@@ -94,12 +94,12 @@ static LinearArgs linear_args(const void* x, int dtype, const uint8_t* packed, c
 
 // sizes: how many floats of workspace and how many counters the launcher wants; with y null nothing is launched.
 int lowbit_linear_gemv(const void* x, int dtype, const uint8_t* packed, const float* absmax, const uint8_t* scale_codes,
-                       const float* group_scales, const float* offset, int format, int64_t block_size,
-                       const float* bias, const float* t, const float* lora_b, float scaling, int64_t m, int64_t n,
+                       const float* group_scales, const float* offset, int format, int64_t block_size, const void* bias,
+                       int bias_dtype, const float* t, const float* lora_b, float scaling, int64_t m, int64_t n,
                        int64_t k, int64_t rank, void* y, float* workspace, uint32_t* counters, int64_t* sizes,
                        void* stream) {
   LinearArgs args = linear_args(x, dtype, packed, absmax, scale_codes, group_scales, offset, format, block_size, bias,
-                                t, lora_b, scaling, m, n, k, rank, y, workspace);
+                                bias_dtype, t, lora_b, scaling, m, n, k, rank, y, workspace);
   args.counters = counters;
   const cuda::Plan plan = cuda::plan_gemv(args, cuda::current_gpu());
   sizes[0] = plan.workspace;
@@ -134,11 +134,11 @@ int lowbit_linear_grad_input(const void* grad, int dtype, const uint8_t* packed,
 }
 
 int lowbit_linear_gemm(const void* x, int dtype, const uint8_t* packed, const float* absmax, const uint8_t* scale_codes,
-                       const float* group_scales, const float* offset, int format, int64_t block_size,
-                       const float* bias, const float* t, const float* lora_b, float scaling, int64_t m, int64_t n,
+                       const float* group_scales, const float* offset, int format, int64_t block_size, const void* bias,
+                       int bias_dtype, const float* t, const float* lora_b, float scaling, int64_t m, int64_t n,
                        int64_t k, int64_t rank, void* y, float* workspace, uint32_t* counters, void* stream) {
   LinearArgs args = linear_args(x, dtype, packed, absmax, scale_codes, group_scales, offset, format, block_size, bias,
-                                t, lora_b, scaling, m, n, k, rank, y, workspace);
+                                bias_dtype, t, lora_b, scaling, m, n, k, rank, y, workspace);
   args.counters = counters;
   return cuda::linear(args, cuda::plan_gemm(args, cuda::current_gpu()), static_cast<cuda::Stream>(stream));
 }
@@ -147,7 +147,7 @@ int lowbit_linear_gemm(const void* x, int dtype, const uint8_t* packed, const fl
 int64_t lowbit_linear_gemm_workspace(const void* x, int dtype, const uint8_t* packed, int format, int64_t block_size,
                                      int64_t m, int64_t n, int64_t k, int64_t* counters) {
   const LinearArgs args = linear_args(x, dtype, packed, nullptr, nullptr, nullptr, nullptr, format, block_size, nullptr,
-                                      nullptr, nullptr, 0, m, n, k, 0, nullptr, nullptr);
+                                      0, nullptr, nullptr, 0, m, n, k, 0, nullptr, nullptr);
   if (!cuda::gemm_fits(args)) return -1;
   const cuda::Plan plan = cuda::plan_gemm(args, cuda::current_gpu());
   *counters = plan.counters;
@@ -156,8 +156,8 @@ int64_t lowbit_linear_gemm_workspace(const void* x, int dtype, const uint8_t* pa
 
 int lowbit_lora_product(const void* x, int dtype, const void* down, int down_dtype, int64_t down_row_stride,
                         int64_t down_column_stride, float t_scale, float* t, const void* up, int up_dtype,
-                        int64_t up_row_stride, int64_t up_column_stride, float up_scale, const float* bias, void* y,
-                        int64_t m, int64_t n, int64_t k, int64_t rank, void* stream) {
+                        int64_t up_row_stride, int64_t up_column_stride, float up_scale, const void* bias,
+                        int bias_dtype, void* y, int64_t m, int64_t n, int64_t k, int64_t rank, void* stream) {
   const LoraProductArgs args{x,
                              static_cast<Dtype>(dtype),
                              {down, static_cast<Dtype>(down_dtype), down_row_stride, down_column_stride},
@@ -165,7 +165,7 @@ int lowbit_lora_product(const void* x, int dtype, const void* down, int down_dty
                              t,
                              {up, static_cast<Dtype>(up_dtype), up_row_stride, up_column_stride},
                              up_scale,
-                             bias,
+                             {bias, static_cast<Dtype>(bias_dtype)},
                              y,
                              m,
                              n,

@@ -34,7 +34,8 @@ int main(int argc, char** argv) {
                             dtype,
                             rank,
                             turn % 5 == 0,
-                            turn % 2 ? 0.7f : 1.0f};
+                            turn % 2 ? 0.7f : 1.0f,
+                            dtypes[turn / 5 % 3]};
             check_linear(*kernels, c, random);
             if (m == 1) check_dequantize(*kernels, c, random);
             ++turn;

@@ -44,7 +44,7 @@ bool rounds_weights_backward(const std::string& isa, const Format* format, Dtype
 // y against exact sums of x (m x k) times `decoded` as W^T, rounded to bf16 where asked, plus LoRA and bias; names the
 // first mismatch.
 void check_product(const std::string& text, const Values& y, const Case& c, const Values& x, const Weight& weight,
-                   const Buffer<float>& t, const Buffer<float>& lora_b, const Buffer<float>& bias, double weight_error,
+                   const Buffer<float>& t, const Buffer<float>& lora_b, const Values& bias, double weight_error,
                    bool rounded = false) {
   const auto multiplied = [&](int64_t i) {
     Bf16 value;
@@ -60,7 +60,7 @@ void check_product(const std::string& text, const Values& y, const Case& c, cons
       };
       for (int64_t k = 0; k < c.k; ++k) add(x.at(m * c.k + k), multiplied(n * c.k + k));
       for (int64_t r = 0; r < c.rank; ++r) add(c.scaling * t[m * c.rank + r], lora_b[n * c.rank + r]);
-      if (c.has_bias) add(bias[n], 1);
+      if (c.has_bias) add(bias.at(n), 1);
       const float actual = y.at(m * c.n + n);
       if (std::isnan(exact) ? std::isnan(actual) : near(actual, exact, magnitude, c.k + c.rank, c.dtype, weight_error))
         continue;
@@ -80,7 +80,7 @@ void check_later_rows(const Kernels& kernels, const Case& c, const Weight& weigh
   args.first_row = first;
   args.n = n;
   args.y = part.data();
-  if (args.bias) args.bias += first;
+  args.bias = args.bias.from(first);
   if (args.lora_b) args.lora_b += first * c.rank;
   kernels.linear(args, serial());
   bool same = true;
@@ -103,7 +103,8 @@ void check_later_rows(const Kernels& kernels, const Case& c, const Weight& weigh
     for (int64_t k = 0; k < c.k; ++k) turned.decoded[k * n + i] = weight.decoded[(first + i) * c.k + k];
   const Buffer<float> none(0);
   check_product(c.text(kernels.isa, "linear_grad_input") + ", the later rows alone", grad_x, turned_case, later_grad,
-                turned, none, none, none, 0, rounds_weights_backward(kernels.isa, c.format, c.dtype, c.m, c.k));
+                turned, none, none, Values(c.dtype, 0), 0,
+                rounds_weights_backward(kernels.isa, c.format, c.dtype, c.m, c.k));
 }
 
 void check_linear(const Kernels& kernels, const Case& c, Random& random) {
@@ -113,16 +114,18 @@ void check_linear(const Kernels& kernels, const Case& c, Random& random) {
   for (int64_t i = 0; i < c.m * c.n; ++i) grad.set(i, random.normal());
   if (c.m > 2 && c.k > 1) x.set(c.k + c.k / 2, NAN);  // one bad row stays alone
   if (c.m > 2 && c.n > 1) grad.set(2 * c.n - 1, NAN);
-  Buffer<float> t(c.m * c.rank), lora_b(c.n * c.rank), bias(c.has_bias ? c.n : 0);
-  for (auto* buffer : {&t, &lora_b, &bias})
+  Buffer<float> t(c.m * c.rank), lora_b(c.n * c.rank);
+  Values bias(c.bias_dtype, c.has_bias ? c.n : 0);
+  for (auto* buffer : {&t, &lora_b})
     for (int64_t i = 0; i < buffer->size(); ++i) (*buffer)[i] = random.normal();
-  if (c.has_bias && c.n > 2) bias[c.n / 2] = float_of(0x7fffffff);  // a NaN that rounding its bits would make -0
+  for (int64_t i = 0; c.has_bias && i < c.n; ++i) bias.set(i, random.normal());
+  if (c.has_bias && c.n > 2) bias.set(c.n / 2, float_of(0x7fffffff));  // a NaN that rounding its bits would make -0
 
   const auto arguments = [&](Values& y) {
     return LinearArgs{x.data(),
                       c.dtype,
                       weight.view,
-                      c.has_bias ? bias.data() : nullptr,
+                      c.has_bias ? Bias{bias.data(), c.bias_dtype} : Bias{},
                       c.rank ? t.data() : nullptr,
                       c.rank ? lora_b.data() : nullptr,
                       c.scaling,

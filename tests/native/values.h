@@ -163,10 +163,11 @@ struct Case {
   int64_t rank;
   bool has_bias;
   float scaling = 1.0f;  // of LoRA's product
+  Dtype bias_dtype = Dtype::f32;
   std::string text(const char* isa, const char* operation) const {
     return std::string(isa) + " " + operation + " " + shape_text(m, n, k) + " " + format->name + " block " +
            std::to_string(block_size) + (double_quant ? " dq " : " ") + name_of(dtype) + " rank " +
-           std::to_string(rank) + (has_bias ? " bias" : "");
+           std::to_string(rank) + (has_bias ? " bias " + std::string(name_of(bias_dtype)) : "");
   }
 };
 

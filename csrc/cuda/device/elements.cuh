@@ -1,6 +1,7 @@
 // Weights and activations in fp32, f16 or bf16, as fp32: one at a time, and the 16 bytes of one access.
 #pragma once
 
+#include "../../arguments.h"
 #include "layout.h"
 #include "ptx.cuh"
 
@@ -32,6 +33,24 @@ __device__ __forceinline__ void widen(uint4 raw, float (&values)[kPerAccess<T>])
       values[i] = widen(T{static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16))});
     }
   }
+}
+
+// Element `at` of memory whose dtype the launch says.
+__device__ __forceinline__ float widen_any(const void* data, Dtype dtype, int64_t at) {
+  if (dtype == Dtype::f32) return static_cast<const float*>(data)[at];
+  if (dtype == Dtype::f16) return widen(static_cast<const Fp16*>(data)[at]);
+  return widen(static_cast<const Bf16*>(data)[at]);
+}
+
+// A sum of output `n` with its bias, if there is one. Once for each output: all threads take the same branches.
+__device__ __forceinline__ float plus_bias(float sum, const Bias& bias, int64_t n) {
+  return bias ? sum + widen_any(bias.data, bias.dtype, n) : sum;
+}
+
+template <class T>
+__device__ __forceinline__ void widen_pair(uint32_t pair, float& low, float& high) {
+  low = widen(T{static_cast<uint16_t>(pair)});
+  high = widen(T{static_cast<uint16_t>(pair >> 16)});
 }
 
 // Two elements of 16 bits, `low` first.

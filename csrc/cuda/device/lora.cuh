@@ -43,12 +43,6 @@ __device__ __forceinline__ void split(Fp16, uint32_t pair, uint32_t (&parts)[2])
   split(widen(Fp16{static_cast<uint16_t>(pair)}), widen(Fp16{static_cast<uint16_t>(pair >> 16)}), parts);
 }
 
-__device__ __forceinline__ float widen_any(const void* data, Dtype dtype, int64_t at) {
-  if (dtype == Dtype::f32) return static_cast<const float*>(data)[at];
-  if (dtype == Dtype::f16) return widen(static_cast<const Fp16*>(data)[at]);
-  return widen(static_cast<const Bf16*>(data)[at]);
-}
-
 // --- operands
 
 // kWords aligned words at once.

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import autotune, linear, linear_grad_input, shapes
-from .decode import DTYPES
+from .decode import DTYPES, round_to
 from .dequantize import dequantize
 from .launch import launch
 from .operands import (
@@ -110,7 +110,7 @@ def grouped_matmul_kernel(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
-    """Write fp32 y [splits, m, n], TILE_M rows of one expert by TILE_N columns.
+    """Write y [splits, m, n], TILE_M rows of one expert by TILE_N columns; fp32 where there are several splits.
 
     A split sums over ``split_columns`` of x, a multiple of TILE_K.
     """
@@ -131,7 +131,8 @@ def grouped_matmul_kernel(
             b = tl.load(matrix + columns[:, None] * matrix_row + at[None, :] * matrix_column, mask=mask, other=0.0)
             total = dot(a.to(DTYPE), b.to(DTYPE), total, True)
         mask = (rows[:, None] < end) & (columns[None, :] < n)
-        tl.store(y + (split.to(tl.int64) * m + rows[:, None]) * n + columns[None, :], total, mask=mask)
+        at = (split.to(tl.int64) * m + rows[:, None]) * n + columns[None, :]
+        tl.store(y + at, round_to(total, y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -176,7 +177,7 @@ def _product_dtype(a: torch.Tensor, b: torch.Tensor) -> torch.dtype:
     return a.dtype if a.dtype == b.dtype else torch.float32
 
 
-def grouped_matmul(x, matrices, expert_ends) -> torch.Tensor:
+def grouped_matmul(x, matrices, expert_ends, dtype=torch.float32) -> torch.Tensor:
     m, experts = rows_of_floats("x", x), expert_ends.numel()
     check_dimensions("x", x, 2)
     check_dimensions("matrices", matrices, 3)
@@ -186,18 +187,19 @@ def grouped_matmul(x, matrices, expert_ends) -> torch.Tensor:
         expected = f"{experts} (experts) x out_features x {k} (x's) on {x.device}"
         raise wrong("matrices", expected, f"{tuple(matrices.shape)} on {matrices.device}")
     ends = expert_ends_of(expert_ends, m, x)
-    y = x.new_empty([m, n], dtype=torch.float32)
+    check_float("dtype", dtype)
+    y = x.new_empty([m, n], dtype=dtype)
     if y.numel() == 0:
         return y
-    dtype = _product_dtype(x, matrices)
-    c = shapes.grouped_matmul_config(m, n, k, experts, dtype, gpu_of(x.device))
+    of_products = _product_dtype(x, matrices)
+    c = shapes.grouped_matmul_config(m, n, k, experts, of_products, gpu_of(x.device))
     row_tiles, shares = shapes.row_tile_count(m, experts, c.tile_m), shares_of(y, c.splits)
     launch(
         grouped_matmul_kernel,
         (row_tiles * ceil_div(n, c.tile_n), c.splits),
         *(x, *x.stride(), matrices, *matrices.stride(), ends, experts, m, shares, row_tiles, n, k),
         ceil_div(ceil_div(k, c.tile_k), c.splits) * c.tile_k,
-        DTYPE=DTYPES[dtype],
+        DTYPE=DTYPES[of_products],
         EXPERTS=next_power_of_2(experts),
         TILE_M=c.tile_m,
         TILE_N=c.tile_n,
