@@ -1,6 +1,7 @@
 """A quantized weight is copied, saved, loaded and moved like any parameter."""
 
 import copy
+import ctypes
 import io
 import pickle
 
@@ -235,7 +236,7 @@ def test_safetensors(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     model, file = Tied(), tmp_path / "model.safetensors"
     for save in (lambda: safetensors.save_file(model.state_dict(), file), lambda: safetensors.save_model(model, file)):
-        with pytest.raises(RuntimeError, match=r"torch.save.*lowbit.files"):
+        with pytest.raises((RuntimeError, ctypes.ArgumentError), match=r"torch.save.*lowbit.files"):
             save()
     assert not file.exists()
 
