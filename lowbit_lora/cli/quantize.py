@@ -50,7 +50,9 @@ def quantize(
     method = is_quantized(model)
     if method is not None:
         raise ValueError(f"MODEL: expected a dense model, got one that {method} has quantized; see lowbit convert")
-    config = LowbitConfig(format.value, block_size, double_quant, scale.value, skip, head, embeddings)
+    transposed = written_as is Writer.bitsandbytes
+    options = (format.value, block_size, double_quant, scale.value, skip, head, embeddings)
+    config = LowbitConfig(*options, conv1d_transposed=transposed)
     started = time.perf_counter()
     quantized = load(model, quantization_config=config)
     dense = sum(parameter.numel() * parameter.dtype.itemsize for parameter in quantized.parameters())

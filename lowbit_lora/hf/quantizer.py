@@ -136,17 +136,22 @@ class LowbitQuantizer(HfQuantizer):
         self._check_not_offloaded(name, value)
         if name not in self.names:
             return value
+        transposed = self._is_transposed(model, name)
         with named_errors(name):
-            q = quantize_to(value, self.quantization_config.spec, self.quantization_config.scale)
-        return checkpoint.frozen(q)
+            stored = value.T.contiguous() if transposed else value
+            q = quantize_to(stored, self.quantization_config.spec, self.quantization_config.scale)
+        return checkpoint.frozen(q.T if transposed else q)
 
     def restored(self, model: nn.Module, name: str, tensors: dict[str, torch.Tensor]) -> nn.Parameter:
         """The weight of the tensors that were read."""
         self._check_not_offloaded(name, tensors[""])
-        module = model.get_submodule(name.rpartition(".")[0])
-        transposed = self.quantization_config.conv1d_transposed and isinstance(module, Conv1D)
-        shape = model.get_parameter(name).shape
+        shape, transposed = model.get_parameter(name).shape, self._is_transposed(model, name)
         return checkpoint.frozen(checkpoint.from_tensors(name, tensors, shape, self._dtypes[name], transposed))
+
+    def _is_transposed(self, model: nn.Module, name: str) -> bool:
+        """Whether a weight is stored as [out, in] and is [in, out] in the model."""
+        module = model.get_submodule(name.rpartition(".")[0])
+        return self.quantization_config.conv1d_transposed and isinstance(module, Conv1D)
 
     def _check_not_offloaded(self, name: str, value: torch.Tensor) -> None:
         self._devices.add(value.device.type)
