@@ -115,10 +115,13 @@ def test_assign():
 
 
 def test_dense_state_into_a_quantized_model():
-    """A dense checkpoint would overwrite codes with noise, or be taken for loaded."""
+    """A dense checkpoint would overwrite codes with noise or be taken for loaded; or decoded weights not come back."""
     model = Tied()
     before = model(X)
     state = lowbit.dequantize_(copy.deepcopy(model)).state_dict()
+    model.load_state_dict(state)  # as accelerate's load_state does under FSDP2
+    assert torch.equal(model(X), before)
+    state["first.weight"][0, 0] += 1
     with pytest.raises(RuntimeError, match=r"(?s)first.weight.*Load a dense state dict before.*lowbit.quantize_"):
         model.load_state_dict(state)
     assert torch.equal(model(X), before)

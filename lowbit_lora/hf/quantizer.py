@@ -68,6 +68,7 @@ class LowbitQuantizer(HfQuantizer):
         return dtype
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
+        parallel.check_not_split(model)  # not before: transformers splits a model just before it reads the weights
         return param_name in self.names
 
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
@@ -144,6 +145,7 @@ class LowbitQuantizer(HfQuantizer):
 
     def restored(self, model: nn.Module, name: str, tensors: dict[str, torch.Tensor]) -> nn.Parameter:
         """The weight of the tensors that were read."""
+        parallel.check_not_split(model)
         self._check_not_offloaded(name, tensors[""])
         shape, transposed = model.get_parameter(name).shape, self._is_transposed(model, name)
         return checkpoint.frozen(checkpoint.from_tensors(name, tensors, shape, self._dtypes[name], transposed))
