@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .models import check_out, copy_tokenizer, folder_bytes, is_quantized, load
+from .models import check_out, folder_bytes, is_quantized, load, save
 from .output import Json, report
 
 
@@ -56,8 +56,7 @@ def quantize(
     started = time.perf_counter()
     quantized = load(model, quantization_config=config)
     dense = sum(parameter.numel() * parameter.dtype.itemsize for parameter in quantized.parameters())
-    quantized.save_pretrained(out, format=written_as.value)
-    copied = copy_tokenizer(model, out)
+    copied = save(quantized, model, out, format=written_as.value)
     values = {"out": out, "written_as": written_as.value, "weights": config.spec.text, "dense_bytes": dense}
     values |= {"stored_bytes": folder_bytes(out), "seconds": time.perf_counter() - started, "copied": copied}
     report(values, json)
