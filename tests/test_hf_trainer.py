@@ -1,6 +1,7 @@
 """transformers' Trainer and accelerate on models with adapters, with no change to a script for PEFT's models."""
 
 import copy
+import ctypes
 import gc
 import os
 import pickle
@@ -367,5 +368,5 @@ def test_accelerate_says_what_to_call(tmp_path):
     """An error from inside safetensors would not say what to do."""
     accelerator = accelerate.Accelerator(cpu=True)
     accelerator.prepare(model_of("llama"))
-    with pytest.raises(RuntimeError, match=r"save_adapters_only\(accelerator\)"):
+    with pytest.raises(ctypes.ArgumentError, match=r"save_adapters_only\(accelerator\)"):
         accelerator.save_state(str(tmp_path))
