@@ -457,6 +457,18 @@ def test_nan_is_named(tmp_path):
         load(tmp_path, quantization_config=LowbitConfig())
 
 
+def test_what_peft_merged_is_saved_as_it_is(quantized, tmp_path):
+    """Merged layers, which are dense, would be lost beside those that stay in 4 bits."""
+    peft = pytest.importorskip("peft")
+    from lowbit_lora.hf.peft import register
+
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    merged = peft.get_peft_model(load(quantized), register(settings)).merge_and_unload()
+    assert len(stored(merged)) == 12
+    merged.save_pretrained(tmp_path)
+    assert_same(load(tmp_path), merged)
+
+
 def test_a_full_disk_leaves_the_old_folder(quantized, tmp_path):
     """The only copy of a model would be lost to its own new version."""
     model = load(quantized)
