@@ -235,7 +235,7 @@ TEST_CUDA_ARCHS := 80,90,120
 
 .venv-peers/package.stamp: .venv-peers/torch.stamp $(SOURCES)
 	$(@D)/bin/python -m pip install --quiet $(subst -,==,$(PEFT)) $(PEER_PACKAGES)
-	LOWBIT_CUDA=0 $(@D)/bin/python -m pip install --quiet --no-build-isolation ".[hf]"
+	LOWBIT_CUDA=0 $(@D)/bin/python -m pip install --quiet --no-build-isolation .
 	touch $@
 
 build/$(PEFT)/PKG-INFO:

@@ -1,11 +1,27 @@
 """What the data of every classification example has in common: its error, the hub, the order of labels, the split."""
 
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+Results = TypeVar("Results")
+
 # The split does not depend on the training seed: every run is tested on the same rows.
 SPLIT_SEED = 0
 
 
 class DataError(Exception):
     """The data set cannot be found or used; the message says what was expected."""
+
+
+def program_status(run: Callable[[], Results], finish: Callable[[Results], int]) -> int:
+    """Return an example's exit status: what `finish` says of what `run` found; 2, and say why, for files of no use."""
+    try:
+        results = run()
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return finish(results)
 
 
 def import_datasets(source: str):

@@ -70,10 +70,16 @@ def same_answers(compared: dict) -> bool:
     return not compared["different_predictions"] and compared["max_logit_difference"] <= MERGE_TOLERANCE
 
 
+def reload_status(is_same: bool) -> int:
+    """Return 0, or 1, and say why, if the reloaded model is another one than was trained."""
+    if not is_same:
+        print("error: the reloaded model and the trained one predict differently", file=sys.stderr)
+    return int(not is_same)
+
+
 def exit_status(results: dict) -> int:
     """Return 1, and say why, if the reloaded or the merged model is another one than was trained; else 0."""
-    if not same_answers(results["reload"]):
-        print("error: the reloaded model and the trained one predict differently", file=sys.stderr)
+    if reload_status(same_answers(results["reload"])):
         return 1
     if "merge" in results and results["merge"]["max_logit_difference"] > MERGE_TOLERANCE:
         print("error: the merged model's logits differ by more than rounding", file=sys.stderr)

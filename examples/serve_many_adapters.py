@@ -28,7 +28,7 @@ import text_data
 import torch
 from adapter_report import print_results
 from adapter_serving import Requests
-from classifier_data import DataError
+from classifier_data import DataError, program_status
 from classifier_options import add_training_options, check_training_options
 from classifier_report import machine_facts
 from model_memory import base_bytes
@@ -314,13 +314,13 @@ def exit_status(results: dict) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
-    try:
-        results, answers = run(options)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print_results(results, answers, options.output)
-    return exit_status(results)
+
+    def finish(found: tuple) -> int:
+        results, answers = found
+        print_results(results, answers, options.output)
+        return exit_status(results)
+
+    return program_status(lambda: run(options), finish)
 
 
 if __name__ == "__main__":

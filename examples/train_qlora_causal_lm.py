@@ -30,9 +30,8 @@ import dialogue_data
 import lm_bundled
 import lm_report
 import torch
-from classifier_data import DataError
-from classifier_model import MERGE_TOLERANCE as TOLERANCE
-from classifier_model import folder_bytes
+from classifier_data import DataError, program_status
+from classifier_model import MERGE_TOLERANCE, folder_bytes, reload_status
 from classifier_options import add_training_options, check_training_options
 from classifier_report import machine_facts
 from dialogue_data import IGNORED, Dialogue, TokenizedDialogues
@@ -277,16 +276,12 @@ def run(options: argparse.Namespace) -> dict:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
-    try:
-        results = run(options)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    lm_report.print_results(results, options.output)
-    if results["reload_max_logit_difference"] > TOLERANCE:
-        print("error: the reloaded model and the trained one predict differently", file=sys.stderr)
-        return 1
-    return 0
+
+    def finish(results: dict) -> int:
+        lm_report.print_results(results, options.output)
+        return reload_status(results["reload_max_logit_difference"] <= MERGE_TOLERANCE)
+
+    return program_status(lambda: run(options), finish)
 
 
 if __name__ == "__main__":

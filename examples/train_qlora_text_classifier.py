@@ -22,7 +22,7 @@ import classifier_model
 import classifier_training
 import text_data
 import torch
-from classifier_data import DataError
+from classifier_data import DataError, program_status
 from classifier_options import DEFAULT_LR, add_training_options, check_training_options
 from classifier_plots import METHOD_NAMES, plot_history
 from classifier_report import print_results, run_facts
@@ -136,13 +136,12 @@ def run(options: argparse.Namespace) -> dict:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
-    try:
-        results = run(options)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print_results(results, options.output, "texts")
-    return classifier_model.exit_status(results)
+
+    def finish(results: dict) -> int:
+        print_results(results, options.output, "texts")
+        return classifier_model.exit_status(results)
+
+    return program_status(lambda: run(options), finish)
 
 
 if __name__ == "__main__":

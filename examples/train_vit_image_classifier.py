@@ -24,7 +24,7 @@ import classifier_training
 import torch
 import vision_bundled
 import vision_data
-from classifier_data import DataError
+from classifier_data import DataError, program_status
 from classifier_options import add_training_options, check_training_options, local_or_hub_model
 from classifier_plots import METHOD_NAMES, plot_history
 from classifier_report import print_results, run_facts
@@ -202,13 +202,12 @@ def run(options: argparse.Namespace) -> dict:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
-    try:
-        results = run(options)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print_results(results, options.output, "images")
-    return classifier_model.exit_status(results)
+
+    def finish(results: dict) -> int:
+        print_results(results, options.output, "images")
+        return classifier_model.exit_status(results)
+
+    return program_status(lambda: run(options), finish)
 
 
 if __name__ == "__main__":

@@ -87,9 +87,13 @@ def _copy_(op, to, source, non_blocking=False):
     if not isinstance(to, QuantizedTensor):
         return to.copy_(source.dequantize(), non_blocking)
     if not isinstance(source, QuantizedTensor):
+        # What was decoded from it comes back: accelerate's load_state under FSDP2, with FULL_STATE_DICT.
+        same_kind = source.shape == to.shape and source.dtype == to.dtype and not (to.is_meta or source.is_meta)
+        if same_kind and torch.equal(source.to(to.device), to.dequantize()):
+            return to
         raise RuntimeError(
-            "copy_: a dense tensor cannot be copied into a quantized weight. Load a dense state dict before the model "
-            "is quantized (lowbit.quantize_), or after lowbit.dequantize_(model)"
+            "copy_: a dense tensor cannot be copied into a quantized weight, whose values differ from it. Load a dense "
+            "state dict before the model is quantized (lowbit.quantize_), or after lowbit.dequantize_(model)"
         )
     if to._buffer is not None:
         to.take(source)

@@ -3,7 +3,7 @@
 A function that is not here runs as torch wrote it, and meets ``aten.py`` below autograd.
 """
 
-import sys
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -139,32 +139,38 @@ for _name in ("numpy", "tolist", "__array__", "item", "__dlpack__"):
     implements(getattr(torch.Tensor, _name))(_decoded(_name))
 
 
-def _asked_by_accelerate() -> bool:
-    """Whether who calls a function of torch is accelerate, which takes pointers for names of weights, and reads none.
+_NO_MEMORY = (
+    "a quantized weight has no memory of its own layout: save it with torch.save(model.state_dict()), or under "
+    "bitsandbytes' keys (lowbit.files); its bytes are q.packed and q.absmax. For accelerate's save_state call "
+    "lowbit_lora.hf.trainer.save_adapters_only(accelerator) first; Trainer saves adapters where PEFT is "
+    "installed. A mixture of transformers that asks for it computes in another way: "
+    "model.set_experts_implementation('eager')"
+)
 
-    It finds shared weights by them, and under FSDP2 the parameters of an optimizer.
+
+@implements(torch.Tensor.storage, torch.Tensor._typed_storage)
+def _storage(q):
+    """untyped_storage() stays: torch.compile asks for it, and its data_ptr() fails by itself."""
+    raise RuntimeError(_NO_MEMORY)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What ``data_ptr()`` of a quantized weight returns: the same for weights that share their bytes, but no number.
+
+    Libraries look weights up by it: accelerate under FSDP2 and in its hooks, PEFT and Trainer where weights are tied.
+    Whoever would read the weight there, such as a kernel, needs a number and gets an error.
     """
-    caller = sys._getframe(3)  # past the table's entry, and __torch_function__
-    return str(caller.f_globals.get("__name__")).partition(".")[0] == "accelerate"
+
+    codes: int
+
+    def _refuse(self, *_):
+        raise NotImplementedError(_NO_MEMORY)  # as torch does for tensors without memory
+
+    __index__ = __int__ = __add__ = __radd__ = __sub__ = __mod__ = __lt__ = __gt__ = _refuse
+    _as_parameter_ = property(_refuse)  # ctypes asks for it, by which safetensors reads memory
 
 
-def _no_memory(error: type[Exception]):
-    def function(q, *args, **kwargs):
-        if _asked_by_accelerate():
-            return q.packed.data_ptr()
-        raise error(
-            "a quantized weight has no memory of its own layout: save it with torch.save(model.state_dict()), or under "
-            "bitsandbytes' keys (lowbit.files); its bytes are q.packed and q.absmax. For accelerate's save_state call "
-            "lowbit_lora.hf.trainer.save_adapters_only(accelerator) first; Trainer saves adapters where PEFT is "
-            "installed. A mixture of transformers that asks for it computes in another way: "
-            "model.set_experts_implementation('eager')"
-        )
-
-    return function
-
-
-# untyped_storage() stays: torch.compile asks for it, and its data_ptr() fails by itself.
-for _name in ("storage", "_typed_storage"):
-    implements(getattr(torch.Tensor, _name))(_no_memory(RuntimeError))
-# A RuntimeError too. It is what torch raises here, and PEFT, which compares the memory of tied weights, expects it.
-implements(torch.Tensor.data_ptr)(_no_memory(NotImplementedError))
+@implements(torch.Tensor.data_ptr)
+def _data_ptr(q):
+    return Memory(q.packed.data_ptr())

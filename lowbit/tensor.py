@@ -79,9 +79,11 @@ class QuantizedTensor(Sharded, torch.Tensor):
         stored: the :class:`Layout`, what the parts mean.
 
     Args:
-        packed, absmax, group_scales, offset: the parts, in any shape.
+        packed, absmax, group_scales, offset: the parts, in any shape. A quantized weight instead of them gives a
+            parameter that shares its parts: libraries move parameters by ``type(p)(moved, requires_grad=...)``.
         shape, dtype: of the weight: float32, float16 or bfloat16.
         spec: how it is stored.
+        requires_grad: False; a quantized weight is frozen.
 
     Raises:
         TypeError, ValueError: parts that do not fit each other.
@@ -93,7 +95,25 @@ class QuantizedTensor(Sharded, torch.Tensor):
     ATEN: dict = {}
 
     @staticmethod
-    def __new__(cls, packed, absmax, group_scales=None, offset=None, *, shape, dtype, spec):
+    def __new__(
+        cls,
+        packed,
+        absmax=None,
+        group_scales=None,
+        offset=None,
+        *,
+        shape=(),
+        dtype=None,
+        spec=None,
+        requires_grad=False,
+    ):
+        if isinstance(packed, QuantizedTensor):
+            return torch.nn.Parameter(packed, requires_grad)
+        if spec is None:
+            raise TypeError(
+                "packed: expected a quantized weight, or its parts with their shape, dtype and spec, got "
+                f"{type(packed).__name__} alone; lowbit.quantize(weight) quantizes a dense one"
+            )
         layout = Layout(spec, tuple(shape), dtype)
         parts = _checked((packed, absmax, group_scales, offset), layout)
         return cls._make(_on_rows(parts, layout), layout)

@@ -322,6 +322,24 @@ def _refuse_peft(owner: nn.Module, name: str, module: nn.Module | None) -> None:
 register_module_module_registration_hook(_refuse_peft)
 
 
+class _DenseModules(nn.ModuleDict):
+    """The copies of one module that PEFT trains, decoded: quantized weights are frozen."""
+
+    def __setitem__(self, name: str, module: nn.Module) -> None:
+        super().__setitem__(name, modules.dequantize_(module))
+
+
+def _decode_copies(owner: nn.Module, name: str, module: nn.Module | None) -> nn.Module | None:
+    """What PEFT keeps its copies of a module to save in; torch calls this for each new child module."""
+    kind = type(owner)
+    if name == "modules_to_save" and kind.__name__ == "ModulesToSaveWrapper" and kind.__module__.startswith("peft."):
+        return _DenseModules(module)
+    return None
+
+
+register_module_module_registration_hook(_decode_copies)
+
+
 def check_base(model: nn.Module) -> None:
     """TypeError/ValueError unless ``model`` is a module without adapters whose weights are at hand."""
     models.check_module(model)

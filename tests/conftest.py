@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,28 @@ def pytest_runtest_setup(item):
 
     if item.get_closest_marker("interpreted") and not triton.INTERPRETED:
         pytest.skip("runs under TRITON_INTERPRET=1; `make test` does both")
+
+
+@pytest.fixture(scope="module")
+def example(request):
+    """The example that the tests' module names, as a module; its neighbours are found as when it runs as a script."""
+    examples = str(Path(__file__).parents[1] / "examples")
+    sys.path.insert(0, examples)
+    try:
+        yield importlib.import_module(request.module.EXAMPLE)
+    finally:
+        sys.path.remove(examples)
+
+
+@pytest.fixture
+def assert_stops_at_once(example, tmp_path, capsys):
+    """Asserts that the example, given these arguments, says a text and ends with status 2 before any work."""
+
+    def check(arguments: list[str], expected: str) -> None:
+        with pytest.raises(SystemExit) as stopped:
+            example.main(arguments)
+        assert stopped.value.code == 2
+        assert expected in " ".join(capsys.readouterr().err.split())
+        assert not (tmp_path / "out").exists()
+
+    return check

@@ -1,7 +1,7 @@
 """What the processes of tests/test_hf_parallel.py run: the example, and a note of what each of them held and sent.
 
-`accelerate launch` runs this file as it would the example. By itself it forks the processes that `accelerate launch`
-would start, with the environment that accelerate makes of a config file, and imports everything once for all of them:
+It forks the processes that `accelerate launch` would start, with the environment that accelerate makes of a config
+file, and imports everything once for all of them:
 
     python tests/parallel_training.py OUTPUT ddp:4,fsdp2:2 ROWS-OF-A-STEP [options of the example]
 """
@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.commands import launch
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import get_free_port, prepare_multi_gpu_env
@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from lowbit import QuantizedTensor
 from lowbit_lora import LowbitConfig, QLoRAConfig, QLoRAModel
 from lowbit_lora.hf.parallel import tensor_parallel_
+from lowbit_lora.hf.trainer import save_adapters_only
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.append(str(EXAMPLES))
@@ -81,6 +82,43 @@ def split(output: Path, options: list[str]) -> None:
     torch.distributed.destroy_process_group()
 
 
+def resume(output: Path, options: list[str]) -> None:
+    """Save a state of accelerate's after a step, and go on twice: at once, and with other factors that load it."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    shard_on_the_cpu()
+    accelerator = Accelerator(cpu=True)
+    save_adapters_only(accelerator)
+    ids = torch.arange(16).view(2, 8) + accelerator.process_index
+
+    def start(noise: int) -> tuple[QLoRAModel, torch.optim.Optimizer]:
+        accelerator.free_memory()
+        model = adapted(train_many_gpus.parse(options).model, noise)
+        return accelerator.prepare(model, torch.optim.AdamW(model.trainable_parameters(), lr=0.01))
+
+    def step(model: QLoRAModel, optimizer: torch.optim.Optimizer) -> float:
+        loss = model(input_ids=ids, labels=ids).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    losses = {}
+    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        plugin = accelerator.state.fsdp_plugin
+        plugin.state_dict_config = plugin.optim_state_dict_config = None  # those of the other kind
+        plugin.set_state_dict_type(kind)
+        running = start(0)
+        step(*running)
+        accelerator.save_state(str(output / kind))
+        through = [step(*running) for _ in range(2)]
+        running = start(1)
+        accelerator.load_state(str(output / kind))
+        losses[kind] = through, [step(*running) for _ in range(2)]
+    (output / f"losses.{accelerator.process_index}").write_text(json.dumps(losses))
+    torch.distributed.destroy_process_group()
+
+
 def adapted(folder: str, noise: int = 0) -> QLoRAModel:
     """The model with an adapter that changes something; with ``noise`` another one."""
     config = LowbitConfig(block_size=32, modules_to_not_convert=["layers.1.mlp.down_proj"])
@@ -111,13 +149,14 @@ def environment(config: str, processes: int) -> dict[str, str]:
 
 def fork(output: Path, config: str, processes: int, options: list[str]) -> None:
     """Train in forked processes."""
-    shared = environment("ddp" if config == "tensor" else config, processes) | {"MASTER_PORT": str(get_free_port())}
+    run_by, config_file = RUNS.get(config, (train, config))
+    shared = environment(config_file, processes) | {"MASTER_PORT": str(get_free_port())}
 
     def process(rank: int):
         def run() -> int:
             os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
             try:
-                (split if config == "tensor" else train)(output, options)
+                run_by(output, options)
             except BaseException:
                 traceback.print_exc()
                 raise
@@ -130,13 +169,13 @@ def fork(output: Path, config: str, processes: int, options: list[str]) -> None:
         sys.exit(f"{config} failed in {processes} processes")
 
 
+#: Runs that are not of the example -> what runs, under which config.
+RUNS = {"tensor": (split, "ddp"), "state": (resume, "fsdp2")}
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    if "RANK" in os.environ:
-        train(folder, sys.argv[2:])
-    else:
-        for run in sys.argv[2].split(","):
-            name, _, count = run.partition(":")
-            (folder / run).mkdir()
-            rows = int(sys.argv[3]) // int(count)
-            fork(folder / run, name, int(count), [*sys.argv[4:], f"--batch-size={rows}"])
+    for run in sys.argv[2].split(","):
+        name, _, count = run.partition(":")
+        (folder / run).mkdir()
+        rows = int(sys.argv[3]) // int(count)
+        fork(folder / run, name, int(count), [*sys.argv[4:], f"--batch-size={rows}"])

@@ -1,6 +1,8 @@
-"""A disk that is soon full, for tests."""
+"""A disk that is soon full, and a limit on the size of files, for tests."""
 
 import contextlib
+import resource
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,3 +22,15 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
     finally:
         # Lazily: a mapped file may live longer.
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def small_files(size: int) -> Iterator[None]:
+    """Context in which no file of more bytes can be written: that is an error, and no signal."""
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)

@@ -12,6 +12,7 @@ import torch
 from conftest_models import assert_as_precise
 from hf_models import GPT2, IDS, SIZES, assert_same, assert_same_tensor, load, save_dense, stored
 from safetensors.torch import load_file
+from small_disk import small_files
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("typer")
@@ -316,6 +317,53 @@ def test_merge_of_a_peft_adapter_does_not_quantize(folder, tmp_path, capsys):
     found, expected = load(tmp_path / "merged"), adapted.merge_and_unload()
     for name, parameter in expected.named_parameters():
         torch.testing.assert_close(found.get_parameter(name), parameter, atol=2**-8, rtol=2**-8)
+
+
+# ---- files that break, or cannot be written
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {"": folder.read_bytes()}
+
+
+def test_a_full_disk_leaves_the_old_files(folder, tmp_path, capsys):
+    """The only copy of a model would be lost to its own new version, or a user read a stack trace."""
+    printed(capsys, "quantize", folder, tmp_path / "q")
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": "the film was good </s> a film"}] * 4)
+    for out, command in {
+        "adapter": ("train", folder, texts, tmp_path / "adapter", *QUICK, "--max-steps", 1),
+        "again": ("quantize", folder, tmp_path / "again"),
+        "b": ("convert", tmp_path / "q", tmp_path / "b", "--to", "bitsandbytes"),
+        "m.gguf": ("convert", tmp_path / "q", tmp_path / "m.gguf", "--to", "gguf", "--no-tokenizer"),
+        "merged": ("merge", folder, tmp_path / "adapter", tmp_path / "merged"),
+    }.items():
+        printed(capsys, *command)
+        before = files(tmp_path / out)
+        with small_files(3000):
+            error = refused(capsys, *command)
+        assert str(tmp_path) in error and ("too large" in error or "could not be written" in error)
+        assert files(tmp_path / out) == before
+        assert not list(tmp_path.glob(".*"))
+
+
+def test_broken_files_are_named(folder, tmp_path, capsys):
+    """A user would not know which of a model's many files to fetch again."""
+    model = save_dense(tmp_path / "model", **SIZES, shards="60KB")
+    tokenizer().save_pretrained(model)
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": "a film"}] * 4)
+    shard = sorted(model.glob("*.safetensors"))[-1]
+    whole = shard.read_bytes()
+    commands = (
+        ("quantize", model, tmp_path / "out"),
+        ("train", model, texts, tmp_path / "out", "--method", "lora", *QUICK),
+        ("generate", model, "--prompt", "a"),
+    )
+    for command in commands:
+        shard.write_bytes(whole[:-10])
+        assert f"{shard}: expected a whole file, but it is truncated or corrupt" in refused(capsys, *command)
+        shard.unlink()
+        assert shard.name in refused(capsys, *command)
+    assert not (tmp_path / "out").exists()
 
 
 # ---- memory, doctor, and the command itself

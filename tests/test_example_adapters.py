@@ -1,6 +1,5 @@
 """The example that serves several adapters, run as a user runs it, on a tiny random BERT and tiny tables."""
 
-import importlib
 import json
 import random
 import subprocess
@@ -14,20 +13,11 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
+EXAMPLE = "serve_many_adapters"
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-SCRIPT = EXAMPLES / "serve_many_adapters.py"
+SCRIPT = EXAMPLES / f"{EXAMPLE}.py"
 WORDS = [f"{first}{second}" for first in "bdfgkl" for second in "aeiou"]
 NAMES = ["first", "second"]
-
-
-@pytest.fixture(scope="module")
-def example():
-    """The example as a module; its neighbours are found as they are when it runs as a script."""
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        yield importlib.import_module("serve_many_adapters")
-    finally:
-        sys.path.remove(str(EXAMPLES))
 
 
 @pytest.fixture(scope="module")
@@ -131,13 +121,9 @@ def test_other_answers_fail_the_run(example, arguments, monkeypatch, field, mess
         (["--model", "./no-such-model"], "no-such-model is not a model folder"),
     ],
 )
-def test_bad_options_stop_before_any_work(example, arguments, tmp_path, bad, expected, capsys):
+def test_bad_options_stop_before_any_work(assert_stops_at_once, arguments, bad, expected):
     """A typing error would cost a user minutes, or end in a traceback."""
-    with pytest.raises(SystemExit) as stopped:
-        example.main([*arguments, *bad])
-    assert stopped.value.code == 2
-    assert expected in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "out").exists()
+    assert_stops_at_once([*arguments, *bad], expected)
 
 
 def test_more_requests_than_texts(example, arguments, capsys):

@@ -1,6 +1,5 @@
 """The example on language models, run as a user runs it, on a tiny model and a few dialogues."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -13,22 +12,13 @@ tokenizers = pytest.importorskip("tokenizers")
 for _name in ("accelerate", "matplotlib", "peft", "rich"):
     pytest.importorskip(_name)
 
+EXAMPLE = "train_qlora_causal_lm"
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 WORDS = ["<pad>", "<end>", "<user>", "<assistant>", *(f"w{i}" for i in range(28))]
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
-
-
-@pytest.fixture(scope="module")
-def example():
-    """The example as a module; its neighbours are found as they are when it runs as a script."""
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        yield importlib.import_module("train_qlora_causal_lm")
-    finally:
-        sys.path.remove(str(EXAMPLES))
 
 
 def tokenizer(template: str | None = TEMPLATE):
@@ -185,13 +175,9 @@ def test_bundled_dialogues(example, tmp_path, monkeypatch):
         (["--dataset", str(EXAMPLES)], ".jsonl"),
     ],
 )
-def test_bad_options_stop_before_any_work(example, arguments, tmp_path, bad, expected, capsys):
+def test_bad_options_stop_before_any_work(assert_stops_at_once, arguments, bad, expected):
     """A typing error would cost minutes, or end in a traceback."""
-    with pytest.raises(SystemExit) as stopped:
-        example.main([*arguments, *bad])
-    assert stopped.value.code == 2
-    assert expected in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert_stops_at_once([*arguments, *bad], expected)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The image-classification example, run as a user runs it, on a tiny random ViT and tiny random images."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -15,19 +14,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 Image = pytest.importorskip("PIL.Image")
 
+EXAMPLE = "train_vit_image_classifier"
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-SCRIPT = EXAMPLES / "train_vit_image_classifier.py"
+SCRIPT = EXAMPLES / f"{EXAMPLE}.py"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-
-
-@pytest.fixture(scope="module")
-def example():
-    """The example as a module; its neighbours are found as they are when it runs as a script."""
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        yield importlib.import_module("train_vit_image_classifier")
-    finally:
-        sys.path.remove(str(EXAMPLES))
 
 
 @pytest.fixture(scope="module")
@@ -146,13 +136,9 @@ def test_another_model_after_saving_fails_the_run(example, arguments, monkeypatc
         (["--dataset", str(SCRIPT)], "expected a folder"),
     ],
 )
-def test_bad_options_stop_before_any_work(example, arguments, tmp_path, bad, expected, capsys):
+def test_bad_options_stop_before_any_work(assert_stops_at_once, arguments, bad, expected):
     """A typing error would cost a user minutes, or end in a traceback."""
-    with pytest.raises(SystemExit) as stopped:
-        example.main([*arguments, *bad])
-    assert stopped.value.code == 2
-    assert expected in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "out").exists()
+    assert_stops_at_once([*arguments, *bad], expected)
 
 
 @pytest.mark.parametrize(

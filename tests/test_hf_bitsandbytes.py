@@ -125,7 +125,9 @@ def test_conv1d(tmp_path, on_our_kernels):
         torch.testing.assert_close(ours(IDS).logits, model(IDS).logits, rtol=0.05, atol=0.02)
     ours.save_pretrained(tmp_path / "ours")
     assert_same(load(tmp_path / "ours"), ours)
-    ours.save_pretrained(tmp_path / "again", format="bitsandbytes")
+    own = load(folder, quantization_config=LowbitConfig(conv1d_transposed=True))
+    assert_same(own, ours)
+    own.save_pretrained(tmp_path / "again", format="bitsandbytes")
     assert_same_files(tmp_path / "again", tmp_path / "theirs")
 
 
@@ -134,7 +136,7 @@ def test_conv1d(tmp_path, on_our_kernels):
     [
         ("MixtralForCausalLM", MIXTRAL, {}, "got .*mlp.experts.gate_up_proj of a MixtralExperts"),
         ("LlamaForCausalLM", SIZES, {"quantize_embeddings": True}, "got model.embed_tokens.weight of a Embedding"),
-        ("GPT2LMHeadModel", GPT2, {}, "got transformer.h.0.attn.c_attn.weight of a Conv1D"),
+        ("GPT2LMHeadModel", GPT2, {}, "c_attn.weight of a Conv1D .* quantize it by LowbitConfig.conv1d_transposed"),
         ("LlamaForCausalLM", SIZES, {"format": "int8"}, "expected weights in nf4 or fp4 .* in int8"),
     ],
 )

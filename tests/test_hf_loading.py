@@ -233,9 +233,16 @@ def test_several_devices(tmp_path, tied):
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, plain(IDS).logits)
-    for weight in (*stored(model).values(), *stored(plain).values()):
-        with pytest.raises(RuntimeError, match="no memory of its own layout"):
-            weight.data_ptr()
+
+
+def test_accelerate_offloads_afterwards(quantized):
+    """A model that was offloaded by hand would lose its weights, or decode them each time they come back."""
+    accelerate = pytest.importorskip("accelerate")
+    model, plain = load(quantized), load(quantized)
+    accelerate.cpu_offload(model, "cpu")
+    assert all(weight.is_meta for weight in stored(model).values()) and len(stored(model)) == 14
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, plain(IDS).logits)
 
 
 @pytest.mark.parametrize("devices", [{"": "disk"}, {"model": 0, "lm_head": "cpu"}])
@@ -448,6 +455,18 @@ def test_nan_is_named(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight: weight: expected finite values"):
         load(tmp_path, quantization_config=LowbitConfig())
+
+
+def test_what_peft_merged_is_saved_as_it_is(quantized, tmp_path):
+    """Merged layers, which are dense, would be lost beside those that stay in 4 bits."""
+    peft = pytest.importorskip("peft")
+    from lowbit_lora.hf.peft import register
+
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    merged = peft.get_peft_model(load(quantized), register(settings)).merge_and_unload()
+    assert len(stored(merged)) == 12
+    merged.save_pretrained(tmp_path)
+    assert_same(load(tmp_path), merged)
 
 
 def test_a_full_disk_leaves_the_old_folder(quantized, tmp_path):

@@ -26,11 +26,12 @@ parallel_training = pytest.importorskip("parallel_training")
 
 TESTS = Path(__file__).parent
 SCRIPT = str(TESTS / "parallel_training.py")
+EXAMPLE = str(TESTS.parent / "examples/train_many_gpus.py")
 ROWS, STEPS = 4, 3  # rows of a step over all processes
 FORKED = ("ddp:4", "fsdp2:2", "fsdp2:4")
-TENSOR = "tensor:2"
-RUNS = ("ddp", *FORKED)
-KINDS = ("loop", "trainer")
+TENSOR, STATE = "tensor:2", "state:2"
+TORCHRUN = ("torchrun", "trainer")
+RUNS = [TORCHRUN, *((run, kind) for run in FORKED for kind in ("loop", "trainer"))]
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +62,10 @@ def start(arguments: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def runs(folder):
-    """The folder, once every run has ended: one by `accelerate launch`, the others forked."""
-    (folder / "ddp").mkdir()
-    config = str(TESTS.parent / "examples/accelerate/ddp.yaml")
-    launched = ["-m", "accelerate.commands.launch", "--config_file", config, "--mixed_precision", "no"]
-    start([*launched, "--main_process_port", "0", SCRIPT, str(folder / "ddp"), *options(folder, ROWS // 2)])
-    start([SCRIPT, str(folder), ",".join([*FORKED, TENSOR]), str(ROWS), *options(folder, ROWS)])
+    """The folder, once every run has ended: one by torchrun, the others forked."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", EXAMPLE]
+    start([*torchrun, "--trainer", "--output", str(folder.joinpath(*TORCHRUN)), *options(folder, ROWS // 2)])
+    start([SCRIPT, str(folder), ",".join([*FORKED, TENSOR, STATE]), str(ROWS), *options(folder, ROWS)])
     return folder
 
 
@@ -90,8 +89,7 @@ def one(folder):
     return losses, model
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("run", "kind"), RUNS)
 def test_losses_are_those_of_one_process(runs, one, run, kind):
     """Several GPUs would train something else: other rows, gradients that are not the mean, weights that differ."""
     losses = json.loads((runs / run / kind / "losses.json").read_text())
@@ -99,8 +97,7 @@ def test_losses_are_those_of_one_process(runs, one, run, kind):
     torch.testing.assert_close(losses, one[0], rtol=1e-5, atol=1e-4 if kind == "trainer" else 0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("run", "kind"), RUNS)
 def test_the_saved_adapter_is_whole(runs, one, run, kind):
     """The file would hold a part of the factors, or those of one process: it could not be used by itself."""
     base = load(runs / "model", quantization_config=LowbitConfig())
@@ -116,11 +113,11 @@ def test_the_saved_adapter_is_whole(runs, one, run, kind):
 
 
 def seen(runs: Path, run: str) -> list[dict]:
-    ranks = int(run.partition(":")[2] or 2)
+    ranks = int(run.partition(":")[2])
     return [json.loads((runs / run / f"seen.{rank}").read_text()) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize("run", [run for run in RUNS if "ddp" in run])
+@pytest.mark.parametrize("run", [run for run in FORKED if "ddp" in run])
 def test_ddp_never_sends_the_base(runs, one, run):
     """accelerate's DDP would send the base over the network, which is many times the adapter."""
     parameters = [p for p in one[1].parameters() if not isinstance(p, QuantizedTensor)]
@@ -132,13 +129,21 @@ def test_ddp_never_sends_the_base(runs, one, run):
         assert rank["loop"]["sent"]["allreduce_"] <= STEPS * (trained + 8)  # with the losses
 
 
-@pytest.mark.parametrize("run", [run for run in RUNS if "fsdp2" in run])
+@pytest.mark.parametrize("run", [run for run in FORKED if "fsdp2" in run])
 def test_fsdp2_shards_the_base(runs, one, run):
     """accelerate would leave the base whole on each GPU, as it does with bitsandbytes' uint8 weights."""
     ranks = int(run.partition(":")[2])
     whole = sum(p.packed.nbytes for p in one[1].parameters() if isinstance(p, QuantizedTensor))
     for rank in seen(runs, run):
         assert rank["loop"]["codes"] * ranks == rank["trainer"]["codes"] * ranks == whole
+
+
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_a_state_of_accelerate_resumes_under_fsdp2(runs, kind):
+    """A run that was interrupted would end at another model, or fail when its state is loaded."""
+    for rank in range(2):
+        through, resumed = json.loads((runs / STATE / f"losses.{rank}").read_text())[kind]
+        assert resumed == through and through[1] < through[0]
 
 
 def test_tensor_parallel(runs):
@@ -213,6 +218,19 @@ def test_parts_of_a_weight(spec):
         assert torch.equal(columns_of(q, begin, end).dequantize(), q.dequantize()[:, begin:end])
     with pytest.raises(ValueError, match="begin and end: expected a part of 128, got 64 to 129"):
         columns_of(q, 64, 129)
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["dense", "quantized"])
+def test_splitting_while_loading_is_refused(folder, two_ranks, monkeypatch, tmp_path, stored):
+    """Each process would quantize, or read, a part of the bytes of a weight, and fail far from the cause."""
+    options = {"quantization_config": LowbitConfig()}
+    if stored:
+        load(folder / "model", **options).save_pretrained(tmp_path)
+        options = {}
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"tp_plan and distributed_config: .*parallel\.tensor_parallel_\(model\)"):
+        load(tmp_path if stored else folder / "model", tp_plan="auto", **options)
 
 
 def test_sharded_checkpoints_are_refused():

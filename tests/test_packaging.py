@@ -1,5 +1,6 @@
 """What setup.py builds, what an installation says about itself, and the check of torch's headers."""
 
+import ast
 import importlib.metadata
 import importlib.util
 import os
@@ -139,6 +140,22 @@ def test_an_earlier_build_leaves_nothing_in_the_next(clone, tmp_path):
     done = run(sys.executable, "setup.py", "build", "--build-base", tmp_path, cwd=clone, LOWBIT_NATIVE=0)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "lib" / "lowbit" / "format.py").exists() and not gone.exists()
+
+
+def test_the_command_needs_no_more_than_is_installed():
+    """After `pip install .` the command `lowbit train` would ask for further packages."""
+    declared = re.search(r"^dependencies = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    installed = {re.split(r"[>=]", text)[0] for text in re.findall(r'"(.*?)"', declared[1])}
+    imported = set()
+    for path in (ROOT / "lowbit_lora" / "cli").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.partition(".")[0])
+    imported = {"pyyaml" if name == "yaml" else name for name in imported - {*sys.stdlib_module_names, "lowbit"}}
+    assert imported - installed == {"datasets"}  # only for parquet files and the hub
+    assert "accelerate" in installed  # transformers' Trainer needs it
 
 
 @pytest.fixture

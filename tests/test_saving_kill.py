@@ -4,7 +4,6 @@ import ctypes
 import errno
 import functools
 import os
-import resource
 import signal
 import sys
 
@@ -12,7 +11,7 @@ import forked
 import pytest
 import torch
 from conftest_models import mlp
-from small_disk import small_disk
+from small_disk import small_disk, small_files
 
 from lowbit_lora import LoraConfig, LoraModel
 
@@ -133,25 +132,14 @@ def test_what_killed_savers_leave_is_removed(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {WEIGHTS, CONFIG, "README.md", ".adapter_config.json.1.saving"}
 
 
-@pytest.fixture
-def limited():
-    """A limit on the size of files, whose excess is an error and no signal."""
-    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
 @pytest.mark.parametrize("size", [0, 100, 5000])
-def test_a_file_that_becomes_too_large(tmp_path, limited, size):
+def test_a_file_that_becomes_too_large(tmp_path, size):
     """A quota in the last save must not cost the one before; 5000 bytes hold a part of the weights."""
     wrapped(1.0).save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     new = wrapped(2.0, rank=32)
-    limited(size)
-    with pytest.raises(OSError, match="too large") as raised:
+    with small_files(size), pytest.raises(OSError, match="too large") as raised:
         new.save_pretrained(tmp_path)
-    limited(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     assert raised.value.errno == errno.EFBIG
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert seen(tmp_path) == 1.0

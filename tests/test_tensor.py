@@ -267,9 +267,27 @@ def test_values_leave_the_tensor():
     dense = q.dequantize()
     assert (q.numpy() == dense.numpy()).all() and q.tolist() == dense.tolist()
     assert torch.equal(torch.from_dlpack(q), dense) and float(q[0, 0]) == float(dense[0, 0])
-    for read in (q.data_ptr, q.storage):
+    for read in (lambda: int(q.data_ptr()), lambda: q.data_ptr() % 16, q.storage):
         with pytest.raises(RuntimeError, match="no memory of its own layout"):
             read()
+
+
+def test_pointers_name_weights():
+    """Libraries find shared weights by their pointers, and would take all weights for one, or each for another."""
+    q, other = weight(3, 64), weight(3, 64)
+    assert q.data_ptr() == q.detach().data_ptr() == torch.nn.Parameter(q, requires_grad=False).data_ptr()
+    assert q.data_ptr() != other.data_ptr() and len({q.data_ptr(): 0, q.detach().data_ptr(): 0}) == 1
+
+
+def test_a_parameter_is_made_of_a_weight_as_of_any_tensor():
+    """accelerate moves a parameter by ``type(p)(moved, requires_grad=...)``, and would stop, or make no parameter."""
+    q = torch.nn.Parameter(weight(3, 64), requires_grad=False)
+    moved = type(q)(q.to("cpu"), requires_grad=q.requires_grad)
+    assert isinstance(moved, torch.nn.Parameter) and isinstance(moved, QuantizedTensor) and moved.packed is q.packed
+    with pytest.raises(RuntimeError, match="a quantized weight is frozen"):
+        type(q)(q, requires_grad=True)
+    with pytest.raises(TypeError, match="packed: expected a quantized weight, .* got Tensor alone"):
+        type(q)(q.dequantize(), requires_grad=False)
 
 
 def test_optimizer_leaves_it_alone():

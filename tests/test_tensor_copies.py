@@ -1,6 +1,7 @@
 """A quantized weight is copied, saved, loaded and moved like any parameter."""
 
 import copy
+import ctypes
 import io
 import pickle
 
@@ -114,10 +115,13 @@ def test_assign():
 
 
 def test_dense_state_into_a_quantized_model():
-    """A dense checkpoint would overwrite codes with noise, or be taken for loaded."""
+    """A dense checkpoint would overwrite codes with noise or be taken for loaded; or decoded weights not come back."""
     model = Tied()
     before = model(X)
     state = lowbit.dequantize_(copy.deepcopy(model)).state_dict()
+    model.load_state_dict(state)  # as accelerate's load_state does under FSDP2
+    assert torch.equal(model(X), before)
+    state["first.weight"][0, 0] += 1
     with pytest.raises(RuntimeError, match=r"(?s)first.weight.*Load a dense state dict before.*lowbit.quantize_"):
         model.load_state_dict(state)
     assert torch.equal(model(X), before)
@@ -235,7 +239,7 @@ def test_safetensors(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     model, file = Tied(), tmp_path / "model.safetensors"
     for save in (lambda: safetensors.save_file(model.state_dict(), file), lambda: safetensors.save_model(model, file)):
-        with pytest.raises(RuntimeError, match=r"torch.save.*lowbit.files"):
+        with pytest.raises((RuntimeError, ctypes.ArgumentError), match=r"torch.save.*lowbit.files"):
             save()
     assert not file.exists()
 

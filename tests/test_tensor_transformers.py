@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from cases import UNIT_ROUNDOFF
+from hf_models import IDS, SIZES
 from torch import nn
 
 import lowbit
@@ -13,15 +14,6 @@ from lowbit import QuantizedTensor, aten
 
 transformers = pytest.importorskip("transformers")
 
-IDS = torch.arange(3, 17).reshape(2, 7)
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 #: The most terms that a product in these models has.
 TERMS = 96
 

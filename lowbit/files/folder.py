@@ -29,7 +29,8 @@ def written_beside(folder: str | os.PathLike, stale: Callable[[str], bool] = lam
             for name in written:
                 _flush(os.path.join(beside, name))
         except (OSError, SafetensorError) as error:
-            raise OSError(f"{folder}: could not be written, and its files are as they were ({error})") from error
+            reason = error.__cause__ or error  # what stopped a folder inside
+            raise OSError(f"{folder}: could not be written, and its files are as they were ({reason})") from reason
         for name in written:
             os.replace(os.path.join(beside, name), os.path.join(folder, name))
         if any(map(stale, written)):

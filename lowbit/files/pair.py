@@ -52,10 +52,14 @@ def replace_pair(folder: str, data: tuple[str, bytes], settings: tuple[str, byte
 
 
 def _write(path: str, content: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = path  # which writing does not say
+        raise
 
 
 def _content(path: str) -> bytes | None:

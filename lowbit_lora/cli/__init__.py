@@ -11,6 +11,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         from .app import run
     except ImportError as error:
-        print(f"lowbit: the command line needs {error.name}: pip install 'lowbit[cli]'", file=sys.stderr)
+        print(f"lowbit: error: the command line needs {error.name}: pip install {error.name}", file=sys.stderr)
         return 1
     return run(sys.argv[1:] if arguments is None else arguments)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .models import check_out, copy_tokenizer, folder_bytes, is_quantized, load
+from .models import check_out, copy_tokenizer, folder_bytes, is_quantized, load, save
 from .output import Json, report
 
 
@@ -48,8 +48,7 @@ def convert(
         return
     if is_quantized(model) is None:
         raise ValueError(f"MODEL: expected a quantized model, got a dense one; use lowbit quantize --as {to.value}")
-    load(model).save_pretrained(out, format=to.value)
-    copied = copy_tokenizer(model, out)
+    copied = save(load(model), model, out, format=to.value)
     report({"out": out, "to": to.value, "stored_bytes": folder_bytes(out), "copied": copied}, json)
 
 

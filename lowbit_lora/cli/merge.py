@@ -6,9 +6,7 @@ from typing import Annotated
 import torch
 import typer
 
-from lowbit.files.folder import written_beside
-
-from .models import DTYPES, adapter_settings, check_out, copy_tokenizer, folder_bytes, is_quantized, load, with_adapter
+from .models import DTYPES, adapter_settings, check_out, folder_bytes, is_quantized, load, save, with_adapter
 from .output import Json, report
 
 
@@ -37,8 +35,6 @@ def merge(
     Into dense weights nothing is lost: the result computes what the quantized base and the adapter computed. Into
     quantized ones the report says how much of each layer's change is left at the least.
     """
-    from ..hf.saving import is_weights
-
     check_out(model, out)
     check_out(adapter, out)
     options = {}
@@ -51,9 +47,7 @@ def merge(
     plain = merged.merge_and_unload(into=into.value, dtype=wanted)
     if wanted is not None and into is Into.dense:
         plain.to(wanted)
-    with written_beside(out, stale=is_weights) as beside:
-        plain.save_pretrained(beside)
-        copied = copy_tokenizer(model, beside)
+    copied = save(plain, model, out)
     values = {"out": out, "into": into.value, "stored_bytes": folder_bytes(out)}
     if merged.merge_report:
         values["layers"] = len(merged.merge_report)

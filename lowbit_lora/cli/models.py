@@ -1,13 +1,16 @@
 """Loading models by the command line: which class, which adapter, and the files beside the weights."""
 
+import glob
 import os
 import shutil
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from lowbit.files.checked import read_tensors
+from lowbit.files.folder import written_beside
 from lowbit.files.hub import local_folder
 from lowbit.modules import has_quantized_weights
 
@@ -54,16 +57,22 @@ def load(model: str, kind: str | None = None, **options: Any) -> nn.Module:
 
     Raises:
         ValueError: transformers has no such class.
+        OSError: a file is missing, truncated or corrupt; it is named.
     """
     import transformers
 
-    from ..hf import bitsandbytes
+    from ..hf import bitsandbytes, checkpoint
 
     kind = kind or (read_config(model).architectures or ["AutoModel"])[0]
     if not hasattr(transformers, kind):
         raise ValueError(f"{model}: expected a class of transformers {transformers.__version__}, got {kind!r}")
-    with bitsandbytes.registered():
-        return getattr(transformers, kind).from_pretrained(model, **{"dtype": "auto"} | options)
+    try:
+        with bitsandbytes.registered():
+            return getattr(transformers, kind).from_pretrained(model, **{"dtype": "auto"} | options)
+    except SafetensorError:  # which names no file
+        folder = local_folder(model, "*.safetensors", "a model")
+        checkpoint.quantized_keys(sorted(glob.glob(os.path.join(folder, "*.safetensors"))))
+        raise
 
 
 def is_quantized(model: str) -> str | None:
@@ -95,6 +104,18 @@ def copy_tokenizer(model: str, out: str) -> list[str]:
             shutil.copyfile(path, os.path.join(out, name))
             copied.append(name)
     return copied
+
+
+def save(model: nn.Module, source: str, out: str, **options: Any) -> list[str]:
+    """Save a model, and the tokenizer of the one it was made of, to a folder: all or, on an error, nothing.
+
+    ``options``: of its ``save_pretrained``. Returns the names of the tokenizer's files.
+    """
+    from ..hf.saving import is_weights
+
+    with written_beside(out, stale=is_weights) as beside:
+        model.save_pretrained(beside, **options)
+        return copy_tokenizer(source, beside)
 
 
 def check_out(model: str, out: str) -> None:

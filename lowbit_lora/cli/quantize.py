@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .models import check_out, copy_tokenizer, folder_bytes, is_quantized, load
+from .models import check_out, folder_bytes, is_quantized, load, save
 from .output import Json, report
 
 
@@ -50,12 +50,13 @@ def quantize(
     method = is_quantized(model)
     if method is not None:
         raise ValueError(f"MODEL: expected a dense model, got one that {method} has quantized; see lowbit convert")
-    config = LowbitConfig(format.value, block_size, double_quant, scale.value, skip, head, embeddings)
+    transposed = written_as is Writer.bitsandbytes
+    options = (format.value, block_size, double_quant, scale.value, skip, head, embeddings)
+    config = LowbitConfig(*options, conv1d_transposed=transposed)
     started = time.perf_counter()
     quantized = load(model, quantization_config=config)
     dense = sum(parameter.numel() * parameter.dtype.itemsize for parameter in quantized.parameters())
-    quantized.save_pretrained(out, format=written_as.value)
-    copied = copy_tokenizer(model, out)
+    copied = save(quantized, model, out, format=written_as.value)
     values = {"out": out, "written_as": written_as.value, "weights": config.spec.text, "dense_bytes": dense}
     values |= {"stored_bytes": folder_bytes(out), "seconds": time.perf_counter() - started, "copied": copied}
     report(values, json)

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lowbit.files.folder import written_beside
+
 from . import rows
 from .merge import Dtype
 from .models import DTYPES, load, read_config
@@ -167,9 +169,10 @@ def train(
         metrics |= _run(trainer, kind, resume)
     adapted.save_pretrained(out, is_main_process=trainer.is_world_process_zero())
     if trainer.is_world_process_zero():
-        tokenizer.save_pretrained(out)
         metrics |= {"out": out, "seconds": time.perf_counter() - started}
-        write(os.path.join(out, "metrics.json"), metrics)
+        with written_beside(out) as beside:
+            tokenizer.save_pretrained(beside)
+            write(os.path.join(beside, "metrics.json"), metrics)
         report(metrics, json)
 
 

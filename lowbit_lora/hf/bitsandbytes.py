@@ -102,10 +102,16 @@ def _is_conv1d(module: nn.Module) -> bool:
 def _check_fits(name: str, weight: QuantizedTensor, module: nn.Module, has_place: bool) -> None:
     if weight.spec.format not in ("nf4", "fp4"):
         raise ValueError(f"format: expected weights in nf4 or fp4 for 'bitsandbytes', got {name} in {weight.spec.text}")
-    if not has_place or _is_conv1d(module) != weight.stored.transposed:
+    if not has_place:
         raise ValueError(
-            f"format: expected weights of nn.Linear for 'bitsandbytes', got {name} of a {type(module).__name__}, which "
-            "it does not load in 4 bits; leave it out with modules_to_not_convert, or save in format='lowbit'"
+            f"format: expected weights of nn.Linear or Conv1D for 'bitsandbytes', got {name} of a "
+            f"{type(module).__name__}, for which transformers has no 4-bit layer of bitsandbytes; leave it out with "
+            "modules_to_not_convert, or save in format='lowbit'"
+        )
+    if _is_conv1d(module) != weight.stored.transposed:
+        raise ValueError(
+            f"format: expected weights stored as [out, in] for 'bitsandbytes', got {name} of a {type(module).__name__} "
+            "as [in, out]; quantize it by LowbitConfig(conv1d_transposed=True)"
         )
 
 

@@ -88,6 +88,7 @@ class QuantizedParts(WeightConverter):
         self.names = names
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        self.operations[0].hf_quantizer.check_not_split()
         for end in ENDS:
             name = source_key.removesuffix(end)
             if name in self.names and name + end == source_key:

@@ -28,8 +28,9 @@ class LowbitConfig(QuantizationConfigMixin):
             transformers.
         quantize_head: store the output layer (``lm_head``) so too; one that is tied to an embedding needs both.
         quantize_embeddings: store embeddings so too.
-        conv1d_transposed, format_version, quant_method: of a folder; a user leaves them out. The first: weights of
-            transformers' Conv1D (GPT-2) are stored [out, in], as bitsandbytes does.
+        conv1d_transposed: store the weights of transformers' Conv1D (GPT-2) as [out, in], as bitsandbytes does, which
+            ``save_pretrained(format="bitsandbytes")`` needs; by default they are stored as they lie, [in, out].
+        format_version, quant_method: of a folder; a user leaves them out.
 
     Raises:
         ValueError: an argument out of range, another ``quant_method``, a newer ``format_version``.

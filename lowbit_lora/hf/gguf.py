@@ -7,7 +7,6 @@ order than transformers, because it rotates neighbouring elements where transfor
 import json
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from lowbit import QuantizedTensor
 from lowbit.checks import check_choice
+from lowbit.files.folder import written_beside
 
 #: transformers' model_type -> GGUF's architecture.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
@@ -38,6 +38,7 @@ def write(
 
     Raises:
         ValueError: an architecture, a setting or a tokenizer that is not mapped here.
+        OSError: the file cannot be written.
         ImportError: gguf is not installed.
     """
     check_choice("stored_as", stored_as, STORED_AS)
@@ -49,11 +50,9 @@ def write(
         raise ImportError("writing GGUF needs the package gguf: pip install 'lowbit[gguf]'") from error
     architecture = ARCHITECTURES[model.config.model_type]
     names = _names(model, gguf, architecture)
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", suffix=".saving", dir=folder) as beside:
-        written = os.path.join(beside, "model.gguf")
-        writer = gguf.GGUFWriter(written, architecture)
+    folder, name = os.path.split(os.path.abspath(path))
+    with written_beside(folder) as beside:
+        writer = gguf.GGUFWriter(os.path.join(beside, name), architecture)
         try:
             _add_settings(writer, model, STORED_AS[stored_as][1])
             if vocabulary is not None:
@@ -61,7 +60,6 @@ def write(
             _write_tensors(writer, gguf, model, names, STORED_AS[stored_as][0])
         finally:
             writer.close()
-        os.replace(written, path)
     return os.path.getsize(path)
 
 

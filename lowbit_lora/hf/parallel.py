@@ -176,6 +176,16 @@ class _Summed(torch.autograd.Function):
         return gradient, None
 
 
+def check_not_split(model: nn.Module) -> None:
+    """ValueError if transformers splits a model over processes while it loads it (``tp_plan``, DistributedConfig)."""
+    if getattr(model, "_device_mesh", None) is not None:
+        raise ValueError(
+            "tp_plan and distributed_config: expected None for quantized weights, which are quantized whole. To split "
+            "a model over GPUs load it without them, and call lowbit_lora.hf.parallel.tensor_parallel_(model) or shard "
+            "it by FSDP2 (examples/accelerate/fsdp2.yaml)"
+        )
+
+
 def check_not_zero3() -> None:
     """ValueError under DeepSpeed's ZeRO-3, which splits every parameter as a flat tensor of its dtype."""
     deepspeed = sys.modules.get("transformers.integrations.deepspeed")

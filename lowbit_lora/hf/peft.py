@@ -34,7 +34,8 @@ def register(config: LoraConfig) -> LoraConfig:
         model = get_peft_model(base, register(LoraConfig(r=8, target_modules="all-linear")))
         model = PeftModel.from_pretrained(base, folder, config=register(LoraConfig.from_pretrained(folder)))
 
-    Without it PEFT does the same in more steps, and refuses to merge into a quantized weight.
+    Without it PEFT does the same in more steps, and refuses to merge into a quantized weight. Merging leaves layers
+    without an adapter quantized. A quantized module in ``modules_to_save`` trains as a dense copy, also without it.
 
     Args:
         config: PEFT's; changed in place.

@@ -41,6 +41,7 @@ class LowbitQuantizer(HfQuantizer):
         self._keys: dict[str, str] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         self._devices: set[str] = set()
+        self._loading: nn.Module | None = None
 
     # ---- what transformers asks
 
@@ -68,6 +69,7 @@ class LowbitQuantizer(HfQuantizer):
         return dtype
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs) -> bool:
+        self.check_not_split()
         return param_name in self.names
 
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
@@ -83,6 +85,7 @@ class LowbitQuantizer(HfQuantizer):
     # ---- loading
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **kwargs) -> None:
+        self._loading = model
         are_safe = bool(checkpoint_files) and all(str(path).endswith(".safetensors") for path in checkpoint_files)
         self._keys = checkpoint.quantized_keys(checkpoint_files) if are_safe else {}
         if not self.pre_quantized:
@@ -136,17 +139,26 @@ class LowbitQuantizer(HfQuantizer):
         self._check_not_offloaded(name, value)
         if name not in self.names:
             return value
+        transposed = self._is_transposed(model, name)
         with named_errors(name):
-            q = quantize_to(value, self.quantization_config.spec, self.quantization_config.scale)
-        return checkpoint.frozen(q)
+            stored = value.T.contiguous() if transposed else value
+            q = quantize_to(stored, self.quantization_config.spec, self.quantization_config.scale)
+        return checkpoint.frozen(q.T if transposed else q)
 
     def restored(self, model: nn.Module, name: str, tensors: dict[str, torch.Tensor]) -> nn.Parameter:
         """The weight of the tensors that were read."""
         self._check_not_offloaded(name, tensors[""])
-        module = model.get_submodule(name.rpartition(".")[0])
-        transposed = self.quantization_config.conv1d_transposed and isinstance(module, Conv1D)
-        shape = model.get_parameter(name).shape
+        shape, transposed = model.get_parameter(name).shape, self._is_transposed(model, name)
         return checkpoint.frozen(checkpoint.from_tensors(name, tensors, shape, self._dtypes[name], transposed))
+
+    def _is_transposed(self, model: nn.Module, name: str) -> bool:
+        """Whether a weight is stored as [out, in] and is [in, out] in the model."""
+        module = model.get_submodule(name.rpartition(".")[0])
+        return self.quantization_config.conv1d_transposed and isinstance(module, Conv1D)
+
+    def check_not_split(self) -> None:
+        """ValueError if the model is split. Not before weights are read: transformers splits it just then."""
+        parallel.check_not_split(self._loading)
 
     def _check_not_offloaded(self, name: str, value: torch.Tensor) -> None:
         self._devices.add(value.device.type)
@@ -162,7 +174,7 @@ class LowbitQuantizer(HfQuantizer):
         # Saving undoes these conversions: those of tensors, as of experts into a stack, cannot be undone here.
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [c for c in conversions if not isinstance(c, WeightConverter)]
-        self._keys, self._dtypes = {}, {}
+        self._keys, self._dtypes, self._loading = {}, {}, None
         saving.install()
         return experts.use(model)
 

@@ -108,7 +108,8 @@ def save_adapters_only(accelerator: Any) -> None:
     """Let ``accelerator.save_state`` and ``load_state`` store the adapters of a LoraModel, and not its base.
 
     They are in folders ``adapter``, ``adapter_1``..., one for each such model. What else there is to a state is stored
-    as ever. Under FSDP and DeepSpeed accelerate saves the model before it asks, and this changes nothing.
+    as ever. Under FSDP and DeepSpeed accelerate saves the model before it asks, and this changes nothing: under FSDP2
+    the state has the base too, in 4 bits with SHARDED_STATE_DICT, decoded with FULL_STATE_DICT.
 
     Args:
         accelerator: an ``accelerate.Accelerator``. Call this before save_state and before load_state.
