@@ -23,8 +23,8 @@ inline const float* matrix_data(const Tensor& tensor, const char* name, int64_t 
 
 // What both ops take: a block of columns of some rows, a matrix that belongs to the columns, and scales of each row.
 struct BlockOperands {
-  BlockOperands(const Tensor& block, const char* name, const Tensor& matrix, const Tensor& candidates,
-                const std::string& spec_text)
+  BlockOperands(const Tensor& block, const char* name, const Tensor& matrix, const char* matrix_name,
+                const Tensor& candidates, const std::string& spec_text)
       : spec(parse_4_bit_spec(spec_text)),
         block(as_contiguous(block)),
         matrix(as_contiguous(matrix)),
@@ -36,7 +36,7 @@ struct BlockOperands {
     candidate_count = candidates.size(1);
     STD_TORCH_CHECK(candidate_count >= 1, "candidates: expected at least 1 for each row, got 0");
     matrix_data(this->block, name, rows, columns, block);
-    matrix_data(this->matrix, name, columns, columns, block);
+    matrix_data(this->matrix, matrix_name, columns, columns, block);
     matrix_data(this->candidates, "candidates", rows, candidate_count, block);
   }
   static const float* data(const Tensor& tensor) { return static_cast<const float*>(tensor.data_ptr()); }
@@ -48,7 +48,7 @@ struct BlockOperands {
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> gptq_block(Tensor weight, Tensor factor, Tensor candidates, std::string spec_text) {
-  const BlockOperands operands(weight, "weight", factor, candidates, spec_text);
+  const BlockOperands operands(weight, "weight", factor, "factor", candidates, spec_text);
   const Device device(weight);
   Tensor decoded = device.empty({operands.rows, operands.columns}, ScalarType::Float);
   Tensor errors = device.empty({operands.rows, operands.columns}, ScalarType::Float);
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor> gptq_block(Tensor weight, Tensor factor, Tens
 template <class Device>
 std::tuple<Tensor, Tensor> descend_block(Tensor decoded, Tensor gradient, Tensor hessian, Tensor candidates,
                                          int64_t sweeps, std::string spec_text) {
-  const BlockOperands operands(decoded, "decoded", hessian, candidates, spec_text);
+  const BlockOperands operands(decoded, "decoded", hessian, "hessian", candidates, spec_text);
   STD_TORCH_CHECK(sweeps >= 1, "sweeps: expected at least 1, got ", sweeps);
   const Tensor gradients = as_contiguous(gradient);
   const float* gradient_data = matrix_data(gradients, "gradient", operands.rows, operands.columns, decoded);
