@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import FORMATS, KERNELS, assert_within, formats, kernels, make_weight
+from cases import FORMATS, KERNELS, assert_within, descent_case, formats, gram, kernels, make_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,30 +11,6 @@ from lowbit import reference_descent
 from lowbit.quantizers import Curvature, loss
 
 FP32 = 2.0**-24
-
-
-def gram(k, tokens=None, seed=0, dead=(), massive=None):
-    """X^T X of correlated inputs; ``dead`` channels are zero, and one token is ``massive`` times as large."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.eye(k) + 0.3 * torch.randn(k, k, generator=generator)
-    x = torch.randn(tokens or 4 * k, k, generator=generator) @ mix * torch.rand(k, generator=generator)
-    x[:, list(dead)] = 0
-    if massive:
-        x[0] *= massive
-    return x.T @ x
-
-
-def block_case(rows, columns, count, seed):
-    """``(weight, Hessian, U, candidate scales)`` of one block."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=generator)
-    weight[rows // 2] = 0
-    curvature = Curvature(gram(columns, seed=seed))
-    order, upper = curvature.factor(columns)
-    factors = torch.cat([torch.ones(1), 0.6 + 0.5 * torch.rand(count - 1, generator=generator)])
-    factors[2::3] *= -1
-    candidates = weight.abs().amax(1, keepdim=True) * factors
-    return weight[:, order], curvature.damped[order][:, order], upper, candidates
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -48,7 +24,7 @@ def block_case(rows, columns, count, seed):
 )
 def test_blocks_equal_the_reference(name, rows, columns, count, format, seed):
     """One calibration must give one file, whatever machine quantized it."""
-    weight, hessian, upper, candidates = block_case(max(rows, 1), columns, count, seed)
+    weight, hessian, upper, candidates = descent_case(max(rows, 1), columns, count, seed)
     weight, candidates, spec = weight[:rows], candidates[:rows], f"{format}:{columns}"
     expected = reference_descent.gptq_block(weight, upper, candidates, spec)
     own_first = candidates.roll(1, 1)
@@ -65,7 +41,7 @@ def test_blocks_equal_the_reference(name, rows, columns, count, format, seed):
 @pytest.mark.parametrize("format", FORMATS)
 def test_errors_of_gptq_say_what_the_block_loses(format):
     """The oracle itself: W - Q = E U and |E|^2 = tr((W - Q) H (W - Q)^T) in fp64, by which the scales are compared."""
-    weight, hessian, upper, candidates = block_case(24, 64, 7, 3)
+    weight, hessian, upper, candidates = descent_case(24, 64, 7, 3)
     decoded, errors, choice = reference_descent.gptq_block(weight, upper, candidates, f"{format}:64")
     exact, magnitude = errors.double() @ upper.double(), errors.abs().double() @ upper.abs().double()
     # Each element is a sum of at most 64 products, rounded one by one.
@@ -87,7 +63,7 @@ def test_errors_of_gptq_say_what_the_block_loses(format):
 @pytest.mark.parametrize("format", FORMATS)
 def test_no_single_code_improves_a_block_that_has_descended(format):
     """The oracle itself: after enough sweeps every code is the best one while the others stay, counted in fp64."""
-    weight, hessian, upper, candidates = block_case(6, 32, 1, 5)
+    weight, hessian, upper, candidates = descent_case(6, 32, 1, 5)
     decoded, _, _ = reference_descent.gptq_block(weight, upper, candidates, f"{format}:32")
     gradient = (weight - decoded) @ hessian
     found, _ = reference_descent.descend_block(decoded, gradient, hessian, candidates, 20, f"{format}:32")
@@ -211,7 +187,7 @@ def test_bitsandbytes_decodes_the_same():
 
 def test_blocks_do_not_depend_on_the_number_of_threads():
     """The same calibration must give the same codes on every machine size."""
-    weight, hessian, upper, candidates = block_case(300, 64, 6, 1)
+    weight, hessian, upper, candidates = descent_case(300, 64, 6, 1)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2):
