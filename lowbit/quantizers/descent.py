@@ -140,13 +140,8 @@ class _Rows:
     """The rows of a weight on their way: decoded values, and codes of scales, that get better step by step."""
 
     def __init__(self, op, wanted, searched, codes, scales, curvature, spec):
-        self.op, self.scales, self.curvature, self.spec, self.size = (
-            op,
-            scales,
-            curvature,
-            spec.format,
-            spec.block_size,
-        )
+        self.op, self.scales, self.curvature = op, scales, curvature
+        self.spec, self.size = spec.text, spec.block_size
         self.wanted, self.searched, self.searched_codes = wanted, searched, codes
         self.decoded, self.codes = torch.empty_like(wanted), codes.clone()
         self.gradient: torch.Tensor
