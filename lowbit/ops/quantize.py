@@ -3,6 +3,7 @@
 import torch
 
 from .. import format as fmt
+from .. import reference_descent
 from ..format import WeightSpec
 from .record import WEIGHT, Op, op_of
 
@@ -24,6 +25,14 @@ def _fake_search_scales(weight, importance, spec):
 
 def _fake_encode(weight, scales, spec):
     return weight.new_empty([WeightSpec.parse(spec).packed_size(weight.numel())], dtype=torch.uint8)
+
+
+def _fake_gptq_block(weight, factor, candidates, spec):
+    return torch.empty_like(weight), torch.empty_like(weight), weight.new_empty([len(weight)], dtype=torch.int32)
+
+
+def _fake_descend_block(decoded, gradient, hessian, candidates, sweeps, spec):
+    return torch.empty_like(decoded), decoded.new_empty([len(decoded)], dtype=torch.int32)
 
 
 def _fake_dequantize(packed, absmax, group_scales, offset, spec, shape, dtype):
@@ -51,6 +60,17 @@ OPS = (
     Op("quantize_scales(Tensor absmax, Tensor offset) -> (Tensor, Tensor)", _fake_quantize_scales),
     Op("search_scales(Tensor weight, Tensor? importance, str spec) -> Tensor", _fake_search_scales),
     Op("encode(Tensor weight, Tensor scales, str spec) -> Tensor", _fake_encode),
+    Op(
+        "gptq_block(Tensor weight, Tensor factor, Tensor candidates, str spec) -> (Tensor, Tensor, Tensor)",
+        _fake_gptq_block,
+        kernel=lambda namespace: reference_descent.gptq_block,
+    ),
+    Op(
+        "descend_block(Tensor decoded, Tensor gradient, Tensor hessian, Tensor candidates, int sweeps, str spec) -> "
+        "(Tensor, Tensor)",
+        _fake_descend_block,
+        kernel=lambda namespace: reference_descent.descend_block,
+    ),
     Op(f"dequantize({WEIGHT}, int[] shape, ScalarType dtype) -> Tensor", _fake_dequantize),
     Op(f"dequantize_out({WEIGHT}, Tensor(a!) out) -> ()", _fake_dequantize_out, in_place=_noting_the_change),
 )

@@ -60,6 +60,11 @@ def samples(dtype: torch.dtype = torch.float32, rows: int = ROWS) -> Iterator[tu
     yield "search_scales", "nf4:64", (few.to(dtype), torch.rand(IN, generator=generator), "nf4:64")
     yield "encode", "nf4:64", (weight.to(dtype), stored(weight, "nf4:64")[1], "nf4:64")
 
+    block, candidates = weight[:20, :32].contiguous(), made(20, 5)
+    hessian = (made(40, 32).T @ made(40, 32)).abs() + 40 * torch.eye(32)
+    yield "gptq_block", "nf4:32", (block, hessian.triu(), candidates, "nf4:32")
+    yield "descend_block", "fp4:32", (block, made(20, 32), hessian, candidates, 2, "fp4:32")
+
     stack = (*stored(made(EXPERTS, OUT, IN), SPECS[0]), torch.tensor([2, 2, rows], dtype=torch.int32))
     biases, a, b = made(EXPERTS, OUT), made(EXPERTS, RANK, IN), made(EXPERTS, OUT, RANK)
     yield "grouped_linear", "with bias and LoRA", (x, *stack, OUT, biases, t, b, 0.5)

@@ -1,16 +1,21 @@
 """``lowbit.quantize``: a float weight to a QuantizedTensor."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from .. import backends
+from ..checks import check_choice, check_count
 from ..format import WeightSpec, check_float_dtype
 from ..tensor import QuantizedTensor
-from . import search
+from . import descent, search
+from .curvature import Curvature
 
 #: How scales are found.
 SCALES = ("absmax", "search")
+#: How codes are found.
+CODES = ("nearest", "descent")
 
 
 def quantize(
@@ -21,6 +26,10 @@ def quantize(
     double_quant: bool = True,
     scale: str = "absmax",
     importance: torch.Tensor | None = None,
+    codes: str = "nearest",
+    hessian: torch.Tensor | Curvature | Sequence[torch.Tensor | Curvature] | None = None,
+    damping: float = 0.1,
+    sweeps: int = 3,
 ) -> QuantizedTensor:
     """Store ``weight`` in 4 bits: blocks of ``block_size`` elements of the row-major weight share one scale.
 
@@ -37,16 +46,28 @@ def quantize(
             Any reader decodes it. Slower to quantize; the products are the same.
         importance: with "search", one number of at least 0 per input column (the last dimension): the squared errors'
             weights. The mean square of that activation over a few calibration batches is a good choice.
+        codes: "nearest", each element's own, or "descent": codes and scales are chosen together so that
+            tr((W - Q) H (W - Q)^T) is small, W being the weight [..., k]: GPTQ with a choice of scale, then coordinate
+            descent. Any reader decodes it. No row is worse by that measure than with scale="search" and the Hessian's
+            diagonal as the importance. That search is also all that happens where k is not a multiple of
+            ``block_size``, since blocks then span rows.
+        hessian: with "descent", H: float32 [k, k] on the weight's device, X^T X of the layer's inputs X [tokens, k]; or
+            a :class:`~lowbit.quantizers.Curvature`, which several weights can share; for a stack [e, n, k] also one of
+            these for each matrix.
+        damping: with "descent", added to H's diagonal in units of its mean; a Curvature has its own.
+        sweeps: with "descent", how often each block is gone through after GPTQ.
 
     Raises:
-        TypeError: ``weight`` is not a tensor, or not of those dtypes.
+        TypeError: ``weight`` is not a tensor, or not of those dtypes; or a Hessian is not.
         ValueError: another argument is out of range, or ``weight`` holds NaN or inf.
 
     Source: Dettmers et al., "QLoRA", 2023 (arXiv 2305.14314), and for int8 "LLM.int8()", 2022 (arXiv 2208.07339);
-    the bytes are bitsandbytes 0.50's.
+    the bytes are bitsandbytes 0.50's. Descent: Frantar et al., "GPTQ", 2023 (arXiv 2210.17323), for its first step.
     """
-    check_scale(scale, WeightSpec(format, block_size, double_quant))
-    return quantize_to(weight, WeightSpec(format, block_size, double_quant), scale, importance)
+    spec = WeightSpec(format, block_size, double_quant)
+    check_scale(scale, spec)
+    options = {"codes": codes, "hessian": hessian, "damping": damping, "sweeps": sweeps}
+    return quantize_to(weight, spec, scale, importance, **options)
 
 
 def check_scale(scale: str, spec: WeightSpec) -> None:
@@ -60,7 +81,15 @@ def check_scale(scale: str, spec: WeightSpec) -> None:
 
 
 def quantize_to(
-    weight: torch.Tensor, spec: WeightSpec, scale: str = "absmax", importance: torch.Tensor | None = None
+    weight: torch.Tensor,
+    spec: WeightSpec,
+    scale: str = "absmax",
+    importance: torch.Tensor | None = None,
+    *,
+    codes: str = "nearest",
+    hessian: torch.Tensor | Curvature | Sequence[torch.Tensor | Curvature] | None = None,
+    damping: float = 0.1,
+    sweeps: int = 3,
 ) -> QuantizedTensor:
     """:func:`quantize` with a spec."""
     if not isinstance(weight, torch.Tensor):
@@ -71,13 +100,18 @@ def quantize_to(
     if importance is not None:
         if scale != "search":
             raise ValueError(f"importance: expected scale='search' with it, got scale={scale!r}")
+        if codes == "descent":
+            raise ValueError("importance: expected None with codes='descent', which has the hessian, got a tensor")
         search.check_importance(importance, weight)
+    curvatures = _checked_curvatures(codes, hessian, damping, sweeps, spec, weight)
 
     op = getattr(torch.ops, backends.namespace_for(weight.device.type, backends.selected()))
     weight = weight.detach()
-    encode = None
-    if scale == "search":
-        absmax, encode = search.search(op, weight, importance, spec)
+    is_searched = scale == "search" or curvatures is not None
+    if curvatures is not None:
+        absmax = descent.searched_scales(op, weight, curvatures, spec)
+    elif is_searched:
+        absmax = search.scales_of(op, weight, importance, spec)
     else:
         packed, absmax = op.quantize.default(weight, spec.text)
     offset = absmax.mean(dtype=torch.float64) if spec.double_quant and absmax.numel() else None
@@ -89,9 +123,26 @@ def quantize_to(
     if spec.double_quant:
         offset = absmax.new_zeros(()) if offset is None else offset.float()
         absmax, group_scales = op.quantize_scales.default(absmax, offset)
-    if encode is not None:
-        packed = encode(absmax, group_scales, offset)
+    if is_searched:
+        packed = search.encode(op, weight, absmax, group_scales, offset, spec)
+    if curvatures is not None:
+        packed, absmax = descent.improve(op, weight, packed, absmax, group_scales, offset, spec, curvatures, sweeps)
     return QuantizedTensor(packed, absmax, group_scales, offset, shape=weight.shape, dtype=weight.dtype, spec=spec)
+
+
+def _checked_curvatures(codes, hessian, damping, sweeps, spec: WeightSpec, weight) -> list[Curvature] | None:
+    """The Hessians of the weight's matrices, or None for codes that need none."""
+    check_choice("codes", codes, CODES)
+    if codes == "nearest":
+        if hessian is not None:
+            raise ValueError("hessian: expected codes='descent' with it, got codes='nearest'")
+        return None
+    if not spec.record.scales.double_quant:
+        raise ValueError(f"codes: expected 'nearest' for format {spec.format!r}, got 'descent'")
+    if hessian is None:
+        raise ValueError("hessian: expected the layer's Gram matrix with codes='descent', got None")
+    check_count("sweeps", sweeps)
+    return descent.curvatures_of(hessian, damping, weight)
 
 
 def _check_finite(summary: torch.Tensor, weight: torch.Tensor) -> None:

@@ -28,18 +28,15 @@ def check_importance(importance: torch.Tensor, weight: torch.Tensor) -> None:
             )
 
 
-def search(op, weight, importance, spec: WeightSpec):
-    """``(scales fp32 [blocks], encode)``: the signed scales, and ``encode(decoded scales) -> packed``.
-
-    Codes depend on what the scales decode to: double quantization comes between the two.
-    """
-    if importance is not None and importance.numel():
+def scales_of(op, weight: torch.Tensor, importance: torch.Tensor | None, spec: WeightSpec) -> torch.Tensor:
+    """The signed scale of each block, fp32 [blocks]."""
+    if importance is not None:
         # Only ratios matter; fp32 holds those of any float64 input once the largest is 1.
-        importance = (importance / importance.amax().clamp(min=torch.finfo(importance.dtype).tiny)).float()
-    scales = op.search_scales.default(weight, importance, spec.text)
+        largest = importance.amax() if importance.numel() else importance.new_ones(())
+        importance = (importance / largest.clamp(min=torch.finfo(importance.dtype).tiny)).float()
+    return op.search_scales.default(weight, importance, spec.text)
 
-    def encode(absmax, group_scales, offset) -> torch.Tensor:
-        decoded = reference.decode_scales(absmax, group_scales, offset, spec.text)
-        return op.encode.default(weight, decoded, spec.text)
 
-    return scales, encode
+def encode(op, weight: torch.Tensor, absmax, group_scales, offset, spec: WeightSpec) -> torch.Tensor:
+    """packed: codes chosen for what the scales decode to, since double quantization comes between the two."""
+    return op.encode.default(weight, reference.decode_scales(absmax, group_scales, offset, spec.text), spec.text)
