@@ -51,7 +51,7 @@ def told_by_interpreter() -> str:
 
 @functools.cache
 def told_by_packages() -> str:
-    """A hash of every Python source of lowbit and lowbit_lora, and of the models that the tests of layers are made of."""
+    """A hash of every Python source of lowbit and lowbit_lora, and of transformers, whose models have layers."""
     from ptxemu import proofs
 
     import lowbit
