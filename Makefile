@@ -165,7 +165,7 @@ build/native/driver-avx512: $(AVX512_SOURCES) tests/native/simde/immintrin.h $(S
 headers-test: .venv-test/torch.stamp
 	.venv-test/bin/python tools/check_headers.py
 
-# Machine code for Turing to Blackwell, and PTX of the last for later GPUs.
+# Machine code for Turing to Blackwell, and PTX for later GPUs.
 CUDA_ARCHS ?= 75,80,86,89,90,100,120
 wheel-cuda: .venv-wheel/torch.stamp
 	LOWBIT_CUDA=1 LOWBIT_CUDA_ARCHS=$(CUDA_ARCHS) $(<D)/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .

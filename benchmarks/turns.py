@@ -36,8 +36,10 @@ class Contender:
 
     def __init__(self, name: str, timeout: float, turns: Callable[..., Iterator[dict]], *arguments):
         self.name, self.timeout, self.turns, self.failed = name, timeout, [], ""
-        # A forked child would share the parent's pages and its thread pool.
-        context = multiprocessing.get_context("spawn")
+        # A forked child would share the parent's thread pool and what it has computed. The process that these are
+        # forked from has only imported what takes seconds.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama"])
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_worker, args=(turns, arguments, theirs), daemon=True)
         self.process.start()

@@ -14,9 +14,11 @@ pytest_plugins = ["ptxemu.proofs"]
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "triton"))
 
 #: Tests that execute CUDA kernels on inputs that their own files make: through the launchers, and through the bindings.
-LAUNCHER_PROOFS = {f"test_cuda_{name}.py" for name in ("dequantize", "factors", "gemm", "gemv", "grad_input", "large")}
+LAUNCHER_PROOFS = {f"test_cuda_{name}.py" for name in ("dequantize", "gemm", "gemv", "grad_input", "large", "lora")}
 LAUNCHER_PROOFS |= {"test_cuda_quantize.py"}
 BINDING_PROOFS = {"test_cuda_bindings.py", "test_cuda_bindings_linear.py", "test_cuda_optim.py"}
+#: Those that go through the public functions and layers: any source of the packages may decide what they launch.
+LAYER_PROOFS = {"test_cuda_bindings_lora.py"}
 #: What `make test-fast` leaves out: tests that execute, compile or count machine code, and those that start programs.
 SLOW = ("test_cuda_", "test_triton_", "test_ptxemu_", "test_predict_gpu", "test_benchmarks", "test_example")
 FAST = ("test_triton_autotune", "test_triton_traced")
@@ -48,6 +50,19 @@ def told_by_interpreter() -> str:
     return proofs.digest([*versions, *(path.read_bytes() for path in sources)])
 
 
+@functools.cache
+def told_by_packages() -> str:
+    """A hash of every Python source of lowbit and lowbit_lora, and of transformers, whose models have layers."""
+    from ptxemu import proofs
+
+    import lowbit
+    import lowbit_lora
+
+    folders = [Path(package.__file__).parent for package in (lowbit, lowbit_lora)]
+    sources = [path.read_bytes() for folder in folders for path in sorted(folder.rglob("*.py"))]
+    return proofs.digest([importlib.metadata.version("transformers"), *sources])
+
+
 @pytest.fixture(autouse=True)
 def proved_by_sources(request):
     """Skip a test that passed with the same kernels, launchers, bindings and sources of tests."""
@@ -55,12 +70,14 @@ def proved_by_sources(request):
         from ptxemu import proofs
 
         proofs.step(told_by_interpreter())
-    if request.path.name in LAUNCHER_PROOFS | BINDING_PROOFS:
+    name = request.path.name
+    if name in LAUNCHER_PROOFS | BINDING_PROOFS | LAYER_PROOFS:
         import conftest_cuda
         from ptxemu import proofs
 
-        bindings = [conftest_cuda.told_by_bindings()] if request.path.name in BINDING_PROOFS else []
-        proofs.step(conftest_cuda.told_by_sources(), *bindings)
+        bindings = [conftest_cuda.told_by_bindings()] if name in BINDING_PROOFS | LAYER_PROOFS else []
+        packages = [told_by_packages()] if name in LAYER_PROOFS else []
+        proofs.step(conftest_cuda.told_by_sources(), *bindings, *packages)
 
 
 def pytest_runtest_setup(item):

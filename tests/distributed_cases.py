@@ -4,6 +4,7 @@ import gc
 import os
 from pathlib import Path
 
+import forked
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -182,4 +183,5 @@ def run(rank: int, ranks: int, folder: Path, cases: tuple) -> None:
 
 def spawn(ranks: int, folder: Path, *cases) -> None:
     """Run the cases in ``ranks`` processes."""
-    torch.multiprocessing.start_processes(run, (ranks, folder, cases), nprocs=ranks, start_method="spawn")
+    forked.clean_processes()
+    torch.multiprocessing.start_processes(run, (ranks, folder, cases), nprocs=ranks, start_method="forkserver")

@@ -410,14 +410,16 @@ def test_memory_by_the_command(folder, capsys):
 def test_the_page_on_scaling_is_what_the_command_prints():
     """Its numbers would be of another version."""
     from lowbit_lora.cli import memory
-    from lowbit_lora.memory import SHAPES, Setting, per_gpu
+    from lowbit_lora.memory import SHAPES, Setting, estimate, per_gpu
 
     page = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()]
     for row in memory._known("qlora", Setting(batch=32, length=128), SHAPES["BERT 110M"]):
         assert ["BERT 110M", "32 x 128", *memory._shown(row)[:-1]] in lines
     many = Setting("qlora", 1, 2048, True)
-    cells = [f"{per_gpu(SHAPES['LLaMA 7B'], many, 'fsdp2', n) / 1e9:,.1f}" for n in memory._COUNTS]
+    config = SHAPES["LLaMA 7B"]
+    alone = estimate(config, many)
+    cells = [f"{per_gpu(config, many, 'fsdp2', n, alone) / 1e9:,.1f}" for n in memory._COUNTS]
     assert ["LLaMA 7B", "fsdp2", *cells] in lines
 
 

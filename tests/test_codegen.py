@@ -101,7 +101,7 @@ done
     monkeypatch.setattr(build, "find_nvcc", lambda: nvcc)
 
     def compilations():
-        made = build.compile_cuda(tmp_path / "kernel.cu", ("80", "90"))
+        made = build.compile_cuda(tmp_path / "kernel.cu", ("80", "120"))
         assert made.with_suffix(".ptx").read_text() == "PTX\n"
         return made.read_text().count("made")
 
@@ -119,6 +119,14 @@ def test_nvcc_leaves_what_is_asked_for(tmp_path, monkeypatch, archs):
     monkeypatch.setattr(build, "CUDA_OBJECTS", tmp_path)
     made = build.compile_cuda(cuda_build.CSRC / "cuda" / "device.cu", archs)
     assert made.exists() and f".target sm_{archs[0]}" in made.with_suffix(".ptx").read_text()
+
+
+def test_every_gpu_gets_machine_code_and_later_ones_ptx():
+    """A wheel would lack a GPU, which then compiles at each start, or run code on it that spills registers."""
+    made = cuda_build.setup.gencodes(("75", "80", "86", "90", "100", "120"))
+    of_80 = ["sm_80", "sm_86", "sm_90"]
+    assert made == {"75": ["sm_75"], "80": of_80, "100": ["sm_100"], "120": ["sm_120", "compute_120"]}
+    assert cuda_build.setup.gencodes(("86",)) == {"86": ["sm_86", "compute_86"]}
 
 
 def test_the_sources_stay_off_the_path():
