@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest_models import assert_as_precise
+from forked import in_child
 from hf_models import GPT2, IDS, SIZES, assert_same, assert_same_tensor, load, save_dense, stored
 from safetensors.torch import load_file
 from small_disk import small_files
@@ -435,15 +437,22 @@ def test_doctor_names_what_is_missing(capsys):
 
 def test_exit_codes_of_the_process(folder, tmp_path):
     """A script would go on after a failure; a user would read a stack trace."""
-
-    def run(*arguments):
-        options = {"capture_output": True, "text": True, "cwd": Path(__file__).parents[1]}
-        return subprocess.run([sys.executable, "-m", "lowbit_lora.cli", *map(str, arguments)], **options, check=False)
-
-    usage = run("quantize", folder)
-    assert usage.returncode == 2 and "out" in usage.stderr
-    mistake = run("--traceback", "convert", folder, tmp_path / "x", "--to", "lowbit")
+    options = {"capture_output": True, "text": True, "cwd": Path(__file__).parents[1]}
+    command = [sys.executable, "-m", "lowbit_lora.cli", "--traceback", "convert", folder, tmp_path / "x"]
+    mistake = subprocess.run([*map(str, command), "--to", "lowbit"], **options, check=False)
     assert mistake.returncode == 1 and "Traceback" in mistake.stderr
+
+    def usage() -> int:  # in a fork, which has imported all that a process of its own would
+        os.dup2(os.open(tmp_path / "stderr", os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        sys.argv = ["lowbit", "quantize", str(folder)]
+        try:
+            runpy.run_module("lowbit_lora.cli", run_name="__main__")
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    assert in_child(usage) == 2 and "out" in (tmp_path / "stderr").read_text()
 
 
 def test_help_has_examples(capsys):

@@ -68,6 +68,7 @@ def assert_same_files(ours: Path, other: Path) -> None:
         assert tensor.shape == twin.shape and torch.equal(tensor.view(torch.uint8), twin.view(torch.uint8)), key
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize(("format", "double_quant", "storage"), KINDS)
 def test_read(llama, tmp_path, on_our_kernels, format, double_quant, storage):
     """The thousands of 4-bit models on the hub could not be used, or would compute something else."""
@@ -82,6 +83,7 @@ def test_read(llama, tmp_path, on_our_kernels, format, double_quant, storage):
     assert_same(load(tmp_path / "ours"), ours)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize(
     ("format", "double_quant"), [(format, dq) for format in ("nf4", "fp4") for dq in (True, False)]
 )
@@ -114,6 +116,7 @@ def test_written_choices(tmp_path):
         torch.testing.assert_close(model(IDS).logits, loaded(IDS).logits, rtol=0.05, atol=0.02)
 
 
+@pytest.mark.oldest
 def test_conv1d(tmp_path, on_our_kernels):
     """GPT-2's weights lie the other way round in the folder than in the model."""
     folder = save_dense(tmp_path / "dense", "GPT2LMHeadModel", **GPT2)

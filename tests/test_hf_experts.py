@@ -106,6 +106,7 @@ def results(module: nn.Module, x: torch.Tensor, ids: torch.Tensor, weights: torc
     return torch.cat([each.flatten() for each in found])
 
 
+@pytest.mark.oldest
 def test_every_class_of_the_registry_is_found():
     """A mixture that the search below overlooks would go untested."""
     wanted = {"MixtralExperts", "Qwen2MoeExperts", "Qwen3MoeExperts", "OlmoeExperts", "GptOssExperts"}
@@ -285,6 +286,7 @@ def logits_and_gradient(model: nn.Module) -> torch.Tensor:
     return torch.cat([logits.detach().flatten(), gradient.flatten() * 100])
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name, monkeypatch):
     """The model that is fine-tuned would not be the one that was quantized."""
@@ -371,6 +373,7 @@ def test_adapters_of_peft(name):
 # ---- the choice
 
 
+@pytest.mark.oldest
 def test_the_choice(monkeypatch):
     """A quantized mixture would go on in a way that decodes it for each token, or a user's own choice be overruled."""
     model = causal_lm()

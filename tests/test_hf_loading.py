@@ -75,6 +75,7 @@ def test_config_is_checked(options, error, message):
 # ---- loading
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("options", [*SPECS, {"scale": "search"}])
 def test_loaded_as_quantized(llama, options):
     """Weights would be others than those that quantize_ makes, or norms and heads would be quantized too."""
@@ -89,6 +90,7 @@ def test_loaded_as_quantized(llama, options):
         assert torch.equal(model(IDS).logits, dense(IDS).logits)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize(
     ("options", "tied", "quantized"),
     [
@@ -125,6 +127,7 @@ def test_dtypes(llama, quantized, dtype):
         assert model(IDS).logits.dtype == dtype
 
 
+@pytest.mark.oldest
 def test_modules_in_fp32_stay(tmp_path):
     """T5's outputs would overflow: it keeps these layers in fp32 where the others are in fp16."""
     sizes = {"vocab_size": 64, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4}
@@ -136,6 +139,7 @@ def test_modules_in_fp32_stay(tmp_path):
     assert_same(load(tmp_path / "saved", "AutoModelForSeq2SeqLM"), model)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("options", SPECS)
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe"])
 def test_stacks_of_experts(tmp_path, name, options):
@@ -153,6 +157,7 @@ def test_stacks_of_experts(tmp_path, name, options):
     assert_same(load(tmp_path / "saved"), model)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("options", SPECS)
 @pytest.mark.parametrize("shards", ["50GB", "20KB"])
 def test_saved_and_loaded(llama, tmp_path, options, shards):
@@ -168,6 +173,7 @@ def test_saved_and_loaded(llama, tmp_path, options, shards):
     assert len(list(tmp_path.glob("*.safetensors"))) == 1 and not list(tmp_path.glob("*index*"))
 
 
+@pytest.mark.oldest
 def test_bases_of_models_with_heads(llama, quantized, tmp_path):
     """A base model could not be loaded from a quantized model with a head, whose names begin otherwise."""
     with warnings.catch_warnings():
@@ -178,6 +184,7 @@ def test_bases_of_models_with_heads(llama, quantized, tmp_path):
     assert_same(load(tmp_path, "AutoModel"), base)
 
 
+@pytest.mark.oldest
 def test_conv1d(tmp_path):
     """GPT-2's layers hold their weights the other way round."""
     folder = save_dense(tmp_path, "GPT2LMHeadModel", **GPT2)
@@ -256,6 +263,7 @@ def test_offloading_is_refused(llama, devices):
 # ---- afterwards
 
 
+@pytest.mark.oldest
 def test_dequantize(quantized, tmp_path):
     """The model would keep claiming to be quantized, and its folder could not be loaded."""
     model = load(quantized)
@@ -300,6 +308,7 @@ def test_trainer_takes_it(quantized, tmp_path):
         transformers.Trainer(model=model, args=options)
 
 
+@pytest.mark.oldest
 def test_qlora_on_top(llama, tmp_path):
     """The base would be quantized again, also where it was to stay dense, or a merged model would claim to be so."""
     base = load(llama, quantization_config=LowbitConfig("fp4", modules_to_not_convert=["down_proj"]))
@@ -386,6 +395,7 @@ def test_a_truncated_file_is_named(damaged):
         load(damaged)
 
 
+@pytest.mark.oldest
 def test_a_missing_file_is_named(damaged):
     """A file that was not copied would leave random weights."""
     path = sorted(damaged.glob("*.safetensors"))[1]
@@ -394,6 +404,7 @@ def test_a_missing_file_is_named(damaged):
         load(damaged)
 
 
+@pytest.mark.oldest
 def test_a_damaged_weight_is_named(damaged):
     """A weight without its scales would be initialised anew, with a warning."""
     files = ((path, load_file(path)) for path in damaged.glob("*.safetensors"))
@@ -416,6 +427,7 @@ def test_an_unknown_method_is_refused():
         transformers.quantizers.AutoQuantizationConfig.from_dict({"quant_method": "lowbitt"})
 
 
+@pytest.mark.oldest
 def test_quantizing_twice(damaged, quantized):
     """A weight would be quantized a second time, and lose more."""
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
