@@ -291,7 +291,7 @@ def product(x: torch.Tensor, q: QuantizedTensor) -> torch.Tensor:
         return NotImplemented
     if x.shape[-1:] != shape[:1]:
         return NotImplemented  # torch's own error
-    namespace = backends.namespace_for_product(x.device.type, x, q.spec.format, backends.selected)
+    namespace = backends.namespace_for_product(x.device.type, x, q.spec.format, backends.selected())
     if q.stored.transposed:
         return op_of(namespace, "linear")(x, *operands, shape[1], None, None, None, 1.0)
     return op_of(namespace, "linear_grad_input")(x, *operands, shape[1], None, None)
@@ -329,7 +329,7 @@ def _grouped_mm(op, x, q, offs=None, bias=None, out_dtype=None):
     operands = q.operands() if isinstance(q, QuantizedTensor) and q.dim() == 3 and x.dim() == 2 else None
     if operands is None or offs is None or bias is not None or out_dtype not in (None, x.dtype):
         return NotImplemented
-    namespace, features = backends.namespace_for_experts(x.device.type, backends.selected), q.stored.logical_shape[2]
+    namespace, features = backends.namespace_for_experts(x.device.type, backends.selected()), q.stored.logical_shape[2]
     if q.stored.transposed:
         return op_of(namespace, "grouped_linear")(x, *operands, offs, features, None, None, None, 1.0)
     return op_of(namespace, "grouped_linear_grad_input")(x, *operands, offs, features)

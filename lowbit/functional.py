@@ -164,7 +164,7 @@ def embedding(ids: torch.Tensor, q: QuantizedTensor) -> torch.Tensor:
         block = flat[:, None] * blocks + torch.arange(blocks, device=flat.device)
         scales = fmt.scale_map(flat.device)[scales.int()] * q.group_scales[block // fmt.GROUP_SIZE] + q.offset
     text = spec.without_double_quant().text
-    op = op_of(backends.namespace_for(flat.device.type, backends.selected), "dequantize")
+    op = op_of(backends.namespace_for(flat.device.type, backends.selected()), "dequantize")
     return op(codes, scales, None, None, text, [flat.numel(), features], layout.dtype).view(*ids.shape, features)
 
 
@@ -201,6 +201,8 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
 def outside_autocast(product, x: torch.Tensor, *arguments) -> torch.Tensor:
     """``product(x, *arguments)``; where autocast is on, with x in its dtype and autocast off inside."""
+    if not torch._C._is_any_autocast_enabled():
+        return product(x, *arguments)
     device_type = x.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # which raises for "meta"
         return product(x, *arguments)
@@ -243,7 +245,7 @@ def _dense_lora_linear(x, weight, lora_a, lora_b, scaling, bias, dropout_p, prec
 
 
 def _namespace(x: torch.Tensor, q: QuantizedTensor) -> str:
-    return backends.namespace_for_product(x.device.type, x, q.stored.spec.format, backends.selected)
+    return backends.namespace_for_product(x.device.type, x, q.stored.spec.format, backends.selected())
 
 
 def _approximate(namespace, x, weight, features, bias, t=None, lora_b=None, scaling=1.0) -> torch.Tensor:

@@ -97,8 +97,7 @@ def _set_data(q, value):
         )
     with torch._C.DisableTorchFunctionSubclass():
         q.data = value
-    q.packed, q.absmax, q.group_scales, q.offset = value.parts()
-    q.stored = value.stored
+    q._hold(value.parts(), value.stored)
 
 
 @implements(torch.Tensor.__setitem__)

@@ -109,18 +109,18 @@ def grouped_matmul(
     check_operand("x", x, (x.shape[0], matrices.shape[2]), matrices.device)
     check_float_dtype("dtype", dtype)
     _check_expert_ends(expert_ends, matrices.shape[0], x)
-    return op_of(backends.namespace_for_experts(x.device.type, backends.selected), "grouped_matmul")(
+    return op_of(backends.namespace_for_experts(x.device.type, backends.selected()), "grouped_matmul")(
         x, matrices, expert_ends, dtype
     )
 
 
 def _linear(x, q, weight, expert_ends, bias, t=None, lora_b=None, scaling=1.0) -> torch.Tensor:
-    op = op_of(backends.namespace_for_experts(x.device.type, backends.selected), "grouped_linear")
+    op = op_of(backends.namespace_for_experts(x.device.type, backends.selected()), "grouped_linear")
     return op(x, *weight, expert_ends, q.stored.shape[1], bias, t, lora_b, scaling)
 
 
 def _lora_linear(x, q, weight, expert_ends, lora_a, lora_b, scaling, bias, dropout_p) -> torch.Tensor:
-    namespace = backends.namespace_for_experts(x.device.type, backends.selected)
+    namespace = backends.namespace_for_experts(x.device.type, backends.selected())
     if dropout_p:
         t = op_of(namespace, "grouped_matmul")(F.dropout(x, dropout_p, True), lora_a, expert_ends)
         return _linear(x, q, weight, expert_ends, bias, t, lora_b, scaling)

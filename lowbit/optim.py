@@ -46,7 +46,7 @@ def optimizer_step(
     Raises:
         RuntimeError: arguments that do not fit together; nothing has changed then.
     """
-    namespace = backends.namespace_for(params[0].device.type, backends.selected)
+    namespace = backends.namespace_for(params[0].device.type, backends.selected())
     op, rows = op_of(namespace, "optimizer_step"), torch.tensor(constants, dtype=torch.float32)
     if is_traced():
         return op(params, grads, arenas, layout, rows, rule, grad_scale, seed)
@@ -61,5 +61,5 @@ def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
     ``tensors``: contiguous, float32, float16 or bfloat16, all on one device; at least one.
     """
-    namespace = backends.namespace_for(tensors[0].device.type, backends.selected)
+    namespace = backends.namespace_for(tensors[0].device.type, backends.selected())
     return op_of(namespace, "sum_of_squares")(tensors)

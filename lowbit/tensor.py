@@ -109,9 +109,16 @@ class QuantizedTensor(Sharded, torch.Tensor):
         self = torch.Tensor._make_wrapper_subclass(
             cls, layout.logical_shape, dtype=layout.dtype, device=packed.device, requires_grad=False, storage_size=0
         )
+        self._hold(parts, layout)
+        return self
+
+    def _hold(self, parts: tuple, layout: Layout) -> None:
+        """Become a weight of these parts."""
         self.packed, self.absmax, self.group_scales, self.offset = parts
         self.stored = layout
-        return self
+        # The first rows of a weight have all of its group_scales too. Asked here: every product wants to know.
+        groups = self.group_scales
+        self._has_own_groups = groups is None or groups.numel() == layout.groups
 
     def _with(self, change=None, **layout) -> "QuantizedTensor":
         """This weight with ``change`` applied to each part, and other fields of the layout."""
@@ -138,8 +145,7 @@ class QuantizedTensor(Sharded, torch.Tensor):
         """
         layout = self.stored
         spec, groups = layout.spec, self.group_scales
-        # The first rows of a weight have all of its group_scales too.
-        if layout.exact and not layout.first_element and (groups is None or groups.numel() == layout.groups):
+        if layout.exact and not layout.first_element and self._has_own_groups:
             return self.packed, self.absmax, self.group_scales, self.offset, spec.text
         if layout.first_element % spec.block_size:
             return None
@@ -190,7 +196,7 @@ class QuantizedTensor(Sharded, torch.Tensor):
         return flat[skipped : skipped + layout.numel].reshape(layout.shape)
 
     def _ops(self):
-        return getattr(torch.ops, backends.namespace_for(self.packed.device.type, backends.selected))
+        return getattr(torch.ops, backends.namespace_for(self.packed.device.type, backends.selected()))
 
     def _check_out(self, out: torch.Tensor, dtype: torch.dtype | None) -> None:
         if not isinstance(out, torch.Tensor) or isinstance(out, QuantizedTensor):

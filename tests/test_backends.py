@@ -24,7 +24,7 @@ def test_use_backend_is_a_guard_and_local_to_the_task():
     x = torch.randn(6, 130)
 
     def which(x):
-        return lowbit.backends.namespace_for(x.device.type, lowbit.backends.selected) == "lowbit_reference"
+        return lowbit.backends.namespace_for(x.device.type, lowbit.backends.selected()) == "lowbit_reference"
 
     compiled = torch.compile(which, fullgraph=True, backend="eager")
 

@@ -8,6 +8,7 @@ call gets the fastest backend that serves the tensor's device: native on a CPU; 
 
 import contextlib
 import contextvars
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -22,12 +23,20 @@ NAMESPACES = {"native": "lowbit", "triton": "lowbit_triton", "reference": "lowbi
 _NAMES = tuple(NAMESPACES)
 
 
+_THIS_MODULE = sys.modules[__name__]
+
+
 def __getattr__(name: str) -> str | None:
     # Dynamo cannot trace ContextVar.get, but it guards on a module attribute by reading it again at each call: a
     # module-level __getattr__ makes the choice a guard of the compiled code that stays thread- and async-local.
-    if name == "selected":
+    if name == "traced_choice":
         return _SELECTED.get()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def selected() -> str | None:
+    """The backend that :func:`use_backend` chose here; None: automatic."""
+    return _THIS_MODULE.traced_choice if torch.compiler.is_compiling() else _SELECTED.get()
 
 
 def available() -> dict[str, str | None]:

@@ -15,7 +15,7 @@ from .record import Op, is_traced, without_backward
 
 def factor_namespace(x: torch.Tensor) -> str:
     """The namespace whose kernels multiply x by LoRA's factors; "" where torch's products do."""
-    is_native = backends.selected in (None, "native") and x.device.type in backends.native.DEVICE_TYPES
+    is_native = backends.selected() in (None, "native") and x.device.type in backends.native.DEVICE_TYPES
     return backends.NAMESPACES["native"] if is_native else ""
 
 

@@ -118,7 +118,7 @@ def add_lora_by_row(
         [rows, out_features] in y's dtype. On a CPU the sum is accumulated in fp32 and rounded once; on a GPU the
         product is rounded to y's dtype first.
     """
-    namespace = backends.namespace_for_experts(x.device.type, backends.selected)
+    namespace = backends.namespace_for_experts(x.device.type, backends.selected())
     products = (_StackedProducts if namespace == _TRITON else _ProductsByGroup)(groups, namespace)
     return LoraByRow.apply(y, x, products, scalings, *lora_a, *lora_b)
 

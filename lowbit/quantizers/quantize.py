@@ -73,7 +73,7 @@ def quantize_to(
             raise ValueError(f"importance: expected scale='search' with it, got scale={scale!r}")
         search.check_importance(importance, weight)
 
-    op = getattr(torch.ops, backends.namespace_for(weight.device.type, backends.selected))
+    op = getattr(torch.ops, backends.namespace_for(weight.device.type, backends.selected()))
     weight = weight.detach()
     encode = None
     if scale == "search":
