@@ -125,6 +125,19 @@ def test_larger_tiles(counts):
     case.check_grad_input(interpret)
 
 
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dense_product_in_16_bits(dtype):
+    """What LoRA adds is rounded to the layer's dtype, to nearest: cut off, it would drift in one direction."""
+    generator, ends = torch.Generator().manual_seed(0), torch.tensor([5, 5, 20], dtype=torch.int32)
+    t, matrices = torch.randn(20, 8, generator=generator), torch.randn(3, 40, 8, generator=generator)
+    y = interpret("grouped_matmul", t, matrices, ends, dtype)
+    exact = expert_product(t.double(), matrices.double(), ends)
+    magnitude = expert_product(t.double().abs(), matrices.double().abs(), ends)
+    assert y.dtype == dtype
+    assert_within(y, exact, product_tolerance(magnitude, exact, 8, dtype))
+
+
 @compiled_only
 @pytest.mark.parametrize("ends", [(3, 9, 99), (5, 2, 7), (-4, 3, 7), (0, 0, 0)])
 def test_wrong_ends_stay_inside(monkeypatch, ends):
