@@ -14,11 +14,11 @@ pytest_plugins = ["ptxemu.proofs"]
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "triton"))
 
 #: Tests that execute CUDA kernels on inputs that their own files make: through the launchers, and through the bindings.
-LAUNCHER_PROOFS = {f"test_cuda_{name}.py" for name in ("dequantize", "gemm", "gemv", "grad_input", "large", "lora")}
-LAUNCHER_PROOFS |= {"test_cuda_quantize.py"}
+LAUNCHER_PROOFS = {f"test_cuda_{name}.py" for name in ("dequantize", "descent", "gemm", "gemv", "large", "lora")}
+LAUNCHER_PROOFS |= {"test_cuda_grad_input.py", "test_cuda_quantize.py"}
 BINDING_PROOFS = {"test_cuda_bindings.py", "test_cuda_bindings_linear.py", "test_cuda_optim.py"}
 #: Those that go through the public functions and layers: any source of the packages may decide what they launch.
-LAYER_PROOFS = {"test_cuda_bindings_lora.py"}
+LAYER_PROOFS = {"test_cuda_bindings_factors.py", "test_cuda_bindings_lora.py"}
 #: What `make test-fast` leaves out: tests that execute, compile or count machine code, and those that start programs.
 SLOW = ("test_cuda_", "test_triton_", "test_ptxemu_", "test_predict_gpu", "test_benchmarks", "test_example")
 FAST = ("test_triton_autotune", "test_triton_traced")
