@@ -378,7 +378,8 @@ __device__ __forceinline__ void gemv(const Arguments& arguments) {
   __syncthreads();
   const int output = ptx::read_thread_index(), m = output / kGemvRows;
   const int64_t tile_n = int64_t{ptx::read_block_index()} * kGemvRows;
-  const int64_t n = min(tile_n, args.n - kGemvRows) + output % kGemvRows, at = (first_m + m) * args.n + n;
+  const int64_t n = min(tile_n, args.n - kGemvRows) + output % kGemvRows;
+  const int64_t at = (int64_t{ptx::read_block_index_z()} * kRows + m) * args.n + n;
   const bool has_output = m < rows && n >= tile_n;
   float sum = 0.0f;
   if (has_output) {
@@ -392,7 +393,8 @@ __device__ __forceinline__ void gemv(const Arguments& arguments) {
     if (!is_last_to_arrive(args.counters + blockIdx.z * gridDim.x + blockIdx.x, gridDim.y)) return;
     if (has_output) sum = sum_shares(args.workspace + at, outputs, static_cast<int>(gridDim.y));
   }
-  if (has_output) narrow(plus_bias(sum, args.bias, n), static_cast<T*>(args.y) + at);
+  sum = plus_bias(sum, args.bias, n);
+  if (has_output) narrow(sum, static_cast<T*>(args.y) + at);
 }
 
 template <class T, int kBlocks, int kRows>

@@ -70,9 +70,9 @@ __global__ void __launch_bounds__(kThreads)
   for (int row = 0; row < kWeightRows; ++row) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const float sum = ptx::sum_lanes<kWarpSize>(sums[row][i]);
+      const float sum = plus_bias(ptx::sum_lanes<kWarpSize>(sums[row][i]), bias, row_of_w(row));
       const int64_t at_m = first_m + i, at_n = first_n + row;
-      if (lane == 0 && at_m < m && at_n < n) narrow(plus_bias(sum, bias, at_n), y + at_m * n + at_n);
+      if (lane == 0 && at_m < m && at_n < n) narrow(sum, y + at_m * n + at_n);
     }
   }
 }

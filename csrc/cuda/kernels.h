@@ -17,7 +17,7 @@ namespace lowbit::cuda {
 using Stream = CUstream_st*;  // cudaStream_t
 
 // The architectures that were compiled for, times 10 and separated by commas: "750,800". Later GPUs of the same
-// generation run the code of earlier ones; for newer ones there is PTX of the last.
+// generation run the code of earlier ones; for newer ones there is PTX.
 const char* architectures();
 
 // What an error code means.

@@ -38,8 +38,8 @@ __device__ __forceinline__ void widen(uint4 raw, float (&values)[kPerAccess<T>])
 // Element `at` of memory whose dtype the launch says.
 __device__ __forceinline__ float widen_any(const void* data, Dtype dtype, int64_t at) {
   if (dtype == Dtype::f32) return static_cast<const float*>(data)[at];
-  if (dtype == Dtype::f16) return widen(static_cast<const Fp16*>(data)[at]);
-  return widen(static_cast<const Bf16*>(data)[at]);
+  const uint16_t bits = static_cast<const uint16_t*>(data)[at];
+  return dtype == Dtype::f16 ? widen(Fp16{bits}) : widen(Bf16{bits});
 }
 
 // A sum of output `n` with its bias, if there is one. Once for each output: all threads take the same branches.

@@ -159,6 +159,11 @@ __device__ __forceinline__ unsigned read_block_index() {
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(v));
   return v;
 }
+__device__ __forceinline__ unsigned read_block_index_z() {
+  unsigned v;
+  asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(v));
+  return v;
+}
 
 // --- lanes of a warp; all 32 take part
 
