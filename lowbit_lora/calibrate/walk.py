@@ -219,8 +219,7 @@ class _Block:
         quantized = result.quantized.to(parameter.dtype)
         if is_conv1d(self.block.get_submodule(layer)):
             quantized = quantized.transpose(-1, -2)
-        losses = (result.absmax, result.search, result.final)
-        self._note(parameter, quantized, losses, result.chosen, tokens)
+        self._note(parameter, quantized, (result.absmax, result.search, result.final), result.chosen, tokens)
         if worker is not None:
             module = worker.block.get_submodule(layer)
             module.weight = nn.Parameter(quantized.dequantize(torch.float32), requires_grad=False)
@@ -251,8 +250,7 @@ class _Block:
                 weight = self.dense.block.get_submodule(layer)._parameters[name].detach()
                 result = quantize_stack(weight, inputs, self.settings)
             quantized = result.quantized.to(parameter.dtype)
-            losses = (result.losses["absmax"], result.losses["search"], result.losses["final"])
-            self._note(parameter, quantized, losses, result.chosen, sum(map(len, inputs)))
+            self._note(parameter, quantized, (result.absmax, result.search, result.final), result.chosen, sum(map(len, inputs)))
             if result.damped or result.searched:
                 self.found.few.append((self.walk._names[parameter], result.damped, result.searched))
             up = weight if worker is None else quantized.dequantize(torch.float32)
