@@ -250,7 +250,9 @@ class _Block:
                 weight = self.dense.block.get_submodule(layer)._parameters[name].detach()
                 result = quantize_stack(weight, inputs, self.settings)
             quantized = result.quantized.to(parameter.dtype)
-            self._note(parameter, quantized, (result.absmax, result.search, result.final), result.chosen, sum(map(len, inputs)))
+            self._note(
+                parameter, quantized, (result.absmax, result.search, result.final), result.chosen, sum(map(len, inputs))
+            )
             if result.damped or result.searched:
                 self.found.few.append((self.walk._names[parameter], result.damped, result.searched))
             up = weight if worker is None else quantized.dequantize(torch.float32)
