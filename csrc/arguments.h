@@ -57,6 +57,31 @@ struct EncodeArgs {
   uint8_t* packed;
 };
 
+// One block of columns of `rows` rows of a weight, rounded by GPTQ with the best of `candidate_count` scales for each
+// row; lowbit/reference_descent.py says how. Results are in the order of the reference's.
+struct GptqBlockArgs {
+  const float* weight;      // [rows, columns]
+  const float* factor;      // [columns, columns], upper triangular
+  const float* candidates;  // [rows, candidate_count]
+  const Format* format;     // of 4 bits
+  int64_t rows, columns, candidate_count;
+  float* decoded;   // [rows, columns]
+  float* errors;    // [rows, columns]
+  int32_t* choice;  // [rows]
+};
+
+// Coordinate descent over the codes of such a block, `sweeps` times, with the best of the scales.
+struct DescendBlockArgs {
+  const float* decoded;     // [rows, columns]
+  const float* gradient;    // [rows, columns]
+  const float* hessian;     // [columns, columns]
+  const float* candidates;  // [rows, candidate_count], the block's own scale first
+  const Format* format;     // of 4 bits
+  int64_t rows, columns, candidate_count, sweeps;
+  float* result;    // [rows, columns]
+  int32_t* choice;  // [rows]
+};
+
 // out[numel] = the decoded weight
 struct DequantizeArgs {
   QuantizedWeight weight;

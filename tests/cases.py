@@ -210,6 +210,30 @@ def make_weight(shape, dtype=torch.float32, magnitude=0.02, seed=0) -> torch.Ten
     return weight.clamp(-limit, limit).to(dtype)
 
 
+def gram(k, tokens=None, seed=0, dead=(), massive=None):
+    """X^T X of correlated inputs; ``dead`` channels are zero, and one token is ``massive`` times as large."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.eye(k) + 0.3 * torch.randn(k, k, generator=generator)
+    x = torch.randn(tokens or 4 * k, k, generator=generator) @ mix * torch.rand(k, generator=generator)
+    x[:, list(dead)] = 0
+    if massive:
+        x[0] *= massive
+    return x.T @ x
+
+
+def descent_case(rows, columns, count, seed):
+    """``(weight, Hessian, U, candidate scales)`` of one block."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    weight[rows // 2] = 0
+    curvature = lowbit.quantizers.Curvature(gram(columns, seed=seed))
+    order, upper = curvature.factor(columns)
+    factors = torch.cat([torch.ones(1), 0.6 + 0.5 * torch.rand(count - 1, generator=generator)])
+    factors[2::3] *= -1
+    candidates = weight.abs().amax(1, keepdim=True) * factors
+    return weight[:, order], curvature.damped[order][:, order], upper, candidates
+
+
 def rounded_factors(low, up, dtype, scaling=1.0):
     """LoRA's factors [m, rank] and [n, rank] as every backend must round them for a product in ``dtype``, bit for bit.
 

@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from cases import DTYPES, FORMATS, make_weight
+from cases import DTYPES, FORMATS, descent_case, make_weight
 from conftest_cuda import CSRC, SOURCES, launchers
 from cuda_bindings import REFERENCE, assert_same, operands, quantized, run, stub, stub_library, two_gpus
 
@@ -49,6 +49,16 @@ def test_search_and_encode():
     assert_same([run("encode", weight, scales, "nf4:64")], [REFERENCE.encode(weight, scales, "nf4:64")])
 
 
+def test_blocks_of_a_descent():
+    """The operands would be taken for each other."""
+    weight, hessian, upper, candidates = descent_case(5, 32, 3, 0)
+    block = (weight, upper, candidates, "nf4:32")
+    expected = REFERENCE.gptq_block(*block)
+    assert_same(run("gptq_block", *block), expected)
+    block = (expected[0], weight @ hessian, hessian, candidates, 2, "nf4:32")
+    assert_same(run("descend_block", *block), REFERENCE.descend_block(*block))
+
+
 @pytest.mark.parametrize("shape", [(5, 48), (7,), (2, 3, 31)])
 def test_int8(shape):
     """Rows would run along another dimension than the last."""
@@ -68,6 +78,9 @@ def every_binding(dtype, device=0):
     codes, group_scales = on("quantize_scales", absmax, offset)
     scales = on("search_scales", weight, torch.ones(192), "nf4:64")
     on("encode", weight, scales, "nf4:64")
+    columns, matrix = weight[:, :64].float(), torch.eye(64)
+    on("gptq_block", columns, matrix, columns[:, :3], "nf4:64")
+    on("descend_block", columns, columns, matrix, columns[:, :3], 1, "nf4:64")
     four_bits = (packed, codes, group_scales, offset, "nf4:64:double_quant")
     eight_bits = (*on("quantize", weight, "int8"), None, None, "int8")
     for parts in (four_bits, eight_bits):

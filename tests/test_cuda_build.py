@@ -18,7 +18,7 @@ needs_cuda_half = pytest.mark.skipif(
 )
 
 OPS = (
-    *("quantize", "quantize_scales", "search_scales", "encode"),
+    *("quantize", "quantize_scales", "search_scales", "encode", "gptq_block", "descend_block"),
     *("dequantize", "dequantize_out", "linear", "linear_approximate", "linear_grad_input"),
     *("lora_linear", "lora_linear_backward", "lora_down", "lora_up", "lora_outer"),
 )

@@ -9,6 +9,7 @@
 #include "../cpu/pool.h"
 #include "../cpu/support.h"
 #include "../cuda/kernels.h"
+#include "descent.h"
 #include "ops.h"
 #include "optim.h"
 
@@ -68,6 +69,8 @@ struct Cpu {
   void quantize_scales(const QuantizeScalesArgs& args) const { active_kernels().quantize_scales(args, parallel_for()); }
   void search_scales(const SearchScalesArgs& args) const { active_kernels().search_scales(args, parallel_for()); }
   void encode(const EncodeArgs& args) const { active_kernels().encode(args, parallel_for()); }
+  void gptq_block(const GptqBlockArgs& args) const { active_kernels().gptq_block(args, parallel_for()); }
+  void descend_block(const DescendBlockArgs& args) const { active_kernels().descend_block(args, parallel_for()); }
   void dequantize(const DequantizeArgs& args, const char*) const { active_kernels().dequantize(args, parallel_for()); }
 
   void linear(LinearCall<Cpu>& call, Operand<Cpu>& t, const Tensor& y, bool approximate) const {
@@ -180,6 +183,7 @@ void set_cpu_isa(std::string isa) {
 
 STABLE_TORCH_LIBRARY_IMPL(lowbit, CPU, library) {
   implement<Cpu>(library);
+  implement_descent<Cpu>(library);
   implement_optim<Cpu>(library);
   library.impl("grouped_linear", TORCH_BOX(&grouped_linear));
   library.impl("grouped_linear_grad_input", TORCH_BOX(&grouped_linear_grad_input));

@@ -10,6 +10,7 @@
 #include <span>
 
 #include "../cuda/kernels.h"
+#include "descent.h"
 #include "lora.h"
 #include "ops.h"
 #include "optim.h"
@@ -118,6 +119,10 @@ class Cuda {
     check_launch(cuda::search_scales(args, stream_), "search_scales");
   }
   void encode(const EncodeArgs& args) const { check_launch(cuda::encode(args, stream_), "encode"); }
+  void gptq_block(const GptqBlockArgs& args) const { check_launch(cuda::gptq_block(args, stream_), "gptq_block"); }
+  void descend_block(const DescendBlockArgs& args) const {
+    check_launch(cuda::descend_block(args, stream_), "descend_block");
+  }
   void dequantize(const DequantizeArgs& args, const char* op) const {
     check_launch(cuda::dequantize(args, stream_), op);
   }
@@ -352,6 +357,7 @@ class Cuda {
 
 STABLE_TORCH_LIBRARY_IMPL(LOWBIT_CUDA_NAMESPACE, LOWBIT_CUDA_KEY, library) {
   implement<Cuda>(library);
+  implement_descent<Cuda>(library);
   implement_lora<Cuda>(library);
   library.impl("capture_id", TORCH_BOX(&capture_id));
   implement_optim<Cuda>(library);

@@ -25,6 +25,8 @@ struct Kernels {
   void (*quantize_scales)(const QuantizeScalesArgs&, const ParallelFor&);
   void (*search_scales)(const SearchScalesArgs&, const ParallelFor&);
   void (*encode)(const EncodeArgs&, const ParallelFor&);
+  void (*gptq_block)(const GptqBlockArgs&, const ParallelFor&);
+  void (*descend_block)(const DescendBlockArgs&, const ParallelFor&);
   void (*dequantize)(const DequantizeArgs&, const ParallelFor&);
   void (*linear)(const LinearArgs&, const ParallelFor&);
   // The same product, approximately: codebook and activations in int8 (4-bit weights only), where that is faster.

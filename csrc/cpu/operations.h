@@ -3,6 +3,7 @@
 
 #include "approximate.h"
 #include "dequantize.h"
+#include "descent.h"
 #include "int8.h"
 #include "linear.h"
 #include "optim.h"
@@ -19,6 +20,8 @@ constexpr Kernels kernels_of() {
       .quantize_scales = quantize_scales<Isa>,
       .search_scales = search_scales<Isa>,
       .encode = encode<Isa>,
+      .gptq_block = gptq_block<Isa>,
+      .descend_block = descend_block<Isa>,
       .dequantize = dequantize<Isa>,
       .linear = linear<Isa>,
       .linear_approximate = linear_approximate<Isa>,

@@ -37,6 +37,8 @@ int quantize_int8(const QuantizeArgs& args, Stream stream);  // which quantize c
 int quantize_scales(const QuantizeScalesArgs& args, Stream stream);
 int search_scales(const SearchScalesArgs& args, Stream stream);
 int encode(const EncodeArgs& args, Stream stream);
+int gptq_block(const GptqBlockArgs& args, Stream stream);
+int descend_block(const DescendBlockArgs& args, Stream stream);
 int dequantize(const DequantizeArgs& args, Stream stream);
 int dequantize_columns(const DequantizeColumnsArgs& args, Stream stream);  // cudaErrorInvalidValue unless columns_fit
 

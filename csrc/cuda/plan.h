@@ -85,6 +85,15 @@ constexpr int64_t kSumTile = 4096;  // elements
 constexpr int64_t kMostSumBlocks = 1024;
 inline unsigned sum_blocks(int64_t tiles) { return blocks_for(tiles, 1, kMostSumBlocks, 1); }
 
+// --- gptq_block, descend_block
+
+// Rows that a block of threads has, one each, if each keeps so many numbers for every column in shared memory: a
+// warp's, so that a weight's rows reach every multiprocessor; fewer where those would not fit 32 KB. Columns are 32 to
+// 4096.
+inline int rows_at_once(int64_t columns, int numbers_per_column) {
+  return static_cast<int>(std::clamp<int64_t>(8192 / (columns * numbers_per_column), 1, 32));
+}
+
 // --- which path for which rows
 
 // The most rows of x (of grad) that each kernel takes; above them W is decoded first and cuBLAS multiplies.

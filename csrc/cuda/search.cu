@@ -84,11 +84,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// A scale whose inverse would overflow decodes everything to nearly zero, so every element gets the code of zero.
-__device__ __forceinline__ float inverse_of(float scale) {
-  return scale >= kTinyAbsmax || scale <= -kTinyAbsmax ? __frcp_rn(scale) : 0.0f;
-}
-
 // block_shift: log2 of the block size. tiles: how many of the first whole tiles 16-byte accesses can serve.
 template <class T>
 __global__ void __launch_bounds__(kThreads)

@@ -27,11 +27,11 @@ def _fake_encode(weight, scales, spec):
     return weight.new_empty([WeightSpec.parse(spec).packed_size(weight.numel())], dtype=torch.uint8)
 
 
-def _fake_gptq_block(weight, factor, candidates, format):
+def _fake_gptq_block(weight, factor, candidates, spec):
     return torch.empty_like(weight), torch.empty_like(weight), weight.new_empty([len(weight)], dtype=torch.int32)
 
 
-def _fake_descend_block(decoded, gradient, hessian, candidates, sweeps, format):
+def _fake_descend_block(decoded, gradient, hessian, candidates, sweeps, spec):
     return torch.empty_like(decoded), decoded.new_empty([len(decoded)], dtype=torch.int32)
 
 
@@ -61,12 +61,12 @@ OPS = (
     Op("search_scales(Tensor weight, Tensor? importance, str spec) -> Tensor", _fake_search_scales),
     Op("encode(Tensor weight, Tensor scales, str spec) -> Tensor", _fake_encode),
     Op(
-        "gptq_block(Tensor weight, Tensor factor, Tensor candidates, str format) -> (Tensor, Tensor, Tensor)",
+        "gptq_block(Tensor weight, Tensor factor, Tensor candidates, str spec) -> (Tensor, Tensor, Tensor)",
         _fake_gptq_block,
         kernel=lambda namespace: reference_descent.gptq_block,
     ),
     Op(
-        "descend_block(Tensor decoded, Tensor gradient, Tensor hessian, Tensor candidates, int sweeps, str format) -> "
+        "descend_block(Tensor decoded, Tensor gradient, Tensor hessian, Tensor candidates, int sweeps, str spec) -> "
         "(Tensor, Tensor)",
         _fake_descend_block,
         kernel=lambda namespace: reference_descent.descend_block,

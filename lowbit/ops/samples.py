@@ -62,8 +62,8 @@ def samples(dtype: torch.dtype = torch.float32, rows: int = ROWS) -> Iterator[tu
 
     block, candidates = weight[:20, :32].contiguous(), made(20, 5)
     hessian = (made(40, 32).T @ made(40, 32)).abs() + 40 * torch.eye(32)
-    yield "gptq_block", "nf4", (block, hessian.triu(), candidates, "nf4")
-    yield "descend_block", "nf4", (block, made(20, 32), hessian, candidates, 2, "nf4")
+    yield "gptq_block", "nf4:32", (block, hessian.triu(), candidates, "nf4:32")
+    yield "descend_block", "fp4:32", (block, made(20, 32), hessian, candidates, 2, "fp4:32")
 
     stack = (*stored(made(EXPERTS, OUT, IN), SPECS[0]), torch.tensor([2, 2, rows], dtype=torch.int32))
     biases, a, b = made(EXPERTS, OUT), made(EXPERTS, RANK, IN), made(EXPERTS, OUT, RANK)

@@ -140,7 +140,7 @@ class _Rows:
     """The rows of a weight on their way: decoded values, and codes of scales, that get better step by step."""
 
     def __init__(self, op, wanted, searched, codes, scales, curvature, spec):
-        self.op, self.scales, self.curvature, self.format, self.size = (
+        self.op, self.scales, self.curvature, self.spec, self.size = (
             op,
             scales,
             curvature,
@@ -163,7 +163,7 @@ class _Rows:
             tried = self.scales.nearest(weight.abs().amax(1, keepdim=True) * factors, block)
             codes = torch.cat([self.codes[:, block, None], tried], 1)
             decoded, errors, choice = self.op.gptq_block.default(
-                weight, upper[here, here].contiguous(), self.scales.values(codes, block), self.format
+                weight, upper[here, here].contiguous(), self.scales.values(codes, block), self.spec
             )
             self.decoded[:, order[here]] = decoded
             self.codes[:, block] = codes.gather(1, choice[:, None].long())[:, 0]
@@ -183,7 +183,7 @@ class _Rows:
                 hessian[:, here].contiguous(),
                 self.scales.values(codes, block),
                 CODE_SWEEPS,
-                self.format,
+                self.spec,
             )
             self.decoded[:, here] = new
             self.codes[:, block] = codes.gather(1, choice[:, None].long())[:, 0]

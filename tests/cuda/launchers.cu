@@ -53,6 +53,22 @@ int lowbit_encode(const void* weight, int dtype, int64_t numel, int format, int6
                       static_cast<cuda::Stream>(stream));
 }
 
+int lowbit_gptq_block(const float* weight, const float* factor, const float* candidates, int format, int64_t rows,
+                      int64_t columns, int64_t candidate_count, float* decoded, float* errors, int32_t* choice,
+                      void* stream) {
+  return cuda::gptq_block(
+      {weight, factor, candidates, format_of(format), rows, columns, candidate_count, decoded, errors, choice},
+      static_cast<cuda::Stream>(stream));
+}
+
+int lowbit_descend_block(const float* decoded, const float* gradient, const float* hessian, const float* candidates,
+                         int format, int64_t rows, int64_t columns, int64_t candidate_count, int64_t sweeps,
+                         float* result, int32_t* choice, void* stream) {
+  return cuda::descend_block({decoded, gradient, hessian, candidates, format_of(format), rows, columns, candidate_count,
+                              sweeps, result, choice},
+                             static_cast<cuda::Stream>(stream));
+}
+
 int lowbit_dequantize(const uint8_t* packed, const float* absmax, const uint8_t* scale_codes, const float* group_scales,
                       const float* offset, int format, int64_t block_size, int64_t numel, void* out, int dtype,
                       void* stream) {

@@ -1,8 +1,10 @@
 // Checks every kernel of every instruction set that this CPU has, without torch: against plain loops in double
-// precision (products.h), the format's definition (quantize.h) or the optimizers' rules (optim.h). Built with
-// sanitizers and for other CPUs; every buffer has its exact size and starts one element past an aligned address.
+// precision (products.h), the format's definition (quantize.h), plain loops over rows (descent.h) or the optimizers'
+// rules (optim.h). Built with sanitizers and for other CPUs; every buffer has its exact size and starts one element
+// past an aligned address.
 //
 //   driver [--quick]    prints each failure, and "N passed, N failed"; exit status 1 if any failed
+#include "descent.h"
 #include "optim.h"
 #include "products.h"
 #include "quantize.h"
@@ -12,6 +14,7 @@ int main(int argc, char** argv) {
   const Dtype dtypes[] = {Dtype::f32, Dtype::f16, Dtype::bf16};
   const int64_t shapes[][2] = {{1, 1},    {3, 5},     {7, 64},    {33, 130}, {40, 192},
                                {17, 513}, {130, 320}, {34, 1088}, {0, 64},   {4, 0}};
+  const int64_t blocks[][2] = {{1, 32}, {17, 64}, {40, 32}, {3, 256}};
   const int64_t rows[] = {0, 1, 2, 3, 4, 5, 12, 16, 17, 40, 130};
   for (const Kernels* kernels : available_kernels()) {
     const int before = passed + failed;
@@ -49,6 +52,9 @@ int main(int argc, char** argv) {
           for (const float magnitude : {1e-30f, 0.02f, 3e4f})
             check_quantize(*kernels, numel, *format, kMinBlockSize << (turn++ % 8), dtype, magnitude, random);
     }
+    for (const auto& [n, columns] : blocks)
+      for (const Format* format : {&kNf4, &kFp4})
+        for (const int64_t count : {1, 5, 6, 11}) check_descent(*kernels, n, columns, count, *format, random);
     for (const Dtype dtype : dtypes) check_not_finite(*kernels, kNf4, dtype, random);
     for (const Rule rule : {Rule::adamw, Rule::lion}) {
       for (const float magnitude : {1e-20f, 1e-3f, 1.0f, 1e15f})

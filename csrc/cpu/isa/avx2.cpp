@@ -42,6 +42,8 @@ struct Avx2 {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
+  static Vec select_less(Vec a, Vec b, Vec x, Vec y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+  static bool any(Vec a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, zero(), _CMP_NEQ_UQ)) != 0; }
 
   static Vec load(const float* from) { return _mm256_loadu_ps(from); }
   static Vec load(const Bf16* from) {

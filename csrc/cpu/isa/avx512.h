@@ -73,6 +73,10 @@ struct Avx512 {
                     _mm512_shuffle_f32x4(rows[2 * i], rows[2 * i + 1], 0xdd));
     return add(_mm512_shuffle_f32x4(rows[0], rows[1], 0x88), _mm512_shuffle_f32x4(rows[0], rows[1], 0xdd));
   }
+  static Vec select_less(Vec a, Vec b, Vec x, Vec y) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
+  }
+  static bool any(Vec a) { return _mm512_cmp_ps_mask(a, zero(), _CMP_NEQ_UQ) != 0; }
 
   static Vec load(const float* from) { return _mm512_loadu_ps(from); }
   static Vec load(const Bf16* from) {

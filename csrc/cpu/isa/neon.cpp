@@ -31,6 +31,10 @@ struct Neon {
     const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
     return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
   }
+  static Vec select_less(Vec a, Vec b, Vec x, Vec y) {
+    return {vbslq_f32(vcltq_f32(a.low, b.low), x.low, y.low), vbslq_f32(vcltq_f32(a.high, b.high), x.high, y.high)};
+  }
+  static bool any(Vec a) { return vminvq_u32(vandq_u32(vceqzq_f32(a.low), vceqzq_f32(a.high))) == 0; }
 
   static Vec load(const float* from) { return {vld1q_f32(from), vld1q_f32(from + 4)}; }
   static Vec load(const Bf16* from) {

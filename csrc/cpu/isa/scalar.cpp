@@ -52,6 +52,15 @@ struct Scalar {
     // Every instruction set adds in this order: each lane and the one half the lanes further on, again and again.
     return ((a.lane[0] + a.lane[4]) + (a.lane[2] + a.lane[6])) + ((a.lane[1] + a.lane[5]) + (a.lane[3] + a.lane[7]));
   }
+  // Lanes of x where a < b, of y elsewhere (a NaN is not less).
+  static Vec select_less(const Vec& a, const Vec& b, const Vec& x, Vec y) {
+    for (int i = 0; i < 8; ++i) y.lane[i] = a.lane[i] < b.lane[i] ? x.lane[i] : y.lane[i];
+    return y;
+  }
+  // Whether a lane is not zero (a NaN is not).
+  static bool any(const Vec& a) {
+    return std::any_of(a.lane, a.lane + 8, [](float lane) { return lane != 0.0f; });
+  }
   template <class T>
   static Vec load(const T* from) {
     Vec v;

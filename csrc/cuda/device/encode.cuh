@@ -43,6 +43,11 @@ struct CodeTree {
   }
 };
 
+// A scale whose inverse would overflow decodes everything to nearly zero, so every element gets the code of zero.
+__device__ __forceinline__ float inverse_of(float scale) {
+  return scale >= kTinyAbsmax || scale <= -kTinyAbsmax ? __frcp_rn(scale) : 0.0f;
+}
+
 // The largest magnitude of some elements of T, as an integer that orders as the magnitudes do, NaN on top.
 template <class T>
 struct Magnitude {
