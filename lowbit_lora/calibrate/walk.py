@@ -11,6 +11,7 @@ from lowbit.checks import named_errors
 from lowbit.modules import is_conv1d
 from lowbit.names import few
 
+from ..heap import return_memory
 from . import stages
 from .blocks import Chain
 from .experts import Experts, quantize_stack
@@ -69,6 +70,7 @@ class Walk:
             seconds = time.perf_counter() - began
             self.found.add(found)
             self.seconds += seconds
+            return_memory()
             self._state.save(chain.name, number, streams, **vars(found), seconds=seconds)
 
     def notes(self) -> list[str]:
