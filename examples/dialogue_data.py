@@ -42,7 +42,7 @@ class Dialogues:
 def load(source: str) -> Dialogues:
     """Return the bundled dialogues ("chitchat"), those of a jsonl file, or those of a hub data set."""
     if source == BUNDLED:
-        return _split(source, _chitchat(bundled_file()))
+        return _split(source, chitchat(bundled_file()))
     if Path(source).is_file():
         return _split(source, _read_jsonl(Path(source)))
     splits = load_hub_splits(source)
@@ -77,7 +77,7 @@ def bundled_file() -> Path:
     return Path(spec.submodule_search_locations[0]) / _FILE
 
 
-def _chitchat(path: Path) -> list[Dialogue]:
+def chitchat(path: Path) -> list[Dialogue]:
     """Return the dialogues of two people who both wrote something: who begins is the user, who answers the assistant.
 
     A turn there is a list of messages that one of them sent in a row.

@@ -31,7 +31,7 @@ def linear_weights(module: nn.Module) -> list[str]:
     out, in], as transformers 5 fuses them, of modules that say ``is_transposed`` or whose class name ends in "Experts".
     """
     parameters = module._parameters
-    if isinstance(module, nn.Linear) or _is_conv1d(module):
+    if isinstance(module, nn.Linear) or is_conv1d(module):
         names = ["weight"]
     elif isinstance(module, nn.MultiheadAttention):
         names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
@@ -42,7 +42,8 @@ def linear_weights(module: nn.Module) -> list[str]:
     return [name for name in names if parameters.get(name) is not None and parameters[name].numel()]
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D: a linear layer whose weight is [in, out]."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
@@ -79,7 +80,7 @@ def quantize_(
     if not isinstance(spec, WeightSpec):
         raise TypeError(f"spec: expected a lowbit.WeightSpec, got {type(spec).__name__}")
     check_scale(scale, spec)
-    return replace_weights(model, quantized_weights(find_weights(model, _skipped(model, skip)), spec, scale))
+    return replace_weights(model, quantized_weights(find_weights(model, skipped_modules(model, skip)), spec, scale))
 
 
 def find_weights(
@@ -106,7 +107,8 @@ def find_weights(
     return {parameter: name for parameter, name in found.items() if parameter not in kept}
 
 
-def _skipped(model: nn.Module, skip: Iterable[str]) -> set[nn.Module]:
+def skipped_modules(model: nn.Module, skip: Iterable[str]) -> set[nn.Module]:
+    """The modules that ``skip`` names, and all inside them; an error for an entry that matches nothing."""
     if isinstance(skip, str):
         raise TypeError(f"skip: expected a list of names, got the string {skip!r}")
     skipped = set()

@@ -3,6 +3,7 @@
 from lowbit import modules as _modules
 
 from . import hf
+from .calibrate import CalibrationReport, calibrate
 from .config import LoraConfig, QLoRAConfig, QuantizationType
 from .hf import experts as _experts
 from .layers import (
@@ -28,6 +29,7 @@ LoRAModel = LoraModel
 
 __all__ = [
     "AdamW8bit",
+    "CalibrationReport",
     "Lion8bit",
     "LoRABaseLayer",
     "LoRAConv1d",
@@ -49,6 +51,7 @@ __all__ = [
     "QLoRALinear",
     "QLoRAModel",
     "QuantizationType",
+    "calibrate",
     "get_paged_optimizer",
 ]
 

@@ -173,7 +173,7 @@ class _Rows:
             here = slice(block * self.size, (block + 1) * self.size)
             hessian = self.curvature.damped[here]
             codes = self.scales.neighbours(self.codes[:, block, None])
-            old = self.decoded[:, here].contiguous()
+            old = self.decoded[:, here].clone()  # contiguous() is a view where a row is one block
             new, choice = self.op.descend_block.default(
                 old,
                 self.gradient[:, here].contiguous(),

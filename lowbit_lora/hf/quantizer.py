@@ -42,6 +42,8 @@ class LowbitQuantizer(HfQuantizer):
         self._dtypes: dict[str, torch.dtype] = {}
         self._devices: set[str] = set()
         self._loading: nn.Module | None = None
+        #: What is written beside the format's version into the metadata of files.
+        self.metadata: dict[str, str] = {}
 
     # ---- what transformers asks
 
@@ -193,7 +195,7 @@ class LowbitQuantizer(HfQuantizer):
                 state[name] = value
             elif name not in tied or model.get_parameter(tied[name]) is not model.get_parameter(name):
                 state |= checkpoint.to_tensors(name, value)
-        return state, {"lowbit_format_version": str(FORMAT_VERSION)}
+        return state, {"lowbit_format_version": str(FORMAT_VERSION)} | self.metadata
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         weights = [name for name, p in model.named_parameters() if isinstance(p, QuantizedTensor)]

@@ -1,0 +1,6 @@
+"""Calibrated quantization: which codes and scales lose least of what a model does with data, in the same bytes."""
+
+from .model import calibrate
+from .report import CalibrationReport, LayerReport
+
+__all__ = ["CalibrationReport", "LayerReport", "calibrate"]
