@@ -172,8 +172,8 @@ def test_merging_into_quantized_weights_reports_what_is_left():
     expected = {n: m.base_weight(torch.float32) for n, m in wrapped.model.named_modules() if isinstance(m, LoRALinear)}
     deltas = {n: m.delta("default") for n, m in wrapped.model.named_modules() if isinstance(m, LoRALinear)}
     merged = wrapped.merge_and_unload(into="quantized", minimum_cosine=0.0)
-    assert {survival.name for survival in wrapped.merge_report} == set(expected)
-    for survival in wrapped.merge_report:
+    assert {survival.name for survival in wrapped.merge_report.layers} == set(expected)
+    for survival in wrapped.merge_report.layers:
         weight = merged.get_submodule(survival.name).weight
         assert isinstance(weight, QuantizedTensor)
         got = weight.dequantize(torch.float32) - expected[survival.name]
