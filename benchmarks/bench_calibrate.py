@@ -38,7 +38,12 @@ class Judge:
 
     def __init__(self, ids: torch.Tensor, model, stride: int):
         self.windows = [ids[i * stride : i * stride + LENGTH] for i in range(JUDGED)]
-        self.dense = [self._logits(model, window).half() for window in self.windows]
+        self.dense, loss = [], 0.0
+        for window in self.windows:
+            logits = self._logits(model, window)
+            loss += F.cross_entropy(logits, window[1:]).item() / JUDGED
+            self.dense.append(logits.half())
+        self.of_dense = {"ppl": math.exp(loss), "kl": 0.0}
 
     def __call__(self, model) -> dict[str, float]:
         """``ppl`` and ``kl`` (nats per token) of a model."""
@@ -142,7 +147,7 @@ def main() -> None:
         "wikipedia": Judge(wikipedia, model, STRIDE),
         "dialogues": Judge(dialogues, model, len(dialogues) // (JUDGED + 1)),
     }
-    rows = [{"name": "dense fp32", "wikipedia": judges["wikipedia"](model), "dialogues": judges["dialogues"](model)}]
+    rows = [{"name": "dense fp32"} | {name: judge.of_dense for name, judge in judges.items()}]
     show(rows[0])
     has_bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
     for how in options.contenders:

@@ -18,6 +18,7 @@ import dialogue_data  # noqa: E402  (the examples' modules import each other by 
 
 _ARTICLES = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 _SHORTEST = 2000  # characters
+_DIALOGUES = 1000  # of 7,168: about 200,000 tokens
 _LAST_SECTIONS = "See also|References|External links|Notes|Further reading|Bibliography"
 _NOT_PROSE = ("*", "#", "|", "!", ":", ";", "{", "}")
 
@@ -28,8 +29,8 @@ def wikipedia(wheel: str) -> str:
 
 
 def dialogues(file: str | None = None) -> str:
-    """The bundled dialogues, one message a line; ``file``: their dataset.json where the package is not installed."""
-    found = dialogue_data.chitchat(Path(file) if file else dialogue_data.bundled_file())
+    """Bundled dialogues, one message a line; ``file``: their dataset.json where the package is not installed."""
+    found = dialogue_data.chitchat(Path(file) if file else dialogue_data.bundled_file())[:_DIALOGUES]
     return "\n\n".join("\n".join(message["content"] for message in dialogue) for dialogue in found)
 
 

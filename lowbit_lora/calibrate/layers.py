@@ -48,43 +48,36 @@ class Result:
 
 def quantize_layers(group: Group | Squares, settings: Settings, prefix: str) -> dict[str, Result]:
     """Quantize the weights of a group, by name; ``prefix`` is what errors put before a name."""
-    results = {}
-    curvature = targets = None
-    if isinstance(group, Group):
-        curvature = Curvature(group.hessian, settings.damping)
-        targets = shifted(group, settings)
+    curvature = Curvature(group.hessian, settings.damping) if isinstance(group, Group) else None
     diagonal = group.diagonal if curvature is None else curvature.diagonal
+    ridged = _ridged(group, settings) if curvature is not None else None
+    results = {}
     for name, weight in group.layers.items():
+        pull = group.pull(name)
         with named_errors(f"{prefix}{name}"):
             absmax = quantize_to(weight, settings.spec)
             searched = quantize_to(weight, settings.spec, "search", diagonal)
-            losses = [group.loss(name, candidate.dequantize()) for candidate in (absmax, searched)]
-            final, chosen, loss = searched, "weighted search", losses[1]
-            if curvature is not None:
-                descended = quantize_to(
-                    targets[name], settings.spec, codes="descent", hessian=curvature, sweeps=settings.sweeps
-                )
-                descended_loss = group.loss(name, descended.dequantize())
-                if descended_loss <= loss:
-                    final, chosen, loss = descended, "descent", descended_loss
-        results[name] = Result(final, *losses, loss, chosen)
+            losses = [group.loss(name, candidate.dequantize(), pull) for candidate in (absmax, searched)]
+            results[name] = Result(searched, *losses, losses[1], "weighted search")
+            if curvature is None:
+                continue
+            target = weight
+            if pull is not None and ridged is not None and settings.shift:
+                target = weight + settings.shift * torch.cholesky_solve(pull, ridged).T
+            options = {"codes": "descent", "hessian": curvature, "sweeps": settings.sweeps}
+            descended = quantize_to(target, settings.spec, **options)
+            loss = group.loss(name, descended.dequantize(), pull)
+            if loss <= losses[1]:
+                results[name] = Result(descended, *losses, loss, "descent")
     return results
 
 
-def shifted(group: Group, settings: Settings) -> dict[str, torch.Tensor]:
-    """The weights [out, in] to quantize, by name: moved towards those that make up for what the outputs lack.
+def _ridged(group: Group, settings: Settings) -> torch.Tensor | None:
+    """The factor by which weights move towards those that make up for what the outputs lack; None: there is none.
 
-    The latter minimise |x W'^T - (x W^T + lack)|^2 + ridge |W' - W|^2 over the tokens.
+    These minimise |W' x - (W x + d)|^2 + ridge |W' - W|^2 over the tokens.
     """
-    scale = group.hessian.diagonal().mean()
-    if not group.pull or not settings.shift or not bool(scale > 0):
-        return group.layers
     ridged = group.hessian.clone()
-    ridged.diagonal().add_(settings.ridge * scale)
+    ridged.diagonal().add_(settings.ridge * ridged.diagonal().mean())
     factor, failed = torch.linalg.cholesky_ex(ridged)
-    if failed:
-        return group.layers
-    return {
-        name: weight + settings.shift * torch.cholesky_solve(group.pull[name], factor).T
-        for name, weight in group.layers.items()
-    }
+    return None if failed else factor

@@ -31,20 +31,28 @@ def gram(x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
 class Group:
     """Layers of a stage with the same weights of tokens, and the sums for them.
 
+    What a layer's output lacks of the dense model's is d = W (t - x) + r for each token: t is what enters the dense
+    model's layer, and r what its residual stream is ahead by, where the output is added to one.
+
     Args:
-        layers: their names, with their weights [out, in] in fp32.
+        layers: their names, with their weights W [out, in] in fp32.
         is_attended: tokens count by the attention that they receive.
 
-    ``hessian`` [in, in] is the sum of w x x^T over tokens. ``pull`` [in, out], by layer, is the sum of w x d^T, where
-    d is what the layer's output lacks of the dense model's; ``lack`` is the sum of w d^T d.
+    Attributes:
+        hessian: [in, in], the sum of w x x^T over tokens.
+        tokens: how many were counted.
     """
 
     layers: dict[str, torch.Tensor]
     is_attended: bool = False
     hessian: torch.Tensor | None = None
-    pull: dict[str, torch.Tensor] = field(default_factory=dict)
-    lack: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
+    # The sums of w x (t - x)^T and of w (t - x) (t - x)^T, for the layers without r.
+    _drift: torch.Tensor | None = None
+    _spread: torch.Tensor | None = None
+    # By layer, the sums of w x d^T and w d^T d, for those with r.
+    _pull: dict[str, torch.Tensor] = field(default_factory=dict)
+    _lack: dict[str, float] = field(default_factory=dict)
 
     def add(
         self,
@@ -68,29 +76,46 @@ class Group:
             return
         weighted = x if weights is None else x * weights[:, None]
         difference = target - x
-        for name, weight in self.layers.items():
-            lacking = difference @ weight.T
-            if residuals and name in residuals:
-                lacking += residuals[name]
-            pull = weighted.T @ lacking
-            self.pull[name] = self.pull[name] + pull if name in self.pull else pull
-            square = lacking.square().sum(1)
-            self.lack[name] = self.lack.get(name, 0.0) + float(square.sum() if weights is None else square @ weights)
+        residuals = residuals or {}
+        for name in self.layers.keys() & residuals.keys():
+            lacking = torch.addmm(residuals[name], difference, self.layers[name].T)
+            pull, square = weighted.T @ lacking, lacking.square_().sum(1)
+            self._pull[name] = self._pull[name] + pull if name in self._pull else pull
+            self._lack[name] = self._lack.get(name, 0.0) + float(square.sum() if weights is None else square @ weights)
+        if self.layers.keys() - residuals.keys():
+            _accumulate(self, "_drift", weighted.T @ difference)
+            _accumulate(self, "_spread", gram(difference, weights))
 
-    def loss(self, name: str, quantized: torch.Tensor) -> float:
-        """The squared error of the layer's output, over tokens, as a share of the output's square."""
+    def pull(self, name: str) -> torch.Tensor | None:
+        """The sum of w x d^T over tokens, [in, out]; None where nothing lacks."""
+        if name in self._pull:
+            return self._pull[name]
+        return None if self._drift is None else self._drift @ self.layers[name].T
+
+    def loss(self, name: str, quantized: torch.Tensor, pull: torch.Tensor | None) -> float:
+        """The squared error of the layer's output, over tokens, as a share of the output's square.
+
+        Args:
+            quantized: [out, in], decoded.
+            pull: what :meth:`pull` returned.
+        """
         weight = self.layers[name]
         error = quantized - weight
-        product = error @ self.hessian
-        loss = float((product * error).sum(dtype=torch.float64))
-        if name in self.pull:
-            loss += self.lack[name] - 2 * float((self.pull[name].T * error).sum(dtype=torch.float64))
-        return loss / max(float(((weight @ self.hessian) * weight).sum(dtype=torch.float64)), 1e-30)
+        loss = _form(error, self.hessian)
+        if pull is not None:
+            lack = self._lack[name] if name in self._lack else _form(weight, self._spread)
+            loss += lack - 2 * float((pull.T * error).sum(dtype=torch.float64))
+        return max(loss, 0.0) / max(_form(weight, self.hessian), 1e-30)
+
+
+def _form(rows: torch.Tensor, matrix: torch.Tensor) -> float:
+    """The sum of r M r^T over the rows r."""
+    return float(((rows @ matrix) * rows).sum(dtype=torch.float64))
 
 
 @dataclass
 class Squares:
-    """The sum of x^2 by input channel: all that a weighted search needs. ``add`` and ``loss`` as in :class:`Group`."""
+    """The sum of x^2 by input channel: all that a weighted search needs. Its methods are :class:`Group`'s."""
 
     layers: dict[str, torch.Tensor]
     is_attended: bool = False
@@ -101,7 +126,10 @@ class Squares:
         self.tokens += len(x)
         _accumulate(self, "diagonal", x.square().sum(0))
 
-    def loss(self, name: str, quantized: torch.Tensor) -> float:
+    def pull(self, name: str) -> None:
+        return None
+
+    def loss(self, name: str, quantized: torch.Tensor, pull: None) -> float:
         weight = self.layers[name]
         lost = ((quantized - weight).square() @ self.diagonal).sum(dtype=torch.float64)
         return float(lost / (weight.square() @ self.diagonal).sum(dtype=torch.float64).clamp_min(1e-30))
