@@ -21,7 +21,7 @@ from .models import (
     with_adapter,
 )
 from .output import Json, report
-from .quantize import Method
+from .quantize import Method, Writer
 
 
 class Into(str, enum.Enum):
@@ -55,9 +55,7 @@ def merge(
     label_column: calibration.LabelColumn = "label",
     max_length: calibration.Length = 512,
     samples: calibration.Samples = 60,
-    as_bitsandbytes: Annotated[
-        bool, typer.Option("--as-bitsandbytes", help="Write bitsandbytes' 4-bit folder.")
-    ] = False,
+    written_as: Annotated[Writer, typer.Option("--as", help="Whose folder of 4-bit weights to write.")] = Writer.lowbit,
     plot: calibration.Plot = None,
     json: Json = False,
 ) -> None:
@@ -72,8 +70,8 @@ def merge(
     check_out(model, out)
     check_out(adapter, out)
     is_dense = into is Into.dense
-    if is_dense and (calibrate is not None or as_bitsandbytes or plot is not None):
-        raise ValueError("--into: expected nf4, fp4 or quantized with --calibrate, --plot or --as-bitsandbytes")
+    if is_dense and (calibrate is not None or plot is not None or written_as is not Writer.lowbit):
+        raise ValueError("--into: expected nf4, fp4 or quantized with --calibrate, --plot or --as, got dense")
     if plot is not None and calibrate is None:
         raise ValueError("--plot: expected --calibrate DATA with it")
     options = {}
@@ -93,7 +91,7 @@ def merge(
         plain = merged.merge_and_unload(into="dense" if is_dense else "quantized", dtype=wanted, **data)
     if wanted is not None and is_dense:
         plain.to(wanted)
-    writer = {"format": "bitsandbytes"} if as_bitsandbytes else {}
+    writer = {} if is_dense else {"format": written_as.value}
     with written_beside(out, stale=is_weights) as beside:
         plain.save_pretrained(beside, **writer)
         copied = copy_tokenizer(model, beside)
