@@ -33,7 +33,7 @@ def fit(model: QLoRAModel, steps: int, lr: float) -> None:
 @functools.cache
 def _trained():
     model = QLoRAModel(model_of("Llama", initializer_range=0.2), QLoRAConfig(rank=4))
-    fit(model, 30, 1e-3)
+    fit(model, 30, 2e-3)
     return model
 
 

@@ -96,7 +96,7 @@ def test_losses_without_a_gain_have_no_recovery():
 def test_the_dense_copy_of_a_block_computes_what_its_adapters_do(options):
     """Weights would be calibrated towards another model than the one that was trained."""
     wrapped = randomize(QLoRAModel(bert(), QLoRAConfig(rank=4, **options)))
-    wrapped.add_adapter("second", LoraConfig(rank=2, target_modules=["query", "output.dense"]))
+    wrapped.add_adapter("second", LoraConfig(rank=2, target_modules=["query", "output.dense"], modules_to_save=[]))
     wrapped.set_adapter(["default", "second"])
     randomize(wrapped, seed=1)
     block = wrapped.model.bert.encoder.layer[1]
@@ -265,7 +265,8 @@ def test_the_result_trains_on_and_bitsandbytes_loads_it(tmp_path):
     own = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "own").eval()
     assert by_hand(own, held_out()) == by_hand(plain, held_out())
     plain.save_pretrained(tmp_path / "theirs", format="bitsandbytes")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32)
+    theirs.train()  # for inference it rounds to bfloat16 on some CPUs; there is no dropout
     assert "bitsandbytes" in type(theirs.model.layers[0].mlp.up_proj).__module__
     assert by_hand(theirs, held_out()) == pytest.approx(report.losses.merged, abs=1e-3)
     again = QLoRAModel(own, QLoRAConfig(rank=4))

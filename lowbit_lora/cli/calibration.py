@@ -22,8 +22,8 @@ Length = Annotated[int, typer.Option(min=2, help="The most tokens of a row.")]
 Samples = Annotated[int, typer.Option(min=2, help="The most rows of tokens taken of DATA.")]
 Plot = Annotated[str | None, typer.Option(help="Draw the errors of layers before and after to this file.")]
 
-#: Rows of a batch.
-_ROWS = 8
+#: Rows of a batch, and how many batches there are at the least: one of five is held out to measure a merge.
+_ROWS, _BATCHES = 8, 5
 
 
 def batches(
@@ -58,8 +58,8 @@ def batches(
         raise ValueError(f"--calibrate: expected text for two rows of {length} tokens, got too little in {source}")
     count = min(samples, len(encoded))
     chosen = [encoded[number * len(encoded) // count] for number in range(count)]
-    collate = rows.padded(pad)
-    return [collate(chosen[first : first + _ROWS]) for first in range(0, count, _ROWS)]
+    collate, size = rows.padded(pad), max(1, min(_ROWS, count // _BATCHES))
+    return [collate(chosen[first : first + size]) for first in range(0, count, size)]
 
 
 def _packed(pieces: list[rows.Row], length: int) -> list[rows.Row]:
