@@ -53,20 +53,20 @@ def quantize_layers(group: Group | Squares, settings: Settings, prefix: str) -> 
     ridged = _ridged(group, settings) if curvature is not None else None
     results = {}
     for name, weight in group.layers.items():
-        pull = group.pull(name)
+        goal = group.goal(name)
         with named_errors(f"{prefix}{name}"):
             absmax = quantize_to(weight, settings.spec)
             searched = quantize_to(weight, settings.spec, "search", diagonal)
-            losses = [group.loss(name, candidate.dequantize(), pull) for candidate in (absmax, searched)]
+            losses = [goal.loss(candidate.dequantize()) for candidate in (absmax, searched)]
             results[name] = Result(searched, *losses, losses[1], "weighted search")
             if curvature is None:
                 continue
             target = weight
-            if pull is not None and ridged is not None and settings.shift:
-                target = weight + settings.shift * torch.cholesky_solve(pull, ridged).T
+            if goal.pull is not None and ridged is not None and settings.shift:
+                target = weight + settings.shift * torch.cholesky_solve(goal.pull, ridged).T
             options = {"codes": "descent", "hessian": curvature, "sweeps": settings.sweeps}
             descended = quantize_to(target, settings.spec, **options)
-            loss = group.loss(name, descended.dequantize(), pull)
+            loss = goal.loss(descended.dequantize())
             if loss <= losses[1]:
                 results[name] = Result(descended, *losses, loss, "descent")
     return results

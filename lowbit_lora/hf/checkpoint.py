@@ -4,9 +4,6 @@ The keys are those of bitsandbytes, whose folders are read the same way: "x.weig
 for stacks of experts ("experts.gate_up_proj.absmax"). An int8 weight has two, "x.weight" and "x.weight.absmax".
 """
 
-import ctypes
-import sys
-
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -14,6 +11,8 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from lowbit import QuantizedTensor, WeightSpec, files
 from lowbit.checks import named_errors
+
+from ..heap import return_memory
 
 #: What follows a weight's name in the keys of its tensors. The first is the codes' own key.
 ENDS = (
@@ -125,7 +124,7 @@ class Quantize(_Step):
             name, value = input_dict.popitem()
             converted[name] = self.hf_quantizer.quantized(model, name, value[0] if isinstance(value, list) else value)
             del value
-            _return_memory()
+            return_memory()
         return converted
 
 
@@ -135,19 +134,6 @@ class Restore(_Step):
     def converted(self, input_dict, full_layer_name, model):
         tensors = {end: value[0] if isinstance(value, list) else value for end, value in input_dict.items()}
         return {full_layer_name: self.hf_quantizer.restored(model, full_layer_name, tensors)}
-
-
-def _return_memory() -> None:
-    """Give what was freed back to the system.
-
-    glibc keeps blocks of up to 32 MB, and the small ones of a quantized weight make them useless for the next dense
-    one: a model that is cast as it is loaded took as much memory as the dense one, without this.
-    """
-    if _malloc_trim is not None:
-        _malloc_trim(0)
-
-
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def frozen(q: QuantizedTensor) -> nn.Parameter:
