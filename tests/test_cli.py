@@ -337,7 +337,7 @@ def test_quantize_and_merge_by_data(folder, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("the film was good a bad film was no film yes " * 20)
     options = ("--calibrate", tmp_path / "text.txt", "--max-length", 20, "--plot", tmp_path / "errors.png")
     about = printed(capsys, "quantize", folder, tmp_path / "small", *options, "--method", "scale")
-    assert about["method"] == "scale" and about["layers"] == 14 and about["calibration_tokens"] == 10 * 20
+    assert about["method"] == "scale" and about["layers"] == 14 and about["calibration_tokens"] == 11 * 20
     assert 0 < about["median_error_of_absmax"] <= 1
     assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
     assert len(stored(load(tmp_path / "small"))) == 14
