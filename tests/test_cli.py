@@ -342,7 +342,7 @@ def test_quantize_and_merge_by_data(folder, tmp_path, capsys):
     assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
     assert len(stored(load(tmp_path / "small"))) == 14
     assert main(["quantize", str(folder), str(tmp_path / "table"), *map(str, options), "--method", "scale"]) == 0
-    assert "weighted search" in capsys.readouterr().out
+    assert "scale: 14 weights on 220 tokens" in " ".join(capsys.readouterr().out.split())
 
     (tmp_path / "little.txt").write_text("good")
     calibrate = ("--calibrate", tmp_path / "little.txt")
