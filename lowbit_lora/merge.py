@@ -14,6 +14,7 @@ from tqdm import tqdm
 from lowbit import QuantizedTensor
 from lowbit.adapted import Adapted, adapted_modules
 from lowbit.modules import decoded_weights, replace_modules, replace_weights
+from lowbit.names import few
 from lowbit.quantizers.requantize import Quantizer, Survival, check_survivals
 
 from .adapters import computing_with
@@ -167,21 +168,21 @@ def quantized(
     parts = adapted_modules(model).values()
     with computing_with(parts, names), evaluating(model):
         batches, held_out, notes = data.split(model)
-        report = MergeReport(notes=notes)
-        quantizer_of: QuantizerOf = lambda layer: quantizer  # noqa: E731
-        if held_out:
-            adapter, labels = mean_loss(model, held_out)
-            with computing_with(parts, ()):
-                base, _ = mean_loss(model, held_out)
+        report, chosen = MergeReport(notes=notes), {}
         if batches is not None:
-            found = calibrate_merged(model, batches, data.method, progress=data.progress, **data.options)
-            new, report.calibration = found
-            quantizer_of = lambda layer: _chosen(new, layer)  # noqa: E731
-        merge = Merge(model, names, safe, dtype, quantizer_of)
+            chosen, done = calibrate_merged(model, batches, data.method, progress=data.progress, **data.options)
+            report.calibration = done
+            report.notes += done.notes
+            if done.unplaced:
+                report.notes.append(f"outside of blocks, so that they were searched: {few(done.unplaced)}")
+        merge = Merge(model, names, safe, dtype, lambda layer: _quantizer(layer, chosen, quantizer))
         if batches is None:
             check_survivals(merge.survivals, minimum_cosine)
         report.layers = merge.survivals
         if held_out:
+            adapter, labels = mean_loss(model, held_out)
+            with computing_with(parts, ()):
+                base, _ = mean_loss(model, held_out)
             with merge.tried():
                 merged, _ = mean_loss(model, held_out)
             report.losses = Losses(base, adapter, merged, len(held_out), labels)
@@ -190,10 +191,12 @@ def quantized(
     return merge, report
 
 
-def _chosen(weights: dict[nn.Parameter, QuantizedTensor], layer: LoRABaseLayer) -> Quantizer | None:
-    """The quantizer that returns what was chosen for a layer's weight; None where nothing was."""
-    new = weights.get(layer.stored_weight)
-    return None if new is None else lambda values, old: new
+def _quantizer(
+    layer: LoRABaseLayer, chosen: dict[nn.Parameter, QuantizedTensor], other: Quantizer | None
+) -> Quantizer | None:
+    """What returns the weight that was chosen for a layer; where none was, ``other``."""
+    new = chosen.get(layer.stored_weight)
+    return other if new is None else lambda values, old: new
 
 
 def _put(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
