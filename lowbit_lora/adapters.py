@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit import QuantizedTensor
 from lowbit.adapted import Adapted, RowAdapters, adapted_modules
 from lowbit.checks import check_new_name, named_errors
 from lowbit.lowrank import combine
-from lowbit.quantizers.requantize import Quantizer, Survival, check_survivals, search_quantizer
+from lowbit.quantizers.requantize import Quantizer, Survival, check_survivals
 
 from .config import LoraConfig
-from .layers import LoRABaseLayer, LoRAExperts, TrainedTokens
+from .layers import LoRABaseLayer, LoRAExperts, LoRALinear, TrainedTokens
 from .targets import lora_layers
 from .training import let_train, set_trainable
 from .wrap import Plan, fill_factors
@@ -155,14 +156,8 @@ class AdapterOperations(nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Context in which the model computes what its base does, with trained biases. ValueError while merged."""
-        active = [(part, part.active) for part in self._unmerged_parts().values()]
-        try:
-            for part, _ in active:
-                part.set_active(())
+        with computing_with(self._unmerged_parts().values(), ()):
             yield
-        finally:
-            for part, names in active:
-                part.set_active(names)
 
     def merge_adapter(
         self,
@@ -171,7 +166,7 @@ class AdapterOperations(nn.Module):
         safe: bool = False,
         into: str = "dense",
         minimum_cosine: float = 0.5,
-        quantizer: Quantizer = search_quantizer,
+        quantizer: Quantizer | None = None,
     ) -> list[Survival]:
         """Put the merged weights into the base layers, until :meth:`unmerge_adapter`.
 
@@ -197,6 +192,16 @@ class AdapterOperations(nn.Module):
         for layer in lora_layers(self._parts()).values():
             layer.unmerge()
 
+    def track_input_squares(self, on: bool = True) -> None:
+        """Keep what linear layers with LoRA see in training: the mean square of each input channel, in fp32.
+
+        Off by default. ``merge_and_unload(into="quantized")`` without batches then weights its search of scales by
+        these. They live as long as this model does; no file holds them.
+        """
+        for layer in lora_layers(self._parts()).values():
+            if isinstance(layer, LoRALinear) and isinstance(layer.stored_weight, QuantizedTensor):
+                layer.track_input_squares(on)
+
     def _parts(self) -> dict[str, Adapted]:
         """What holds adapters, by canonical name."""
         if not self.configs:
@@ -216,6 +221,19 @@ class AdapterOperations(nn.Module):
             if name not in self.configs:
                 raise ValueError(f"adapter: expected one of {', '.join(self.configs)}, got {name!r}")
         return names
+
+
+@contextlib.contextmanager
+def computing_with(parts: Iterable[Adapted], names: Iterable[str]) -> Iterator[None]:
+    """Context in which these adapters are the active ones of what holds them."""
+    before = [(part, part.active) for part in parts]
+    try:
+        for part, _ in before:
+            part.set_active(names)
+        yield
+    finally:
+        for part, active in before:
+            part.set_active(active)
 
 
 @torch.no_grad()

@@ -8,17 +8,19 @@ from torch import nn
 
 from lowbit import models
 from lowbit.adapted import adapted_modules, buffers_of
-from lowbit.checks import check_new_name
+from lowbit.checks import check_choice, check_new_name
 from lowbit.lowrank import is_decomposing
 from lowbit.modules import forget_quantization, replace_modules
-from lowbit.quantizers.requantize import Quantizer, search_quantizer
+from lowbit.quantizers.requantize import Quantizer
 
+from .calibrate.saving import remember
 from .config import LoraConfig, QLoRAConfig
 from .exchange import StoredAdapters
 from .hf.trainer import SeenAsPeft, check_head_is_called
 from .layers import DEFAULT, LoRABaseLayer
-from .merge import merge_all
+from .merge import Merge, MergeData, quantized
 from .optim import get_paged_optimizer, parameter_groups
+from .recovery import MergeReport
 from .training import print_storage
 from .wrap import Plan, check_base
 
@@ -149,39 +151,58 @@ class LoraModel(SeenAsPeft, StoredAdapters):
         dtype: torch.dtype | None = None,
         safe: bool = False,
         minimum_cosine: float = 0.5,
-        quantizer: Quantizer = search_quantizer,
+        quantizer: Quantizer | None = None,
+        batches: Iterable | None = None,
+        held_out: Iterable | None = None,
+        method: str = "sequential",
+        progress: bool = True,
+        **options: Any,
     ) -> nn.Module:
         """The plain model, without places for adapters, that computes W + scaling * B A.
 
-        In place; on an error the model is as before. This wrapper is spent afterwards.
+        In place; on an error the model is as before. This wrapper is spent afterwards; its ``merge_report`` says what
+        was done.
 
         Args:
             names: the adapters; by default the active ones.
             into: "dense": quantized weights are decoded, and their rounding stays in: the result computes what the
-                adapted model computed. "quantized": the merged weights are quantized again, which loses much of what
-                was trained; ``merge_report`` of this wrapper then says how much is left in each layer.
+                adapted model computed. "quantized": the merged weights are quantized again, in the same bytes.
+                Without ``batches`` this loses nearly all that was trained, as ``merge_report`` says of each layer.
+                With them codes and scales are chosen so that the model's outputs stay. Quantized weights that no
+                adapter changes keep their bytes.
             dtype: of the merged dense weights; by default the base's.
             safe: refuse merged weights with NaN or inf.
-            minimum_cosine, quantizer: of into="quantized": refuse where less is left of a layer's change; from merged
-                fp32 values and the old weight to the new one, by default with the scales that a search finds.
+            minimum_cosine, quantizer: of into="quantized" without batches: refuse where less is left of a layer's
+                change; from merged fp32 values and the old weight to the new one. By default a search of scales,
+                weighted by what the layers saw in training after :meth:`track_input_squares`.
+            batches: of into="quantized": data like that of the training, as :func:`lowbit_lora.calibrate` takes it.
+            held_out: other such batches, with labels if the model is none of language, on which the share of the
+                adapters' gain in loss that survives is measured (``merge_report.recovery``). By default the last fifth
+                of ``batches``, which are then not calibrated on; an empty list measures nothing.
+            method: with batches: "sequential", "static" or "scale", as for :func:`lowbit_lora.calibrate`.
+            progress: with batches or held_out: show a bar, and print the report.
+            options: with batches: damping, sweeps, shift, ridge, tokens_at_once and activations, as for
+                :func:`lowbit_lora.calibrate`.
 
         Raises:
-            ValueError: no adapter of a name, adapters are merged already, or what is refused. Nothing has changed then.
+            TypeError, ValueError: no adapter of a name, adapters are merged already, what is refused, or batches that
+                do not fit. Nothing has changed then.
+            MemoryError, OSError: the system says that there is too little memory or disk; nothing has changed.
         """
         names = self._active if names is None else self._known(list(names))
         self._unmerged_parts()
-        if into not in ("dense", "quantized"):
-            raise ValueError(f"into: expected 'dense' or 'quantized', got {into!r}")
-        self.merge_report = merge_all(
-            self.model,
-            names,
-            isinstance(self._first, QLoRAConfig),
-            safe,
-            dtype,
-            quantizer if into == "quantized" else None,
-            minimum_cosine,
-        )
-        return self._released()
+        check_choice("into", into, ("dense", "quantized"))
+        data = MergeData(batches, held_out, method, progress, options)
+        data.check(into, quantizer)
+        if into == "dense":
+            merge, self.merge_report = Merge(self.model, names, safe, dtype), MergeReport()
+        else:
+            merge, self.merge_report = quantized(self.model, names, safe, dtype, minimum_cosine, quantizer, data)
+        merge.apply(decode=isinstance(self._first, QLoRAConfig))
+        plain = self._released()
+        if into == "quantized":
+            remember(plain, self.merge_report.calibration)
+        return plain
 
     def unload(self) -> nn.Module:
         """The base without any adapter. This wrapper is spent afterwards.

@@ -368,6 +368,43 @@ def test_broken_files_are_named(folder, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+# ---- calibration
+
+
+def test_quantize_and_merge_by_data(folder, tmp_path, capsys):
+    """Both would quantize without the data, not say what is kept, or write what nothing loads."""
+    chats, out = write_rows(tmp_path / "chats.jsonl", CHATS), tmp_path / "adapter"
+    printed(capsys, "train", folder, chats, out, *QUICK, "--epochs", 2)
+    data = ("--calibrate", chats, "--method", "static")
+    about = printed(capsys, "merge", folder, out, tmp_path / "merged", "--into", "nf4", *data, "--as", "bitsandbytes")
+    assert about["layers"] == 14 and about["least_cosine"] > 0.97 and about["calibration_tokens"] > 0
+    assert about["recovery"] is None or about["recovery"] <= 2
+    assert about["loss_merged"] == pytest.approx(about["loss_with_adapter"], abs=0.2)
+    assert any("held out" in note for note in about["notes"])
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["quantization_config"]["load_in_4bit"]
+    assert (tmp_path / "merged" / "calibration.png").stat().st_size > 1000
+
+    (tmp_path / "text.txt").write_text("the film was good a bad film was no film yes " * 20)
+    options = ("--calibrate", tmp_path / "text.txt", "--max-length", 20, "--plot", tmp_path / "errors.png")
+    about = printed(capsys, "quantize", folder, tmp_path / "small", *options, "--method", "scale")
+    assert about["method"] == "scale" and about["layers"] == 14 and about["calibration_tokens"] == 11 * 20
+    assert 0 < about["median_error_of_absmax"] <= 1
+    assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
+    assert len(stored(load(tmp_path / "small"))) == 14
+    assert main(["quantize", str(folder), str(tmp_path / "table"), *map(str, options), "--method", "scale"]) == 0
+    assert "scale: 14 weights on 220 tokens" in " ".join(capsys.readouterr().out.split())
+
+    (tmp_path / "little.txt").write_text("good")
+    calibrate = ("--calibrate", tmp_path / "little.txt")
+    assert "too little" in refused(capsys, "quantize", folder, tmp_path / "no", *calibrate)
+    assert "--head" in refused(capsys, "quantize", folder, tmp_path / "no", *calibrate, "--head")
+    assert "No such file" in refused(capsys, "quantize", folder, tmp_path / "no", "--calibrate", tmp_path / "none.txt")
+    assert "--into" in refused(capsys, "merge", folder, out, tmp_path / "no", *calibrate)
+    small = ("merge", tmp_path / "small", out, tmp_path / "no")
+    assert "base with nf4" in refused(capsys, *small, "--into", "fp4")
+    assert not (tmp_path / "no").exists()
+
+
 # ---- memory, doctor, and the command itself
 
 

@@ -172,8 +172,8 @@ def test_merging_into_quantized_weights_reports_what_is_left():
     expected = {n: m.base_weight(torch.float32) for n, m in wrapped.model.named_modules() if isinstance(m, LoRALinear)}
     deltas = {n: m.delta("default") for n, m in wrapped.model.named_modules() if isinstance(m, LoRALinear)}
     merged = wrapped.merge_and_unload(into="quantized", minimum_cosine=0.0)
-    assert {survival.name for survival in wrapped.merge_report} == set(expected)
-    for survival in wrapped.merge_report:
+    assert {survival.name for survival in wrapped.merge_report.layers} == set(expected)
+    for survival in wrapped.merge_report.layers:
         weight = merged.get_submodule(survival.name).weight
         assert isinstance(weight, QuantizedTensor)
         got = weight.dequantize(torch.float32) - expected[survival.name]
@@ -230,7 +230,7 @@ def test_a_merge_that_is_not_finite_is_refused_on_request(model_type, config_typ
     with pytest.raises(ValueError, match=r"layers.1.self_attn.q_proj: expected finite"):
         wrapped.merge_and_unload(safe=True)
     assert_untouched(wrapped.get_base_model(), before)
-    with pytest.raises(ValueError, match="into: expected 'dense' or 'quantized'"):
+    with pytest.raises(ValueError, match="into: expected one of dense, quantized"):
         wrapped.merge_and_unload(into="int4")
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lowbit import models
+from lowbit.adapted import base_of
 
 Batch = dict[str, Any]
 
@@ -29,7 +30,7 @@ def checked(model: nn.Module, batches: Iterable) -> list[Batch]:
     main = getattr(model, "main_input_name", "input_ids")
     accepted = arguments(model)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values()) and not hasattr(model, "config")
-    embedding = models.input_embedding(model)
+    embedding = base_of(models.input_embedding(model))
     vocabulary = embedding.weight.shape[0] if isinstance(embedding, nn.Embedding) else None
     device = next(model.parameters()).device
     found = []

@@ -1,17 +1,19 @@
 """``lowbit_lora.calibrate``: a dense model to 4 bits, chosen by what its layers see of data."""
 
 import contextlib
+import functools
 import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from lowbit import QuantizedTensor, WeightSpec, models
+from lowbit.adapted import adapted_modules
 from lowbit.checks import check_choice, check_count, check_positive, named_errors
 from lowbit.modules import (
     check_weights_at_hand,
@@ -88,28 +90,60 @@ def calibrate(
 
         After any of these, and any other, the model is as it was.
     """
-    settings = _checked_settings(method, spec, damping, sweeps, shift, ridge)
+    settings = checked_settings(method, spec, damping, sweeps, shift, ridge)
     check_count("tokens_at_once", tokens_at_once)
     names = _weights(model, skip)
     found = inputs.checked(model, batches)
     report = CalibrationReport(method, len(found), inputs.token_count(found), inputs.digest(found))
+    weights = choose(
+        model, names, found, settings, report, nn.Parameter.detach, tokens_at_once, activations, resume, progress
+    )
+    for note in report.notes:
+        warnings.warn(note, stacklevel=2)
+    if report.unplaced:
+        report.notes.append(f"outside of blocks, so that they were searched: {few(report.unplaced)}")
+    replace_weights(model, {p: nn.Parameter(weight, requires_grad=False) for p, weight in weights.items()})
+    remember(model, report)
+    return report
+
+
+def choose(
+    model: nn.Module,
+    names: dict[nn.Parameter, str],
+    batches: list[inputs.Batch],
+    settings: Settings,
+    report: CalibrationReport,
+    dense: Callable[[nn.Parameter], torch.Tensor],
+    tokens_at_once: int = 16384,
+    activations: str | os.PathLike | None = None,
+    resume: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> dict[nn.Parameter, QuantizedTensor]:
+    """The quantized weight for each parameter; the model, whose active adapters count, stays as it is.
+
+    Args:
+        names: the parameters, with the model's name of each.
+        batches: as :func:`~.inputs.checked` returns them.
+        report: layers, weights outside of blocks, notes and seconds are filled in.
+        dense: returns the values of a parameter that is in no block.
+    """
     about = {"data": report.data, "weights": len(names), "tokens_at_once": tokens_at_once}
     about |= {key: getattr(value, "text", value) for key, value in vars(settings).items()}
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         folder = None
         if activations is not None:
             os.makedirs(activations, exist_ok=True)
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="activations-", dir=activations))
-        bar = stack.enter_context(tqdm(total=len(names), desc=f"Calibrating ({method})", disable=not progress))
-        at_once = tokens_at_once if method == "sequential" else min(tokens_at_once, _TOKENS_IN_CACHE)
-        chains, rest = _prepared(model, found, names, at_once)
+        bar = stack.enter_context(tqdm(total=len(names), desc=f"Calibrating ({settings.method})", disable=not progress))
+        at_once = tokens_at_once if settings.method == "sequential" else min(tokens_at_once, _TOKENS_IN_CACHE)
+        chains, rest = _prepared(model, batches, names, at_once)
         placed = {parameter: name for parameter, name in names.items() if name not in rest}
         state = State(None if resume is None else os.fspath(resume), about, model)
         if chains:
-            room.check(chains, list(names), spec, method == "sequential", folder, state.folder)
+            room.check(chains, list(names), settings.spec, settings.method == "sequential", folder, state.folder)
         walk = Walk(placed, settings, folder, state, bar)
         for chain in chains:
             walk.along(chain)
@@ -117,7 +151,7 @@ def calibrate(
         report.layers, resumed = walk.found.rows, walk.seconds
         for parameter, name in names.items():
             if name not in weights:
-                weights[name], row = _searched(name, parameter, rest.get(name), settings)
+                weights[name], row = _searched(name, dense(parameter), rest.get(name), settings)
                 report.layers.append(row)
                 report.unplaced.append(name)
                 bar.update()
@@ -125,14 +159,10 @@ def calibrate(
     report.layers.sort(key=lambda row: order.index(row.name))
     report.seconds = max(time.perf_counter() - began, resumed)
     report.notes = walk.notes()
-    _warn(report)
-    new = {p: nn.Parameter(weights[name], requires_grad=False) for p, name in names.items()}
-    replace_weights(model, new)
-    remember(model, spec, report)
-    return report
+    return {parameter: weights[name] for parameter, name in names.items()}
 
 
-def _checked_settings(method, spec, damping, sweeps, shift, ridge) -> Settings:
+def checked_settings(method, spec, damping, sweeps, shift, ridge) -> Settings:
     check_choice("method", method, METHODS)
     if not isinstance(spec, WeightSpec):
         raise TypeError(f"spec: expected a lowbit.WeightSpec, got {type(spec).__name__}")
@@ -162,7 +192,7 @@ def _weights(model: nn.Module, skip: Iterable[str]) -> dict[nn.Parameter, str]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Context in which the model is in eval mode, without caches of keys and values."""
     training = {module: module.training for module in model.modules()}
     model.eval()
@@ -185,7 +215,7 @@ def _prepared(model, batches, names, tokens_at_once) -> tuple[list[blocks.Chain]
             inside[parameter] = inside.get(parameter, 0) + 1
     rest = {name: None for parameter, name in names.items() if inside.get(parameter) != 1}
     outside = {m: names[m.weight] for m in wanted if names.get(m._parameters.get("weight")) in rest}
-    with _mean_squares(outside, rest):
+    with _mean_squares(outside, {part.base: part for part in adapted_modules(model).values()}, rest):
         if chains or outside:
             for _ in blocks.record(model, batches, chains, really or bool(rest)):
                 pass
@@ -202,35 +232,33 @@ def _prepared(model, batches, names, tokens_at_once) -> tuple[list[blocks.Chain]
 
 
 @contextlib.contextmanager
-def _mean_squares(modules: dict[nn.Module, str], sums: dict[str, torch.Tensor | None]) -> Iterator[None]:
-    """Context that adds up the squares of what enters the layers, by the names of their weights."""
+def _mean_squares(
+    modules: dict[nn.Module, str], places: dict[nn.Module, nn.Module], sums: dict[str, torch.Tensor | None]
+) -> Iterator[None]:
+    """Context that adds up the squares of what enters the layers, by the names of their weights.
 
-    def add(module, args):
+    ``places``: what is called in the place of a layer.
+    """
+
+    def add(name, module, args):
         x = args[0].detach().float()
         squares = x.reshape(-1, x.shape[-1]).square().sum(0)
-        name = modules[module]
         if not bool(torch.isfinite(squares).all()):
             raise ValueError(f"{name}: expected finite activations, got NaN or inf in what enters the layer")
         sums[name] = squares if sums[name] is None else sums[name] + squares
 
     with contextlib.ExitStack() as stack:
-        for module in modules:
+        for module, name in modules.items():
             if isinstance(module, nn.Linear) or is_conv1d(module):
-                stack.callback(module.register_forward_pre_hook(add).remove)
+                called = places.get(module, module)
+                stack.callback(called.register_forward_pre_hook(functools.partial(add, name)).remove)
         yield
 
 
-def _searched(name: str, weight: nn.Parameter, squares: torch.Tensor | None, settings: Settings):
+def _searched(name: str, weight: torch.Tensor, squares: torch.Tensor | None, settings: Settings):
     """A weight that is in no chain, by search: ``(quantized, row of the report)``."""
     importance = squares if squares is not None and squares.shape == weight.shape[-1:] else None
     with named_errors(name):
-        quantized: QuantizedTensor = quantize_to(weight.detach(), settings.spec, "search", importance)
+        quantized: QuantizedTensor = quantize_to(weight, settings.spec, "search", importance)
     how = "weighted search" if importance is not None else "search"
     return quantized, LayerReport(name, tuple(weight.shape), None, None, None, how, 0)
-
-
-def _warn(report: CalibrationReport) -> None:
-    for note in report.notes:
-        warnings.warn(note, stacklevel=3)
-    if report.unplaced:
-        report.notes.append(f"outside of blocks, so that they were searched: {few(report.unplaced)}")

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from lowbit.adapted import base_of
+from lowbit.adapted import walk as named_places
 from lowbit.checks import named_errors
 from lowbit.modules import is_conv1d
 from lowbit.names import few
@@ -100,9 +102,11 @@ class _Block:
         self.calls, self.kept = chain.calls[number], chain.kept
         walk._bar.set_postfix_str(self.name)
         self.dense = Worker(block, attention=self.settings.method != "scale")
-        wanted = {name: m for name, m in block.named_modules() if not walk._names.keys().isdisjoint(own_parameters(m))}
-        layers = {name for name, m in wanted.items() if isinstance(m, nn.Linear) or is_conv1d(m)}
-        stacks = {name for name, m in wanted.items() if is_stack(m)}
+        #: The modules of the block, without adapters, by the names that they have in a plain copy.
+        self.own = {place: base_of(module) for place, module in named_places(block)}
+        wanted = {place: m for place, m in self.own.items() if not walk._names.keys().isdisjoint(own_parameters(m))}
+        layers = {place for place, m in wanted.items() if isinstance(m, nn.Linear) or is_conv1d(m)}
+        stacks = {place for place, m in wanted.items() if is_stack(m)}
         self.stages = stages.find(self.dense.block, chain.probes[number], layers, stacks)
         self.dense.stages = self.stages
 
@@ -212,9 +216,9 @@ class _Block:
                 self._keep(name, result, group.tokens, worker)
 
     def _keep(self, layer: str, result: Result, tokens: int, worker: Worker | None) -> None:
-        parameter = self.block.get_submodule(layer).weight
+        parameter = self.own[layer].weight
         quantized = result.quantized.to(parameter.dtype)
-        if is_conv1d(self.block.get_submodule(layer)):
+        if is_conv1d(self.own[layer]):
             quantized = quantized.transpose(-1, -2)
         self._note(parameter, quantized, result, tokens)
         if worker is not None:
@@ -240,7 +244,10 @@ class _Block:
         )
         up = None
         for name in (experts.up_name, "down_proj"):
-            parameter = self.block.get_submodule(layer)._parameters[name]
+            parameter = self.own[layer]._parameters[name]
+            if parameter not in self.walk._names:
+                up = experts.module._parameters[name].detach()
+                continue
             count = range(len(parameter))
             inputs = [experts.of(e) if up is None else experts.inside(e, up) for e in count]
             weight = experts.module._parameters[name].detach()

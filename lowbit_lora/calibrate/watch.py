@@ -4,12 +4,17 @@ import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from lowbit import QuantizedTensor
+from lowbit.adapted import Adapted, walk, with_nested
+
+from ..layers import LoRABaseLayer
 from .blocks import Call, Stop, hidden_of
 from .stages import Place, Stage
 
@@ -40,7 +45,7 @@ class Seen:
 
 
 class Worker:
-    """A copy of a block that computes in fp32 and can get other weights; its dense parameters are the block's own.
+    """A copy of a block that computes in fp32 and can get other weights; its fp32 parameters are the block's own.
 
     Args:
         block: stays as it is.
@@ -127,9 +132,49 @@ class Worker:
 
 
 def working_copy(block: nn.Module) -> nn.Module:
-    """A copy in fp32 for inference, without gradients; parameters in fp32 are shared, not copied."""
-    shared = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers()) if tensor.dtype == torch.float32}
-    return copy.deepcopy(block, shared).float().eval()
+    """A plain copy in fp32 for inference: quantized weights decoded, active adapters merged in.
+
+    Dense parameters in fp32 are shared, not copied.
+    """
+    parts = list(dict.fromkeys(module for _, module in walk(block) if isinstance(module, Adapted)))
+    merged = {layer.stored_weight for part in parts for layer in _lora(part) if layer.active}
+    known: dict[int, Any] = {}
+    for tensor in dict.fromkeys((*block.parameters(), *block.buffers())):
+        if isinstance(tensor, QuantizedTensor):
+            if tensor not in merged:
+                known[id(tensor)] = _frozen(tensor.dequantize(torch.float32))
+        elif tensor.dtype == torch.float32:
+            known[id(tensor)] = tensor
+    for part in parts:
+        own = known | _merged(part)  # of this part alone: layers that share a weight may have different adapters
+        # What is nested in a part's base is copied before it. Then its copy stands for it there.
+        for inner in reversed(list(with_nested(part, "").values())):
+            own[id(inner)] = base = copy.deepcopy(inner.base, own)
+            if not isinstance(inner, LoRABaseLayer):
+                for key, tensor in inner.merged_tensors(inner.active).items():
+                    owner, _, name = key.rpartition(".")
+                    setattr(base.get_submodule(owner), name, tensor)
+        known[id(part)] = own[id(part)]
+    return copy.deepcopy(block, known).float().eval()
+
+
+def _lora(part: Adapted) -> list[LoRABaseLayer]:
+    return [layer for layer in with_nested(part, "").values() if isinstance(layer, LoRABaseLayer)]
+
+
+def _merged(part: Adapted) -> dict[int, nn.Parameter]:
+    """By the id of a parameter: what stands for it, with the active adapters merged in, in fp32."""
+    found = {}
+    for layer in _lora(part):
+        if layer.active:
+            found[id(layer.stored_weight)] = _frozen(layer.merged_values(layer.active))
+            if layer.bias is not None and any(layer.adapters[name].lora_bias for name in layer.active):
+                found[id(layer.bias)] = layer.merged_tensors(layer.active)["bias"]
+    return found
+
+
+def _frozen(values: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)
 
 
 class _AttentionWatch(TorchFunctionMode):

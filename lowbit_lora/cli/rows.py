@@ -19,6 +19,8 @@ Row = dict[str, Any]
 def read(source: str, split: str = "train") -> list[Row]:
     """The rows of a file (.jsonl, .csv, .tsv, .parquet), or of a data set of the hub ("owner/name", "owner/name:part").
 
+    A .txt file is one row, whose column is "text".
+
     Raises:
         OSError: there is no such file.
         ValueError: a line that is no JSON object (it is named), another kind of file, no rows.
@@ -30,8 +32,12 @@ def read(source: str, split: str = "train") -> list[Row]:
     elif kind in (".csv", ".tsv"):
         with open(source, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ","))
+    elif kind == ".txt":
+        with open(source, encoding="utf-8") as file:
+            text = file.read()
+        rows = [{"text": text}] if text.strip() else []
     elif os.path.exists(source) and kind != ".parquet":
-        raise ValueError(f"data: expected a .jsonl, .csv, .tsv or .parquet file, got {source}")
+        raise ValueError(f"data: expected a .jsonl, .csv, .tsv, .txt or .parquet file, got {source}")
     else:
         rows = _read_by_datasets(source, split, kind)
     if not rows:
@@ -181,6 +187,24 @@ def _conversation(messages: list[Row], tokenizer: Any, assistant_only: bool, num
             )
         labels[len(before) : len(after)] = ids[len(before) : len(after)]
     return ids, labels
+
+
+def encoded(
+    rows: list[Row],
+    task: str,
+    tokenizer: Any,
+    text_column: str,
+    label_column: str,
+    labels: list[str] | None,
+    length: int,
+    assistant_only: bool,
+) -> list[Row]:
+    """Rows as tokens with labels, for a task that :func:`task_of` names; ``labels`` are those of a classification."""
+    if task == "classification":
+        return classified(rows, tokenizer, text_column, label_column, labels, length)
+    if task == "chat":
+        return chats(rows, tokenizer, length, assistant_only)
+    return texts(rows, tokenizer, text_column, length)
 
 
 def split(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:

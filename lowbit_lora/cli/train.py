@@ -122,14 +122,9 @@ def train(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     labels = rows.labels(training, label_column) if kind == "classification" else None
 
-    def encoded(some: list[rows.Row]) -> list[rows.Row]:
-        if kind == "classification":
-            return rows.classified(some, tokenizer, text_column, label_column, labels, max_length)
-        if kind == "chat":
-            return rows.chats(some, tokenizer, max_length, loss_on is LossOn.assistant)
-        return rows.texts(some, tokenizer, text_column, max_length)
-
-    training, evaluation = encoded(training), None if evaluation is None else encoded(evaluation)
+    how = (kind, tokenizer, text_column, label_column, labels, max_length, loss_on is LossOn.assistant)
+    training = rows.encoded(training, *how)
+    evaluation = None if evaluation is None else rows.encoded(evaluation, *how)
     transformers.set_seed(seed)
     stored = {"format": format.value, "block_size": block_size, "double_quant": double_quant, "scale": scale.value}
     lora = {"rank": rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}

@@ -282,12 +282,33 @@ class LoRABaseLayer(Adapted):
         return {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in merged.items()}
 
     @torch.no_grad()
-    def requantized(self, names: Iterable[str], quantizer: Quantizer, label: str) -> tuple[nn.Parameter, Survival]:
-        """The quantized weight with adapters merged in, and how much is left of what they change."""
+    def merged_values(self, names: Iterable[str]) -> torch.Tensor:
+        """W + the deltas of adapters, in fp32, whatever the dtype of W."""
+        return self.base_weight(torch.float32) + self._change(names)
+
+    def _change(self, names: Iterable[str]) -> torch.Tensor:
+        return sum(self.delta(name) for name in names if name in self.adapters)
+
+    @torch.no_grad()
+    def changes(self, names: Iterable[str]) -> bool:
+        """Whether adapters change the weight at all."""
+        return any(bool(self.delta(name).any()) for name in names if name in self.adapters)
+
+    @torch.no_grad()
+    def requantized(
+        self, names: Iterable[str], quantizer: Quantizer | None, label: str
+    ) -> tuple[nn.Parameter, Survival]:
+        """The quantized weight with adapters merged in, and how much is left of what they change.
+
+        ``quantizer``: by default :meth:`own_quantizer`.
+        """
         old, before = self.stored_weight, self.base_weight(torch.float32)
-        change = sum(self.delta(name) for name in names if name in self.adapters)
-        weight, survival = requantize(label, old, before, change, quantizer)
+        weight, survival = requantize(label, old, before, self._change(names), quantizer or self.own_quantizer())
         return nn.Parameter(weight, requires_grad=False), survival
+
+    def own_quantizer(self) -> Quantizer:
+        """The best quantizer that needs no data: a search of scales."""
+        return search_quantizer
 
     @torch.no_grad()
     def merge(
@@ -297,12 +318,13 @@ class LoRABaseLayer(Adapted):
         safe: bool = False,
         into: str = "dense",
         minimum_cosine: float = 0.5,
-        quantizer: Quantizer = search_quantizer,
+        quantizer: Quantizer | None = None,
     ) -> nn.Module:
         """Put the weight with adapters (default: the active ones) merged in into the base layer, and return that.
 
         The arguments are those of :meth:`lowbit_lora.LoraModel.merge_and_unload`. A ValueError, and nothing has
         changed, if adapters are merged already, or for what is refused. ``survival``: what is left in a quantized one.
+        A LoRALinear has a quantizer for inputs of its own: ``layer.calibrated_quantizer(inputs)``.
         """
         check_choice("into", into, ("dense", "quantized"))
         names = self.active if names is None else tuple(names)

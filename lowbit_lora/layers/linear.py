@@ -1,6 +1,7 @@
 """LoRA on linear layers, whose weight may be dense or quantized."""
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from lowbit.adapted import adapted_linear, plus_products, plus_products_by_row
 from lowbit.functional import check_sizes
 from lowbit.modules import FrozenLinear
+from lowbit.quantizers.requantize import Quantizer, inputs_quantizer, search_quantizer
 
 from .base import Adapter, LoRABaseLayer, stored
 
@@ -43,6 +45,8 @@ class LoRALinear(LoRABaseLayer):
         """[..., in_features] -> [..., out_features] in the dtype of input (under autocast, in the autocast dtype)."""
         # x is what transformers' Conv1D calls its input.
         input = x if input is None else input
+        if self.training and "input_squares" in self._buffers:
+            self._count_squares(input)
         if self.rows is not None:
             return self._each_row_with_its_adapter(input)
         base = self._modules["base_layer"]
@@ -59,6 +63,45 @@ class LoRALinear(LoRABaseLayer):
         if "forward" in base.__dict__:  # of the instance, such as accelerate's hooks: it has to be called
             return plus_products(base.forward(input), input, weight, factors)
         return adapted_linear(input, weight, factors, base.bias)
+
+    # ---- what a merge into the quantized weight can know of the inputs
+
+    def track_input_squares(self, on: bool = True) -> None:
+        """Keep the mean squares of the inputs seen in training mode, from now on, or keep them no longer.
+
+        ``input_squares`` is then a buffer, fp32 [in_features], that no file holds. The pass over each input costs
+        little beside the product.
+        """
+        if not on:
+            self._buffers.pop("input_squares", None)
+            self._buffers.pop("_rows_seen", None)
+        elif "input_squares" not in self._buffers:
+            device = self.stored_weight.device
+            self.register_buffer("input_squares", torch.zeros(self.in_features, device=device), persistent=False)
+            self.register_buffer("_rows_seen", torch.zeros((), device=device), persistent=False)
+
+    @torch.no_grad()
+    def _count_squares(self, input: torch.Tensor) -> None:
+        rows = input.detach().reshape(-1, self.in_features)
+        if not len(rows):
+            return
+        self._rows_seen += len(rows)
+        squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square() / len(rows)
+        self.input_squares += (squares - self.input_squares) * (len(rows) / self._rows_seen)
+
+    def own_quantizer(self) -> Quantizer:
+        """A search of scales, weighted by what the layer saw in training where it kept that."""
+        is_by_inputs = not self.out_dim or self.stored_weight.stored.transposed
+        if "input_squares" not in self._buffers or not self._rows_seen or not is_by_inputs:
+            return search_quantizer
+        return functools.partial(search_quantizer, importance=self.input_squares)
+
+    def calibrated_quantizer(self, inputs: torch.Tensor) -> Quantizer:
+        """A quantizer for :meth:`merge` that leaves little error in the outputs for ``inputs`` [..., in_features].
+
+        Give ``minimum_cosine=-1`` with it: what is left of the outputs' change is not to be seen in the weight's.
+        """
+        return inputs_quantizer(inputs, bool(self.out_dim))
 
     def _each_row_with_its_adapter(self, input: torch.Tensor) -> torch.Tensor:
         """One product with the base for all rows, and one grouped product with each factor of the adapters."""

@@ -1,0 +1,215 @@
+"""What merging a trained adapter into 4 bits keeps of it, by how the weights are quantized again.
+
+python benchmarks/bench_merge.py FOLDER --adapter ./adapter --json merge.json --markdown merge.md --plot merge.png
+
+FOLDER holds a dense language model. It is stored in NF4, an adapter of rank 16 is trained for 120 steps on the bundled
+dialogues (once: --adapter keeps it), and is merged in each way. Losses are means over 96 held-out windows of 128
+tokens; recovery is the share of the adapter's gain in loss that is left. Weights are calibrated on other windows, which
+the training may have seen.
+"""
+
+import argparse
+import copy
+import json
+import os
+import time
+
+import torch
+from torch import nn
+
+CONTENDERS = ("16 bits", "naive", "search", "scale", "static", "sequential")
+NAMES = {
+    "16 bits": "merged into 16 bits",
+    "naive": "merged into NF4: absmax",
+    "search": "merged into NF4: search",
+    "scale": "merged into NF4: search weighted by inputs",
+    "static": "merged into NF4: calibrated, static",
+    "sequential": "merged into NF4: calibrated, sequential",
+}
+LENGTH, HELD_OUT, TRAIN_FROM, DIALOGUES, ROWS = 128, 96, 200, 3000, 16
+
+
+def windows(tokenizer, file: str | None) -> torch.Tensor:
+    """[windows, LENGTH]: token ids of the first dialogues."""
+    import calibration_text
+
+    texts = calibration_text.dialogues(file).split("\n\n")[:DIALOGUES]
+    ids = torch.tensor(tokenizer("\n\n".join(texts), verbose=False)["input_ids"])
+    return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+
+
+def batches(ids: torch.Tensor) -> list[dict]:
+    """Batches of windows, with labels."""
+    return [{"input_ids": some, "labels": some} for some in ids.split(ROWS)]
+
+
+def loss(model: nn.Module, held_out: list[dict]) -> float:
+    """The mean over held-out windows."""
+    from lowbit_lora.recovery import mean_loss
+
+    model.eval()
+    return mean_loss(model, held_out)[0]
+
+
+def train(model, ids: torch.Tensor, steps: int) -> None:
+    """AdamW with a linearly falling rate, 4 windows a step."""
+    parameters, generator = model.trainable_parameters(), torch.Generator().manual_seed(1)
+    optimizer = torch.optim.AdamW(parameters, lr=4e-4)
+    model.train()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 4e-4 * (1 - step / steps)
+        some = ids[torch.randint(0, len(ids), (4,), generator=generator)]
+        found = model(input_ids=some, labels=some).loss
+        found.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            print(f"step {step}: loss {found.item():.3f}", flush=True)
+    model.eval()
+
+
+def adapted(folder: str, adapter: str | None, ids: torch.Tensor, steps: int):
+    """The model in NF4 with a trained adapter, which is read from ``adapter`` or, if it is not there, written to it."""
+    from transformers import AutoModelForCausalLM
+
+    from lowbit_lora import QLoRAConfig, QLoRAModel
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if adapter is not None and os.path.exists(os.path.join(adapter, "adapter_config.json")):
+        return QLoRAModel.from_pretrained(base, adapter).eval()
+    model = QLoRAModel(base, QLoRAConfig(rank=16, lora_alpha=32))
+    train(model, ids, steps)
+    if adapter is not None:
+        model.save_pretrained(adapter)
+    return model
+
+
+def merged(model, how: str, calibration: list[dict], options: dict) -> nn.Module:
+    """The plain model, merged as a contender's name says."""
+    from lowbit.quantizers.quantize import quantize_to
+
+    if how == "16 bits":
+        return model.merge_and_unload(dtype=torch.bfloat16)
+    if how in ("naive", "search"):
+        quantizer = None if how == "search" else lambda values, old: quantize_to(values.to(old.dtype), old.spec)
+        return model.merge_and_unload(into="quantized", minimum_cosine=-1.0, quantizer=quantizer)
+    return model.merge_and_unload(into="quantized", batches=calibration, held_out=[], method=how, **options)
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters, of dense ones in 16 bits."""
+    from lowbit import QuantizedTensor
+
+    return sum(p.nbytes if isinstance(p, QuantizedTensor) else 2 * p.numel() for p in model.parameters())
+
+
+def rows(options: argparse.Namespace) -> list[dict]:
+    """One row per contender, the base and the adapter first."""
+    from transformers import AutoTokenizer
+
+    ids = windows(AutoTokenizer.from_pretrained(options.model), options.dialogues)
+    held_out, training = batches(ids[:HELD_OUT]), ids[TRAIN_FROM:]
+    model = adapted(options.model, options.adapter, training, options.steps)
+    with model.disable_adapter():
+        found = [{"name": "NF4 base", "loss": loss(model, held_out)}]
+    found[0]["bytes"] = stored_bytes(model) - 2 * sum(p.numel() for p in model.trainable_parameters())
+    found.append({"name": "adapter, unmerged", "loss": loss(model, held_out), "bytes": stored_bytes(model)})
+    base, adapter = (row["loss"] for row in found)
+    for row in found:
+        show(row | {"recovery": (base - row["loss"]) / (base - adapter)})
+    settings = {"sweeps": options.sweeps, "progress": False} | {
+        name: value for name in ("damping", "shift", "ridge") if (value := getattr(options, name)) is not None
+    }
+    calibration = batches(training[: options.windows])
+    for how in options.contenders:
+        twin = copy.deepcopy(model)
+        cpu, wall = time.process_time(), time.perf_counter()
+        plain = merged(twin, how, calibration, settings)
+        row = {"name": NAMES[how], "seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+        row |= {"bytes": stored_bytes(plain), "loss": loss(plain.float(), held_out)}
+        if twin.merge_report.layers:
+            row["cosine"] = min(layer.weight_cosine for layer in twin.merge_report.layers)
+        found.append(row)
+        show(row | {"recovery": (base - row["loss"]) / (base - adapter)})
+        del twin, plain
+    for row in found:
+        row["recovery"] = (base - row["loss"]) / (base - adapter)
+    return found
+
+
+def show(row: dict) -> None:
+    """Print a row."""
+    cost = f"   {row['cpu_seconds']:.0f} CPU s, {row['seconds']:.0f} s" if "seconds" in row else ""
+    print(
+        f"{row['name']:42} loss {row['loss']:.4f} recovery {row['recovery']:7.1%} {row['bytes'] / 1e6:6.1f} MB{cost}",
+        flush=True,
+    )
+
+
+def markdown(found: list[dict]) -> str:
+    """The rows as a table."""
+    from lowbit_lora.cli.output import table
+
+    cells = [
+        [
+            row["name"],
+            f"{row['loss']:.3f}",
+            f"{row['recovery']:.1%}",
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else "",
+        ]
+        for row in found
+    ]
+    return table(["", "loss", "recovery", "MB", "CPU s"], cells)
+
+
+def plot(found: list[dict], path: str) -> None:
+    """Recovery by contender, as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = found[1:]
+    figure, axes = pyplot.subplots(figsize=(7.5, 0.45 * len(shown) + 1), layout="constrained")
+    bars = axes.barh([row["name"] for row in shown], [100 * row["recovery"] for row in shown])
+    axes.bar_label(bars, [f"{row['recovery']:.1%}, {row['bytes'] / 1e6:.0f} MB" for row in shown], padding=3)
+    axes.set(xlabel="share of the adapter's gain in held-out loss that is kept, %", xlim=(0, 125))
+    axes.invert_yaxis()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of the dense model and its tokenizer")
+    parser.add_argument("--dialogues", help="dataset.json of chitchat-dataset, where it is not installed")
+    parser.add_argument("--adapter", help="folder of the trained adapter: read, or written if it is not there")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--windows", type=int, default=96, help="of 128 tokens, to calibrate on")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--sweeps", type=int, default=3)
+    for name in ("damping", "shift", "ridge"):
+        parser.add_argument(f"--{name}", type=float)
+    parser.add_argument("--json", help="file to write")
+    parser.add_argument("--markdown", help="file to write")
+    parser.add_argument("--plot", help="file to write")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    found = rows(options)
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump({"windows": options.windows, "rows": found}, file, indent=2)
+    if options.markdown:
+        with open(options.markdown, "w", encoding="utf-8") as file:
+            file.write(markdown(found) + "\n")
+    if options.plot:
+        plot(found, options.plot)
+
+
+if __name__ == "__main__":
+    main()
