@@ -30,7 +30,7 @@ from .layers import METHODS, Settings
 from .report import CalibrationReport, LayerReport
 from .saving import remember
 from .state import State
-from .walk import Walk, own_parameters
+from .walk import Found, Walk, own_parameters
 
 
 def calibrate(
@@ -85,13 +85,48 @@ def calibrate(
 
         After any of these, and any other, the model is as it was.
     """
-    settings = _checked_settings(method, spec, damping, sweeps, shift, ridge)
+    settings = Settings(method, spec, damping, sweeps, shift, ridge)
+    check_settings(settings)
+    check_dense(model)
+    names = find_weights(model, skipped_modules(model, skip))
+    options = {"tokens_at_once": tokens_at_once, "activations": activations, "resume": resume, "progress": progress}
+    found, report = choose(model, batches, names, settings, **options)
+    new = {p: nn.Parameter(found.weights[name], requires_grad=False) for p, name in names.items()}
+    replace_weights(model, new)
+    remember(model, spec, report)
+    return report
+
+
+def choose(
+    model: nn.Module,
+    batches: Iterable,
+    names: dict[nn.Parameter, str],
+    settings: Settings,
+    *,
+    ranks: dict[nn.Parameter, int] | None = None,
+    tokens_at_once: int = 16384,
+    activations: str | os.PathLike | None = None,
+    resume: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> tuple[Found, CalibrationReport]:
+    """What :func:`calibrate` puts into a model, and says of it; the model stays as it is.
+
+    Args:
+        model: what :func:`check_dense` accepts.
+        names: the weights to quantize, with the model's name of each.
+        settings: what :func:`check_settings` accepts.
+        ranks: of the factors that weights get, which begin with what quantization takes away.
+        batches, tokens_at_once, activations, resume, progress: see :func:`calibrate`, also for the errors.
+    """
     check_count("tokens_at_once", tokens_at_once)
-    names = _weights(model, skip)
+    method, spec = settings.method, settings.spec
+    _check_weights(model, names)
     found = inputs.checked(model, batches)
     report = CalibrationReport(method, len(found), inputs.token_count(found), inputs.digest(found))
     about = {"data": report.data, "weights": len(names), "tokens_at_once": tokens_at_once}
     about |= {key: getattr(value, "text", value) for key, value in vars(settings).items()}
+    if ranks:
+        about["ranks"] = {names[parameter]: rank for parameter, rank in ranks.items()}
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -106,7 +141,7 @@ def calibrate(
         state = State(None if resume is None else os.fspath(resume), about, model)
         if chains:
             room.check(chains, list(names), spec, method == "sequential", folder, state.folder)
-        walk = Walk(placed, settings, folder, state, bar)
+        walk = Walk(placed, settings, folder, state, bar, ranks)
         for chain in chains:
             walk.along(chain)
         weights = walk.found.weights
@@ -122,39 +157,38 @@ def calibrate(
     report.seconds = max(time.perf_counter() - began, resumed)
     report.notes = walk.notes()
     _warn(report)
-    new = {p: nn.Parameter(weights[name], requires_grad=False) for p, name in names.items()}
-    replace_weights(model, new)
-    remember(model, spec, report)
-    return report
+    return walk.found, report
 
 
-def _checked_settings(method, spec, damping, sweeps, shift, ridge) -> Settings:
-    check_choice("method", method, METHODS)
+def check_settings(settings: Settings) -> None:
+    """TypeError/ValueError for one that is out of range."""
+    check_choice("method", settings.method, METHODS)
+    spec, shift = settings.spec, settings.shift
     if not isinstance(spec, WeightSpec):
         raise TypeError(f"spec: expected a lowbit.WeightSpec, got {type(spec).__name__}")
     if not spec.record.scales.double_quant:
         raise ValueError(f"spec: expected a format in 4 bits, got {spec.text!r}")
-    check_positive("damping", damping)
-    check_positive("ridge", ridge)
-    check_count("sweeps", sweeps)
+    check_positive("damping", settings.damping)
+    check_positive("ridge", settings.ridge)
+    check_count("sweeps", settings.sweeps)
     if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0 <= shift <= 1:
         raise ValueError(f"shift: expected a number from 0 to 1, got {shift!r}")
-    return Settings(method, spec, damping, sweeps, shift, ridge)
 
 
-def _weights(model: nn.Module, skip: Iterable[str]) -> dict[nn.Parameter, str]:
-    """The weights to quantize; an error where the model is not a dense one in memory."""
+def check_dense(model: nn.Module) -> None:
+    """TypeError/ValueError unless the model is a dense one in memory."""
     models.check_module(model)
     if has_quantized_weights(model) or is_quantized(model):
         raise ValueError("model: expected a dense model, got one that is quantized already; calibrate it before that")
     check_weights_at_hand(model)
-    names = find_weights(model, skipped_modules(model, skip))
+
+
+def _check_weights(model: nn.Module, names: dict[nn.Parameter, str]) -> None:
     if not names:
         raise ValueError(f"model: expected linear layers to quantize, got none in {type(model).__name__}")
     for parameter, name in names.items():
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"{name}: expected finite values, got NaN or inf in the weight")
-    return names
 
 
 @contextlib.contextmanager
