@@ -225,7 +225,7 @@ def descent_case(rows, columns, count, seed):
     """``(weight, Hessian, U, candidate scales)`` of one block."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
-    weight[rows // 2] = 0
+    weight[rows // 2 : rows // 2 + 1] = 0
     curvature = lowbit.quantizers.Curvature(gram(columns, seed=seed))
     order, upper = curvature.factor(columns)
     factors = torch.cat([torch.ones(1), 0.6 + 0.5 * torch.rand(count - 1, generator=generator)])
