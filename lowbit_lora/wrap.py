@@ -69,12 +69,12 @@ class Plan:
         listed: bool = False,
         choose: Choose | None = None,
     ):
-        if config.init_lora_weights == CALIBRATED and choose is None:
-            _check_calibrated(model, listed)
         if first is not None:
             _check_further(config, first)
         elif config.gradient_checkpointing:
             models.check_can_checkpoint(model, by_function=config.gradient_checkpointing == "offload")
+        if config.init_lora_weights == CALIBRATED and choose is None:
+            _check_calibrated(model, listed)
         self.model, self.name, self.is_first = model, name, first is None
         task_type, heads = models.task_head(model, config.task_type)
         wanted = list(config.modules_to_save or [])

@@ -17,7 +17,7 @@ from lowbit_lora.layers import LoRABaseLayer
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
-RANK = 4
+RANK = 8
 
 
 def calibrated(model, batches, method="sequential", config=None, **options):
@@ -46,8 +46,8 @@ def test_the_model_begins_nearer_to_the_dense_one(family, method):
     loftq = QLoRAModel(loftq, QLoRAConfig(rank=RANK, init_lora_weights="loftq", loftq_iterations=2))
     wrapped = calibrated(model, batches, method)
     found = divergence(wrapped, dense, held_out)
-    assert found < 0.82 * divergence(plain, dense, held_out)
-    assert found < 0.82 * divergence(loftq, dense, held_out)
+    assert found < 0.8 * divergence(plain, dense, held_out)
+    assert found < 0.8 * divergence(loftq, dense, held_out)
     assert all(isinstance(layer.stored_weight, QuantizedTensor) for layer in layers(wrapped).values())
     report = wrapped.calibration
     assert all(row.final <= row.search for row in report.layers)

@@ -144,7 +144,7 @@ class _Rows:
             op,
             scales,
             curvature,
-            spec.format,
+            spec.text,
             spec.block_size,
         )
         self.wanted, self.searched, self.searched_codes = wanted, searched, codes
