@@ -15,7 +15,7 @@ from lowbit.quantizers import Curvature, loss
 FP32 = 2.0**-24
 
 
-#: (rows, columns, candidate scales, format): lanes without a row, no rows, fewer scales than are tried at once and more.
+#: (rows, columns, candidate scales, format): no rows, lanes without a row, fewer scales than are tried at once, more.
 BLOCKS = ((0, 32, 2, "nf4"), (1, 64, 1, "nf4"), (15, 32, 5, "fp4"), (17, 64, 6, "nf4"), (40, 32, 4, "nf4"))
 
 

@@ -30,7 +30,7 @@ def loss(error, hessian, product=None) -> float:
 
 
 def least(error, hessian, rank) -> float:
-    """The least loss of any product of that rank, by Eckart and Young: what singular values of E L are left, in fp64."""
+    """The least loss of any product of that rank, fp64: what it leaves of the singular values of E L (Eckart)."""
     values = torch.linalg.svdvals(error.double() @ torch.linalg.cholesky(hessian.double()))
     return float(values[rank:].square().sum())
 

@@ -140,13 +140,8 @@ class _Rows:
     """The rows of a weight on their way: decoded values, and codes of scales, that get better step by step."""
 
     def __init__(self, op, wanted, searched, codes, scales, curvature, spec):
-        self.op, self.scales, self.curvature, self.spec, self.size = (
-            op,
-            scales,
-            curvature,
-            spec.text,
-            spec.block_size,
-        )
+        self.op, self.scales, self.curvature = op, scales, curvature
+        self.spec, self.size = spec.text, spec.block_size
         self.wanted, self.searched, self.searched_codes = wanted, searched, codes
         self.decoded, self.codes = torch.empty_like(wanted), codes.clone()
         self.gradient: torch.Tensor
@@ -176,7 +171,7 @@ class _Rows:
             here = slice(block * self.size, (block + 1) * self.size)
             hessian = self.curvature.damped[here]
             codes = self.scales.neighbours(self.codes[:, block, None])
-            old = self.decoded[:, here].clone()
+            old = self.decoded[:, here].contiguous()
             new, choice = self.op.descend_block.default(
                 old,
                 self.gradient[:, here].contiguous(),

@@ -30,9 +30,10 @@ def check_importance(importance: torch.Tensor, weight: torch.Tensor) -> None:
 
 def scales_of(op, weight: torch.Tensor, importance: torch.Tensor | None, spec: WeightSpec) -> torch.Tensor:
     """The signed scale of each block, fp32 [blocks]."""
-    if importance is not None and importance.numel():
+    if importance is not None:
         # Only ratios matter; fp32 holds those of any float64 input once the largest is 1.
-        importance = (importance / importance.amax().clamp(min=torch.finfo(importance.dtype).tiny)).float()
+        largest = importance.amax() if importance.numel() else importance.new_ones(())
+        importance = (importance / largest.clamp(min=torch.finfo(importance.dtype).tiny)).float()
     return op.search_scales.default(weight, importance, spec.text)
 
 

@@ -69,19 +69,19 @@ def quantize_layers(
     ridged = _ridged(group, settings) if curvature is not None else None
     results = {}
     for name, weight in group.layers.items():
-        pull = group.pull(name)
+        goal = group.goal(name)
         with named_errors(f"{prefix}{name}"):
             absmax = quantize_to(weight, settings.spec)
             searched = quantize_to(weight, settings.spec, "search", diagonal)
-            losses = [group.loss(name, candidate.dequantize(), pull) for candidate in (absmax, searched)]
+            losses = [goal.loss(candidate.dequantize()) for candidate in (absmax, searched)]
             result, target = Result(searched, *losses, losses[1], "weighted search"), weight
             options = {"scale": "search", "importance": diagonal}
             if curvature is not None:
-                if pull is not None and ridged is not None and settings.shift:
-                    target = weight + settings.shift * torch.cholesky_solve(pull, ridged).T
+                if goal.pull is not None and ridged is not None and settings.shift:
+                    target = weight + settings.shift * torch.cholesky_solve(goal.pull, ridged).T
                 options = {"codes": "descent", "hessian": curvature, "sweeps": settings.sweeps}
                 descended = quantize_to(target, settings.spec, **options)
-                loss = group.loss(name, descended.dequantize(), pull)
+                loss = goal.loss(descended.dequantize())
                 if loss <= losses[1]:
                     result = Result(descended, *losses, loss, "descent")
             if ranks[name]:
@@ -89,9 +89,9 @@ def quantize_layers(
                     result,
                     target,
                     ranks[name],
-                    curvature or Curvature(torch.diag(diagonal), settings.damping),
+                    Curvature(torch.diag(diagonal), settings.damping) if curvature is None else curvature,
                     store=functools.partial(quantize_to, spec=settings.spec, **options),
-                    loss=functools.partial(group.loss, name, pull=pull),
+                    loss=goal.loss,
                 )
         results[name] = result
     return results

@@ -32,6 +32,9 @@ from .saving import remember
 from .state import State
 from .walk import Found, Walk, own_parameters
 
+#: Where nothing is gained by more at once, so many tokens are run together: their activations stay in caches.
+_TOKENS_IN_CACHE = 2048
+
 
 def calibrate(
     model: nn.Module,
@@ -136,7 +139,8 @@ def choose(
             os.makedirs(activations, exist_ok=True)
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="activations-", dir=activations))
         bar = stack.enter_context(tqdm(total=len(names), desc=f"Calibrating ({method})", disable=not progress))
-        chains, rest = _prepared(model, found, names, tokens_at_once)
+        at_once = tokens_at_once if method == "sequential" else min(tokens_at_once, _TOKENS_IN_CACHE)
+        chains, rest = _prepared(model, found, names, at_once)
         placed = {parameter: name for parameter, name in names.items() if name not in rest}
         state = State(None if resume is None else os.fspath(resume), about, model)
         if chains:

@@ -86,26 +86,36 @@ class Group:
             _accumulate(self, "_drift", weighted.T @ difference)
             _accumulate(self, "_spread", gram(difference, weights))
 
-    def pull(self, name: str) -> torch.Tensor | None:
-        """The sum of w x d^T over tokens, [in, out]; None where nothing lacks."""
-        if name in self._pull:
-            return self._pull[name]
-        return None if self._drift is None else self._drift @ self.layers[name].T
-
-    def loss(self, name: str, quantized: torch.Tensor, pull: torch.Tensor | None) -> float:
-        """The squared error of the layer's output, over tokens, as a share of the output's square.
-
-        Args:
-            quantized: [out, in], decoded.
-            pull: what :meth:`pull` returned.
-        """
+    def goal(self, name: str) -> "Goal":
+        """What a layer is to do on these tokens."""
         weight = self.layers[name]
-        error = quantized - weight
-        loss = _form(error, self.hessian)
-        if pull is not None:
-            lack = self._lack[name] if name in self._lack else _form(weight, self._spread)
-            loss += lack - 2 * float((pull.T * error).sum(dtype=torch.float64))
-        return max(loss, 0.0) / max(_form(weight, self.hessian), 1e-30)
+        pull, lack = self._pull.get(name), self._lack.get(name, 0.0)
+        if pull is None and self._drift is not None:
+            pull, lack = self._drift @ weight.T, _form(weight, self._spread)
+        return Goal(weight, self.hessian, _form(weight, self.hessian), pull, lack)
+
+
+@dataclass
+class Goal:
+    """The outputs that one layer of a :class:`Group` should have.
+
+    ``output`` is the sum of w |W x|^2 over tokens; ``pull`` [in, out] is that of w x d^T, None where nothing lacks, and
+    ``lack`` that of w d^T d.
+    """
+
+    weight: torch.Tensor
+    hessian: torch.Tensor
+    output: float
+    pull: torch.Tensor | None
+    lack: float
+
+    def loss(self, quantized: torch.Tensor) -> float:
+        """The squared error of the outputs with a weight [out, in], as a share of their square."""
+        error = quantized - self.weight
+        loss = _form(error, self.hessian) + self.lack
+        if self.pull is not None:
+            loss -= 2 * float((self.pull.T * error).sum(dtype=torch.float64))
+        return max(loss, 0.0) / max(self.output, 1e-30)
 
 
 def _form(rows: torch.Tensor, matrix: torch.Tensor) -> float:
@@ -115,24 +125,35 @@ def _form(rows: torch.Tensor, matrix: torch.Tensor) -> float:
 
 @dataclass
 class Squares:
-    """The sum of x^2 by input channel: all that a weighted search needs. Its methods are :class:`Group`'s."""
+    """The sum of x^2 by input channel: all that a weighted search needs. It is used as :class:`Group` is."""
 
     layers: dict[str, torch.Tensor]
-    is_attended: bool = False
     diagonal: torch.Tensor | None = None
     tokens: int = 0
 
     def add(self, x, received, target=None, residuals=None) -> None:
+        """Count tokens."""
         self.tokens += len(x)
         _accumulate(self, "diagonal", x.square().sum(0))
 
-    def pull(self, name: str) -> None:
-        return None
+    def goal(self, name: str) -> "SquaresGoal":
+        """What a layer is to do on these tokens."""
+        return SquaresGoal(self.layers[name], self.diagonal)
 
-    def loss(self, name: str, quantized: torch.Tensor, pull: None) -> float:
-        weight = self.layers[name]
-        lost = ((quantized - weight).square() @ self.diagonal).sum(dtype=torch.float64)
-        return float(lost / (weight.square() @ self.diagonal).sum(dtype=torch.float64).clamp_min(1e-30))
+
+@dataclass
+class SquaresGoal:
+    """As :class:`Goal`, as if channels were uncorrelated."""
+
+    weight: torch.Tensor
+    diagonal: torch.Tensor
+
+    def loss(self, quantized: torch.Tensor) -> float:
+        """The squared error of the outputs with a weight [out, in], as a share of their square."""
+        lost, whole = (
+            float((w.square() @ self.diagonal).sum(dtype=torch.float64)) for w in (quantized - self.weight, self.weight)
+        )
+        return lost / max(whole, 1e-30)
 
 
 def _accumulate(sums, name: str, value: torch.Tensor) -> None:

@@ -76,14 +76,9 @@ class Walk:
         start = self._state.hidden(chain.name, done) if done else [chain.hidden] * (1 + self._is_sequential)
         streams = [Tensors(self._folder, hidden) for hidden in start]
         chain.hidden = []
-        for number, (name, block) in enumerate(chain.blocks.items()):
-            if number < done:
-                continue
+        for number in range(done, len(chain.blocks)):
             began = time.perf_counter()
-            self._bar.set_postfix_str(name)
-            is_last = number == len(chain.blocks) - 1
-            step = _Block(self, name, block, chain, number, streams, is_last)
-            found = step.quantize()
+            found = _Block(self, chain, number, streams).quantize()
             seconds = time.perf_counter() - began
             self.found.add(found)
             self.seconds += seconds
@@ -109,12 +104,12 @@ class _Block:
     takes their place.
     """
 
-    def __init__(
-        self, walk: Walk, name: str, block: nn.Module, chain: Chain, number: int, streams: list, is_last: bool
-    ):
-        self.walk, self.name, self.block, self.streams, self.is_last = walk, name, block, streams, is_last
+    def __init__(self, walk: Walk, chain: Chain, number: int, streams: list[Tensors]):
+        self.walk, self.streams, self.settings, self.found = walk, streams, walk._settings, Found()
+        self.name, block = list(chain.blocks.items())[number]
+        self.block, self.is_last = block, number == len(chain.blocks) - 1
         self.calls, self.kept = chain.calls[number], chain.kept
-        self.settings, self.found = walk._settings, Found()
+        walk._bar.set_postfix_str(self.name)
         self.dense = Worker(block, attention=self.settings.method != "scale")
         wanted = {name: m for name, m in block.named_modules() if not walk._names.keys().isdisjoint(own_parameters(m))}
         layers = {name for name, m in wanted.items() if isinstance(m, nn.Linear) or is_conv1d(m)}
@@ -233,7 +228,7 @@ class _Block:
         quantized = result.quantized.to(parameter.dtype)
         if is_conv1d(self.block.get_submodule(layer)):
             quantized = quantized.transpose(-1, -2)
-        self._note(parameter, quantized, (result.absmax, result.search, result.final), result.chosen, tokens)
+        self._note(parameter, quantized, result, tokens)
         if result.start is not None:
             self.found.starts[self.walk._names[parameter]] = result.start
         if worker is not None:
@@ -243,10 +238,11 @@ class _Block:
                 weight += product.T if is_conv1d(module) else product
             module.weight = nn.Parameter(weight, requires_grad=False)
 
-    def _note(self, parameter: nn.Parameter, quantized, losses, chosen: str, tokens: int) -> None:
+    def _note(self, parameter: nn.Parameter, quantized: torch.Tensor, result: Result, tokens: int) -> None:
         name = self.walk._names[parameter]
+        losses = result.absmax, result.search, result.final
         self.found.weights[name] = quantized
-        self.found.rows.append(LayerReport(name, tuple(parameter.shape), *losses, chosen, tokens))
+        self.found.rows.append(LayerReport(name, tuple(parameter.shape), *losses, result.chosen, tokens))
         self.walk._bar.update()
 
     def _finish_experts(self, stage: Stage, number: int, seen: Tensors, worker: Worker | None = None) -> None:
@@ -259,19 +255,16 @@ class _Block:
         experts = Experts(
             self.dense.block.get_submodule(layer), tokens, torch.cat([part.routes[number] for part in parts])
         )
-        own = self.block.get_submodule(layer)
         up = None
         for name in (experts.up_name, "down_proj"):
-            parameter = own._parameters[name]
+            parameter = self.block.get_submodule(layer)._parameters[name]
             count = range(len(parameter))
             inputs = [experts.of(e) if up is None else experts.inside(e, up) for e in count]
+            weight = experts.module._parameters[name].detach()
             with named_errors(self.walk._names[parameter]):
-                weight = self.dense.block.get_submodule(layer)._parameters[name].detach()
                 result = quantize_stack(weight, inputs, self.settings)
             quantized = result.quantized.to(parameter.dtype)
-            self._note(
-                parameter, quantized, (result.absmax, result.search, result.final), result.chosen, sum(map(len, inputs))
-            )
+            self._note(parameter, quantized, result, sum(map(len, inputs)))
             if result.damped or result.searched:
                 self.found.few.append((self.walk._names[parameter], result.damped, result.searched))
             up = weight if worker is None else quantized.dequantize(torch.float32)
