@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 import warnings
 
 import pytest
@@ -339,3 +340,37 @@ def test_shared_weights_stay_shared_and_skipped_ones_dense():
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not isinstance(model.lm_head.weight, QuantizedTensor)
     assert {name.split(".")[2] for name in weights(model)} == {"0"}
+
+
+def test_bitsandbytes_decodes_what_was_calibrated(monkeypatch):
+    """Every other reader of the format gets the better model too; the benchmark's check is this one."""
+    theirs = pytest.importorskip("bitsandbytes.functional")
+    import bench_calibrate
+
+    model = model_of("Llama")
+    run(model, batches_of("Llama"))
+    assert bench_calibrate.check_against_bitsandbytes(model) == 14
+    decode = theirs.dequantize_4bit
+    monkeypatch.setattr(theirs, "dequantize_4bit", lambda *args: decode(*args) * 1.001)
+    with pytest.raises(AssertionError, match="decodes other values"):
+        bench_calibrate.check_against_bitsandbytes(model)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_stay_in_their_file(tmp_path, monkeypatch):
+    """A model larger than memory is calibrated from its shards: from_pretrained maps them, and nothing reads a model
+    into memory as a whole.
+    """
+
+    def anonymous() -> int:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+
+    run(model_of("Llama"), batches_of("Llama"), "scale")  # what libraries allocate once
+    model_of("Llama", hidden_size=256, intermediate_size=1024, num_hidden_layers=12).save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
+    size = sum(parameter.nbytes for parameter in model.parameters()) // 1024
+    before, held = anonymous(), []
+    monkeypatch.setattr(State, "save", lambda *args, **kwargs: held.append(anonymous() - before))
+    run(model, batches_of("Llama"), "scale")
+    assert len(held) == 12 and max(held) < size / 2, (held, size)

@@ -143,14 +143,15 @@ class _Rows:
         self.op, self.scales, self.curvature = op, scales, curvature
         self.spec, self.size = spec.text, spec.block_size
         self.wanted, self.searched, self.searched_codes = wanted, searched, codes
-        self.decoded, self.codes = torch.empty_like(wanted), codes.clone()
+        self.codes = codes.clone()
+        self.decoded: torch.Tensor
         self.gradient: torch.Tensor
 
     def gptq(self) -> None:
         """Round all blocks, each with a choice of scale."""
         order, upper = self.curvature.factor(self.size)
         factors = torch.tensor(GPTQ_FACTORS, device=order.device)
-        left = self.wanted[:, order]
+        left, decoded_in_order = self.wanted[:, order], []
         for first in range(0, len(order), self.size):
             here, rest = slice(first, first + self.size), slice(first + self.size, None)
             block = int(order[first]) // self.size
@@ -160,9 +161,10 @@ class _Rows:
             decoded, errors, choice = self.op.gptq_block.default(
                 weight, upper[here, here].contiguous(), self.scales.values(codes, block), self.spec
             )
-            self.decoded[:, order[here]] = decoded
+            decoded_in_order.append(decoded)
             self.codes[:, block] = codes.gather(1, choice[:, None].long())[:, 0]
             left[:, rest].addmm_(errors, upper[here, rest], alpha=-1)
+        self.decoded = torch.cat(decoded_in_order, 1)[:, order.argsort()]
         self.gradient = (self.wanted - self.decoded) @ self.curvature.damped
 
     def descend(self) -> None:
@@ -171,7 +173,7 @@ class _Rows:
             here = slice(block * self.size, (block + 1) * self.size)
             hessian = self.curvature.damped[here]
             codes = self.scales.neighbours(self.codes[:, block, None])
-            old = self.decoded[:, here].contiguous()
+            old = self.decoded[:, here].clone()  # contiguous() is a view where a row is one block
             new, choice = self.op.descend_block.default(
                 old,
                 self.gradient[:, here].contiguous(),
@@ -180,9 +182,9 @@ class _Rows:
                 CODE_SWEEPS,
                 self.spec,
             )
+            self.gradient.addmm_(new - old, hessian, alpha=-1)  # before `old` is written to: it may be self.decoded
             self.decoded[:, here] = new
             self.codes[:, block] = codes.gather(1, choice[:, None].long())[:, 0]
-            self.gradient.addmm_(new - old, hessian, alpha=-1)
 
     def best(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``(codes, decoded)``, in each row what the search had where that is better."""
