@@ -73,8 +73,13 @@ def quantize(model, how: str, calibration: torch.Tensor, options: argparse.Names
         settings = {
             key: value for key, value in vars(options).items() if key in ("damping", "sweeps", "shift", "ridge")
         }
+        settings["progress"] = not options.quiet
         batches = [{"input_ids": window[None]} for window in calibration]
-        report = lowbit_lora.calibrate(model, batches, how, progress=not options.quiet, **settings)
+        if options.rank:
+            config = lowbit_lora.QLoRAConfig(rank=options.rank)
+            report = lowbit_lora.QLoRAModel.calibrated(model, config, batches, how, **settings).calibration
+        else:
+            report = lowbit_lora.calibrate(model, batches, how, **settings)
     row = {"cpu_seconds": time.process_time() - cpu, "seconds": time.perf_counter() - wall}
     if report is not None and options.plot:
         report.plot(f"{options.plot}-{how}.png")
@@ -124,6 +129,7 @@ def main() -> None:
     for name, value in (("damping", 0.1), ("shift", 0.5), ("ridge", 1.0)):
         parser.add_argument(f"--{name}", type=float, default=value)
     parser.add_argument("--sweeps", type=int, default=3)
+    parser.add_argument("--rank", type=int, default=0, help="of adapters that begin with what quantization takes away")
     parser.add_argument("--json", help="file to write")
     parser.add_argument("--plot", help="beginning of the names of plots, one for each calibrated contender")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")

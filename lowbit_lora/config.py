@@ -13,6 +13,8 @@ from lowbit import WeightSpec, checks
 from lowbit.lowrank import check_init, is_decomposing
 from lowbit.quantizers.quantize import check_scale
 
+#: The init_lora_weights that QLoRAModel.calibrated writes; nothing else can, since it takes data.
+CALIBRATED = "calibrated"
 FACTOR_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -100,7 +102,8 @@ class LoraConfig:
         lora_dtype: of the factors: "float32", "bfloat16" or "float16".
         init_lora_weights: how the factors begin: "default" (B is zero), "gaussian", "orthogonal" (B A is zero), or
             "random" (B A is not); "pissa", "pissa_niter_N", "olora" or "loftq" (of a QLoRAConfig), which also change
-            the base; see :func:`lowbit.lowrank.initial_factors`.
+            the base; see :func:`lowbit.lowrank.initial_factors`. "calibrated" is what
+            :meth:`QLoRAModel.calibrated <lowbit_lora.QLoRAModel.calibrated>` writes here.
         loftq_iterations: of "loftq".
         gradient_checkpointing: recompute activations in the backward (Hugging Face models); "offload": and of a model
             on a GPU keep the hidden states from which to do so in the host's memory.
@@ -150,7 +153,8 @@ class LoraConfig:
             value = getattr(self, name)
             if check is not None and not (value is None and field.default is None):
                 self._set(name, check(name, value))
-        check_init(self.init_lora_weights, "init_lora_weights")
+        if self.init_lora_weights != CALIBRATED:
+            check_init(self.init_lora_weights, "init_lora_weights")
         if not self.target_modules and not self.target_parameters:
             raise ValueError("target_modules: expected names, a regular expression or 'all-linear', got nothing")
         if self.target_parameters:
@@ -164,8 +168,8 @@ class LoraConfig:
             raise ValueError(f"lora_bias: expected False for init_lora_weights={init!r}")
         if init == "orthogonal" and any(rank % 2 for rank in ranks):
             raise ValueError(f"rank: expected even ranks for init_lora_weights='orthogonal', got {ranks}")
-        if init == "loftq" and not isinstance(self, QLoRAConfig):
-            raise ValueError("init_lora_weights: 'loftq' expects a QLoRAConfig, which says how the base is stored")
+        if init in ("loftq", CALIBRATED) and not isinstance(self, QLoRAConfig):
+            raise ValueError(f"init_lora_weights: {init!r} expects a QLoRAConfig, which says how the base is stored")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen
@@ -174,6 +178,11 @@ class LoraConfig:
     def scaling(self) -> float:
         """The factor on B A."""
         return lora_scaling(self.rank, self.lora_alpha, self.use_rslora)
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the base holds what the first factors left of it."""
+        return is_decomposing(self.init_lora_weights) or self.init_lora_weights == CALIBRATED
 
     @property
     def factor_dtype(self) -> torch.dtype:
@@ -190,6 +199,7 @@ class LoraConfig:
 
     def to_peft(self) -> dict[str, Any]:
         """The dictionary of ``adapter_config.json``."""
+        init = {"default": True, "random": False, CALIBRATED: True}.get(self.init_lora_weights, self.init_lora_weights)
         return {name: getattr(self, name) for name in _SAME_IN_PEFT} | {
             "peft_type": "LORA",
             "r": self.rank,
@@ -198,7 +208,7 @@ class LoraConfig:
             "alpha_pattern": self.alpha_pattern or {},
             "base_model_name_or_path": None,
             "inference_mode": True,
-            "init_lora_weights": {"default": True, "random": False}.get(self.init_lora_weights, self.init_lora_weights),
+            "init_lora_weights": init,
         }
 
     @classmethod
@@ -280,6 +290,8 @@ class QLoRAConfig(LoraConfig):
         """The fields that PEFT's file has no place for, ready for JSON."""
         own = [name for name in self.__dataclass_fields__ if name not in LoraConfig.__dataclass_fields__]
         settings = {name: getattr(self, name) for name in (*own, "loftq_iterations") if name != "paged_adamw"}
+        if self.init_lora_weights == CALIBRATED:  # which is no method of PEFT's
+            settings["init_lora_weights"] = CALIBRATED
         return settings | {"quantization": self.quantization.value}
 
 

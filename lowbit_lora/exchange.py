@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from lowbit import models
-from lowbit.adapted import adapted_modules, base_keys, base_of, buffers_of, changed, module_names
+from lowbit.adapted import Adapted, adapted_modules, base_keys, base_of, buffers_of, changed, module_names
 from lowbit.files import hub
 from lowbit.lowrank import is_decomposing
-from lowbit.modules import replace_modules
+from lowbit.modules import has_quantized_weights, is_quantized, replace_modules
 
 from .adapters import AdapterOperations
 from .base_tensors import of_base, warn_of_other_base, whole_embeddings
@@ -53,6 +53,47 @@ class StoredAdapters(AdapterOperations):
         """The base's parameters and buffers by the names that they have without adapters; the tensors are its own."""
         tensors = self.model.state_dict()
         return {name: tensors[key] for name, key in base_keys(self.model) if key in tensors}
+
+    def save_base(self, folder: str | os.PathLike, **options: Any) -> None:
+        """Write the base without adapters, as the ``save_pretrained`` of its class does.
+
+        An adapter that began with what quantization took away (:meth:`lowbit_lora.QLoRAModel.calibrated`) fits this
+        base only: load both, ``QLoRAModel.from_pretrained(AutoModel....from_pretrained(folder), adapter_folder)``.
+
+        Args:
+            options: of that method; of a quantized base also ``format``, "lowbit" or "bitsandbytes".
+
+        Raises:
+            TypeError: the base has no such method; ``base_state_dict()`` returns its tensors.
+            ValueError: adapters are merged, or the base is one that this wrapper quantized without data, which the
+                dense model and the adapter's file determine.
+            OSError: the files cannot be written.
+        """
+        self._unmerged_parts()
+        write = getattr(self.model, "save_pretrained", None)
+        if write is None:
+            raise TypeError(
+                f"save_base: expected a model with save_pretrained, got {type(self.model).__name__}; take "
+                "base_state_dict()"
+            )
+        if has_quantized_weights(self.model) and not is_quantized(self.model):
+            raise ValueError(
+                "save_base: expected a base that is dense, calibrated, or was loaded with a LowbitConfig; got one that "
+                "QLoRAModel quantized, and quantizes again from the dense model"
+            )
+        places = [
+            (parent, key, child)
+            for parent in self.model.modules()
+            for key, child in parent._modules.items()
+            if isinstance(child, Adapted)
+        ]
+        try:
+            for parent, key, child in places:
+                parent._modules[key] = base_of(child)
+            write(folder, **options)
+        finally:
+            for parent, key, child in places:
+                parent._modules[key] = child
 
     def _named(self, name: str | None) -> str:
         """The name, if there is such an adapter, or that of the only active one."""

@@ -1,5 +1,6 @@
 """LoraModel and QLoRAModel: a model with adapters on it."""
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,12 +10,13 @@ from torch import nn
 from lowbit import models
 from lowbit.adapted import adapted_modules, buffers_of
 from lowbit.checks import check_choice, check_new_name
-from lowbit.lowrank import is_decomposing
 from lowbit.modules import forget_quantization, replace_modules
 from lowbit.quantizers.requantize import Quantizer
 
+from .calibrate import CalibrationReport
+from .calibrate.model import check_dense, checked_settings, choose_of_dense, split_options
 from .calibrate.saving import remember
-from .config import LoraConfig, QLoRAConfig
+from .config import CALIBRATED, LoraConfig, QLoRAConfig
 from .exchange import StoredAdapters
 from .hf.trainer import SeenAsPeft, check_head_is_called
 from .layers import DEFAULT, LoRABaseLayer
@@ -46,14 +48,18 @@ class LoraModel(SeenAsPeft, StoredAdapters):
     config_class = LoraConfig
 
     def __init__(self, model: nn.Module, config: LoraConfig, adapter_name: str = DEFAULT):
+        self._check(model, config, adapter_name)
+        nn.Module.__init__(self)
+        self._adopt(Plan(model, config, adapter_name))
+
+    @classmethod
+    def _check(cls, model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
         check_base(model)
-        if not isinstance(config, self.config_class):
-            own = self.config_class.__name__
+        if not isinstance(config, cls.config_class):
+            own = cls.config_class.__name__
             hint = f"; write {own}.from_peft(config)" if hasattr(config, "peft_type") else ""
             raise TypeError(f"config: expected a {own}, got {type(config).__name__}{hint}")
         check_new_name("adapter", adapter_name, {})
-        nn.Module.__init__(self)
-        self._adopt(Plan(model, config, adapter_name))
 
     def _adopt(self, plan: Plan, trainable: bool = True) -> None:
         self._restore = plan.apply(trainable)
@@ -208,9 +214,10 @@ class LoraModel(SeenAsPeft, StoredAdapters):
         """The base without any adapter. This wrapper is spent afterwards.
 
         Raises:
-            ValueError: the factors were taken out of a quantized base (PiSSA, OLoRA), which holds what they left.
+            ValueError: the factors were taken out of a quantized base (PiSSA, OLoRA, LoftQ, calibrated), which holds
+                what they left.
         """
-        if is_decomposing(self._first.init_lora_weights) and isinstance(self._first, QLoRAConfig):
+        if self._first.changes_base and isinstance(self._first, QLoRAConfig):
             raise ValueError(
                 f"unload: expected a base as it was, but init_lora_weights={self._first.init_lora_weights!r} took the "
                 "factors out of it before it was quantized; use merge_and_unload"
@@ -243,3 +250,57 @@ class QLoRAModel(LoraModel):
     """
 
     config_class = QLoRAConfig
+    #: What :meth:`calibrated` did.
+    calibration: CalibrationReport | None = None
+
+    @classmethod
+    def calibrated(
+        cls,
+        model: nn.Module,
+        config: QLoRAConfig,
+        batches: Iterable,
+        method: str = "sequential",
+        *,
+        adapter_name: str = DEFAULT,
+        **options: Any,
+    ) -> "QLoRAModel":
+        """A dense model, quantized by what it does with data, on which the adapter begins with what that takes away.
+
+        So the model is nearer to the dense one before it is trained than :func:`lowbit_lora.calibrate` can make it. The
+        factors of each linear layer in a block are those of :func:`lowbit.lowrank.residual_factors`, and the base is
+        quantized a second time without what they hold; others begin with B at zero. Base and adapter belong together:
+        ``save_base(folder)`` writes the one and ``save_pretrained(folder)`` the other, as PEFT's files; ``calibration``
+        is the report.
+
+        Args:
+            model: what :func:`lowbit_lora.calibrate` takes; changed in place, all of it or, on an error, nothing.
+            config: with the default ``init_lora_weights``; its ``scale`` has no say.
+            batches, method: as :func:`lowbit_lora.calibrate` takes them.
+            adapter_name: of the adapter.
+            options: the other options of :func:`lowbit_lora.calibrate`, but spec and skip, of which the config knows.
+
+        Raises:
+            TypeError, ValueError, MemoryError, OSError: those of the constructor, and of :func:`lowbit_lora.calibrate`.
+        """
+        cls._check(model, config, adapter_name)
+        if config.init_lora_weights != "default":
+            raise ValueError(f"init_lora_weights: expected 'default', got {config.init_lora_weights!r}")
+        own, others = split_options(options)
+        settings = checked_settings(method, config.spec, **own)
+        check_dense(model)
+        reports = []
+
+        def find(names: dict[nn.Parameter, str], ranks: dict[nn.Parameter, int]):
+            found, report = choose_of_dense(model, names, batches, settings, ranks=ranks, **others)
+            reports.append(report)
+            starts = {weight: found.starts[name] for weight, name in names.items() if name in found.starts}
+            return {weight: found.weights[name] for weight, name in names.items()}, starts
+
+        config = dataclasses.replace(config, init_lora_weights=CALIBRATED)
+        plan = Plan(model, config, adapter_name, choose=find)
+        wrapper = cls.__new__(cls)
+        nn.Module.__init__(wrapper)
+        wrapper._adopt(plan)
+        (wrapper.calibration,) = reports
+        remember(model, wrapper.calibration)
+        return wrapper

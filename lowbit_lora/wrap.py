@@ -7,6 +7,7 @@ in the first phase, when the model has not been touched.
 import dataclasses
 import functools
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -22,11 +23,17 @@ from lowbit.quantizers.quantize import quantize_to
 
 from . import targets
 from .base_tensors import of_base
-from .config import LoraConfig, QLoRAConfig
-from .layers import Adapter, LoRABaseLayer, LoRAExperts, SavedModule, TrainedTokens, layer_class
+from .config import CALIBRATED, LoraConfig, QLoRAConfig
+from .layers import Adapter, LoRABaseLayer, LoRAExperts, LoRALinear, SavedModule, TrainedTokens, layer_class
 from .offload_activations import checkpoint
 from .targets import lora_layers
 from .training import let_train, set_trainable, trainable_biases
+
+#: From names of weights, and ranks, to quantized weights and (A, B).
+Choose = Callable[
+    [dict[nn.Parameter, str], dict[nn.Parameter, int]],
+    tuple[dict[nn.Parameter, torch.Tensor], dict[nn.Parameter, tuple[torch.Tensor, torch.Tensor]]],
+]
 
 
 class Plan:
@@ -40,6 +47,8 @@ class Plan:
         first: the config of the model's first adapter, or None where this one is the first.
         listed: the config comes from a file: an entry that matches nothing is passed over, and so is the model's head
             where it is not among modules_to_save.
+        choose: what finds the quantized weights, and the first factors of linear layers for scaling 1, together: from
+            the names of the weights and the ranks of those with factors.
 
     Attributes:
         config: ``config`` with targets, modules to save and task type spelled out.
@@ -51,12 +60,21 @@ class Plan:
     """
 
     def __init__(
-        self, model: nn.Module, config: LoraConfig, name: str, *, first: LoraConfig | None = None, listed: bool = False
+        self,
+        model: nn.Module,
+        config: LoraConfig,
+        name: str,
+        *,
+        first: LoraConfig | None = None,
+        listed: bool = False,
+        choose: Choose | None = None,
     ):
         if first is not None:
             _check_further(config, first)
         elif config.gradient_checkpointing:
             models.check_can_checkpoint(model, by_function=config.gradient_checkpointing == "offload")
+        if config.init_lora_weights == CALIBRATED and choose is None:
+            _check_calibrated(model, listed)
         self.model, self.name, self.is_first = model, name, first is None
         task_type, heads = models.task_head(model, config.task_type)
         wanted = list(config.modules_to_save or [])
@@ -76,7 +94,10 @@ class Plan:
         # With a task PEFT would look for a head in the file.
         task_type = None if config.modules_to_save == [] else config.task_type if listed else task_type
         self.config = dataclasses.replace(config, modules_to_save=list(saved.values()) or None, task_type=task_type)
-        self._weights = self._stored(found, inside_saved, head_modules)
+        to_store = self._to_store(found, inside_saved, head_modules)
+        self._weights: dict[nn.Parameter, nn.Parameter] = {}
+        if to_store and not choose:
+            self._weights = modules.quantized_weights(to_store, config.spec, config.scale)
         self.fresh: dict[nn.Module, Adapted] = {}
         self.parts: dict[str, Adapted] = {}
         try:
@@ -91,6 +112,8 @@ class Plan:
             for part_name, part in list(self.parts.items()):
                 if isinstance(part, (SavedModule, TrainedTokens)):
                     self._tie(part, part_name)
+            if choose:
+                self._choose(choose, to_store)
         except BaseException:
             self._withdraw()
             raise
@@ -112,8 +135,8 @@ class Plan:
             for module, name in targets.find_saved(self.model, [entry]).items()
         }
 
-    def _stored(self, found: dict[nn.Module, str], inside_saved: set, heads: set) -> dict[nn.Parameter, nn.Parameter]:
-        """A quantized parameter for each weight that the config stores so."""
+    def _to_store(self, found: dict[nn.Module, str], inside_saved: set, heads: set) -> dict[nn.Parameter, str]:
+        """The weights that the config stores in few bits, but those that LoRA takes something out of before."""
         config = self.config
         # What a model was loaded with that transformers quantized, such as modules to keep dense, holds.
         if not isinstance(config, QLoRAConfig) or not self.is_first or modules.is_quantized(self.model):
@@ -127,7 +150,7 @@ class Plan:
         if is_decomposing(config.init_lora_weights):  # these are quantized once what LoRA takes is out of them
             taken = {base_of(module).weight for module in found}
             weights = {weight: name for weight, name in weights.items() if weight not in taken}
-        return modules.quantized_weights(weights, config.spec, config.scale)
+        return weights
 
     def _part(self, module: nn.Module, name: str, kind: type[Adapted], **options) -> Adapted:
         """The place for the adapter at a module: what is there already, or a new one."""
@@ -171,7 +194,8 @@ class Plan:
         for name, layer in layers.items():
             self.parts[name] = layer
             adapter = adapter_of(config, name, layer)
-            layer.add_adapter(self.name, adapter, config.factor_dtype, config.init_lora_weights)
+            init = "default" if config.init_lora_weights == CALIBRATED else config.init_lora_weights
+            layer.add_adapter(self.name, adapter, config.factor_dtype, init)
 
     @torch.no_grad()
     def _decompose(self, layer: LoRABaseLayer, name: str) -> None:
@@ -193,6 +217,21 @@ class Plan:
         self._weights[weight] = nn.Parameter(kept, requires_grad=False)
         if store is None:
             layer.initial[self.name] = (lora_a.to(config.factor_dtype), lora_b)
+
+    @torch.no_grad()
+    def _choose(self, choose: Choose, names: dict[nn.Parameter, str]) -> None:
+        """Quantized weights, and factors for linear layers whose weight is their own."""
+        layers: dict[nn.Parameter, list[LoRALinear]] = {}
+        for layer in lora_layers(self.parts).values():
+            if isinstance(layer, LoRALinear) and layer.stored_weight in names:
+                layers.setdefault(layer.stored_weight, []).append(layer)
+        alone = {weight: sharing[0] for weight, sharing in layers.items() if len(sharing) == 1}
+        ranks = {weight: layer.adapters[self.name].rank for weight, layer in alone.items()}
+        quantized, factors = choose(names, ranks)
+        self._weights = {weight: nn.Parameter(tensor, requires_grad=False) for weight, tensor in quantized.items()}
+        for weight, start in factors.items():
+            share = alone[weight].adapters[self.name].scaling ** -0.5
+            fill_factors(alone[weight], self.name, *(factor * share for factor in start))
 
     def _tie(self, part: SavedModule | TrainedTokens, name: str) -> None:
         """Modules that share a weight with one that trains whole, or with an embedding some of whose rows train."""
@@ -284,9 +323,22 @@ def _check_further(config: LoraConfig, first: LoraConfig) -> None:
         raise ValueError(
             f"bias: expected 'none' in a further adapter, got {config.bias!r}: the model has one set of biases"
         )
-    if is_decomposing(config.init_lora_weights):
+    if config.changes_base:
         raise ValueError(
             f"init_lora_weights: {config.init_lora_weights!r} changes the base, which the first adapter shares"
+        )
+
+
+def _check_calibrated(model: nn.Module, from_file: bool) -> None:
+    """ValueError unless factors that are calibrated come from a file, and the base that they belong to is there."""
+    if not from_file:
+        raise ValueError(
+            "init_lora_weights: 'calibrated' takes data; call QLoRAModel.calibrated(model, config, batches)"
+        )
+    if not modules.has_quantized_weights(model):
+        raise ValueError(
+            "model: expected the calibrated base that the adapter began with, as save_base() wrote it, got a dense "
+            "model, of which the adapter would make a worse one"
         )
 
 

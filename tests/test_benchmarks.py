@@ -231,3 +231,27 @@ def test_machines_of_the_docs_are_the_recorded_ones(bench_matmul):
     import ratios
 
     assert ratios.table() in (BENCHMARKS.parent / "docs" / "performance.md").read_text()
+
+
+def test_bench_calibrated_start_trains_each_start_and_counts_steps(monkeypatch):
+    """Its table says whether the time of a calibrated start pays; each seed has to begin where that start begins."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_calibrated_start as bench
+    from conftest_models import llama
+
+    data = bench.Data(torch.randint(3, 50, (bench.LENGTH * (2 * bench.HELD_OUT + 8),)))
+    options = SimpleNamespace(rank=4, method="static", steps=3, every=2, rows=2, lr=1e-3)
+    rows = {}
+    for start in ("plain", "calibrated"):
+        wrapped = bench.build(start, llama(), data, options)
+        first = {key: tensor.detach().clone() for key, tensor in wrapped.adapter_state_dict().items()}
+        curves = {}
+        for seed in (0, 0):
+            bench.begin(wrapped, start, first, seed)
+            curves.setdefault(str(seed), []).append(bench.train(wrapped, data, seed, options))
+        assert curves["0"][0] == curves["0"][1]
+        assert [step for step, _ in curves["0"][0]] == [0, 2, 3]
+        rows[start] = {"start": start, "cpu_seconds": 1, "train_cpu_seconds": 2, "curves": {"0": curves["0"][0]}}
+    assert "last loss after" in bench.summary(rows["calibrated"], rows["plain"], [0])
+    assert bench.steps_to([(0, 3.0), (2, 2.0), (3, 1.0)], 2.5) == 2
+    assert bench.steps_to([(0, 3.0)], 2.5) is None

@@ -145,6 +145,7 @@ def test_all_active_adapters_are_merged_and_other_weights_keep_their_bytes():
         ({"batches": [torch.tensor([[3, 50]])]}, ValueError, "from 0 to 49"),
         ({"batches": batches(1), "held_out": [{"input_ids": torch.ones(1, 0, dtype=torch.long)}]}, ValueError, "empty"),
         ({"batches": batches(1), "method": "best"}, ValueError, "method: expected one of sequential"),
+        ({"batches": batches(1), "tokens_at_once": 0}, ValueError, "tokens_at_once: expected at least 1"),
         ({"batches": batches(1), "dampening": 1.0}, TypeError, "dampening"),
         ({"damping": 0.2}, TypeError, "expected batches"),
         ({"batches": batches(1), "quantizer": lambda values, old: old}, ValueError, "quantizer: expected None"),

@@ -10,6 +10,7 @@ from .initial import (
     is_decomposing,
     random_factors,
 )
+from .residual import residual_factors
 
 __all__ = ["DECOMPOSING_METHODS", "METHODS", "RANDOM_METHODS", "check_init", "combine", "factors_of_weight"]
-__all__ += ["initial_factors", "is_decomposing", "random_factors"]
+__all__ += ["initial_factors", "is_decomposing", "random_factors", "residual_factors"]

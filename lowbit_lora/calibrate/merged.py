@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from lowbit.adapted import adapted_modules
 
 from ..layers import LoRABaseLayer
 from . import inputs
-from .layers import Settings
-from .model import checked_settings, choose
+from .model import checked_settings, choose, split_options
 from .report import CalibrationReport
 
 
@@ -44,16 +42,20 @@ def calibrate_merged(
     if len(specs) > 1:
         stored = ", ".join(sorted(spec.text for spec in specs))
         raise ValueError(f"batches: expected adapted weights that are all stored alike, got {stored}")
-    settings, rest = _settings(method, specs.pop(), options)
-    found = inputs.checked(model, batches)
-    report = CalibrationReport(method, len(found), inputs.token_count(found), inputs.digest(found))
+    own, rest = split_options(options)
+    settings = checked_settings(method, specs.pop(), **own)
+    unknown = rest.keys() - {"tokens_at_once", "activations"}
+    if unknown:
+        raise TypeError(f"options: expected those of lowbit_lora.calibrate, got {', '.join(sorted(unknown))}")
+    checked = inputs.checked(model, batches)
+    report = CalibrationReport(method, len(checked), inputs.token_count(checked), inputs.digest(checked))
     by_weight = {layer.stored_weight: layer for layer in layers.values()}
 
     def merged(weight: nn.Parameter) -> torch.Tensor:
         return by_weight[weight].merged_values(by_weight[weight].active)
 
-    weights = choose(model, names, found, settings, report, merged, progress=progress, **rest)
-    return {old: new.to(old.dtype) for old, new in weights.items()}, report
+    found = choose(model, names, checked, settings, report, merged, progress=progress, **rest)
+    return {old: found.weights[name].to(old.dtype) for old, name in names.items()}, report
 
 
 def _layers(model: nn.Module) -> dict[str, LoRABaseLayer]:
@@ -73,14 +75,3 @@ def _layers(model: nn.Module) -> dict[str, LoRABaseLayer]:
         got = f"{len(layers)} of which none is changed" if layers else "no adapted layer with such a weight"
         raise ValueError(f"into: expected active adapters that change weights stored in 4 bits, got {got}")
     return changed
-
-
-def _settings(method: str, spec, options: dict[str, Any]) -> tuple[Settings, dict[str, Any]]:
-    """The settings, and the options that are none."""
-    defaults = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
-    settings = checked_settings(method, spec, **{name: options.get(name, value) for name, value in defaults.items()})
-    rest = {name: value for name, value in options.items() if name not in defaults}
-    unknown = rest.keys() - {"tokens_at_once", "activations"}
-    if unknown:
-        raise TypeError(f"options: expected those of lowbit_lora.calibrate, got {', '.join(sorted(unknown))}")
-    return settings, rest

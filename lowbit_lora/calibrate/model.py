@@ -7,6 +7,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +34,7 @@ from .layers import METHODS, Settings
 from .report import CalibrationReport, LayerReport
 from .saving import remember
 from .state import State
-from .walk import Walk, own_parameters
+from .walk import Found, Walk, own_parameters
 
 #: Where nothing is gained by more at once, so many tokens are run together: their activations stay in caches.
 _TOKENS_IN_CACHE = 2048
@@ -90,21 +92,36 @@ def calibrate(
 
         After any of these, and any other, the model is as it was.
     """
-    settings = checked_settings(method, spec, damping, sweeps, shift, ridge)
-    check_count("tokens_at_once", tokens_at_once)
-    names = _weights(model, skip)
-    found = inputs.checked(model, batches)
-    report = CalibrationReport(method, len(found), inputs.token_count(found), inputs.digest(found))
-    weights = choose(
-        model, names, found, settings, report, nn.Parameter.detach, tokens_at_once, activations, resume, progress
-    )
-    for note in report.notes:
-        warnings.warn(note, stacklevel=2)
-    if report.unplaced:
-        report.notes.append(f"outside of blocks, so that they were searched: {few(report.unplaced)}")
-    replace_weights(model, {p: nn.Parameter(weight, requires_grad=False) for p, weight in weights.items()})
+    settings = checked_settings(method, spec, damping=damping, sweeps=sweeps, shift=shift, ridge=ridge)
+    check_dense(model)
+    names = find_weights(model, skipped_modules(model, skip))
+    options = {"tokens_at_once": tokens_at_once, "activations": activations, "resume": resume, "progress": progress}
+    found, report = choose_of_dense(model, names, batches, settings, **options)
+    new = {p: nn.Parameter(found.weights[name], requires_grad=False) for p, name in names.items()}
+    replace_weights(model, new)
     remember(model, report)
     return report
+
+
+def choose_of_dense(
+    model: nn.Module, names: dict[nn.Parameter, str], batches: Iterable, settings: Settings, **options: Any
+) -> tuple[Found, CalibrationReport]:
+    """What :func:`calibrate` puts into a model that :func:`check_dense` accepts, and says of it; the model stays.
+
+    Args:
+        names: the weights to quantize, with the model's name of each.
+        batches: see :func:`calibrate`, also for the errors.
+        options: tokens_at_once, activations, resume, progress and ranks of :func:`choose`.
+    """
+    _check_weights(model, names)
+    checked = inputs.checked(model, batches)
+    report = CalibrationReport(settings.method, len(checked), inputs.token_count(checked), inputs.digest(checked))
+    found = choose(model, names, checked, settings, report, nn.Parameter.detach, **options)
+    for note in report.notes:
+        warnings.warn(note, stacklevel=3)
+    if report.unplaced:
+        report.notes.append(f"outside of blocks, so that they were searched: {few(report.unplaced)}")
+    return found, report
 
 
 def choose(
@@ -118,17 +135,22 @@ def choose(
     activations: str | os.PathLike | None = None,
     resume: str | os.PathLike | None = None,
     progress: bool = True,
-) -> dict[nn.Parameter, QuantizedTensor]:
-    """The quantized weight for each parameter; the model, whose active adapters count, stays as it is.
+    ranks: dict[nn.Parameter, int] | None = None,
+) -> Found:
+    """The quantized weights, by name; the model, whose active adapters count, stays as it is.
 
     Args:
         names: the parameters, with the model's name of each.
         batches: as :func:`~.inputs.checked` returns them.
         report: layers, weights outside of blocks, notes and seconds are filled in.
         dense: returns the values of a parameter that is in no block.
+        ranks: of the factors that weights in blocks get, which begin with what quantization takes away.
     """
+    check_count("tokens_at_once", tokens_at_once)
     about = {"data": report.data, "weights": len(names), "tokens_at_once": tokens_at_once}
     about |= {key: getattr(value, "text", value) for key, value in vars(settings).items()}
+    if ranks:
+        about["ranks"] = {names[parameter]: rank for parameter, rank in ranks.items()}
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -144,7 +166,7 @@ def choose(
         state = State(None if resume is None else os.fspath(resume), about, model)
         if chains:
             room.check(chains, list(names), settings.spec, settings.method == "sequential", folder, state.folder)
-        walk = Walk(placed, settings, folder, state, bar)
+        walk = Walk(placed, settings, folder, state, bar, ranks)
         for chain in chains:
             walk.along(chain)
         weights = walk.found.weights
@@ -159,36 +181,46 @@ def choose(
     report.layers.sort(key=lambda row: order.index(row.name))
     report.seconds = max(time.perf_counter() - began, resumed)
     report.notes = walk.notes()
-    return {parameter: weights[name] for parameter, name in names.items()}
+    return walk.found
 
 
-def checked_settings(method, spec, damping, sweeps, shift, ridge) -> Settings:
+def checked_settings(method: str, spec: WeightSpec, **others: Any) -> Settings:
+    """TypeError/ValueError for a setting that is out of range."""
+    settings = Settings(method, spec, **others)
+    shift = settings.shift
     check_choice("method", method, METHODS)
     if not isinstance(spec, WeightSpec):
         raise TypeError(f"spec: expected a lowbit.WeightSpec, got {type(spec).__name__}")
     if not spec.record.scales.double_quant:
         raise ValueError(f"spec: expected a format in 4 bits, got {spec.text!r}")
-    check_positive("damping", damping)
-    check_positive("ridge", ridge)
-    check_count("sweeps", sweeps)
+    check_positive("damping", settings.damping)
+    check_positive("ridge", settings.ridge)
+    check_count("sweeps", settings.sweeps)
     if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0 <= shift <= 1:
         raise ValueError(f"shift: expected a number from 0 to 1, got {shift!r}")
-    return Settings(method, spec, damping, sweeps, shift, ridge)
+    return settings
 
 
-def _weights(model: nn.Module, skip: Iterable[str]) -> dict[nn.Parameter, str]:
-    """The weights to quantize; an error where the model is not a dense one in memory."""
+def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the options of :func:`calibrate`, those that are settings, and the others."""
+    own = {field.name for field in fields(Settings)} - {"method", "spec"}
+    return {k: v for k, v in options.items() if k in own}, {k: v for k, v in options.items() if k not in own}
+
+
+def check_dense(model: nn.Module) -> None:
+    """TypeError/ValueError unless the model is a dense one in memory."""
     models.check_module(model)
     if has_quantized_weights(model) or is_quantized(model):
         raise ValueError("model: expected a dense model, got one that is quantized already; calibrate it before that")
     check_weights_at_hand(model)
-    names = find_weights(model, skipped_modules(model, skip))
+
+
+def _check_weights(model: nn.Module, names: dict[nn.Parameter, str]) -> None:
     if not names:
         raise ValueError(f"model: expected linear layers to quantize, got none in {type(model).__name__}")
     for parameter, name in names.items():
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"{name}: expected finite values, got NaN or inf in the weight")
-    return names
 
 
 @contextlib.contextmanager

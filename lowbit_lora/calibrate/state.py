@@ -120,7 +120,7 @@ class State:
 
         Args:
             streams: the hidden states after the block.
-            about: "weights" (name -> QuantizedTensor), "rows", "notes" and "seconds".
+            about: what :class:`~.walk.Found` has, and "seconds".
         """
         if self.folder is None:
             return

@@ -29,17 +29,20 @@ from .watch import Seen, Worker
 class Found:
     """What a walk finds: quantized weights by the model's name of each, and what is said of them.
 
-    ``few``: stacks with how many experts of them had few tokens, and how many next to none.
+    ``few``: stacks with how many experts of them had few tokens, and how many next to none. ``starts``: the first
+    factors (A, B) of weights that get some, for which scaling is 1.
     """
 
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     rows: list[LayerReport] = field(default_factory=list)
     few: list[tuple[str, int, int]] = field(default_factory=list)
+    starts: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def add(self, other: "Found") -> None:
         self.weights |= other.weights
         self.rows += other.rows
         self.few += other.few
+        self.starts |= other.starts
 
 
 class Walk:
@@ -49,10 +52,20 @@ class Walk:
         names: the weights to quantize, by parameter, with the model's name of each.
         folder: where hidden states are kept; None: in memory.
         bar: moves by one per weight.
+        ranks: of the factors that weights get.
     """
 
-    def __init__(self, names: dict[nn.Parameter, str], settings: Settings, folder: str | None, state: State, bar: tqdm):
+    def __init__(
+        self,
+        names: dict[nn.Parameter, str],
+        settings: Settings,
+        folder: str | None,
+        state: State,
+        bar: tqdm,
+        ranks: dict[nn.Parameter, int] | None = None,
+    ):
         self._names, self._settings, self._folder, self._state, self._bar = names, settings, folder, state, bar
+        self._ranks = ranks or {}
         self.found = Found()
         self.seconds = 0.0
 
@@ -60,7 +73,7 @@ class Walk:
         """Quantize the weights of a chain's blocks."""
         done = self._state.finished(chain.name)
         for saved in self._state.blocks(chain.name, done):
-            self.found.add(Found(saved["weights"], saved["rows"], saved["few"]))
+            self.found.add(Found(**{key: saved[key] for key in vars(self.found)}))
             self.seconds += saved["seconds"]
             self._bar.update(len(saved["weights"]))
         start = self._state.hidden(chain.name, done) if done else [chain.hidden] * (1 + self._is_sequential)
@@ -212,7 +225,8 @@ class _Block:
             diagonal = group.diagonal if isinstance(group, Squares) else group.hessian.diagonal()
             if not bool(torch.isfinite(diagonal).all()):
                 self._complain(next(iter(group.layers)))
-            for name, result in quantize_layers(group, self.settings, f"{self.name}.").items():
+            ranks = {name: self.walk._ranks.get(self.own[name].weight, 0) for name in group.layers}
+            for name, result in quantize_layers(group, self.settings, f"{self.name}.", ranks).items():
                 self._keep(name, result, group.tokens, worker)
 
     def _keep(self, layer: str, result: Result, tokens: int, worker: Worker | None) -> None:
@@ -221,9 +235,14 @@ class _Block:
         if is_conv1d(self.own[layer]):
             quantized = quantized.transpose(-1, -2)
         self._note(parameter, quantized, result, tokens)
+        if result.start is not None:
+            self.found.starts[self.walk._names[parameter]] = result.start
         if worker is not None:
-            module = worker.block.get_submodule(layer)
-            module.weight = nn.Parameter(quantized.dequantize(torch.float32), requires_grad=False)
+            module, weight = worker.block.get_submodule(layer), quantized.dequantize(torch.float32)
+            if result.start is not None:
+                product = result.start[1] @ result.start[0]
+                weight += product.T if is_conv1d(module) else product
+            module.weight = nn.Parameter(weight, requires_grad=False)
 
     def _note(self, parameter: nn.Parameter, quantized: torch.Tensor, result: Result, tokens: int) -> None:
         name = self.walk._names[parameter]

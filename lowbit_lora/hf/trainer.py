@@ -15,7 +15,6 @@ from torch import nn
 
 from lowbit import models
 from lowbit.adapted import Adapted
-from lowbit.lowrank import is_decomposing
 
 from ..config import LoraConfig
 from ..layers import DEFAULT, SavedModule
@@ -59,7 +58,7 @@ class SeenAsPeft(nn.Module):
     def peft_config(self) -> dict[str, LoraConfig]:
         """The config of each adapter, ours; with it another one begins at zero, as TRL adds its reference."""
         return {
-            name: replace(config, init_lora_weights="default") if is_decomposing(config.init_lora_weights) else config
+            name: replace(config, init_lora_weights="default") if config.changes_base else config
             for name, config in self.configs.items()
         }
 
