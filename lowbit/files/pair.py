@@ -58,7 +58,8 @@ def _write(path: str, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        error.filename = path  # which writing does not say
+        if error.errno is not None:  # else the message would become "None"
+            error.filename = path  # which writing does not say
         raise
 
 
