@@ -4,7 +4,6 @@ import gc
 import os
 from pathlib import Path
 
-import forked
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -183,5 +182,4 @@ def run(rank: int, ranks: int, folder: Path, cases: tuple) -> None:
 
 def spawn(ranks: int, folder: Path, *cases) -> None:
     """Run the cases in ``ranks`` processes."""
-    forked.clean_processes()
-    torch.multiprocessing.start_processes(run, (ranks, folder, cases), nprocs=ranks, start_method="forkserver")
+    torch.multiprocessing.start_processes(run, (ranks, folder, cases), nprocs=ranks, start_method="spawn")

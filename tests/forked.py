@@ -1,6 +1,5 @@
 """Forks for tests."""
 
-import multiprocessing
 import os
 import warnings
 from collections.abc import Callable
@@ -23,10 +22,3 @@ def start(function: Callable[[], int]) -> int:
 def in_child(function: Callable[[], int]) -> int:
     """The exit status of a forked child, once it has ended."""
     return os.waitstatus_to_exitcode(os.waitpid(start(function), 0)[1])
-
-
-def clean_processes():
-    """multiprocessing's context of processes that have imported what takes seconds, and done nothing else."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lowbit_lora.optim", "torch.distributed.fsdp"])
-    return context

@@ -1,8 +1,12 @@
-"""Training in a process of its own for tests/test_optim_processes.py: it saves, is killed, or is short of memory."""
+"""Training of its own process for tests/test_optim_processes.py: it saves, is killed, or is short of memory.
+
+python optim_training.py steps FOLDER STEPS      train to a number of steps, from the newest checkpoint on
+python optim_training.py capped MEGABYTES [FOLDER]   three steps of 32 MB of parameters, private memory capped
+"""
 
 import os
 import resource
-import traceback
+import sys
 from pathlib import Path
 
 import torch
@@ -11,20 +15,8 @@ from conftest_models import mlp
 from lowbit_lora import QLoRAConfig, QLoRAModel, get_paged_optimizer
 
 
-def run(pipe, function, *arguments) -> None:
-    """What the process does. It sends what the function announces, and at the end its result or its traceback."""
-    try:
-        pipe.send((function(pipe.send, *arguments), ""))
-    except BaseException:
-        pipe.send((None, traceback.format_exc()))
-        raise
-
-
-def train(announce, folder: Path, steps: int) -> None:
-    """Train to a number of steps, from the newest checkpoint on, each step being announced.
-
-    It saves after each second step; the newest checkpoint is what ``newest`` names. It writes the adapter at the end.
-    """
+def train(folder: Path, steps: int) -> None:
+    """Save after each second step; the newest checkpoint is what ``newest`` names. Write the adapter at the end."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     newest, done = folder / "newest", 0
@@ -49,11 +41,11 @@ def train(announce, folder: Path, steps: int) -> None:
             optimizer.save(made / "optimizer.pt")
             (folder / "newest.saving").write_text(made.name)
             os.replace(folder / "newest.saving", newest)
-        announce(step + 1)
+        print(step + 1, flush=True)
     torch.save(model.adapter_state_dict(), folder / "trained.pt")
 
 
-def train_capped(announce, megabytes: int, folder: Path | None = None) -> float:
+def train_capped(megabytes: int, folder: str | None) -> None:
     """Three steps with 64 MB of states, with so much private memory beyond what the process has before."""
     params = torch.nn.ParameterList(torch.ones(1 << 17) for _ in range(64))
     for parameter in params:
@@ -64,4 +56,11 @@ def train_capped(announce, megabytes: int, folder: Path | None = None) -> float:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     for _ in range(3):
         optimizer.step()
-    return float(torch.stack(list(params)).detach().mean())
+    print(float(torch.stack(list(params)).detach().mean()))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "steps":
+        train(Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        train_capped(int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None)

@@ -2,49 +2,35 @@
 
 import random
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
-import forked
-import optim_training
 import pytest
 import torch
 
+PROGRAM = Path(__file__).with_name("optim_training.py")
 STEPS = 30
 
 
-class Started:
-    """A process that runs a function of optim_training.py."""
+def start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, PROGRAM, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
-    def __init__(self, function, *arguments):
-        context = forked.clean_processes()
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=optim_training.run, args=(theirs, function, *arguments))
-        self.process.start()
-        theirs.close()
 
-    def message(self):
-        """What it sends next; None once it has ended."""
-        assert self.pipe.poll(300)
-        try:
-            return self.pipe.recv()
-        except EOFError:
-            return None
-
-    def end(self) -> tuple:
-        """(exit status, the function's result, a traceback), once it has ended."""
-        last, message = (None, ""), self.message()
-        while message is not None:
-            last, message = message, self.message()
-        self.process.join()
-        return self.process.exitcode, *(last if isinstance(last, tuple) else (None, ""))
+def run(*arguments):
+    process = start(*arguments)
+    out, errors = process.communicate(timeout=300)
+    return process.returncode, out, errors
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """What training that nobody kills ends with."""
     folder = tmp_path_factory.mktemp("whole")
-    code, _, errors = Started(optim_training.train, folder, STEPS).end()
+    code, _, errors = run("steps", folder, STEPS)
     assert code == 0, errors
     return torch.load(folder / "trained.pt")
 
@@ -53,18 +39,18 @@ def test_killed_and_resumed(trained, tmp_path):
     """A run that is killed would lose a checkpoint that it had announced, or resume to something else."""
     moments = random.Random(0)
     for _ in range(3):
-        started = Started(optim_training.train, tmp_path, STEPS)
+        process = start("steps", tmp_path, STEPS)
         for _ in range(2 + moments.randrange(3)):  # so many steps are announced first
-            if started.message() is None:
+            if not process.stdout.readline():
                 break
         time.sleep(moments.random() * 0.05)  # in a step, or while it saves
-        started.process.kill()
-        code, _, errors = started.end()
-        assert code in (-signal.SIGKILL, 0), errors
+        process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+        assert process.returncode in (-signal.SIGKILL, 0), errors
         newest = tmp_path / "newest"
         assert newest.exists()
         assert {path.name for path in tmp_path.iterdir() if path.is_file()} <= {"newest", "newest.saving", "trained.pt"}
-    code, _, errors = Started(optim_training.train, tmp_path, STEPS).end()
+    code, _, errors = run("steps", tmp_path, STEPS)
     assert code == 0, errors
     resumed = torch.load(tmp_path / "trained.pt")
     assert resumed.keys() == trained.keys()
@@ -74,10 +60,10 @@ def test_killed_and_resumed(trained, tmp_path):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="private memory is capped on Linux only")
 def test_states_larger_than_memory(tmp_path):
     """States of 64 MB with 40 MB of memory: paged to a file the run ends, in plain memory it cannot."""
-    code, mean, errors = Started(optim_training.train_capped, 40, tmp_path).end()
+    code, out, errors = run("capped", 40, tmp_path)
     assert code == 0, errors
-    assert mean == pytest.approx(1 - 3 * 0.1, abs=1e-4)
-    code, _, errors = Started(optim_training.train_capped, 40).end()
+    assert float(out) == pytest.approx(1 - 3 * 0.1, abs=1e-4)
+    code, out, errors = run("capped", 40)
     assert code != 0
     assert "MemoryError" in errors
     assert "page them to a folder" in errors
