@@ -6,9 +6,9 @@ test and of what is expected. The hash of all steps of a test is its proof. The 
 If it has the hash of a test, the last step is not executed and the test is skipped. Any change of the hash makes the
 test run again.
 
-Each run executes a random tenth of the proofs in the file. ``--prove`` executes all, and writes the file anew if every
-test passed. Tests of hypothesis draw other inputs each time and always run: their proofs are the steps that fixtures
-take, and a known one that is not due runs a tenth of its examples.
+Each run executes a random tenth of the proofs in the file. ``--prove`` executes all, and replaces what the file has of
+the test files that ran. Tests of hypothesis draw other inputs each time and always run: their proofs are the steps that
+fixtures take, and a known one that is not due runs a tenth of its examples.
 """
 
 import ast
@@ -159,7 +159,7 @@ def write(path: Path, proofs: dict[str, str]) -> None:
 
 def pytest_addoption(parser):
     group = parser.getgroup("proofs", "emulated proofs")
-    group.addoption("--prove", action="store_true", help="execute every proof, and write the file of proofs")
+    group.addoption("--prove", action="store_true", help="execute every proof, and record those that pass")
     group.addoption("--proof-seed", type=int, help="chooses the known proofs that are executed")
     parser.addini("proofs", "the file of proofs", default="proofs.txt")
     parser.addini("proofs_expect", "files that say what proofs expect", type="paths", default=[])
@@ -178,6 +178,7 @@ class _Session:
     def __init__(self, config):
         self.config, self.path = config, config.rootpath / config.getini("proofs")
         self.known, self.proved, self.new = read(self.path), {}, 0
+        self.ran: set[str] = set()  # test files
         self.common = [*emulator_sources(), *config.getini("proofs_expect")]
 
     def pytest_report_header(self):
@@ -207,6 +208,7 @@ class _Session:
             item.user_properties.append(("proof", _running.digest))
 
     def pytest_runtest_logreport(self, report):
+        self.ran.add(_file_of(report.nodeid))
         proof = dict(report.user_properties).get("proof")
         if report.when == "call" and report.passed and proof is not None:
             self.proved[report.nodeid] = proof
@@ -222,4 +224,14 @@ class _Session:
         is_worker = hasattr(self.config, "workerinput")
         # A test that failed is left out of the file; those that passed need not run again.
         if self.config.option.prove and not is_worker and exitstatus in (0, pytest.ExitCode.TESTS_FAILED):
-            write(self.path, self.proved)
+            others = {name: proof for name, proof in self.known.items() if self._is_elsewhere(name)}
+            write(self.path, others | self.proved)
+
+    def _is_elsewhere(self, name: str) -> bool:
+        """Whether a test is in a file that exists, and that this run left out."""
+        file = _file_of(name)
+        return file not in self.ran and (self.config.rootpath / file).exists()
+
+
+def _file_of(name: str) -> str:
+    return name.split("::", 1)[0]

@@ -124,6 +124,20 @@ def test_a_failing_proof_is_not_recorded(project):
     assert executed(project) == executed(project) == ["2"]
 
 
+def test_proofs_of_other_files_stay(project):
+    """Recording the proofs of one file would have every run execute all others again."""
+    other = project.path / "test_more.py"
+    other.write_text(TEST)
+    executed(project, "--prove")
+    both = proofs.read(project.path / "proofs.txt")
+    assert len(both) == 4
+    executed(project, "--prove", "test_kernels.py")
+    assert proofs.read(project.path / "proofs.txt") == both
+    other.unlink()
+    executed(project, "--prove", "test_kernels.py")
+    assert len(proofs.read(project.path / "proofs.txt")) == 2
+
+
 def test_a_tenth_is_executed_by_the_seed():
     """Every proof comes around, and the seed says which."""
 
