@@ -1,6 +1,7 @@
 """Data to calibrate on by the command line, and what is shown of a calibration."""
 
 import contextlib
+import enum
 import importlib.util
 import os
 import sys
@@ -11,7 +12,15 @@ import typer
 
 from . import rows
 
+
+class Method(str, enum.Enum):
+    sequential = "sequential"
+    static = "static"
+    scale = "scale"
+
+
 #: The options of the commands that calibrate.
+ByMethod = Annotated[Method, typer.Option(help="With --calibrate; the slower, the better.")]
 Calibrate = Annotated[
     str | None,
     typer.Option(metavar="DATA", help="What to calibrate on: a file or a hub name, as of lowbit train."),

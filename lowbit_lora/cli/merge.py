@@ -9,6 +9,7 @@ import typer
 from . import calibration
 from .models import (
     DTYPES,
+    Writer,
     adapter_settings,
     check_out,
     folder_bytes,
@@ -19,7 +20,6 @@ from .models import (
     with_adapter,
 )
 from .output import Json, report
-from .quantize import Method, Writer
 
 
 class Into(str, enum.Enum):
@@ -48,7 +48,7 @@ def merge(
     ] = Into.dense,
     dtype: Annotated[Dtype | None, typer.Option(help="Of dense weights; by default the base's.")] = None,
     calibrate: calibration.Calibrate = None,
-    method: Annotated[Method, typer.Option(help="With --calibrate; the slower, the better.")] = Method.sequential,
+    method: calibration.ByMethod = calibration.Method.sequential,
     text_column: calibration.TextColumn = "text",
     label_column: calibration.LabelColumn = "label",
     max_length: calibration.Length = 512,

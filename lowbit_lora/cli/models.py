@@ -1,5 +1,6 @@
 """Loading models by the command line: which class, which adapter, and the files beside the weights."""
 
+import enum
 import glob
 import os
 import shutil
@@ -16,6 +17,14 @@ from lowbit.modules import has_quantized_weights
 
 from .. import LoraModel, QLoRAModel
 from ..files import WEIGHTS_FILE
+
+
+class Writer(str, enum.Enum):
+    """Whose folder of 4-bit weights is written."""
+
+    lowbit = "lowbit"
+    bitsandbytes = "bitsandbytes"
+
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: What stands beside the weights, and makes a folder whole: the tokenizer's files.

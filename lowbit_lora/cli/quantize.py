@@ -9,7 +9,7 @@ import typer
 from lowbit import WeightSpec
 
 from . import calibration
-from .models import check_out, folder_bytes, is_quantized, load, read_config, save
+from .models import Writer, check_out, folder_bytes, is_quantized, load, read_config, save
 from .output import Json, report
 
 
@@ -22,17 +22,6 @@ class Format(str, enum.Enum):
 class Scale(str, enum.Enum):
     absmax = "absmax"
     search = "search"
-
-
-class Method(str, enum.Enum):
-    sequential = "sequential"
-    static = "static"
-    scale = "scale"
-
-
-class Writer(str, enum.Enum):
-    lowbit = "lowbit"
-    bitsandbytes = "bitsandbytes"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -54,7 +43,7 @@ def quantize(
     skip: Annotated[list[str] | None, typer.Option(help="A module that stays dense; can be given often.")] = None,
     written_as: Annotated[Writer, typer.Option("--as", help="Whose folder to write.")] = Writer.lowbit,
     calibrate: calibration.Calibrate = None,
-    method: Annotated[Method, typer.Option(help="With --calibrate; the slower, the better.")] = Method.sequential,
+    method: calibration.ByMethod = calibration.Method.sequential,
     text_column: calibration.TextColumn = "text",
     label_column: calibration.LabelColumn = "label",
     max_length: calibration.Length = 512,
