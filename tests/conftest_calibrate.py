@@ -1,7 +1,12 @@
 """Tiny random models of transformers' families, and batches for them: what the tests of calibration run on."""
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from lowbit_lora.calibrate.state import State
 
 #: More than the sizes that all have in common.
 _FAMILIES = {
@@ -49,6 +54,21 @@ def batches_of(family: str, count: int = 3, rows: int = 4, length: int = 12) -> 
     if family == "ViT":
         return [{"pixel_values": torch.randn(rows, 3, 32, 32, generator=generator)} for _ in range(count)]
     return [{"input_ids": torch.randint(3, 50, (rows, length), generator=generator)} for _ in range(count)]
+
+
+@contextlib.contextmanager
+def killed_after(blocks: int) -> Iterator[None]:
+    """Context in which a calibration is killed once the results of so many blocks are kept."""
+    save = State.save
+
+    def killed(self, chain, number, *args, **kwargs):
+        if number == blocks:
+            raise KeyboardInterrupt
+        save(self, chain, number, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(State, "save", killed)
+        yield
 
 
 def outputs(model, batches: list[dict]) -> torch.Tensor:

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest_calibrate import batches_of, error, model_of, outputs
+from conftest_calibrate import batches_of, error, killed_after, model_of, outputs
 from conftest_models import assert_untouched, mlp, snapshot
 from torch import nn
 
@@ -144,15 +144,7 @@ def test_a_killed_run_goes_on_where_it_was(method, tmp_path, monkeypatch):
     model, batches = model_of("Llama", num_hidden_layers=3), batches_of("Llama")
     whole, before = copy.deepcopy(model), snapshot(model)
     expected = run(whole, batches, method)
-    save = State.save
-
-    def killed(self, chain, number, *args, **kwargs):
-        if number == 2:
-            raise KeyboardInterrupt
-        save(self, chain, number, *args, **kwargs)
-
-    monkeypatch.setattr(State, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after(2):
         run(model, batches, method, resume=tmp_path)
     assert_untouched(model, before)
     saved = []

@@ -6,13 +6,12 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest_calibrate import batches_of, model_of, outputs
+from conftest_calibrate import batches_of, killed_after, model_of, outputs
 from conftest_models import assert_untouched, mlp, snapshot, train
 
 import lowbit
 from lowbit import QuantizedTensor
 from lowbit_lora import LoraConfig, LoraModel, QLoRAConfig, QLoRAModel, calibrate
-from lowbit_lora.calibrate.state import State
 from lowbit_lora.layers import LoRABaseLayer
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -189,23 +188,15 @@ def test_ranks_patterns_and_layers_without_adapters():
     assert len(whole.factors()[0]) == 200 and whole.factors()[1][:, 64:].eq(0).all()
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
     """The factors of finished blocks are kept beside their weights; another rank is another run."""
     batches = batches_of("Llama")
     whole = calibrated(model_of("Llama"), batches)
-    save, model = State.save, model_of("Llama")
+    model = model_of("Llama")
     before = snapshot(model)
-
-    def killed(self, chain, number, *args, **kwargs):
-        if number == 1:
-            raise KeyboardInterrupt
-        save(self, chain, number, *args, **kwargs)
-
-    monkeypatch.setattr(State, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after(1):
         calibrated(model, batches, resume=tmp_path)
     assert_untouched(model, before)
-    monkeypatch.undo()
     with pytest.raises(ValueError, match="resume: .*ranks"):
         calibrated(model, batches, config=QLoRAConfig(rank=2), resume=tmp_path)
     resumed = calibrated(model, batches, resume=tmp_path)

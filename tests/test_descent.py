@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from cases import FORMATS, KERNELS, assert_within, descent_case, gram, kernels, make_weight
+from conftest_bitsandbytes import assert_bitsandbytes_decodes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -178,15 +179,7 @@ def test_experts_have_a_hessian_each():
 
 def test_bitsandbytes_decodes_the_same():
     """A calibrated checkpoint has to load elsewhere."""
-    bnb = pytest.importorskip("bitsandbytes")
-    q = lowbit.quantize(make_weight((32, 128)), codes="descent", hessian=gram(128))
-    written = lowbit.files.to_state(q)
-    state = bnb.functional.QuantState.from_dict(
-        {key.removeprefix("weight."): value for key, value in written.items() if key != "weight"},
-        device=torch.device("cpu"),
-    )
-    theirs = bnb.functional.dequantize_4bit(written["weight"], state)
-    assert torch.equal(theirs.float(), q.dequantize(torch.float32))
+    assert_bitsandbytes_decodes(lowbit.quantize(make_weight((32, 128)), codes="descent", hessian=gram(128)))
 
 
 def test_blocks_do_not_depend_on_the_number_of_threads():

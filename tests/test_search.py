@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import BLOCK_SIZES, DTYPES, FORMATS, KERNELS, block_sizes, dtypes, formats, kernels, magnitudes, make_weight
+from conftest_bitsandbytes import assert_bitsandbytes_decodes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -90,16 +91,7 @@ def test_signed_scales_are_used():
 
 def test_bitsandbytes_decodes_the_same():
     """Files have to stay readable elsewhere, negative scales and all."""
-    bnb = pytest.importorskip("bitsandbytes")
-    weight = make_weight((64, 192))
-    q = lowbit.quantize(weight, scale="search")
-    written = lowbit.files.to_state(q)
-    state = bnb.functional.QuantState.from_dict(
-        {key.removeprefix("weight."): value for key, value in written.items() if key != "weight"},
-        device=torch.device("cpu"),
-    )
-    theirs = bnb.functional.dequantize_4bit(written["weight"], state)
-    assert torch.equal(theirs.float(), q.dequantize(torch.float32))
+    assert_bitsandbytes_decodes(lowbit.quantize(make_weight((64, 192)), scale="search"))
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
