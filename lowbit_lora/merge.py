@@ -14,7 +14,6 @@ from tqdm import tqdm
 from lowbit import QuantizedTensor
 from lowbit.adapted import Adapted, adapted_modules
 from lowbit.modules import decoded_weights, replace_modules, replace_weights
-from lowbit.names import few
 from lowbit.quantizers.requantize import Quantizer, Survival, check_survivals
 
 from .adapters import computing_with
@@ -173,8 +172,6 @@ def quantized(
             chosen, done = calibrate_merged(model, batches, data.method, progress=data.progress, **data.options)
             report.calibration = done
             report.notes += done.notes
-            if done.unplaced:
-                report.notes.append(f"outside of blocks, so that they were searched: {few(done.unplaced)}")
         merge = Merge(model, names, safe, dtype, lambda layer: _quantizer(layer, chosen, quantizer))
         if batches is None:
             check_survivals(merge.survivals, minimum_cosine)

@@ -87,11 +87,7 @@ class MergeReport:
         return "; ".join([*parts, *self.notes])
 
     def table(self):
-        """A ``rich`` table with one row per layer, for ``rich.print``.
-
-        Raises:
-            ImportError: rich is not installed.
-        """
+        """A ``rich`` table with one row per layer, for ``rich.print``."""
         from rich.table import Table
 
         measured = {row.name: row for row in (self.calibration.layers if self.calibration else [])}
@@ -108,13 +104,10 @@ class MergeReport:
 
 
 def show(report: MergeReport) -> None:
-    """Print what a merge keeps: a table where ``rich`` is installed, else a line."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        print(f"lowbit: {report.summary()}")
-        return
+    """Print what a merge keeps."""
+    from rich.console import Console
+    from rich.table import Table
+
     console = Console()
     if report.losses is not None:
         table = Table("model", "held-out loss", "of the gain", title="Merged into quantized weights")

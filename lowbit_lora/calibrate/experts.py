@@ -22,8 +22,7 @@ class Experts:
     """The tokens of a stage of experts, all batches together.
 
     Args:
-        module: transformers' module with ``gate_up_proj`` (or ``up_proj``) and ``down_proj``, [experts, out, in], or
-            [experts, in, out] where ``is_transposed``.
+        module: transformers' module with ``gate_up_proj`` (or ``up_proj``) and ``down_proj``, [experts, out, in].
         x: [tokens, hidden].
         routes: int [tokens, any]: the experts of each token.
     """

@@ -48,13 +48,14 @@ def calibrate_merged(
     if unknown:
         raise TypeError(f"options: expected those of lowbit_lora.calibrate, got {', '.join(sorted(unknown))}")
     checked = inputs.checked(model, batches)
-    report = CalibrationReport(method, len(checked), inputs.token_count(checked), inputs.digest(checked))
+    report = CalibrationReport.of(method, checked)
     by_weight = {layer.stored_weight: layer for layer in layers.values()}
 
     def merged(weight: nn.Parameter) -> torch.Tensor:
         return by_weight[weight].merged_values(by_weight[weight].active)
 
     found = choose(model, names, checked, settings, report, merged, progress=progress, **rest)
+    report.note_unplaced()
     return {old: found.weights[name].to(old.dtype) for old, name in names.items()}, report
 
 

@@ -26,7 +26,6 @@ from lowbit.modules import (
     replace_weights,
     skipped_modules,
 )
-from lowbit.names import few
 from lowbit.quantizers.quantize import quantize_to
 
 from . import blocks, inputs, room
@@ -115,12 +114,11 @@ def choose_of_dense(
     """
     _check_weights(model, names)
     checked = inputs.checked(model, batches)
-    report = CalibrationReport(settings.method, len(checked), inputs.token_count(checked), inputs.digest(checked))
+    report = CalibrationReport.of(settings.method, checked)
     found = choose(model, names, checked, settings, report, nn.Parameter.detach, **options)
     for note in report.notes:
         warnings.warn(note, stacklevel=3)
-    if report.unplaced:
-        report.notes.append(f"outside of blocks, so that they were searched: {few(report.unplaced)}")
+    report.note_unplaced()
     return found, report
 
 

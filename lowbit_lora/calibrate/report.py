@@ -5,6 +5,10 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lowbit.names import few
+
+from . import inputs
+
 
 @dataclass
 class LayerReport:
@@ -47,6 +51,16 @@ class CalibrationReport:
     unplaced: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, method: str, data: list[inputs.Batch]) -> "CalibrationReport":
+        """That of a calibration by these batches, which has not begun."""
+        return cls(method, len(data), inputs.token_count(data), inputs.digest(data))
+
+    def note_unplaced(self) -> None:
+        """Add to the notes which weights are outside of blocks."""
+        if self.unplaced:
+            self.notes.append(f"outside of blocks, so that they were searched: {few(self.unplaced)}")
+
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         return asdict(self)
@@ -65,11 +79,7 @@ class CalibrationReport:
         return text + (f"; {len(self.unplaced)} weights outside of blocks were searched" if self.unplaced else "")
 
     def table(self):
-        """A ``rich`` table with one row per layer, for ``rich.print``.
-
-        Raises:
-            ImportError: rich is not installed.
-        """
+        """A ``rich`` table with one row per layer, for ``rich.print``."""
         from rich.table import Table
 
         table = Table(title=self.summary())

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lowbit.files.fingerprint import differences, fingerprint
+from lowbit.files.replaced import replaced
 
 from .report import LayerReport
 
@@ -90,8 +91,8 @@ class State:
             if differing:
                 raise ValueError(f"resume: expected the folder of this run, or a new one, but {'; '.join(differing)}")
             return
-        text = json.dumps({"about": about, "model": fingerprint(model, weights)}, indent=2)
-        _write(path, lambda target: _write_text(target, text))
+        with replaced(path) as file:
+            file.write(json.dumps({"about": about, "model": fingerprint(model, weights)}, indent=2).encode())
 
     def finished(self, chain: str) -> int:
         """How many blocks of the chain are done, so that the next can begin."""
@@ -125,25 +126,13 @@ class State:
         if self.folder is None:
             return
         about["rows"] = [asdict(row) for row in about["rows"]]
-        _write(self._path(chain, number, "block"), lambda target: torch.save(about, target))
-        held = [list(stream) for stream in streams]
-        _write(self._path(chain, number + 1, "hidden"), lambda target: torch.save(held, target))
+        with replaced(self._path(chain, number, "block")) as file:
+            torch.save(about, file)
+        with replaced(self._path(chain, number + 1, "hidden")) as file:
+            torch.save([list(stream) for stream in streams], file)
         before = self._path(chain, number, "hidden")
         if os.path.exists(before):
             os.unlink(before)
 
     def _path(self, chain: str, number: int, kind: str) -> str:
         return os.path.join(self.folder, f"{chain}.{number:04d}.{kind}")
-
-
-def _write(path: str, write) -> None:
-    beside = f"{path}.writing"
-    write(beside)
-    with open(beside, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
-def _write_text(path: str, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text + "\n")

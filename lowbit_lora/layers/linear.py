@@ -9,7 +9,7 @@ from torch import nn
 
 from lowbit.adapted import adapted_linear, plus_products, plus_products_by_row
 from lowbit.functional import check_sizes
-from lowbit.modules import FrozenLinear
+from lowbit.modules import FrozenLinear, is_conv1d
 from lowbit.quantizers.requantize import Quantizer, inputs_quantizer, search_quantizer
 
 from .base import Adapter, LoRABaseLayer, stored
@@ -30,7 +30,7 @@ class LoRALinear(LoRABaseLayer):
             return False
         if isinstance(module, nn.Linear):
             return type(module).forward in (nn.Linear.forward, FrozenLinear.forward)
-        return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+        return is_conv1d(module)
 
     def _setup(self) -> None:
         #: 1 where the weight is [in, out], as Conv1D's.

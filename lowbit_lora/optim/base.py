@@ -1,10 +1,8 @@
 """The optimizer that all others here are settings of: torch's interface over one fused step of all parameters."""
 
-import contextlib
 import math
 import os
 import pickle
-import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 
 from lowbit.checks import check_choice, check_switch
+from lowbit.files.replaced import replaced
 from lowbit.optim import Constants, constants, optimizer_step
 
 from .arena import Arena
@@ -309,16 +308,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             OSError: the file cannot be written.
         """
-        beside = f"{os.fspath(path)}.{uuid.uuid4().hex}.saving"
-        try:
-            with open(beside, "xb") as file:
-                torch.save(self.state_dict(), file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(beside)
+        with replaced(path) as file:
+            torch.save(self.state_dict(), file)
 
     def load(self, path: str | os.PathLike) -> None:
         """Take over what :meth:`save` wrote; the states are read piece by piece.
