@@ -52,14 +52,15 @@ def told_by_interpreter() -> str:
 
 @functools.cache
 def told_by_packages() -> str:
-    """A hash of every Python source of lowbit and lowbit_lora, and of transformers, whose models have layers."""
+    """A hash of the Python sources of lowbit and lowbit_lora below the command line, and of transformers' version."""
     from ptxemu import proofs
 
     import lowbit
     import lowbit_lora
 
     folders = [Path(package.__file__).parent for package in (lowbit, lowbit_lora)]
-    sources = [path.read_bytes() for folder in folders for path in sorted(folder.rglob("*.py"))]
+    paths = [path for folder in folders for path in sorted(folder.rglob("*.py")) if path.parent.name != "cli"]
+    sources = [path.read_bytes() for path in paths]
     return proofs.digest([importlib.metadata.version("transformers"), *sources])
 
 

@@ -135,4 +135,4 @@ def _kept(found: Any, out: str, plot: str | None, as_json: bool) -> dict[str, An
             rich.print(found.table())
         drawn = calibration.show(found.calibration, out, plot, True)
         values |= {"plot": drawn} if drawn else {}
-    return values | ({"notes": [*found.notes, *values.get("notes", [])]} if found.notes else {})
+    return values | ({"notes": found.notes} if found.notes else {})  # those of the calibration too
