@@ -1,6 +1,6 @@
 // few_rows: y = x W^T for up to kFewRows rows of x, by chunks of 64 weights of 4 bits, which are looked up and never
-// stored; the sums stay in registers. The chunks are an instruction set's: Fp32Chunk, Bf16Chunk for products of pairs,
-// and Int8Chunk for the approximate product. Each has
+// stored; the sums stay in registers. The chunks are an instruction set's: Fp32Chunk, Bf16Chunk and ScaledBf16Chunk
+// for products of pairs, and Int8Chunk for the approximate product. Each has
 //
 //   kVectors, kFloats   vectors of weights in a chunk; what arrange writes of a row of x, in floats
 //   kScales             1, or 2 where the halves of a chunk are blocks of 32
@@ -109,12 +109,12 @@ void few_rows_tile(const Chunk& chunk, const uint8_t* const (&codes)[R], const f
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const uint8_t* packed = codes[r] + c * kFewRowsChunkBytes;
-      __builtin_prefetch(packed + ahead);
+      __builtin_prefetch(packed + ahead, 0, Isa::kFetchLocality);
       weights[r] = chunk.weights(packed, scales[r] + c * Chunk::kScales);
     }
 #pragma GCC unroll 4
     for (int v = 0; v < Chunk::kVectors; ++v) {
-      Vec w[R];
+      decltype(weights[0].vector(v)) w[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) w[r] = weights[r].vector(v);
 #pragma GCC unroll 8
@@ -218,9 +218,10 @@ void few_rows_with(const LinearArgs& args, const ParallelFor& parallel_for) {
 template <class Isa>
 void few_rows(const LinearArgs& args, const ParallelFor& parallel_for) {
   for_dtype(args.dtype, [&]<class T>(T) {
-    // Up to four rows the weights are exact: their tolerance has no room for a rounding to bf16.
     if constexpr (std::is_same_v<T, Bf16> && requires { typename Isa::template Bf16Chunk<false>; }) {
       if (args.m > kGemvMaxRows) return few_rows_with<Isa, T, Isa::template Bf16Chunk>(args, parallel_for);
+      if constexpr (Isa::kRoundsCodebook)
+        return few_rows_with<Isa, T, Isa::template ScaledBf16Chunk>(args, parallel_for);
     }
     few_rows_with<Isa, T, Isa::template Fp32Chunk>(args, parallel_for);
   });

@@ -40,7 +40,7 @@ extern const Kernels kScalarKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;        // needs AVX2, FMA and F16C
 extern const Kernels kAvx512Kernels;      // needs AVX-512 F, BW, DQ and VL besides
-extern const Kernels kAvx512Bf16Kernels;  // needs AVX512-BF16 and VNNI besides
+extern const Kernels kAvx512Bf16Kernels;  // needs AVX512-BF16, VNNI and VBMI besides
 #if __has_include(<amxbf16intrin.h>)      // this compiler knows AMX
 #define LOWBIT_AMX
 extern const Kernels kAmxKernels;  // needs AMX-TILE and AMX-BF16 besides, and the system's permission

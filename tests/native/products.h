@@ -16,9 +16,9 @@ bool near(float actual, double exact, double magnitude, int64_t terms, Dtype dty
   return std::fabs(actual - exact) <= sum + roundoff(dtype) * (std::fabs(exact) + sum) + tiny_roundoff(dtype);
 }
 
-// Relative error of the codebook in bf16, which AVX2 uses for up to four rows of bf16.
+// Relative error of the codebook in bf16, which AVX2 and AVX512-BF16 use for up to four rows of bf16.
 double codebook_error(const std::string& isa, const Format* format, Dtype dtype, int64_t m, int64_t k) {
-  if (isa != "avx2" || format->bits != 4 || dtype != Dtype::bf16 || m > 4 || k % 64) return 0;
+  if ((isa != "avx2" && isa != "avx512bf16") || format->bits != 4 || dtype != Dtype::bf16 || m > 4 || k % 64) return 0;
   double worst = 0;
   for (const float value : format->codebook) {
     Bf16 rounded;

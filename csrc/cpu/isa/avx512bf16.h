@@ -1,4 +1,4 @@
-// What AVX512-BF16 and VNNI do better than the rest of AVX-512: products of bf16 and of int8.
+// What AVX512-BF16, VNNI and VBMI do better than the rest of AVX-512: products of bf16 and of int8, look-ups of bytes.
 #pragma once
 
 #include "avx512.h"
@@ -7,11 +7,11 @@
 #if defined(LOWBIT_PORTABLE_INTRINSICS)
 #elif defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(                                                                          \
-    __attribute__((target("avx512bf16,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+#pragma clang attribute push(                                                                                     \
+    __attribute__((target("avx512bf16,avx512vnni,avx512vbmi,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
     apply_to = function)
 #else
-#pragma GCC target("avx512bf16,avx512vnni")
+#pragma GCC target("avx512bf16,avx512vnni,avx512vbmi")
 #endif
 
 #include "../activations.h"
@@ -23,12 +23,47 @@ struct VectorPairs;
 
 struct Avx512Bf16 : Avx512 {
   static constexpr const char* name = "avx512bf16";
+  // Zen 4 has more misses of the L2 cache under way than of the L1: one row takes a quarter less.
+  static constexpr int kFetchLocality = 2;
+  static constexpr bool kRoundsCodebook = true;  // of 4-bit weights to bf16, for up to four rows of bf16
 
   // A type of its own, since the linker keeps one copy of what two files instantiate for one type.
   struct Decoder : Avx512::Decoder {
     using Avx512::Decoder::Decoder;
   };
   using Pairs = VectorPairs<Avx512Bf16>;
+
+  // 64 codes at a time: the bytes of their entries are looked up in four tables, and joined. (A gather of 16 entries
+  // takes as long on Zen 4.)
+  static void decode_scales(const uint8_t* codes, int64_t count, float group_scale, float offset, float* scales) {
+    int64_t i = 0;
+    for (; i + 64 <= count; i += 64) {
+      // Four codes to a word: word 4 j + l goes to 4 l + j, since the joined bytes of a lane of 128 bits are in it.
+      const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      const __m512i index = _mm512_permutexvar_epi32(order, load_words(codes + i));
+      const __mmask64 in_upper_half = _mm512_movepi8_mask(index);
+      __m512i bytes[4];
+#pragma GCC unroll 4
+      for (int byte = 0; byte < 4; ++byte) {
+        const uint8_t* table = kScaleMapBytes[byte].data();
+        bytes[byte] = _mm512_mask_blend_epi8(
+            in_upper_half, _mm512_permutex2var_epi8(load_words(table), index, load_words(table + 64)),
+            _mm512_permutex2var_epi8(load_words(table + 128), index, load_words(table + 192)));
+      }
+      const __m512i low[2] = {_mm512_unpacklo_epi8(bytes[0], bytes[1]), _mm512_unpackhi_epi8(bytes[0], bytes[1])};
+      const __m512i high[2] = {_mm512_unpacklo_epi8(bytes[2], bytes[3]), _mm512_unpackhi_epi8(bytes[2], bytes[3])};
+      const auto finish = [&](int vector, __m512i entries) {
+        // Two roundings, as the format says: no FMA.
+        const Vec scaled = mul(_mm512_castsi512_ps(entries), broadcast(group_scale));
+        store(scales + i + kLanes * vector, add(scaled, broadcast(offset)));
+      };
+      finish(0, _mm512_unpacklo_epi16(low[0], high[0]));
+      finish(1, _mm512_unpackhi_epi16(low[0], high[0]));
+      finish(2, _mm512_unpacklo_epi16(low[1], high[1]));
+      finish(3, _mm512_unpackhi_epi16(low[1], high[1]));
+    }
+    Avx512::decode_scales(codes + i, count - i, group_scale, offset, scales + i);
+  }
 
   // sums + both products of each lane's pairs. Subnormal factors and sums (below 1.2e-38) count as zero.
   static Vec bf16_fma(Vec a, Vec b, Vec sums) {
@@ -152,17 +187,41 @@ struct Avx512Bf16 : Avx512 {
       return {bytes, _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(low)))};
     }
     static Vec x(const float* arranged, int v) { return load(arranged + v * kLanes); }
-    static void arrange(const Bf16* from, float* to) {
-      alignas(64) static constexpr auto even_words = [] {
-        std::array<uint16_t, 32> words{};
-        for (uint16_t i = 0; i < 32; ++i) words[i] = static_cast<uint16_t>(2 * i);
-        return words;
-      }();
-      const __m512i even = _mm512_load_si512(even_words.data()), odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
-      const __m512i low = _mm512_loadu_si512(from), high = _mm512_loadu_si512(from + 32);
-      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(low, even, high));
-      _mm512_storeu_si512(to + kLanes, _mm512_permutex2var_epi16(low, odd, high));
+    static void arrange(const Bf16* from, float* to) { split_pairs(from, to); }
+  };
+
+  // few_rows.h: 64 weights as two vectors of values of the codebook, which is rounded to bf16. The scale multiplies the
+  // sums of a chunk: for up to four rows that takes less than the table of each block.
+  template <bool kHalves>
+  struct ScaledBf16Chunk {
+    static constexpr int kVectors = 1, kFloats = 32, kScales = kHalves ? 2 : 1;
+    explicit ScaledBf16Chunk(const Format& format) {
+      const __m256bh once = _mm512_cvtneps_pbh(load(format.codebook));
+      table = _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(once));
     }
+    __m512i table;
+
+    struct Pairs {
+      Vec even, odd;
+    };
+    struct Weights {
+      Pairs values;
+      Vec scale;
+      Pairs vector(int) const { return values; }
+      Vec fma(const Pairs& w, const Pairs& x, Vec sums) const {
+        return Avx512::fma(bf16_fma(w.odd, x.odd, bf16_fma(w.even, x.even, zero())), scale, sums);
+      }
+    };
+    Weights weights(const uint8_t* packed, const float* scales) const {
+      const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+      const __m512i even = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
+      const __m512i odd = _mm512_permutexvar_epi16(bytes, table);
+      Vec scale = broadcast(scales[0]);
+      if (kHalves) scale = join(scale, broadcast(scales[1]));
+      return {{_mm512_castsi512_ps(even), _mm512_castsi512_ps(odd)}, scale};
+    }
+    static Pairs x(const float* arranged, int) { return {load(arranged), load(arranged + kLanes)}; }
+    static void arrange(const Bf16* from, float* to) { split_pairs(from, to); }
   };
 
   // few_rows.h: 64 weights as one vector of bytes, the even elements before the odd ones, and their products with x in
@@ -217,6 +276,15 @@ struct Avx512Bf16 : Avx512 {
   };
 
  private:
+  // Byte b of the entries of the scale map, for each code.
+  static constexpr auto kScaleMapBytes = [] {
+    std::array<std::array<uint8_t, 256>, 4> bytes{};
+    for (int byte = 0; byte < 4; ++byte)
+      for (int code = 0; code < 256; ++code)
+        bytes[byte][code] = static_cast<uint8_t>(std::bit_cast<uint32_t>(kScaleMap.entries[code]) >> (8 * byte));
+    return bytes;
+  }();
+
   static __m512i load_words(const void* from) { return _mm512_loadu_si512(from); }
   static void store_words(float* to, __m512i words) { _mm512_storeu_si512(to, words); }
 

@@ -62,7 +62,8 @@ const std::vector<const Kernels*>& available_kernels() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
       if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
+        if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+            __builtin_cpu_supports("avx512vbmi")) {
 #if defined(LOWBIT_AMX)
           if (may_use_amx()) found.push_back(&kAmxKernels);
 #endif

@@ -51,6 +51,7 @@
 #define LOWBIT_PORTABLE_INTRINSICS
 
 using __mmask16 = uint16_t;
+using __mmask64 = uint64_t;
 
 namespace portable {
 
