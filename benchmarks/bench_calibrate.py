@@ -1,11 +1,12 @@
 """How much of a language model survives NF4, by how codes and scales are chosen: perplexity and KL to the dense model.
 
-python benchmarks/bench_calibrate.py FOLDER --wikipedia gensim-4.4.0-*.whl --json calibrate.json
-python benchmarks/bench_calibrate.py FOLDER --wikipedia gensim-4.4.0-*.whl --contenders static sequential --windows 48
+python benchmarks/bench_calibrate.py --wikipedia gensim-4.4.0-*.whl --json calibrate.json
+python benchmarks/bench_calibrate.py --wikipedia gensim-4.4.0-*.whl --contenders static sequential --windows 48
 
-FOLDER holds the dense model. Each contender quantizes it in fp32 to the same bytes and is judged on 12 windows of 512
-tokens of Wikipedia, and on 12 of dialogues. It is calibrated on other windows of Wikipedia alone. Every weight is
-checked to be what bitsandbytes decodes from its bytes, where bitsandbytes is installed.
+Each contender stores the same model, in fp32, in the same bytes, and is judged on 12 windows of 512 tokens of
+Wikipedia, and on 12 of dialogues. It is calibrated on other windows of Wikipedia alone. "With adapters": beside it are
+untrained adapters that begin with what quantization takes away. Every weight is checked to be what bitsandbytes decodes
+from its bytes, where bitsandbytes is installed.
 """
 
 import argparse
@@ -17,7 +18,12 @@ import time
 import torch
 import torch.nn.functional as F
 
-CONTENDERS = ("absmax", "search", "scale", "static", "sequential")
+WITH_ADAPTERS = " with adapters"
+CONTENDERS = (
+    *("absmax", "search", "scale", "static", "sequential"),
+    *(f"{method}{WITH_ADAPTERS}" for method in ("static", "sequential")),
+)
+TEXTS = ("wikipedia", "dialogues")
 LENGTH, JUDGED, STRIDE = 512, 12, 20000
 #: Where calibration windows begin in each stretch of STRIDE tokens; the windows that judge begin at 0.
 OFFSETS = (8000, 14000, 4000, 11000, 17000)
@@ -75,14 +81,15 @@ def quantize(model, how: str, calibration: torch.Tensor, options: argparse.Names
         }
         settings["progress"] = not options.quiet
         batches = [{"input_ids": window[None]} for window in calibration]
-        if options.rank:
-            config = lowbit_lora.QLoRAConfig(rank=options.rank)
-            report = lowbit_lora.QLoRAModel.calibrated(model, config, batches, how, **settings).calibration
+        method = how.removesuffix(WITH_ADAPTERS)
+        if method == how:
+            report = lowbit_lora.calibrate(model, batches, method, **settings)
         else:
-            report = lowbit_lora.calibrate(model, batches, how, **settings)
+            config = lowbit_lora.QLoRAConfig(rank=options.rank)
+            report = lowbit_lora.QLoRAModel.calibrated(model, config, batches, method, **settings).calibration
     row = {"cpu_seconds": time.process_time() - cpu, "seconds": time.perf_counter() - wall}
     if report is not None and options.plot:
-        report.plot(f"{options.plot}-{how}.png")
+        report.plot(f"{options.plot}-{how.replace(' ', '-')}.png")
     return row
 
 
@@ -120,7 +127,7 @@ def check_against_bitsandbytes(model) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of the dense model and its tokenizer")
+    parser.add_argument("--model", default="bundled-smollm2", help="folder of the dense model and its tokenizer")
     parser.add_argument("--wikipedia", required=True, help="gensim's wheel")
     parser.add_argument("--dialogues", help="dataset.json of chitchat-dataset, where it is not installed")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
@@ -129,8 +136,9 @@ def main() -> None:
     for name, value in (("damping", 0.1), ("shift", 0.5), ("ridge", 1.0)):
         parser.add_argument(f"--{name}", type=float, default=value)
     parser.add_argument("--sweeps", type=int, default=3)
-    parser.add_argument("--rank", type=int, default=0, help="of adapters that begin with what quantization takes away")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     parser.add_argument("--json", help="file to write")
+    parser.add_argument("--markdown", help="file to write")
     parser.add_argument("--plot", help="beginning of the names of plots, one for each calibrated contender")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args()
@@ -139,6 +147,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(options.threads)
+    options.model = calibration_text.model_folder(options.model)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     wikipedia, dialogues = (
         torch.tensor(tokenizer(text, verbose=False)["input_ids"])
@@ -166,15 +175,31 @@ def main() -> None:
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump({"windows": options.windows, "rows": rows}, file, indent=2)
+    if options.markdown:
+        with open(options.markdown, "w", encoding="utf-8") as file:
+            file.write(markdown(rows) + "\n")
+
+
+def markdown(rows: list[dict]) -> str:
+    """The rows as a table."""
+    from lowbit_lora.cli.output import table
+
+    cells = [
+        [
+            row["name"],
+            *(f"{row[text][key]:.{digits}f}" for text in TEXTS for key, digits in (("ppl", 2), ("kl", 4))),
+            *(f"{row[key]:.0f}" if key in row else "" for key in ("seconds", "cpu_seconds")),
+        ]
+        for row in rows
+    ]
+    return table(["", *(f"{text}: {what}" for text in TEXTS for what in ("perplexity", "KL")), "s", "CPU s"], cells)
 
 
 def show(row: dict) -> None:
     """Print a row, with the columns' names in it."""
-    texts = "   ".join(
-        f"{name} ppl {row[name]['ppl']:.3f} KL {row[name]['kl']:.4f}" for name in ("wikipedia", "dialogues")
-    )
+    texts = "   ".join(f"{name} ppl {row[name]['ppl']:.3f} KL {row[name]['kl']:.4f}" for name in TEXTS)
     cost = f"   {row['cpu_seconds']:.0f} CPU s, {row['seconds']:.0f} s" if "cpu_seconds" in row else ""
-    print(f"{row['name']:12} {texts}{cost}", flush=True)
+    print(f"{row['name']:24} {texts}{cost}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Fine-tuning from adapters that begin with what quantization takes away, against those that begin with nothing.
 
-python benchmarks/bench_calibrated_start.py FOLDER --json start.json
-python benchmarks/bench_calibrated_start.py FOLDER --starts plain calibrated --seeds 0 --steps 40 --method static
+python benchmarks/bench_calibrated_start.py --json start.json
+python benchmarks/bench_calibrated_start.py --starts plain calibrated --seeds 0 --steps 40 --method static
 
-FOLDER holds the dense model. Each start is fine-tuned on the bundled dialogues with each seed, which chooses the
-batches and what is random in the adapters, and judged on held-out windows of 128 tokens as it goes. The table says
-after how many steps a start has the loss that the plain one ends with. Calibration sees windows that are trained on.
+Each start is fine-tuned on the bundled dialogues with each seed, which chooses the batches and what is random in the
+adapters, and judged on held-out windows of 128 tokens as it goes. The table says after how many steps a start has the
+loss that the plain one ends with. Calibration sees windows that are trained on.
 """
 
 import argparse
@@ -91,22 +91,33 @@ def steps_to(curve: list[tuple[int, float]], loss: float) -> int | None:
     return next((step for step, value in curve if value <= loss), None)
 
 
-def summary(row: dict, plain: dict | None, seeds: list[int]) -> str:
-    """A line of the table."""
+def measured(row: dict, plain: dict, seeds: list[int]) -> dict:
+    """Of a start: its mean losses before and after training, and after how many steps it has the plain one's last."""
     curves = [row["curves"][str(seed)] for seed in seeds]
     first, last = (statistics.mean(curve[index][1] for curve in curves) for index in (0, -1))
-    text = f"{row['start']:16} loss {first:.4f} -> {last:.4f}"
-    if plain is not None:
-        reached = [steps_to(row["curves"][str(seed)], plain["curves"][str(seed)][-1][1]) for seed in seeds]
-        text += f"   plain's last loss after {', '.join(str(step or '-') for step in reached)} steps"
-    return f"{text}   made in {row['cpu_seconds']:.0f} CPU s, trained in {row['train_cpu_seconds']:.0f}"
+    goals = [plain["curves"][str(seed)][-1][1] for seed in seeds]
+    return {"first": first, "last": last, "steps": [steps_to(*pair) for pair in zip(curves, goals, strict=True)]}
+
+
+def table(rows: list[dict], seeds: list[int]) -> str:
+    """The starts, the plain one first, as a table in Markdown."""
+    from lowbit_lora.cli.output import table
+
+    cells = []
+    for row in rows:
+        found = measured(row, rows[0], seeds)
+        steps = ", ".join(str(step or "-") for step in found["steps"])
+        times = [f"{row[key]:.0f}" for key in ("cpu_seconds", "train_cpu_seconds")]
+        cells.append([row["start"], f"{found['first']:.4f}", f"{found['last']:.4f}", steps, *times])
+    columns = ["start", "loss before", "loss after", "steps to the plain one's", "made, CPU s", "trained, CPU s"]
+    return table(columns, cells)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of the dense model and its tokenizer")
+    parser.add_argument("--model", default="bundled-smollm2", help="folder of the dense model and its tokenizer")
     parser.add_argument("--dialogues", help="dataset.json of chitchat-dataset, where it is not installed")
-    parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS), help="the plain one comes first")
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
     parser.add_argument("--method", choices=("sequential", "static", "scale"), default="sequential")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=120)
@@ -116,17 +127,19 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=4e-4, help="falls linearly")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="file to write")
+    parser.add_argument("--markdown", help="file to write")
     options = parser.parse_args()
 
     import calibration_text
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(options.threads)
+    options.model = calibration_text.model_folder(options.model)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     text = calibration_text.dialogues(options.dialogues)
     data = Data(torch.tensor(tokenizer(text, verbose=False)["input_ids"]))
     rows: list[dict] = []
-    for start in sorted(options.starts, key=STARTS.index):
+    for start in sorted({"plain", *options.starts}, key=STARTS.index):
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
         if not rows:
             print(f"{'dense fp32':16} loss {data.loss(model):.4f}", flush=True)
@@ -140,11 +153,14 @@ def main() -> None:
             row["curves"][str(seed)] = train(wrapped, data, seed, options)
         row["train_cpu_seconds"] = time.process_time() - made
         rows.append(row)
-        plain = rows[0] if rows[0]["start"] == "plain" else None
-        print(summary(row, plain, options.seeds), flush=True)
+        print(start, measured(row, rows[0], options.seeds), flush=True)
         if options.json:
             with open(options.json, "w", encoding="utf-8") as file:
                 json.dump({"settings": vars(options), "rows": rows}, file, indent=2)
+    print(found := table(rows, options.seeds))
+    if options.markdown:
+        with open(options.markdown, "w", encoding="utf-8") as file:
+            file.write(found + "\n")
 
 
 if __name__ == "__main__":

