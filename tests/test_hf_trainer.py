@@ -53,6 +53,7 @@ class Plain(nn.Module):
 
     def forward(self, input_ids, labels=None):
         states = self.norm(self.embedding(input_ids).transpose(1, 2)).transpose(1, 2)
+        states = states.contiguous()  # torch's product of others takes another way where a factor needs a gradient
         logits = self.head(torch.tanh(self.hidden(states)))
         if labels is None:
             return {"logits": logits}

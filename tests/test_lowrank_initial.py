@@ -68,7 +68,10 @@ def test_a_seed_gives_the_random_factors_of_peft(method):
     torch.manual_seed(1)
     lora_a, lora_b, residual = initial_factors(weight, 4, 2.0, method)
     for ours, theirs in zip((lora_a, lora_b), peft_factors(layer), strict=True):
-        assert torch.equal(ours, theirs)
+        if method == "orthogonal":  # products, whose sums depend on strides on some CPUs
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=8 * U * theirs.abs().max().item())
+        else:
+            assert torch.equal(ours, theirs)
     assert residual is None and torch.equal(layer.get_base_layer().weight, weight)
 
 

@@ -39,6 +39,24 @@ class Pointer:
         self.array, self.byte_offset = array, byte_offset
 
 
+class Struct:
+    """Argument: a struct by value, and what is a Pointer if the kernel reads it in one piece: ``{offset: Pointer}``.
+
+    A word of 8 bytes that is no pointer may look like one: two numbers, or a number and padding of any content. Kernels
+    read these in pieces of less than 8 bytes, and get them as they are given.
+    """
+
+    def __init__(self, given, pointers):
+        self.given, self.pointers = given, pointers
+
+    def with_addresses(self, address_of):
+        """Return the bytes, with addresses of the emulator; ``address_of`` returns that of a Pointer."""
+        encoded = bytearray(self.given)
+        for offset, pointer in self.pointers.items():
+            encoded[offset : offset + 8] = address_of(pointer).to_bytes(8, "little")
+        return bytes(encoded)
+
+
 class Uninitialized:
     """Argument: memory whose contents are undefined until written. Reading a byte before its first write is a fault.
 
@@ -145,11 +163,16 @@ class GlobalMemory:
         self._arrays.append((start, buffer, contents))
         return buffer.base + offset
 
-    def set_parameters(self, block):
-        contents = np.frombuffer(block, np.uint8)
-        self.buffers[PARAMETER_WINDOW] = Buffer(
-            "kernel parameters", contents, PARAMETER_WINDOW, writable=False, counted=False
+    def set_parameters(self, block, given):
+        """Set the bytes of the parameter space, and what smaller reads than those of pointers find there."""
+        self.buffers[PARAMETER_WINDOW], self._given = (
+            Buffer("kernel parameters", np.frombuffer(part, np.uint8), PARAMETER_WINDOW, writable=False, counted=False)
+            for part in (block, given)
         )
+
+    def in_pieces(self, data):
+        """Return the data of a buffer as reads of less than 8 bytes find it."""
+        return self._given.data if data is self.buffers[PARAMETER_WINDOW].data else data
 
     def write_back(self):
         """Copy what the kernel wrote into the caller's arrays."""

@@ -59,7 +59,7 @@ class Batch:
         self.memory = BatchMemory(self)
         self.copies = AsyncCopies(self)
         self.races = RaceDetector(self) if self.options.detect_races else None
-        self.parameters = ParameterSpace(launch.parameter_values, self.lanes, launch.kernel.name)
+        self.parameters = ParameterSpace(*launch.parameter_values, self.lanes, launch.kernel.name)
         # A register holds this until written; never changed in place.
         self.poison = {
             bits: np.full(self.lanes, True)

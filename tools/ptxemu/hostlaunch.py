@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .address_space import Pointer, Uninitialized, as_bytes, is_array
+from .address_space import Pointer, Struct, Uninitialized, as_bytes, is_array
 from .counting import Result
 from .device import Device
 from .errors import LaunchError, MemoryFault
@@ -309,24 +309,15 @@ class HostLibrary:
         self.launches.append(HostLaunch(kernel.name, grid, block, shared, stream, self.current_device, result, given))
 
     def _kernel_argument(self, address, parameter):
-        """Bytes of an argument, with pointers into known memory (also inside structs) made the emulator's."""
+        """An argument for the emulator, with pointers into known memory, also inside structs."""
         raw = ctypes.string_at(address, parameter.size)
         if parameter.size % 8 or parameter.type.is_float:
             return raw
-        pointers = [self._known.pointer(int.from_bytes(raw[i : i + 8], "little")) for i in range(0, len(raw), 8)]
-        if not any(pointers):
+        words = {i: int.from_bytes(raw[i : i + 8], "little") for i in range(0, len(raw), 8)}
+        pointers = {i: found for i, word in words.items() if (found := self._known.pointer(word)) is not None}
+        if not pointers:
             return raw
-        if not parameter.is_array:
-            return pointers[0]
-
-        def encode(address_of):
-            words = [raw[i : i + 8] for i in range(0, len(raw), 8)]
-            return b"".join(
-                word if pointer is None else address_of(pointer).to_bytes(8, "little")
-                for word, pointer in zip(words, pointers, strict=True)
-            )
-
-        return encode
+        return Struct(raw, pointers) if parameter.is_array else pointers[0]
 
     def _set_kernel_attribute(self, name, attribute, value):
         if attribute != _MAX_DYNAMIC_SHARED:

@@ -10,7 +10,7 @@ from .address_space import GlobalMemory, Layout
 from .batch import Batch
 from .counting import Counters, collect
 from .errors import LaunchError, RaceError
-from .parameters import encode_arguments
+from .parameters import as_block, encode_arguments
 from .parser import align_up
 from .races import Hazards
 
@@ -83,10 +83,8 @@ class Launch:
         self.counters, self.hazards, self.steps = Counters(), Hazards(), 0
 
         self.global_memory = GlobalMemory(module.buffers.values(), kernel.name)
-        self.parameter_values, addresses, block_of_parameters = encode_arguments(
-            kernel, arguments, self.global_memory, fill_missing
-        )
-        self.global_memory.set_parameters(block_of_parameters)
+        *self.parameter_values, addresses = encode_arguments(kernel, arguments, self.global_memory, fill_missing)
+        self.global_memory.set_parameters(*(as_block(values, addresses) for values in self.parameter_values))
         self.symbols = {name: buffer.base for name, buffer in module.buffers.items()}
         self.symbols.update(self.layout.offsets)
         self.symbols.update(addresses)

@@ -170,6 +170,8 @@ class BatchMemory:
         size, dtype = element_size * count, UNSIGNED[element_size * 8]
         loaded = None
         for data, offsets, lanes in self.locate(ins, space, addresses, size, "read"):
+            if element_size < 8:
+                data = self.launch.global_memory.in_pieces(data)
             elements = data.view(dtype)
             elements = elements.reshape(-1, count)[offsets // size]
             if lanes is None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .address_space import PARAMETER_BASE, is_array
+from .address_space import PARAMETER_BASE, Struct, is_array
 from .errors import EmulatorError, LaunchError
 from .numerics import f32_to_bf16
 from .parser import align_up
@@ -10,11 +10,10 @@ from .ptx_types import UNSIGNED
 
 
 def encode_arguments(kernel, arguments, global_memory, fill_missing=False):
-    """Return (bytes of each parameter by name, address of each by name, the whole parameter block).
+    """Return (bytes of each parameter by name, the same for reads of less than 8 bytes, address of each by name).
 
-    Arrays become pointers, numbers are checked to fit, bytes pass through; a callable gets a function from array to
-    address and returns bytes (a struct holding pointers). ``fill_missing`` sets missing trailing parameters to zero:
-    Triton adds pointers to scratch memory that most kernels do not use.
+    Arrays become pointers, numbers are checked to fit, bytes pass through. ``fill_missing`` sets missing trailing
+    parameters to zero: Triton adds pointers to scratch memory that most kernels do not use.
     """
     parameters, arguments = kernel.parameters, list(arguments)
     if fill_missing:
@@ -22,14 +21,23 @@ def encode_arguments(kernel, arguments, global_memory, fill_missing=False):
     if len(arguments) != len(parameters):
         expected = ", ".join(f"{p.type.name}{f'[{p.size} bytes]' if p.is_array else ''}" for p in parameters)
         raise LaunchError(f"kernel {kernel.name} takes {len(parameters)} arguments ({expected}), got {len(arguments)}")
-    values, addresses, block = {}, {}, bytearray()
+    values, given, addresses, end = {}, {}, {}, 0
     for position, (parameter, argument) in enumerate(zip(parameters, arguments, strict=True)):
         value = _encode(kernel, parameter, argument, position, global_memory)
-        block += bytes(align_up(len(block), parameter.align) - len(block))
         values[parameter.name] = value
-        addresses[parameter.name] = PARAMETER_BASE + len(block)
-        block += value
-    return values, addresses, bytes(block)
+        given[parameter.name] = argument.given if isinstance(argument, Struct) else value
+        start = align_up(end, parameter.align)
+        addresses[parameter.name] = PARAMETER_BASE + start
+        end = start + len(value)
+    return values, given, addresses
+
+
+def as_block(values, addresses):
+    """Return the parameter space: the bytes of each parameter at its address."""
+    block = bytearray()
+    for name, value in values.items():
+        block += bytes(addresses[name] - PARAMETER_BASE - len(block)) + value
+    return bytes(block)
 
 
 def _encode(kernel, parameter, argument, position, global_memory):
@@ -40,8 +48,8 @@ def _encode(kernel, parameter, argument, position, global_memory):
         return LaunchError(f"kernel {kernel.name}: argument {position} must be {expected}, got {got}")
 
     t, size = parameter.type, parameter.size
-    if callable(argument):
-        argument = argument(lambda array: global_memory.address_of(array, name))
+    if isinstance(argument, Struct):
+        argument = argument.with_addresses(lambda array: global_memory.address_of(array, name))
     if is_array(argument):
         if parameter.is_array and isinstance(argument, np.ndarray):
             argument = argument.tobytes()
@@ -72,10 +80,13 @@ def _encode(kernel, parameter, argument, position, global_memory):
 
 
 class ParameterSpace:
-    """.param memory of a batch: the kernel's own, the same for all lanes, and those of calls in progress."""
+    """.param memory of a batch: the kernel's own, the same for all lanes, and those of calls in progress.
 
-    def __init__(self, kernel_values, lanes, kernel_name):
-        self._kernel_values, self._lanes, self._kernel_name = kernel_values, lanes, kernel_name
+    ``values`` and ``given`` are those of :func:`encode_arguments`.
+    """
+
+    def __init__(self, values, given, lanes, kernel_name):
+        self._values, self._given, self._lanes, self._kernel_name = values, given, lanes, kernel_name
         self._cache = {}
         self.call_values = {}  # name -> uint8[lanes, bytes]
 
@@ -85,7 +96,7 @@ class ParameterSpace:
             return np.ascontiguousarray(self.call_values[name][:, offset : offset + size]).view(dtype).ravel()
         key = (name, offset, bits)
         if key not in self._cache:
-            value = self._kernel_values.get(name, b"")
+            value = (self._values if size == 8 else self._given).get(name, b"")
             if offset + size > len(value):
                 raise EmulatorError(f"kernel {self._kernel_name} reads beyond parameter {name}: byte {offset}")
             scalar = np.frombuffer(value[offset : offset + size], dtype)[0]

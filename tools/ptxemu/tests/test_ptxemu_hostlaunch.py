@@ -181,6 +181,16 @@ def test_structs_by_value_hold_pointers(library, x):
         library.call("lowbit::scale", arguments, None)
 
 
+def test_numbers_that_look_like_a_pointer(library):
+    """A scaling beside padding, which holds anything, would be replaced where both together are an address."""
+    stranger = library.know(np.zeros(4096, np.uint8))
+    factor, n = np.array([stranger.ctypes.data + 1024], np.uint64).view(np.uint32)
+    factor = factor.view(np.float32)
+    x, y = np.ones(n, np.float32), np.zeros(n, np.float32)
+    assert library.call("lowbit::scale", ScaleArguments(library.address(x), library.address(y), factor, n), None) == 0
+    np.testing.assert_array_equal(y, np.full(n, factor))
+
+
 def test_memory_nobody_declared_is_an_error(library, x):
     """A dangling pointer, or a workspace the launcher was not given."""
     stranger = np.zeros(384, np.float32)

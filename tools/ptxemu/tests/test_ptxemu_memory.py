@@ -178,7 +178,8 @@ def test_variables_and_structs(random):
     kernels = cuda_module("memory.cu")
     x, y, constants = random.random(64, np.float32), np.zeros(64, np.float32), random.random(16, np.float32)
     kernels.set_symbol("constants", constants)
-    kernels.launch("variables", 1, 64, [lambda address: struct.pack("<ifQhhh2x", 6, 0.5, address(x), 1, 2, 3), y, 3])
+    arguments = address_space.Struct(struct.pack("<ifQhhh2x", 6, 0.5, 0, 1, 2, 3), {8: address_space.Pointer(x)})
+    kernels.launch("variables", 1, 64, [arguments, y, 3])
     i = np.arange(64)
     np.testing.assert_allclose(y, 3 + x + (i % 3 + 1) + constants[i & 15] + (i & 3) + 1 + 3, rtol=1e-6)
     assert kernels.get_symbol("counter", np.int32)[0] == 5
