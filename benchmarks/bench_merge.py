@@ -171,7 +171,9 @@ def rows(options: argparse.Namespace) -> list[dict]:
     model = case.model
     with without_factors(model):
         found = [{"name": "NF4 base"} | case.judge(model)]
-    found[0]["bytes"] = stored_bytes(model) - 2 * sum(p.numel() for p in model.trainable_parameters())
+    found[0]["bytes"] = stored_bytes(model) - 2 * sum(
+        p.numel() for name, p in model.named_parameters() if "lora_" in name
+    )
     found.append({"name": "adapter, unmerged"} | case.judge(model) | {"bytes": stored_bytes(model)})
     base, adapter = (row["loss"] for row in found)
     for row in found:
@@ -184,7 +186,7 @@ def rows(options: argparse.Namespace) -> list[dict]:
         cpu, wall = time.process_time(), time.perf_counter()
         plain = merged(twin, how, case.calibration, settings)
         row = {"name": NAMES[how], "seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-        row |= {"bytes": stored_bytes(plain)} | case.judge(plain.float())
+        row |= {"bytes": stored_bytes(plain)} | case.judge(plain.float() if how == "16 bits" else plain)
         if twin.merge_report.layers:
             row["cosine"] = min(layer.weight_cosine for layer in twin.merge_report.layers)
         found.append(row)

@@ -258,3 +258,32 @@ def test_bench_calibrated_start_trains_each_start_and_counts_steps(monkeypatch):
     assert bench.table(list(rows.values()), [0]).splitlines()[3].startswith("| calibrated ")
     assert bench.steps_to([(0, 3.0), (2, 2.0), (3, 1.0)], 2.5) == 2
     assert bench.steps_to([(0, 3.0)], 2.5) is None
+
+
+def test_bench_merge_judges_each_way(monkeypatch, capsys):
+    """Its table is what users decide by whether to merge; one contender that fails would end a run of minutes."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import bench_merge as bench
+    from conftest_models import llama, randomize
+
+    from lowbit_lora import QLoRAConfig, QLoRAModel
+    from lowbit_lora.recovery import mean_loss
+
+    torch.manual_seed(0)
+    model = QLoRAModel(llama(), QLoRAConfig(rank=4)).eval()
+    randomize(model)
+    ids = torch.randint(3, 50, (4, 16))
+    batches = [{"input_ids": some, "labels": some} for some in ids.split(2)]
+    case = bench.Case(model, lambda judged: {"loss": mean_loss(judged.eval(), batches)[0]}, batches)
+    monkeypatch.setattr(bench, "dialogues", lambda options: case)
+    options = {"task": "dialogues", "contenders": list(bench.CONTENDERS), "sweeps": 1}
+    with_adapter = case.judge(model)["loss"]
+    found = bench.rows(SimpleNamespace(**options, damping=None, shift=None, ridge=None))
+    base, adapter, in_16_bits, *in_4_bits = found
+    assert (base["recovery"], adapter["recovery"]) == (0.0, 1.0) and adapter["loss"] == with_adapter != base["loss"]
+    assert abs(in_16_bits["recovery"] - 1) < 0.2
+    assert [row["name"] for row in in_4_bits] == [bench.NAMES[how] for how in bench.CONTENDERS[1:]]
+    assert {row["bytes"] for row in in_4_bits} == {base["bytes"]} and base["bytes"] < adapter["bytes"]
+    assert case.judge(model)["loss"] == with_adapter
+    assert len(bench.markdown(found).splitlines()) == 2 + len(found)
+    assert capsys.readouterr().out.count("recovery") == len(found)

@@ -8,18 +8,18 @@ import torch
 _STRIPS = 4
 
 
-def gram(x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+def gram(x: torch.Tensor, weighted: torch.Tensor | None = None) -> torch.Tensor:
     """Sum over tokens of weight * x x^T.
 
     Args:
         x: [tokens, k], fp32.
-        weights: [tokens], or None for ones.
+        weighted: [tokens, k], weight * x; None for weights of 1.
 
     Returns:
         [k, k], fp32, symmetric bit for bit.
     """
     k = x.shape[1]
-    weighted = x if weights is None else x * weights[:, None]
+    weighted = x if weighted is None else weighted
     result = x.new_empty(k, k)
     width = max(64, -(-k // _STRIPS))
     for start in range(0, k, width):
@@ -71,10 +71,10 @@ class Group:
         """
         weights = (1 + received) / 2 if self.is_attended and received is not None else None
         self.tokens += len(x)
-        _accumulate(self, "hessian", gram(x, weights))
+        weighted = x if weights is None else x * weights[:, None]
+        _accumulate(self, "hessian", gram(x, weighted))
         if target is None:
             return
-        weighted = x if weights is None else x * weights[:, None]
         difference = target - x
         residuals = residuals or {}
         for name in self.layers.keys() & residuals.keys():
@@ -84,7 +84,8 @@ class Group:
             self._lack[name] = self._lack.get(name, 0.0) + float(square.sum() if weights is None else square @ weights)
         if self.layers.keys() - residuals.keys():
             _accumulate(self, "_drift", weighted.T @ difference)
-            _accumulate(self, "_spread", gram(difference, weights))
+            weighted = None if weights is None else difference * weights[:, None]
+            _accumulate(self, "_spread", gram(difference, weighted))
 
     def goal(self, name: str) -> "Goal":
         """What a layer is to do on these tokens."""
