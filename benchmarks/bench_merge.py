@@ -239,7 +239,7 @@ def plot(found: list[dict], path: str) -> None:
     figure, axes = pyplot.subplots(figsize=(7.5, 0.45 * len(shown) + 1), layout="constrained")
     bars = axes.barh([row["name"] for row in shown], [100 * row["recovery"] for row in shown])
     axes.bar_label(bars, [f"{row['recovery']:.1%}, {row['bytes'] / 1e6:.0f} MB" for row in shown], padding=3)
-    axes.set(xlabel="share of the adapter's gain in held-out loss that is kept, %", xlim=(0, 125))
+    axes.set(xlabel="share of the adapter's gain in held-out loss that is kept, %", xlim=(0, 150))
     axes.invert_yaxis()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

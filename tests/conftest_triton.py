@@ -30,6 +30,7 @@ from codegen.triton_code import (
     weight,
 )
 from ptxemu import proofs
+from ptxemu.address_space import Struct
 
 from lowbit.backends import triton as backend
 from lowbit.backends.triton import shapes
@@ -185,9 +186,16 @@ def _readdressed(value, reached: Sequence[torch.Tensor], addresses: Iterable[int
     return changed
 
 
-def _led_to(reached: Sequence[torch.Tensor], table: torch.Tensor):
-    """The emulator's form of a table: it calls a function with what gives its own address of a tensor."""
-    return lambda address_of: _readdressed(table, reached, map(address_of, reached))
+class _Table(Struct):
+    """The emulator's form of a table of addresses: a pointer to it, with those of the emulator in it."""
+
+    def __init__(self, table: torch.Tensor, reached: Sequence[torch.Tensor]):
+        super().__init__(bytes(8), {})
+        self._table, self._reached = table, reached
+
+    def with_addresses(self, address_of):
+        """Return the table; ``address_of`` returns the emulator's address of a tensor."""
+        return _readdressed(self._table, self._reached, map(address_of, self._reached))
 
 
 def _told_by(launch: Launch, target: str, reached: Sequence[torch.Tensor]):
@@ -235,7 +243,7 @@ def emulate(
         if end is not None:
             argument = emulator.Pointer(end, end.nbytes - argument.nbytes)
         if kind != "constexpr":
-            arguments.append(_led_to(reached, argument) if _has_addresses(argument) else _memory(argument))
+            arguments.append(_Table(argument, reached) if _has_addresses(argument) else _memory(argument))
     result = emulator.load(kernel.asm["ptx"]).launch(
         kernel.metadata.name,
         grid=launch.grid,
