@@ -15,7 +15,7 @@ from .output import Json, report
 _PACKAGES = {
     "transformers": "from_pretrained, lowbit train",
     "accelerate": "lowbit train, device_map, several GPUs",
-    "peft": "PeftModel on lowbit's weights",
+    "peft": "Trainer, PeftModel on lowbit's weights",
     "trl": "SFTTrainer, DPOTrainer",
     "datasets": "parquet files and data sets of the hub in lowbit train",
     "gguf": "lowbit convert --to gguf",
