@@ -14,6 +14,7 @@ import importlib.util
 import json
 import math
 import time
+from pathlib import Path
 
 import calibration_text
 import torch
@@ -145,6 +146,8 @@ def main() -> None:
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from lowbit_lora.cli import output
+
     torch.set_num_threads(options.threads)
     options.model = calibration_text.model_folder(options.model)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -172,11 +175,9 @@ def main() -> None:
         rows.append(row | {name: judge(model) for name, judge in judges.items()})
         show(rows[-1])
     if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"windows": options.windows, "rows": rows}, file, indent=2)
+        output.write(options.json, {"windows": options.windows, "rows": rows})
     if options.markdown:
-        with open(options.markdown, "w", encoding="utf-8") as file:
-            file.write(markdown(rows) + "\n")
+        Path(options.markdown).write_text(markdown(rows) + "\n", encoding="utf-8")
 
 
 def markdown(rows: list[dict]) -> str:

@@ -9,9 +9,9 @@ loss that the plain one ends with. Calibration sees windows that are trained on.
 """
 
 import argparse
-import json
 import statistics
 import time
+from pathlib import Path
 
 import calibration_text
 import torch
@@ -132,6 +132,8 @@ def main() -> None:
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from lowbit_lora.cli import output
+
     torch.set_num_threads(options.threads)
     options.model = calibration_text.model_folder(options.model)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -154,12 +156,10 @@ def main() -> None:
         rows.append(row)
         print(start, measured(row, rows[0], options.seeds), flush=True)
         if options.json:
-            with open(options.json, "w", encoding="utf-8") as file:
-                json.dump({"settings": vars(options), "rows": rows}, file, indent=2)
+            output.write(options.json, {"settings": vars(options), "rows": rows})
     print(found := table(rows, options.seeds))
     if options.markdown:
-        with open(options.markdown, "w", encoding="utf-8") as file:
-            file.write(found + "\n")
+        Path(options.markdown).write_text(found + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

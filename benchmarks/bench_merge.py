@@ -13,11 +13,11 @@ are calibrated on other rows, which the training may have seen.
 import argparse
 import contextlib
 import copy
-import json
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import calibration_text
 import torch
@@ -262,16 +262,16 @@ def main() -> None:
     parser.add_argument("--plot", help="file to write")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args()
+    from lowbit_lora.cli import output
+
     torch.set_num_threads(options.threads)
     if options.task == "dialogues":
         options.model = calibration_text.model_folder(options.model)
     found = rows(options)
     if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"windows": options.windows, "rows": found}, file, indent=2)
+        output.write(options.json, {"windows": options.windows, "rows": found})
     if options.markdown:
-        with open(options.markdown, "w", encoding="utf-8") as file:
-            file.write(markdown(found) + "\n")
+        Path(options.markdown).write_text(markdown(found) + "\n", encoding="utf-8")
     if options.plot:
         plot(found, options.plot)
 

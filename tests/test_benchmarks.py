@@ -285,5 +285,7 @@ def test_bench_merge_judges_each_way(monkeypatch, capsys):
     assert [row["name"] for row in in_4_bits] == [bench.NAMES[how] for how in bench.CONTENDERS[1:]]
     assert {row["bytes"] for row in in_4_bits} == {base["bytes"]} and base["bytes"] < adapter["bytes"]
     assert case.judge(model)["loss"] == with_adapter
-    assert len(bench.markdown(found).splitlines()) == 2 + len(found)
+    lines = bench.markdown(found).splitlines()
+    assert len(lines) == 2 + len(found)
+    assert all("-" in rule for rule in lines[1].strip("| ").split("|"))  # Markdown has no table without
     assert capsys.readouterr().out.count("recovery") == len(found)

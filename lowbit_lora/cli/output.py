@@ -43,7 +43,8 @@ def write(path: str, values: dict[str, Any]) -> None:
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
     """A table in Markdown; all columns but the first are aligned to the right."""
-    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    # A rule is a dash and a colon at least, where a column has one letter.
+    widths = [max(2, *map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
 
     def line(cells: list[str]) -> str:
