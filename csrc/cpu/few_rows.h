@@ -4,7 +4,8 @@
 //
 //   kVectors, kFloats   vectors of weights in a chunk; what arrange writes of a row of x, in floats
 //   kScales             1, or 2 where the halves of a chunk are blocks of 32
-//   weights             the codes of a chunk and its scale: vector(v) looks up the weights of one vector
+//   weights, or         the codes of a chunk and its scale: vector(v) looks up the weights of one vector
+//   two_rows            the same of two rows of W, where they share what is looked up in
 //   arrange, x          64 elements of a row of x as they are kept; what fma takes of it for vector v
 //   fma                 sums + products
 //
@@ -105,12 +106,21 @@ void few_rows_tile(const Chunk& chunk, const uint8_t* const (&codes)[R], const f
 #pragma GCC unroll 16
   for (int i = 0; i < R * M; ++i) total[i / M][i % M] = Isa::load(sums + i * Isa::kLanes);
   for (int64_t c = 0; c < chunks; ++c, x += M * Chunk::kFloats) {
-    typename Chunk::Weights weights[R];
+    const uint8_t* packed[R];
+    const float* scale[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const uint8_t* packed = codes[r] + c * kFewRowsChunkBytes;
-      __builtin_prefetch(packed + ahead, 0, Isa::kFetchLocality);
-      weights[r] = chunk.weights(packed, scales[r] + c * Chunk::kScales);
+      packed[r] = codes[r] + c * kFewRowsChunkBytes;
+      scale[r] = scales[r] + c * Chunk::kScales;
+      __builtin_prefetch(packed[r] + ahead, 0, Isa::kFetchLocality);
+    }
+    typename Chunk::Weights weights[R];
+    if constexpr (requires { &Chunk::two_rows; }) {
+#pragma GCC unroll 2
+      for (int r = 0; r < R; r += 2) chunk.two_rows(packed + r, scale + r, weights + r);
+    } else {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) weights[r] = chunk.weights(packed[r], scale[r]);
     }
 #pragma GCC unroll 4
     for (int v = 0; v < Chunk::kVectors; ++v) {
@@ -219,8 +229,9 @@ template <class Isa>
 void few_rows(const LinearArgs& args, const ParallelFor& parallel_for) {
   for_dtype(args.dtype, [&]<class T>(T) {
     if constexpr (std::is_same_v<T, Bf16> && requires { typename Isa::template Bf16Chunk<false>; }) {
-      if (args.m > kGemvMaxRows) return few_rows_with<Isa, T, Isa::template Bf16Chunk>(args, parallel_for);
-      if constexpr (Isa::kRoundsCodebook)
+      if (args.m > std::max(Isa::kExactBf16Rows, Isa::kScaledSumsRows))
+        return few_rows_with<Isa, T, Isa::template Bf16Chunk>(args, parallel_for);
+      if (args.m > Isa::kExactBf16Rows)
         return few_rows_with<Isa, T, Isa::template ScaledBf16Chunk>(args, parallel_for);
     }
     few_rows_with<Isa, T, Isa::template Fp32Chunk>(args, parallel_for);

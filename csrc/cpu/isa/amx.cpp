@@ -101,7 +101,7 @@ struct Amx : Avx512Bf16 {
   // Tiles take as long for one row as for sixteen, about as long as few_rows.h for four. Those are exact: Intel's cores
   // take two cycles for a vector of products of pairs of bf16.
   static constexpr int64_t kFewBf16Rows = 4;
-  static constexpr bool kRoundsCodebook = false;
+  static constexpr int64_t kExactBf16Rows = 4;
   using Pairs = TilePairs;
 };
 

@@ -25,7 +25,8 @@ struct Avx512Bf16 : Avx512 {
   static constexpr const char* name = "avx512bf16";
   // Zen 4 has more misses of the L2 cache under way than of the L1: one row takes a quarter less.
   static constexpr int kFetchLocality = 2;
-  static constexpr bool kRoundsCodebook = true;  // of 4-bit weights to bf16, for up to four rows of bf16
+  // Rows of bf16 that are multiplied in fp32, and by ScaledBf16Chunk: at most; more of them by Bf16Chunk.
+  static constexpr int64_t kExactBf16Rows = 0, kScaledSumsRows = 2;
 
   // A type of its own, since the linker keeps one copy of what two files instantiate for one type.
   struct Decoder : Avx512::Decoder {
@@ -101,7 +102,7 @@ struct Avx512Bf16 : Avx512 {
     Halves look_up(const uint8_t* packed, const float* scales) const {
       const __m512 first = mul(codebook, broadcast(scales[0])), second = mul(codebook, broadcast(scales[1]));
       const __m512i table = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
-      const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+      const __m512i bytes = bytes_as_words(packed);
       const __m512i even = _mm512_or_si512(_mm512_srli_epi16(bytes, 4), in_second);
       const __m512i odd = _mm512_or_si512(_mm512_and_si512(bytes, low_nibble), in_second);
       return {_mm512_permutexvar_epi16(even, table), _mm512_permutexvar_epi16(odd, table)};
@@ -157,8 +158,8 @@ struct Avx512Bf16 : Avx512 {
   }
 
   // few_rows.h: 64 weights as two vectors of pairs, the even elements and the odd ones, rounded to bf16 once after the
-  // scale. A look-up reads the lowest five bits of each word: the table has the sixteen values twice, so that the fifth
-  // does not matter, or those of two blocks.
+  // scale. Two scaled codebooks are one table, whose index has a fifth bit: those of two rows of W, or of the halves of
+  // a chunk.
   template <bool kHalves>
   struct Bf16Chunk {
     static constexpr int kVectors = 2, kFloats = 32, kScales = kHalves ? 2 : 1;
@@ -166,32 +167,42 @@ struct Avx512Bf16 : Avx512 {
     Vec codebook;
 
     struct Weights {
-      __m512i bytes, table;
+      __m512i bytes, table, fifth_bit;
       Vec vector(int v) const {
-        __m512i codes = v == 0 ? _mm512_srli_epi16(bytes, 4) : bytes;
-        if (kHalves) {  // the second half looks up in the second half of the table
-          const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-          codes = _mm512_or_si512(_mm512_and_si512(codes, _mm512_set1_epi16(15)), second);
-        }
-        return _mm512_castsi512_ps(_mm512_permutexvar_epi16(codes, table));
+        constexpr int kAndOr = 0xea;  // of three operands: bytes & 15 | fifth_bit
+        const __m512i index = v == 0
+                                  ? _mm512_or_si512(_mm512_srli_epi16(bytes, 4), fifth_bit)
+                                  : _mm512_ternarylogic_epi32(bytes, _mm512_set1_epi16(15), fifth_bit, kAndOr);
+        return _mm512_castsi512_ps(_mm512_permutexvar_epi16(index, table));
       }
       static Vec fma(Vec w, Vec x, Vec sums) { return bf16_fma(w, x, sums); }
     };
-    Weights weights(const uint8_t* packed, const float* scales) const {
-      const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
-      const Vec low = mul(codebook, broadcast(scales[0]));
-      if (kHalves) {
-        const Vec high = mul(codebook, broadcast(scales[1]));
-        return {bytes, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low))};
-      }
-      return {bytes, _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(low)))};
+    Weights weights(const uint8_t* packed, const float* scales) const
+      requires kHalves
+    {
+      const __m512i in_second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+      return {bytes_as_words(packed), table(scales[0], scales[1]), in_second};
+    }
+    // Of two rows of W.
+    void two_rows(const uint8_t* const* packed, const float* const* scales, Weights* weights) const
+      requires(!kHalves)
+    {
+      const __m512i both = table(*scales[0], *scales[1]);
+      weights[0] = {bytes_as_words(packed[0]), both, _mm512_setzero_si512()};
+      weights[1] = {bytes_as_words(packed[1]), both, _mm512_set1_epi16(16)};
     }
     static Vec x(const float* arranged, int v) { return load(arranged + v * kLanes); }
     static void arrange(const Bf16* from, float* to) { split_pairs(from, to); }
+
+   private:
+    __m512i table(float first, float second) const {
+      const Vec low = mul(codebook, broadcast(first)), high = mul(codebook, broadcast(second));
+      return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+    }
   };
 
   // few_rows.h: 64 weights as two vectors of values of the codebook, which is rounded to bf16. The scale multiplies the
-  // sums of a chunk: for up to four rows that takes less than the table of each block.
+  // sums of a chunk: for one or two rows that takes less than the tables of scaled values.
   template <bool kHalves>
   struct ScaledBf16Chunk {
     static constexpr int kVectors = 1, kFloats = 32, kScales = kHalves ? 2 : 1;
@@ -213,7 +224,8 @@ struct Avx512Bf16 : Avx512 {
       }
     };
     Weights weights(const uint8_t* packed, const float* scales) const {
-      const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+      const __m512i bytes = bytes_as_words(packed);
+      // The fifth bit of an index does not matter: the table has every value twice.
       const __m512i even = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
       const __m512i odd = _mm512_permutexvar_epi16(bytes, table);
       Vec scale = broadcast(scales[0]);
@@ -286,6 +298,9 @@ struct Avx512Bf16 : Avx512 {
   }();
 
   static __m512i load_words(const void* from) { return _mm512_loadu_si512(from); }
+  static __m512i bytes_as_words(const uint8_t* from) {
+    return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
   static void store_words(float* to, __m512i words) { _mm512_storeu_si512(to, words); }
 
   static Halves split(const Bf16* row) {
