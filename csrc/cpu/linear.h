@@ -128,7 +128,7 @@ void with_scaled_t(const LinearArgs& args, const Body& body) {
 template <class Isa>
 void scaled_linear(const LinearArgs& args, const ParallelFor& parallel_for) {
   if constexpr (kHasFewRows<Isa>) {
-    if (is_few_rows(args) && (args.dtype != Dtype::bf16 || args.m <= Isa::kFewBf16Rows))
+    if (is_few_rows(args, args.dtype == Dtype::bf16 ? Isa::kFewBf16Rows : kFewRows))
       return few_rows<Isa>(args, parallel_for);
   }
   // Chunks of 64 along k have to start where chunks of the flat 4-bit weight do.

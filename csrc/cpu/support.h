@@ -57,10 +57,11 @@ static inline LinearGradInputArgs rows_of(LinearGradInputArgs args, int64_t firs
   return args;
 }
 
-// Rows of x that few_rows.h multiplies, and the weights that it looks up at once: rows of W begin at multiples of them.
+// Rows of x that few_rows.h multiplies where an instruction set does not say otherwise, and the weights that it looks
+// up at once: rows of W begin at multiples of them.
 constexpr int64_t kFewRows = 16, kFewRowsChunk = 64;
-static inline bool is_few_rows(const LinearArgs& args) {
-  return args.m <= kFewRows && args.weight.format->bits == 4 && args.k > 0 && args.k % kFewRowsChunk == 0;
+static inline bool is_few_rows(const LinearArgs& args, int64_t most = kFewRows) {
+  return args.m <= most && args.weight.format->bits == 4 && args.k > 0 && args.k % kFewRowsChunk == 0;
 }
 
 // log2 of the block size of a 4-bit weight.

@@ -28,9 +28,9 @@ struct Avx512 {
   using Vec = __m512;
   static constexpr const char* name = "avx512";
   static constexpr int64_t kLanes = 16;
-  static constexpr int64_t kFewBf16Rows = INT64_MAX;  // most rows of bf16 that go to few_rows.h
-  static constexpr int kFetchLocality = 3;            // of the codes that few_rows.h fetches ahead: every cache
-  static constexpr int kRows = 12;  // 24 sums, two vectors of weights and a broadcast: 27 of 32 registers
+  static constexpr int64_t kFewBf16Rows = 16;  // most rows of bf16 that go to few_rows.h
+  static constexpr int kFetchLocality = 3;     // of the codes that few_rows.h fetches ahead: every cache
+  static constexpr int kRows = 12;             // 24 sums, two vectors of weights and a broadcast: 27 of 32 registers
 
   static Vec zero() { return _mm512_setzero_ps(); }
   static Vec broadcast(float value) { return _mm512_set1_ps(value); }

@@ -25,6 +25,7 @@ struct Avx512Bf16 : Avx512 {
   static constexpr const char* name = "avx512bf16";
   // Zen 4 has more misses of the L2 cache under way than of the L1: one row takes a quarter less.
   static constexpr int kFetchLocality = 2;
+  static constexpr int64_t kFewBf16Rows = 48;  // of more of them W is decoded once for all
   // Rows of bf16 that are multiplied in fp32, and by ScaledBf16Chunk: at most; more of them by Bf16Chunk.
   static constexpr int64_t kExactBf16Rows = 0, kScaledSumsRows = 2;
 
@@ -162,7 +163,7 @@ struct Avx512Bf16 : Avx512 {
   // a chunk.
   template <bool kHalves>
   struct Bf16Chunk {
-    static constexpr int kVectors = 2, kFloats = 32, kScales = kHalves ? 2 : 1;
+    static constexpr int kVectors = 2, kFloats = 32, kScales = kHalves ? 2 : 1, kRowsPerTable = kHalves ? 1 : 2;
     explicit Bf16Chunk(const Format& format) : codebook(load(format.codebook)) {}
     Vec codebook;
 
@@ -170,35 +171,26 @@ struct Avx512Bf16 : Avx512 {
       __m512i bytes, table, fifth_bit;
       Vec vector(int v) const {
         constexpr int kAndOr = 0xea;  // of three operands: bytes & 15 | fifth_bit
-        const __m512i index = v == 0
-                                  ? _mm512_or_si512(_mm512_srli_epi16(bytes, 4), fifth_bit)
-                                  : _mm512_ternarylogic_epi32(bytes, _mm512_set1_epi16(15), fifth_bit, kAndOr);
+        const __m512i index = v == 0 ? _mm512_or_si512(_mm512_srli_epi16(bytes, 4), fifth_bit)
+                                     : _mm512_ternarylogic_epi32(bytes, _mm512_set1_epi16(15), fifth_bit, kAndOr);
         return _mm512_castsi512_ps(_mm512_permutexvar_epi16(index, table));
       }
       static Vec fma(Vec w, Vec x, Vec sums) { return bf16_fma(w, x, sums); }
     };
-    Weights weights(const uint8_t* packed, const float* scales) const
-      requires kHalves
-    {
-      const __m512i in_second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-      return {bytes_as_words(packed), table(scales[0], scales[1]), in_second};
+    // Row `row` of those that share a table.
+    Weights weights(const uint8_t* packed, __m512i table, int row) const {
+      __m512i fifth_bit = _mm512_set1_epi16(static_cast<int16_t>(16 * row));
+      if (kHalves) fifth_bit = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+      return {bytes_as_words(packed), table, fifth_bit};
     }
-    // Of two rows of W.
-    void two_rows(const uint8_t* const* packed, const float* const* scales, Weights* weights) const
-      requires(!kHalves)
-    {
-      const __m512i both = table(*scales[0], *scales[1]);
-      weights[0] = {bytes_as_words(packed[0]), both, _mm512_setzero_si512()};
-      weights[1] = {bytes_as_words(packed[1]), both, _mm512_set1_epi16(16)};
+    // Of chunk c of rows whose scales begin at scales[0] and scales[1].
+    __m512i table(const float* const* scales, int64_t c) const {
+      const float* both[2] = {scales[0] + c * kScales, kHalves ? scales[0] + c * kScales + 1 : scales[1] + c};
+      return reinterpret_cast<__m512i>(
+          _mm512_cvtne2ps_pbh(mul(codebook, broadcast(*both[1])), mul(codebook, broadcast(*both[0]))));
     }
     static Vec x(const float* arranged, int v) { return load(arranged + v * kLanes); }
     static void arrange(const Bf16* from, float* to) { split_pairs(from, to); }
-
-   private:
-    __m512i table(float first, float second) const {
-      const Vec low = mul(codebook, broadcast(first)), high = mul(codebook, broadcast(second));
-      return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-    }
   };
 
   // few_rows.h: 64 weights as two vectors of values of the codebook, which is rounded to bf16. The scale multiplies the
