@@ -62,17 +62,21 @@ void approximate_rows(const LinearArgs& args, const ParallelFor& parallel_for) {
   });
 }
 
+// The product of few rows by instructions for int8.
+template <class Isa>
+void few_rows_int8(const LinearArgs& args, const ParallelFor& parallel_for) {
+  with_scaled_t<Isa>(args, [&](const LinearArgs& scaled) {
+    for_dtype(args.dtype, [&]<class T>(T) { few_rows_with<Isa, T, Isa::template Int8Chunk>(scaled, parallel_for); });
+  });
+}
+
 template <class Isa>
 void linear_approximate(const LinearArgs& args, const ParallelFor& parallel_for) {
   if constexpr (kHasFewRows<Isa>) {
     // The exact product of more rows is faster, and without instructions for int8 that of any number of rows.
     if constexpr (requires { typename Isa::template Int8Chunk<false>; }) {
-      if (is_few_rows(args) && args.m > 0) {
-        return with_scaled_t<Isa>(args, [&](const LinearArgs& scaled) {
-          for_dtype(args.dtype,
-                    [&]<class T>(T) { few_rows_with<Isa, T, Isa::template Int8Chunk>(scaled, parallel_for); });
-        });
-      }
+      if (args.m > 0 && is_few_rows(args, args.dtype == Dtype::bf16 ? Isa::kInt8Bf16Rows : kFewRows))
+        return few_rows_int8<Isa>(args, parallel_for);
     }
     return linear<Isa>(args, parallel_for);
   } else {

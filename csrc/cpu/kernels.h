@@ -41,7 +41,9 @@ extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;        // needs AVX2, FMA and F16C
 extern const Kernels kAvx512Kernels;      // needs AVX-512 F, BW, DQ and VL besides
 extern const Kernels kAvx512Bf16Kernels;  // needs AVX512-BF16, VNNI and VBMI besides
-#if __has_include(<amxbf16intrin.h>)      // this compiler knows AMX
+// linear_approximate of that set for any dtype, where is_few_rows() says so and there are rows.
+void few_rows_by_vnni(const LinearArgs& args, const ParallelFor& parallel_for);
+#if __has_include(<amxbf16intrin.h>)  // this compiler knows AMX
 #define LOWBIT_AMX
 extern const Kernels kAmxKernels;  // needs AMX-TILE and AMX-BF16 besides, and the system's permission
 #endif

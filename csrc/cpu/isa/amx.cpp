@@ -102,6 +102,7 @@ struct Amx : Avx512Bf16 {
   // take two cycles for a vector of products of pairs of bf16.
   static constexpr int64_t kFewBf16Rows = 4;
   static constexpr int64_t kExactBf16Rows = 4;
+  static constexpr int64_t kInt8Bf16Rows = 4;
   using Pairs = TilePairs;
 };
 

@@ -26,6 +26,7 @@ struct Avx512Bf16 : Avx512 {
   // Zen 4 has more misses of the L2 cache under way than of the L1: one row takes a quarter less.
   static constexpr int kFetchLocality = 2;
   static constexpr int64_t kFewBf16Rows = 24;  // of more of them W is decoded once for all
+  static constexpr int64_t kInt8Bf16Rows = 1;  // for which products in int8 are faster
   // Rows of bf16 that are multiplied in fp32, and by ScaledBf16Chunk: at most; more of them by Bf16Chunk.
   static constexpr int64_t kExactBf16Rows = 0, kScaledSumsRows = 2;
 

@@ -35,8 +35,8 @@ bool may_use_amx() {
 
 #if defined(__x86_64__)
 void approximate_by_vnni(const LinearArgs& args, const ParallelFor& parallel_for) {
-  const Kernels& kernels = is_few_rows(args) ? kAvx512Bf16Kernels : kAvx512Kernels;
-  kernels.linear_approximate(args, parallel_for);
+  if (args.m > 0 && is_few_rows(args)) return few_rows_by_vnni(args, parallel_for);
+  kAvx512Kernels.linear_approximate(args, parallel_for);
 }
 
 // Of the widest set only the products in int8. Intel's cores take two cycles for a vector of products of pairs of bf16
