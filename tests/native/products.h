@@ -16,9 +16,10 @@ bool near(float actual, double exact, double magnitude, int64_t terms, Dtype dty
   return std::fabs(actual - exact) <= sum + roundoff(dtype) * (std::fabs(exact) + sum) + tiny_roundoff(dtype);
 }
 
-// Relative error of the codebook in bf16, which AVX2 and AVX512-BF16 use for up to four rows of bf16.
+// Relative error of the codebook in bf16, which AVX2 uses for up to four rows of bf16 and AVX512-BF16 for up to two.
 double codebook_error(const std::string& isa, const Format* format, Dtype dtype, int64_t m, int64_t k) {
-  if ((isa != "avx2" && isa != "avx512bf16") || format->bits != 4 || dtype != Dtype::bf16 || m > 4 || k % 64) return 0;
+  const int64_t most = isa == "avx2" ? 4 : isa == "avx512bf16" ? 2 : 0;
+  if (format->bits != 4 || dtype != Dtype::bf16 || m > most || k % 64) return 0;
   double worst = 0;
   for (const float value : format->codebook) {
     Bf16 rounded;
@@ -28,13 +29,14 @@ double codebook_error(const std::string& isa, const Format* format, Dtype dtype,
   return worst;
 }
 
-// Whether a product rounds the decoded weights to bf16 before it multiplies: few_rows.h and bf16_gemm.h do for more
-// than four rows of bf16, and for fewer where the flat weight's chunks of 64 cross rows.
+// Whether a product rounds the decoded weights to bf16 before it multiplies: few_rows.h does for more than two rows of
+// bf16, bf16_gemm.h for any number, which is where tiles multiply more than four, and where chunks of 64 cross rows.
 bool multiplies_pairs(const std::string& isa, Dtype dtype) {
   return (isa == "avx512bf16" || isa == "amx") && dtype == Dtype::bf16;
 }
 bool rounds_weights(const std::string& isa, const Format* format, Dtype dtype, int64_t m, int64_t k) {
-  return multiplies_pairs(isa, dtype) && (m > 4 || (format->bits == 4 && k % 64));
+  const int64_t most_unrounded = isa == "avx512bf16" && format->bits == 4 ? 2 : 4;
+  return multiplies_pairs(isa, dtype) && (m > most_unrounded || (format->bits == 4 && k % 64));
 }
 // The same for the product with W itself, where few rows times int8 go to the gemm too.
 bool rounds_weights_backward(const std::string& isa, const Format* format, Dtype dtype, int64_t m, int64_t k) {
