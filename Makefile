@@ -205,7 +205,8 @@ evidence-quality: .venv-quality/package.stamp .venv-quality/lm.stamp .venv-quali
 	--json $(QUALITY)/merge.json --markdown $(QUALITY)/merge.md --plot $(QUALITY)/merge.png
 	.venv-quality/bin/python benchmarks/bench_merge.py reviews --quiet --windows 512 \
 	--json $(QUALITY)/merge-reviews.json --markdown $(QUALITY)/merge-reviews.md
-	.venv-quality/bin/python benchmarks/bench_calibrated_start.py --json $(QUALITY)/start.json --markdown $(QUALITY)/start.md
+	.venv-quality/bin/python benchmarks/bench_calibrated_start.py --starts plain calibrated --steps 40 \
+	--json $(QUALITY)/start.json --markdown $(QUALITY)/start.md
 	@cd $(QUALITY) && for table in calibrate merge merge-reviews start; do printf '\n%s\n\n' $$table; cat $$table.md; done
 
 lint: .venv-lint/tools.stamp
