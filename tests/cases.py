@@ -52,10 +52,12 @@ def weight_error(kernels: str, format: str, dtype: torch.dtype, rows: int, k: in
     """Largest relative error of a weight as ``linear`` multiplies it.
 
     The kernels of AVX512-BF16 and AMX round weights to bf16 for bf16 activations (``few_rows.h``, ``bf16_gemm.h``): for
-    more than four rows, or 4-bit weights whose chunks of 64 cross rows. Their sums stay within Higham's bound: products
+    more than four rows, on AVX512-BF16 more than two of 4-bit weights, or 4-bit weights whose chunks of 64 cross rows.
+    Their sums stay within Higham's bound: products
     of two bf16 are exact in fp32. (They take subnormals for zero; no test of products has any.)
     """
-    if rows > 4 or (format != "int8" and k % 64):
+    most = 2 if kernels == "native-avx512bf16" and format != "int8" else 4
+    if rows > most or (format != "int8" and k % 64):
         return _bf16_weights(kernels, dtype)
     return 0.0 if format == "int8" else codebook_error(kernels, format, dtype, rows, k)
 
@@ -70,14 +72,16 @@ def _bf16_weights(kernels: str, dtype: torch.dtype) -> float:
     return UNIT_ROUNDOFF[dtype] if rounds else 0.0
 
 
-def rounds_to_int8(kernels: str, rows: int, k: int) -> bool:
+def rounds_to_int8(kernels: str, dtype: torch.dtype, rows: int, k: int) -> bool:
     """Whether ``precision="int8"`` rounds 4-bit weights and activations. The exact product serves where it is faster.
 
-    That is for any number of rows on AVX-512 without VNNI, and for more than 16 with it.
+    That is for any number of rows on AVX-512 without VNNI, and for more than 16 with it: of bf16 for more than one row
+    where it is multiplied in pairs, and for more than four where it is by tiles.
     """
     if k % 64 or kernels == "native-avx512":
         return False
-    return rows <= 16 or kernels not in ("native-avx512vnni", "native-avx512bf16", "native-amx")
+    most = {"native-avx512bf16": 1, "native-amx": 4}.get(kernels, 16) if dtype == torch.bfloat16 else 16
+    return rows <= most or kernels not in ("native-avx512vnni", "native-avx512bf16", "native-amx")
 
 
 def weight_error_cuda(format: str, dtype: torch.dtype) -> float:

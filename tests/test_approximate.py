@@ -62,7 +62,7 @@ def test_rounding_is_as_documented(name, rows, shape, dtype, format, block_size,
     with kernels(name):
         y = approximate(x, q, bias)
     assert y.dtype == dtype and y.shape == (rows, n)
-    rounds = rounds_to_int8(name, rows, k)
+    rounds = rounds_to_int8(name, dtype, rows, k)
     x_rounded, weight = rounded_operands(x, q) if rounds else (x.double(), q.dequantize(torch.float32).double())
     exact, magnitude = x_rounded @ weight.T, x_rounded.abs() @ weight.T.abs()
     if has_bias:
@@ -83,7 +83,7 @@ def test_error_is_about_one_percent(name, rows):
         y = approximate(x, q)
     error = float((y.double() - exact).norm() / exact.norm())
     assert error < 0.015
-    assert (error > 0.001) == rounds_to_int8(name, rows, 1024)  # without an error the mode was not used
+    assert (error > 0.001) == rounds_to_int8(name, torch.float32, rows, 1024)  # without an error the mode was not used
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -109,7 +109,7 @@ def test_infinity_and_nan_stay_in_their_row(name, bad):
         x[2, 100] = bad
         y = approximate(x, q)
     assert not bool(y[2].isfinite().any())
-    assert bool(y[2].isnan().all()) or not rounds_to_int8(name, 6, 128)
+    assert bool(y[2].isnan().all()) or not rounds_to_int8(name, x.dtype, 6, 128)
     rest = [0, 1, 3, 4, 5]
     assert torch.equal(y[rest], clean[rest])
 
